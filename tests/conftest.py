@@ -1,0 +1,69 @@
+"""Shared fixtures: the shipped foundation, and small runs of the real command line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from univigu.models.foundation import EMBEDDED_FOUNDATION
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def foundation() -> str:
+    """Path of a foundation folder in WanPipeline layout; UNIVIGU_FOUNDATION names another than the shipped one."""
+    return os.environ.get("UNIVIGU_FOUNDATION", EMBEDDED_FOUNDATION)
+
+
+@pytest.fixture(scope="session")
+def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the embedded world's shards lie, rendered and encoded once for all tests."""
+    return tmp_path_factory.mktemp("shapes")
+
+
+@pytest.fixture
+def small_data(shapes_root: Path, foundation: str) -> list[str]:
+    """Arguments that make any configuration run on a handful of clips."""
+    return [
+        f"--model.foundation={foundation}",
+        f"--data.root={shapes_root}",
+        "--data.num_train_clips=8",
+        "--data.num_val_clips=4",
+        "--data.num_test_clips=4",
+        "--data.batch_size=4",
+        "--data.num_workers=0",
+    ]
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, with the shipped configurations in reach as ``configs``."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(REPO / "configs")
+    return tmp_path
+
+
+@pytest.fixture
+def failing(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
+    """Run the command line on a user's mistake; gives what it printed, after checking that it exits with 2."""
+    from univigu.cli import main
+
+    def run(args: list[str]) -> str:
+        with pytest.raises(SystemExit) as error:
+            main(args)
+        assert error.value.code == 2
+        printed = capsys.readouterr().err
+        assert "Traceback" not in printed
+        return printed
+
+    return run

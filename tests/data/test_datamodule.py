@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from univigu.data.datamodule import VideoTextDataModule
+from univigu.data.filters import LengthFilter
+from univigu.data.sample import DataError, SampleError
+from univigu.data.video import to_model_range
+from univigu.models.foundation import Foundation, detokenize, encode_video
+
+
+def make(world: dict[str, Any], stage: str | None = "fit", **changes: Any) -> VideoTextDataModule:
+    data = VideoTextDataModule(**{**world, **changes})
+    if stage:
+        data.setup(stage)
+    return data
+
+
+def test_batches_are_what_the_model_expects(world: dict[str, Any]) -> None:
+    data = make(world)
+    assert data.filter_counts == {"train": {"kept": 13}, "val": {"kept": 5}}
+    train = list(data.train_dataloader())
+    assert [len(batch["key"]) for batch in train] == [2] * 6
+    batch = train[0]
+    assert batch["latents"].shape == (2, 8, 3, 8, 8) and batch["latents"].dtype == torch.float32
+    assert batch["prompt_ids"].shape == (2, 64) and batch["caption_ids"].shape == (2, 256)
+    assert batch["prompt_ids"].dtype == torch.int64
+    assert detokenize(data.tokenizer, batch["caption_ids"]) == batch["caption"]
+    assert all(scene["background"] in prompt for scene, prompt in zip(batch["scene"], batch["prompt"], strict=True))
+    val = list(data.val_dataloader())
+    assert [len(batch["key"]) for batch in val] == [2, 2, 1]
+    assert [key for batch in val for key in batch["key"]] == [f"{seed:08d}" for seed in range(5)]
+    assert [b["key"] for b in data.val_dataloader()] == [b["key"] for b in val]
+
+
+def test_precomputed_latents_are_those_of_encoding_on_the_fly(world: dict[str, Any]) -> None:
+    stored = list(make(world).val_dataloader())
+    frames = list(make(world, precompute=False).val_dataloader())
+    vae = Foundation(world["foundation"]).vae
+    for latents, video in zip(stored, frames, strict=True):
+        assert latents["key"] == video["key"] and "latents" not in video
+        assert video["video"].dtype == torch.uint8 and video["video"].shape[1:] == (9, 3, 64, 64)
+        with torch.no_grad():
+            encoded = encode_video(vae, to_model_range(video["video"]))
+        # another batch size sums in another order: 4e-7 in the VAE's units, divided by a deviation of 0.07
+        torch.testing.assert_close(latents["latents"], encoded, atol=1e-5, rtol=0)
+    assert 0.3 < torch.cat([b["latents"] for b in stored]).std() < 3  # normalised
+
+
+def test_workers_that_decode_are_spawned(world: dict[str, Any]) -> None:
+    data = make(world, precompute=False, num_workers=1, batch_size=5)
+    loader = data.val_dataloader()
+    assert loader._loader.multiprocessing_context.get_start_method() == "spawn"  # type: ignore[union-attr]
+    (batch,) = loader
+    (expected,) = make(world, precompute=False, batch_size=5).val_dataloader()
+    assert torch.equal(batch["video"], expected["video"])
+    assert make(world, num_workers=1).val_dataloader()._loader.multiprocessing_context is None
+
+
+def test_preparing_and_setup_do_not_load_the_decoder(world: dict[str, Any]) -> None:
+    code = (
+        "import sys\nfrom univigu.data.datamodule import VideoTextDataModule\n"
+        f"data = VideoTextDataModule(**{world!r})\ndata.prepare_data()\ndata.setup('fit')\ndata.train_dataloader()\n"
+        "assert 'decord' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_prepared_data_are_left_alone(world: dict[str, Any]) -> None:
+    files = {p: p.stat().st_mtime_ns for p in Path(world["root"]).rglob("*") if p.is_file()}
+    assert len(files) == 12  # a shard and a manifest for each of three splits, twice
+    make(world, stage=None).prepare_data()
+    assert files == {p: p.stat().st_mtime_ns for p in Path(world["root"]).rglob("*") if p.is_file()}
+
+
+def test_latents_of_another_vae_or_size_are_refused(world: dict[str, Any], tmp_path: Path) -> None:
+    base = next(Path(world["root"]).iterdir())
+    latents = next(base.glob("latents-*"))
+    with pytest.raises(DataError, match=r"encoded with height=64, this run has height=32"):
+        make(world, shards=str(latents), height=32, width=32)
+    assert len(list(make(world, shards=str(latents)).train_dataloader())) == 6  # used as they are
+    other = tmp_path / "foundation"
+    shutil.copytree(world["foundation"], other)
+    config = json.loads((other / "vae" / "config.json").read_text())
+    config["latents_std"][0] *= 2
+    (other / "vae" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"latents were encoded with vae='[0-9a-f]{16}', this run has vae="):
+        make(world, shards=str(latents), foundation=str(other))
+    with pytest.raises(DataError, match="has not been encoded; run prepare_data first"):
+        make(world, foundation=str(other))
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    make(world, shards=str(copy))
+    shutil.copy(base / "test" / "test-000000.tar", copy / "val" / "val-000000.tar")
+    with pytest.raises(DataError, match="latents were encoded with source="):
+        make(world, shards=str(copy))
+    manifest = json.loads((latents / "train" / "manifest.json").read_text())
+    (copy / latents.name / "train" / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    with pytest.raises(DataError, match="only partly encoded"):
+        make(world, shards=str(copy / latents.name))
+
+
+# -------------------------------------------------------------- broken samples
+
+
+@pytest.fixture
+def faulty_world(world: dict[str, Any], faulty: Path) -> dict[str, Any]:
+    for split in ("val", "test"):
+        shutil.copytree(faulty / "train", faulty / split)
+    return {**world, "shards": str(faulty), "precompute": False}
+
+
+def test_broken_samples_are_skipped_and_counted(
+    faulty_world: dict[str, Any], faults: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "univigu.data.loader")
+    data = make(faulty_world, stage="fit")
+    seen_at_setup = {reason: n for reason, n in faults.items() if reason != "unreadable_video"}
+    assert data.filter_counts["train"] == {"kept": 8, **seen_at_setup}  # videos are only opened when needed
+    loader = data.train_dataloader()
+    first = [batch["key"] for batch in loader]
+    second = [batch["key"] for batch in loader]
+    assert [len(keys) for keys in first + second] == [2] * 8  # others took their places
+    assert {key for keys in first + second for key in keys} == {f"good{i}" for i in range(5)}
+    val = [key for batch in data.val_dataloader() for key in batch["key"]]
+    assert sorted(set(val)) == [f"good{i}" for i in range(5)] and len(val) <= 6
+    assert data.errors.counts["unreadable_video"] == 6  # three a split, however often they are met
+    assert sum("'text-video': unreadable_video" in message for message in caplog.messages) == 2
+    assert [batch["key"] for batch in make(faulty_world).train_dataloader()] == first
+
+
+def test_strict_mode_names_shard_and_key(faulty_world: dict[str, Any], faulty: Path) -> None:
+    with pytest.raises(SampleError, match=r"b-empty\.tar: damaged_shard: empty file"):
+        make(faulty_world, strict=True)
+    for name in ("b-empty", "c-text", "d-cut", "e-twice"):
+        (faulty / "train" / f"{name}.tar").unlink()
+    with pytest.raises(SampleError, match=r"a\.tar: sample 'no-video': missing_field in 'video'"):
+        make(faulty_world, strict=True)
+    data = make(faulty_world)
+    data.errors.strict = True
+    with pytest.raises(SampleError, match=r"a\.tar: sample '(text|empty|cut)-video': unreadable_video"):
+        for _ in range(3):
+            list(data.train_dataloader())
+
+
+def test_nothing_left_is_an_error_with_counts(world: dict[str, Any], faulty_world: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"no sample is left for train: \{'kept': 0, 'caption_short': 13\}"):
+        make(world, length_filter=LengthFilter(min_caption=250))
+    with pytest.raises(DataError, match=r"no sample is left for train: \{'kept': 0, 'text_over_slot': 13\}"):
+        make(world, prompt_length=3)
+    with pytest.raises(DataError, match=r"sample '00000000': text_over_slot in 'prompt'"):
+        make(world, prompt_length=3, strict=True)
+    data = make(faulty_world)
+    data._refs["val"] = [ref for ref in data._refs["val"] if "good" not in ref.key]
+    with pytest.raises(DataError, match=r"none of 3 samples can be read: .*'unreadable_video': 3\}"):
+        list(data.val_dataloader())
+
+
+def test_latents_of_the_wrong_shape_are_skipped(world: dict[str, Any]) -> None:
+    data = make(world)
+    loader = data.val_dataloader()
+    loader._loader.dataset.latents_shape = (2, 8, 8)  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match=r"none of 5 samples can be read: \{'wrong_shape': 5\}"):
+        list(loader)
+
+
+# -------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "data.batch_size=0: expected at least 1"),
+        ({"num_val_clips": 0}, "data.num_val_clips=0"),
+        ({"num_frames": 8}, r"data.num_frames=8: expected 4k\+1"),
+        ({"height": 60}, "data.height=60: expected a multiple of 8"),
+        ({"shards": "/nowhere"}, "/nowhere/train: no such folder of shards"),
+        ({"foundation": "/nowhere"}, "foundation='/nowhere'"),
+    ],
+)
+def test_unusable_arguments_are_named(world: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(world, stage=None, **changes).prepare_data()
+
+
+def test_counts_are_logged(world: dict[str, Any], recorder: Any, tmp_path: Path) -> None:
+    logger = CSVLogger(str(tmp_path))
+    trainer = Trainer(
+        max_steps=1, accelerator="cpu", logger=logger, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=1, log_every_n_steps=1,
+    )  # fmt: skip
+    trainer.fit(recorder(), datamodule=make(world, stage=None))
+    text = (Path(logger.log_dir) / "metrics.csv").read_text()
+    assert "data/train/kept" in text and "13.0" in text

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import pickle
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import webdataset
+
+from univigu.data import shapes
+from univigu.data.build import SpawnPool, build_folder
+from univigu.data.encode import encode_shards
+from univigu.data.sample import SAMPLE_REASONS, DataError, SampleError, parse_sample
+from univigu.data.shards import Manifest, ShardInfo, index_folder, scan_shard, write_shard
+from univigu.data.synthetic import write_shapes
+from univigu.data.video import read_video
+
+
+def folders(world: dict[str, Any]) -> tuple[Path, Path]:
+    base = next(Path(world["root"]).iterdir())
+    return base / "train", next(base.glob("latents-*")) / "train"
+
+
+def test_webdataset_reads_both_kinds_of_shards(world: dict[str, Any]) -> None:
+    videos, latents = folders(world)
+    for folder, suffix in ((videos, "mp4"), (latents, "latents.safetensors")):
+        paths = [str(path) for path in sorted(folder.glob("*.tar"))]
+        samples = list(webdataset.WebDataset(paths, shardshuffle=False))
+        assert [sample["__key__"] for sample in samples] == [f"{seed:08d}" for seed in range(13)]
+        assert all({suffix, "json"} == {name for name in sample if not name.startswith("_")} for sample in samples)
+        refs, errors = index_folder(folder)
+        assert not errors
+        assert [ref.read_all() for ref in refs] == [{suffix: s[suffix], "json": s["json"]} for s in samples]
+
+
+def test_samples_are_what_was_rendered(world: dict[str, Any]) -> None:
+    refs, _ = index_folder(folders(world)[0])
+    for seed in (0, 12):
+        sample = parse_sample(refs[seed].read_all(), refs[seed].shard, refs[seed].key)
+        scene = shapes.sample_scene(seed)
+        assert shapes.Scene.from_dict({**sample.texts.scene, "objects": scene.to_dict()["objects"]})  # type: ignore[dict-item]
+        assert sample.texts.prompt == shapes.prompt_of(scene)
+        assert sample.texts.caption == shapes.caption_of(scene)
+        assert sample.video is not None
+        difference = read_video(sample.video, 9, 64, 64).float() - shapes.render(scene).float()
+        assert difference.abs().mean() < 6  # 4:2:0 chroma and compression
+    with pytest.raises(ValueError, match="num_clips=0"):
+        write_shapes("anywhere", "train", 0)
+
+
+def test_same_input_gives_same_bytes(tmp_path: Path, clips: list[dict[str, bytes]]) -> None:
+    samples = [(f"{i:04d}", members) for i, members in enumerate(clips[:2])]
+    first = write_shard(tmp_path / "a.tar", samples)
+    (tmp_path / "other").mkdir()
+    reordered = [(key, dict(reversed(members.items()))) for key, members in samples]
+    second = write_shard(tmp_path / "other" / "a.tar", reordered)
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "other" / "a.tar").read_bytes()
+    assert first == second
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert {(m.mtime, m.uid, m.gid, m.mode, m.uname) for m in tar} == {(0, 0, 0, 0o644, "")}
+    changed = write_shard(tmp_path / "b.tar", [("0000", {**clips[0], "json": b"{}"}), samples[1]])
+    assert changed.sha256 != first.sha256
+
+
+def test_a_shard_appears_only_when_whole(tmp_path: Path, clips: list[dict[str, bytes]]) -> None:
+    def interrupted() -> Any:
+        yield "0", clips[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(tmp_path / "a.tar", interrupted())
+    assert list(tmp_path.iterdir()) == []
+    for keys in (["a.b"], ["a", "a"], [""]):
+        with pytest.raises(ValueError, match="expected a name without dots"):
+            write_shard(tmp_path / "a.tar", [(key, clips[0]) for key in keys])
+
+
+def test_every_fault_is_found_and_the_rest_arrives(faulty: Path, faults: dict[str, int]) -> None:
+    refs, errors = index_folder(faulty / "train")
+    good = []
+    for ref in refs:
+        try:
+            sample = parse_sample(ref.read_all(), ref.shard, ref.key)
+            read_video(sample.video or b"", 9, 64, 64)
+            good.append(ref.key)
+        except SampleError as error:
+            errors.append(error)
+        except ValueError:
+            errors.append(SampleError("unreadable_video", ref.shard, ref.key, "video", ""))
+    assert good == [f"good{i}" for i in range(5)]
+    assert Counter(error.reason for error in errors) == faults
+    by_key = {error.key: error for error in errors if error.key}
+    assert by_key["number-prompt"].field == "prompt" and "3" in by_key["number-prompt"].value
+    assert by_key["no-caption"].field == "caption"
+    assert by_key["cut"].shard.endswith("d-cut.tar") and "bytes too early" in by_key["cut"].value
+    assert all(str(faulty) in str(error) and error.reason in str(error) for error in errors)
+
+
+def test_damage_that_tarfile_takes_for_the_end(
+    tmp_path: Path, clips: list[dict[str, bytes]], raw_tar: Callable[..., Path]
+) -> None:
+    path = raw_tar(tmp_path / "a.tar", [(f"{i}.{s}", d) for i in range(3) for s, d in clips[i].items()])
+    whole, third = path.read_bytes(), path.read_bytes().index(b"2.mp4")
+    path.write_bytes(whole[:third] + b"\xff" * 512 + whole[third + 512 :])
+    refs, errors = scan_shard(path)
+    assert [ref.key for ref in refs] == ["0", "1"]
+    assert [(e.reason, e.key) for e in errors] == [("damaged_shard", None)] and f"byte {third}" in errors[0].value
+    path.write_bytes(whole[:third])
+    refs, errors = scan_shard(path)
+    assert len(refs) == 2 and "cut off" in errors[0].value
+    (ref,) = scan_shard(raw_tar(tmp_path / "b.tar", [("0.json", b"{}" * 5000)]))[0]
+    (tmp_path / "b.tar").write_bytes((tmp_path / "b.tar").read_bytes()[:700])
+    with pytest.raises(SampleError, match="damaged_shard"):  # cut off after it was indexed
+        ref.read("json")
+
+
+def test_errors_travel_between_processes() -> None:
+    error = SampleError("wrong_type", "a.tar", "k", "prompt", "x" * 900)
+    copy = pickle.loads(pickle.dumps(error))
+    assert str(copy) == str(error) and copy.reason == "wrong_type" and len(str(error)) < 300
+    assert isinstance(error, DataError) and "wrong_type" in SAMPLE_REASONS
+    with pytest.raises(ValueError, match="reason='ill'"):
+        SampleError("ill", "a.tar", "k", None, "")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        (b"nonsense", "corrupt_latents"),
+        ({"other": torch.zeros(8, 3, 8, 8)}, "corrupt_latents"),
+        ({"latents": torch.full((8, 3, 8, 8), torch.nan)}, "corrupt_latents"),
+        ({"latents": torch.zeros(8, 8, 8)}, "wrong_shape"),
+    ],
+)
+def test_faulty_latents_are_named(clips: list[dict[str, bytes]], tensors: Any, reason: str) -> None:
+    from safetensors.torch import save
+
+    raw = tensors if isinstance(tensors, bytes) else save(tensors)
+    with pytest.raises(SampleError, match=reason):
+        parse_sample({"latents.safetensors": raw, "json": clips[0]["json"]}, "a.tar", "k")
+
+
+# -------------------------------------------------------- building a folder
+
+
+class CountingPool(SpawnPool):
+    """Runs jobs in this process, and notes which."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.names: list[str] = []
+
+    def submit(self, work: Any, *args: Any) -> Any:
+        from concurrent.futures import Future
+
+        future: Any = Future()
+        self.names.append(args[0].name)
+        try:
+            future.set_result(work(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def test_a_half_written_folder_is_completed(tmp_path: Path) -> None:
+    def write(count: int = 5) -> tuple[Manifest, list[str]]:
+        pool = CountingPool()
+        return write_shapes(tmp_path / "w", "val", count, shard_size=2, pool=pool), pool.names
+
+    names = [f"val-00000{i}.tar" for i in range(3)]
+    manifest, written = write()
+    assert written == names and manifest.complete and manifest.num_samples == 5
+    before = {name: (tmp_path / "w" / name).read_bytes() for name in names}
+    assert write()[1] == []
+    (tmp_path / "w" / names[1]).unlink()
+    (tmp_path / "w" / names[2]).write_bytes(before[names[2]][:100])
+    assert manifest.check_files(tmp_path / "w") == names[1:]
+    assert write()[1] == names[1:]
+    assert (tmp_path / "w" / names[0]).read_bytes() == before[names[0]]
+    refs, errors = index_folder(tmp_path / "w")
+    assert [ref.key for ref in refs] == [f"{seed:08d}" for seed in range(5)] and not errors
+    manifest = Manifest.load(tmp_path / "w")  # type: ignore[assignment]
+    assert manifest.check_files(tmp_path / "w", checksums=True) == []
+    (tmp_path / "w" / names[0]).write_bytes(bytes(len(before[names[0]])))
+    assert manifest.check_files(tmp_path / "w") == [] and manifest.check_files(tmp_path / "w", True) == names[:1]
+    with pytest.raises(DataError, match=r"num_clips=5, this run has num_clips=6"):
+        write(6)
+    (tmp_path / "w" / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match="not a manifest"):
+        write()
+    (tmp_path / "w" / "manifest.json").unlink()
+    with pytest.raises(DataError, match="unknown origin"):
+        write()
+
+
+def _fail_on_second(path: Path, job: int) -> ShardInfo:
+    if job == 1:
+        raise OSError("disk full")
+    return write_shard(path, [("0", {"json": b"{}"})])
+
+
+def test_a_failing_job_keeps_what_is_done(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="disk full"):
+        build_folder(tmp_path, Manifest("video", {}), {"a.tar": 0, "b.tar": 1}, _fail_on_second, CountingPool(), "")
+    manifest = Manifest.load(tmp_path)
+    assert manifest is not None and not manifest.complete
+    assert [shard.name for shard in manifest.shards if (tmp_path / shard.name).exists()] in ([], ["a.tar"])
+
+
+def test_encoding_counts_and_keeps_going(
+    faulty: Path, faults: dict[str, int], foundation: str, clips: list[dict[str, bytes]], tmp_path: Path
+) -> None:
+    with pytest.raises(SampleError, match=r"a\.tar: sample 'text-video': unreadable_video"), SpawnPool(1) as pool:
+        manifest = encode_shards(faulty / "train", tmp_path / "latents", foundation, pool=pool)
+        errors = manifest.skipped(faulty / "train")
+        assert Counter(error.reason for error in errors) == faults
+        refs, damage = index_folder(tmp_path / "latents")
+        assert [ref.key for ref in refs] == [f"good{i}" for i in range(5)] and not damage
+        assert refs[0].read("json") == clips[0]["json"]
+        assert encode_shards(faulty / "train", tmp_path / "latents", foundation, pool=pool) == manifest
+        encode_shards(faulty / "train", tmp_path / "strict", foundation, strict=True, pool=pool)
+    saved = json.loads((tmp_path / "latents" / "manifest.json").read_text())
+    assert saved["kind"] == "latents" and saved["num_samples"] == 5 and saved["parameters"]["dtype"] == "float32"
+    assert multiprocessing.active_children() == []

@@ -1,0 +1,315 @@
+"""The discrete mixture path: losses against hand-written loops, path and samplers against their theory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from univigu.flow.discrete import Jump, jump_probability, jump_rate, sample_categorical
+from univigu.flow.text import DiscreteFlow, MaskFlow, UniformFlow, cross_entropy, generalized_kl, make_text_flow
+
+V = 7
+DISCRETE = [UniformFlow(V), MaskFlow(V)]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def by_name(flow: DiscreteFlow) -> str:
+    return flow.name
+
+
+def assert_distribution(samples: torch.Tensor, expected: torch.Tensor, fails: bool = False) -> None:
+    """Pearson's chi-square of categorical samples against probabilities, all of them positive or unseen.
+
+    With k - 1 degrees of freedom the statistic has mean k - 1 and variance 2 (k - 1); 5 deviations above it is passed
+    by chance less than once in 1,000 for every k used here, and the seeds are fixed.
+    """
+    counts = torch.bincount(samples.flatten(), minlength=len(expected)).double()
+    possible = expected > 0
+    assert len(counts) == len(expected) and float(counts[~possible].sum()) == 0
+    wanted = expected[possible].double() * samples.numel()
+    freedom = int(possible.sum()) - 1
+    statistic = float(((counts[possible] - wanted).square() / wanted).sum())
+    assert (statistic > freedom + 5 * math.sqrt(2 * freedom)) == fails, statistic
+
+
+def kl_by_hand(logits: list, x_1: list, x_t: list, t: list, n: float, sign: float = 1.0) -> float:  # type: ignore[type-arg]
+    """The design's formula in Python floats (float64), one token after another."""
+    values = []
+    for b, rows in enumerate(logits):
+        weight = n * t[b] ** (n - 1) / (1 - t[b] ** n)
+        for position, row in enumerate(rows):
+            total = sum(math.exp(v) for v in row)
+            p = [math.exp(v) / total for v in row] + [0.0]  # the mask has no logit
+            data, state = x_1[b][position], x_t[b][position]
+            same = 1.0 if data == state else 0.0
+            values.append(weight * (same - sign * p[state] - (1 - same) * math.log(p[data])))
+    return sum(values) / len(values)
+
+
+def kl_problem(flow: DiscreteFlow) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits = 2 * torch.randn(4, 6, V, generator=seeded(0))
+    tokens = torch.randint(V, (4, 6), generator=seeded(1))
+    t = torch.tensor([0.05, 0.4, 0.7, 0.98])
+    x_t = flow.corrupt(tokens, t, generator=seeded(2)).x_t
+    assert 0 < int((x_t == tokens).sum()) < tokens.numel()  # both cases of s occur
+    return logits, tokens, x_t, t
+
+
+@pytest.mark.parametrize("flow", DISCRETE, ids=by_name)
+@pytest.mark.parametrize("exponent", [1.0, 2.0, 0.5])
+def test_generalized_kl_is_the_formula(flow: DiscreteFlow, exponent: float) -> None:
+    logits, tokens, x_t, t = kl_problem(flow)
+    args = (logits.tolist(), tokens.tolist(), x_t.tolist(), t.tolist(), exponent)
+    value = generalized_kl(logits, tokens, x_t, t, exponent)
+    assert value.shape == () and value.dtype == torch.float32
+    assert float(value) == pytest.approx(kl_by_hand(*args), rel=1e-5)
+    assert float(value) != pytest.approx(kl_by_hand(*args, sign=-1.0), rel=1e-3)  # the check can fail
+
+
+@pytest.mark.parametrize("flow", DISCRETE, ids=by_name)
+def test_generalized_kl_gradient_matches_float64(flow: DiscreteFlow) -> None:
+    logits, tokens, x_t, t = kl_problem(flow)
+    logits.requires_grad_()
+    generalized_kl(logits, tokens, x_t, t, 2.0).backward()
+    double = logits.detach().double().requires_grad_()
+    p = torch.cat((double.softmax(-1), torch.zeros(4, 6, 1, dtype=torch.float64)), dim=-1)
+    weight = (2 * t / (1 - t**2)).double()[:, None]
+    p_data, p_state = (p.gather(-1, x[..., None]).squeeze(-1) for x in (tokens, x_t))
+    same = (tokens == x_t).double()
+    (weight * (same - p_state - (1 - same) * p_data.log())).mean().backward()
+    assert logits.grad is not None and double.grad is not None
+    torch.testing.assert_close(logits.grad.double(), double.grad, rtol=1e-4, atol=1e-6)
+    # The mean over softmax rows cannot move along the constant direction.
+    torch.testing.assert_close(logits.grad.sum(-1), torch.zeros(4, 6), rtol=0, atol=1e-5)
+
+
+def test_generalized_kl_vanishes_at_certainty_and_stays_finite_at_the_ends() -> None:
+    tokens = torch.randint(V, (3, 5), generator=seeded(0))
+    x_t = UniformFlow(V).corrupt(tokens, torch.full((3,), 0.5), generator=seeded(1)).x_t
+    certain = torch.full((3, 5, V), -60.0).scatter(-1, tokens[..., None], 60.0)
+    t = torch.tensor([0.0, 0.5, 0.999])
+    assert float(generalized_kl(certain, tokens, x_t, t)) == pytest.approx(0.0, abs=1e-6)
+    wrong = certain.roll(1, dims=-1).requires_grad_()
+    for exponent in (0.5, 1.0, 3.0):
+        for time in (0.0, 1.0):
+            value = generalized_kl(wrong, tokens, x_t, torch.full((3,), time), exponent)
+            (grad,) = torch.autograd.grad(value, wrong)
+            assert math.isfinite(float(value.detach())) and bool(grad.isfinite().all())
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "generalized_kl"])
+def test_losses_keep_no_tensor_of_the_vocabulary_but_the_logits(kind: str) -> None:
+    logits, tokens, x_t, t = kl_problem(UniformFlow(V))
+    logits.requires_grad_()
+    saved: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    def kept(loss: Callable[[], torch.Tensor]) -> set[int]:
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss()
+        return {tensor.data_ptr() for tensor in saved if tensor.numel() == logits.numel()}
+
+    if kind == "cross_entropy":
+        assert kept(lambda: cross_entropy(logits, tokens)) == {logits.data_ptr()}
+    else:
+        assert kept(lambda: generalized_kl(logits, tokens, x_t, t)) == {logits.data_ptr()}
+    assert kept(lambda: logits.softmax(-1).log()) != {logits.data_ptr()}  # the count sees a softmax
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.5])
+def test_jump_rate_is_the_slope_of_the_schedule(exponent: float) -> None:
+    t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64).requires_grad_()
+    (slope,) = torch.autograd.grad((t**exponent).sum(), t)
+    expected = (slope / (1 - t.detach() ** exponent)).float()
+    torch.testing.assert_close(jump_rate(t.detach(), exponent), expected, rtol=1e-4, atol=0)
+
+
+def test_cross_entropy_is_that_of_torch() -> None:
+    logits = 3 * torch.randn(2, 5, V, generator=seeded(0))
+    tokens = torch.randint(V, (2, 5), generator=seeded(1))
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
+    torch.testing.assert_close(cross_entropy(logits, tokens), expected)
+
+
+def test_mask_losses_count_masked_tokens_only() -> None:
+    flow = MaskFlow(V)
+    logits, tokens, _, t = kl_problem(flow)
+    corrupted = flow.corrupt(tokens, t, generator=seeded(2))
+    masked = corrupted.x_t == flow.mask_id
+    entropy = flow.loss(logits, corrupted, t)
+    torch.testing.assert_close(entropy, torch.where(masked, cross_entropy(logits, tokens), 0.0))
+    weight = (1 / (1 - t))[:, None]
+    torch.testing.assert_close(
+        flow.loss(logits, corrupted, t, kind="generalized_kl"), weight * entropy, rtol=1e-4, atol=0
+    )
+    clean = flow.corrupt(tokens, torch.ones(4))
+    assert float(flow.loss(logits, clean, torch.ones(4)).mean()) == 0.0
+    assert float(flow.loss(logits, clean, torch.ones(4), kind="generalized_kl").mean()) == 0.0
+
+
+def test_uniform_losses_count_every_token() -> None:
+    flow = UniformFlow(V, exponent=2.0)
+    logits, tokens, _, t = kl_problem(flow)
+    corrupted = flow.corrupt(tokens, t, generator=seeded(2))
+    assert torch.equal(flow.loss(logits, corrupted, t), cross_entropy(logits, tokens))
+    per_token = flow.loss(logits, corrupted, t, kind="generalized_kl")
+    assert per_token.shape == (4, 6) and float(per_token.min()) >= 0
+    torch.testing.assert_close(per_token.mean(), generalized_kl(logits, tokens, corrupted.x_t, t, 2.0))
+
+
+@pytest.mark.parametrize("exponent", [1.0, 2.0, 0.5])
+def test_corrupted_tokens_follow_the_path_marginal(exponent: float) -> None:
+    t = torch.tensor([0.3, 0.8])
+    tokens = torch.full((2, 20_000), 2)
+    uniform = UniformFlow(V, exponent).corrupt(tokens, t, generator=seeded(0)).x_t
+    mask = MaskFlow(V, exponent).corrupt(tokens, t, generator=seeded(0)).x_t
+    for row, keep in enumerate((t**exponent).tolist()):
+        expected = torch.full((V,), (1 - keep) / V)
+        expected[2] += keep
+        assert_distribution(uniform[row], expected)
+        expected = torch.zeros(V + 1)
+        expected[2], expected[V] = keep, 1 - keep
+        assert_distribution(mask[row], expected)
+        expected[2], expected[V] = keep - 0.03, 1 - keep + 0.03
+        assert_distribution(mask[row], expected, fails=True)
+
+
+def test_initial_states_are_the_source() -> None:
+    assert_distribution(UniformFlow(V).initial(100, 200, generator=seeded(0)), torch.full((V,), 1 / V))
+    assert bool((MaskFlow(V).initial(2, 3) == V).all())
+
+
+def test_categorical_draws_follow_the_softmax_at_its_temperature() -> None:
+    logits = torch.tensor([0.3, -1.0, -math.inf, 2.0, 0.0, 1.0, -math.inf])
+    rows = logits.expand(4, 5000, V)
+    for temperature in (1.0, 0.5, 2.0):
+        drawn = sample_categorical(rows, temperature, seeded(0))
+        assert_distribution(drawn, (logits / temperature).softmax(-1))
+    assert_distribution(drawn, logits.softmax(-1), fails=True)
+    assert bool((sample_categorical(rows, 0.0) == 3).all())
+
+
+def test_categorical_draws_never_leave_the_support(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extremes of the uniform number: neither may fall on a token of probability 0 or past the last.
+
+    The 500 rows add up to 1, a little less and a little more.
+    """
+    logits = torch.full((1, 500, 1000), -math.inf)
+    logits[..., 10:900] = torch.randn(500, 890, generator=seeded(0))
+    totals = logits.softmax(-1).cumsum(-1)[..., -1]
+    assert float(totals.min()) < 1 < float(totals.max())
+    for extreme in (0.0, 1.0 - 2.0**-24):
+        monkeypatch.setattr("univigu.flow.discrete.rand", lambda shape, *_, value=extreme: torch.full(shape, value))
+        drawn = sample_categorical(logits, 1.0)
+        assert bool((drawn == 10).all()) if extreme == 0 else int(drawn.min()) > 890 and int(drawn.max()) < 900
+
+
+def test_jump_probabilities() -> None:
+    for n in (0.5, 1.0, 3.0):
+        whole, left = 0.0, 1.0
+        for k in range(100):  # many Euler steps become the exact integral, and exact steps compose
+            a, b = 0.2 + 0.006 * k, 0.2 + 0.006 * (k + 1)
+            left *= 1 - jump_probability(a, b, n, "exact")
+            whole += -math.log(1 - jump_probability(a, b, n, "euler"))
+        exact = jump_probability(0.2, 0.8, n, "exact")
+        assert exact == pytest.approx((0.8**n - 0.2**n) / (1 - 0.2**n))
+        assert 1 - left == pytest.approx(exact)
+        assert 1 - math.exp(-whole) == pytest.approx(exact, rel=0.02)
+    assert jump_probability(0.2, 0.3, 1.0, "euler") == pytest.approx(1 - math.exp(-0.1 / 0.8))
+    assert jump_probability(0.0, 0.1, 2.0, "euler") == 0.0  # the rate starts at 0
+    assert jump_probability(0.0, 0.1, 0.5, "euler") == 1.0  # the rate starts infinite
+    assert jump_probability(0.0, 0.1, 2.0, "exact") == pytest.approx(0.01)
+    assert jump_probability(0.0, 0.1, 0.5, "exact") == pytest.approx(math.sqrt(0.1))
+    for jump in ("exact", "euler"):
+        assert jump_probability(0.7, 1.0, 2.0, jump) == 1.0
+        assert jump_probability(0.7, 0.7, 2.0, jump) == 0.0
+        for bad in ((0.5, 0.4), (-0.1, 0.4), (0.5, 1.1), (math.nan, 1.0)):
+            with pytest.raises(ValueError, match="t, t_next: must satisfy 0 <= t <= t_next <= 1"):
+                jump_probability(*bad, 1.0, jump)
+
+
+@pytest.mark.parametrize("flow", DISCRETE, ids=by_name)
+@pytest.mark.parametrize("exponent", [1.0, 2.0, 0.5])
+@pytest.mark.parametrize("jump", ["exact", "euler"])
+def test_few_exact_steps_keep_to_the_path(flow: DiscreteFlow, exponent: float, jump: Jump) -> None:
+    """Two exact steps give the path's marginal at t = 0.6; two Euler steps do not; both end at the data.
+
+    The data's tokens are independent, so that their distribution is the posterior of every token to come.
+    """
+    flow = dataclasses.replace(flow, exponent=exponent, jump=jump)
+    data = torch.tensor([0.4, 0.3, 0.0, 0.1, 0.1, 0.1, 0.0])
+    source = torch.tensor([0.0] * V + [1.0]) if isinstance(flow, MaskFlow) else torch.tensor([1 / V] * V + [0.0])
+    logits = data.log().expand(1, 20_000, V)
+    generator = seeded(4)
+    x = flow.initial(1, 20_000, generator=generator)
+    for t, t_next in ((0.0, 0.3), (0.3, 0.6)):
+        x = flow.step(x, logits, t, t_next, generator=generator)
+    keep = 0.6**exponent
+    assert_distribution(x, keep * torch.cat((data, torch.zeros(1))) + (1 - keep) * source, fails=jump == "euler")
+    assert_distribution(flow.tokens(flow.step(x, logits, 0.6, 1.0, generator=generator)), data)
+
+
+@pytest.mark.parametrize("name", ["uniform", "mask"])
+@pytest.mark.parametrize("exponent", [1.0, 2.0])
+@pytest.mark.parametrize("jump", ["exact", "euler"])
+def test_sampler_ends_at_correlated_data(name: str, exponent: float, jump: str) -> None:
+    """Two dependent tokens; the 'network' is their exact posterior. The end must have the joint distribution.
+
+    A step moves both tokens independently, which biases the joint by O(1/steps); at 200 steps this adds less than
+    2 to a chi-square whose bound is 5 deviations (20) above its mean.
+    """
+    joint = torch.tensor([[0.30, 0.02, 0.03], [0.03, 0.25, 0.02], [0.05, 0.05, 0.25]])
+    flow = make_text_flow(name, 3, exponent=exponent, jump=jump)
+    samples, steps = 10_000, 200
+    generator = seeded(5)
+    x = flow.initial(samples, 2, generator=generator)
+    for k in range(steps):
+        t, t_next = k / steps, (k + 1) / steps
+        logits = exact_posterior(joint, x, t**exponent, masked=name == "mask").log()
+        x = flow.step(x, logits, t, t_next, generator=generator)
+    pairs = flow.tokens(x) @ torch.tensor([3, 1])
+    assert_distribution(pairs, joint.flatten())
+    independent = joint.sum(1)[:, None] * joint.sum(0)[None]
+    assert_distribution(pairs, independent.flatten(), fails=True)
+
+
+def exact_posterior(joint: torch.Tensor, x: torch.Tensor, keep: float, masked: bool) -> torch.Tensor:
+    """P(x_1^i = y | x_t) for both tokens i: [B, 2, 3], by Bayes over the nine pairs."""
+    size = len(joint)
+    likelihood = torch.full((size + 1, size), 0.0 if masked else (1 - keep) / size)  # P(x_t | x_1), last row the mask
+    likelihood[:size] += keep * torch.eye(size)
+    likelihood[size] = 1 - keep
+    first, second = likelihood[x[:, 0]], likelihood[x[:, 1]]  # [B, 3]
+    pairs = joint * first[:, :, None] * second[:, None, :]
+    posterior = torch.stack((pairs.sum(2), pairs.sum(1)), dim=1)
+    return posterior / posterior.sum(-1, keepdim=True)
+
+
+def test_mask_steps_leave_revealed_tokens_alone() -> None:
+    flow = MaskFlow(V)
+    x = torch.tensor([[0, V, 3, V, 6]])
+    logits = torch.zeros(1, 5, V)
+    logits[..., 2] = 50.0
+    for t_next in (0.6, 0.9, 1.0):
+        moved = flow.step(x, logits, 0.5, t_next, generator=seeded(0))
+        assert moved[0, [0, 2, 4]].tolist() == [0, 3, 6]
+    assert moved[0].tolist() == [0, 2, 3, 2, 6]
+    assert flow.step(x, logits, 0.5, 0.5).tolist() == x.tolist()
+    assert UniformFlow(V).step(x.clamp(max=V - 1), logits, 0.5, 1.0).tolist() == [[2] * 5]
+
+
+def test_temperature_zero_is_the_likeliest_token() -> None:
+    logits = torch.randn(2, 5, V, generator=seeded(0))
+    for flow in (UniformFlow(V, temperature=0.0), MaskFlow(V, temperature=0.0)):
+        assert torch.equal(flow.step(flow.initial(2, 5), logits, 0.5, 1.0), logits.argmax(-1))

@@ -1,0 +1,248 @@
+"""The uni-flow objective: how a batch is split, what each task is shown, and that it can be learned."""
+
+from __future__ import annotations
+
+import runpy
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from univigu.flow.objective import (
+    FlowOptions,
+    TaskMixture,
+    UniFlowBatch,
+    UniFlowLosses,
+    UniFlowObjective,
+    by_noise_level,
+)
+from univigu.flow.text import make_text_flow
+from univigu.flow.time import VideoTimeSampling
+
+tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "tiny.py")))
+
+VOCAB, FLOWS = 11, ("embedding", "uniform", "mask")
+
+
+def make_batch(batch: int = 4, length: int = 6) -> UniFlowBatch:
+    generator = torch.Generator().manual_seed(0)
+    return UniFlowBatch(
+        latents=torch.randn(batch, tiny.CHANNELS, 2, 4, 6, generator=generator),
+        prompt_embeds=torch.randn(batch, 5, tiny.TEXT_DIM, generator=generator),
+        null_embeds=torch.randn(1, 5, tiny.TEXT_DIM, generator=generator),
+        text_ids=torch.randint(VOCAB, (batch, length), generator=generator),
+    )
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    return {name: tiny.make_unified(tiny.make_wan(), VOCAB, text_flow=name) for name in FLOWS}
+
+
+def measure(model: Any, batch: UniFlowBatch, counts: Any, flow: str = "mask", seed: int = 0, **kwargs: Any) -> Any:
+    objective = UniFlowObjective(make_text_flow(flow, VOCAB))
+    return objective(model, batch, counts, generator=torch.Generator().manual_seed(seed), **kwargs)
+
+
+class Watch:
+    """Records what the model is called with."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.calls = model, []
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls.append(args)
+        return self.model(*args)
+
+    def token_table(self) -> torch.Tensor:
+        return self.model.token_table()
+
+
+# ---------------------------------------------------------------------- splitting a batch
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 8])
+@pytest.mark.parametrize(
+    "shares", [(0.25, 0.5, 0.25), (0.4, 0.1, 0.5), (0.3, 0.3, 0.4), (1, 0, 0), (0, 3, 0), (0, 0, 1), (0.1, 0, 0.2)]
+)
+def test_counts_fill_the_batch_and_keep_the_shares(batch_size: int, shares: tuple[float, ...]) -> None:
+    tasks, total, steps = TaskMixture(*shares), [0, 0, 0], 600
+    for step in range(steps):
+        counts = tasks.counts(batch_size, step)
+        assert sum(counts) == batch_size and min(counts) >= 0, (step, counts)
+        assert all(count == 0 for count, share in zip(counts, shares, strict=True) if share == 0)
+        total = [a + b for a, b in zip(total, counts, strict=True)]
+        for seen, share in zip(total, shares, strict=True):  # never more than two samples away
+            assert abs(seen - share / sum(shares) * batch_size * (step + 1)) < 2
+    assert total == [round(share / sum(shares) * batch_size * steps) for share in shares]  # 600: all come out even
+
+
+def test_counts_divide_evenly_where_they_can() -> None:
+    assert {TaskMixture().counts(8, step) for step in range(50)} == {(2, 4, 2)}
+
+
+def test_counts_are_the_same_again_and_do_not_draw() -> None:
+    state = torch.get_rng_state()
+    assert TaskMixture().counts(3, 10**6) == TaskMixture().counts(3, 10**6)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [((-1, 1, 1), r"tasks\.joint=-1"), ((1, 1, -0.5), r"tasks\.generate=-0\.5"), ((0, 0, 0), "tasks")],
+)
+def test_mixtures_out_of_range_are_named(shares: tuple[float, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TaskMixture(*shares)
+
+
+# ---------------------------------------------------------------------- what each task sees
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_each_task_sees_what_it_should(models: dict[str, Any], flow: str) -> None:
+    watch, batch = Watch(models[flow]), make_batch(6)
+    losses = measure(watch, batch, (2, 1, 3), flow)
+    (noisy, timestep, _, text, text_timestep), (noisy_only, timestep_only, _) = watch.calls
+    assert timestep[2] == 0 and torch.equal(noisy[2], batch.latents[2])  # understand: clean
+    assert (timestep[:2] > 0).all() and (noisy[:2] != batch.latents[:2]).all()
+    assert (timestep_only > 0).all() and (noisy_only != batch.latents[3:]).all()
+    assert len(text) == len(text_timestep) == 3
+    assert losses.video.shape == losses.video_times.shape == (5,) and losses.text.shape == (3,)
+    torch.testing.assert_close(losses.video_times, 1 - torch.cat([timestep[:2], timestep_only]) / 1000)
+    torch.testing.assert_close(losses.text_times, 1 - text_timestep / 1000)
+
+
+def test_video_loss_is_the_squared_error_of_noise_minus_data() -> None:
+    """A model that answers (z_t - data) / sigma = noise - data is perfect."""
+    batch = make_batch()
+
+    def oracle(noisy: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> Any:
+        return SimpleNamespace(sample=(noisy - batch.latents) / (timestep / 1000).view(-1, 1, 1, 1, 1))
+
+    def wrong_sign(*args: Any) -> Any:
+        return SimpleNamespace(sample=-oracle(*args).sample)
+
+    assert measure(oracle, batch, (0, 0, 4)).video.max() < 1e-6
+    assert measure(wrong_sign, batch, (0, 0, 4)).video.min() > 1.0
+
+
+@pytest.mark.parametrize("counts", [(4, 0, 0), (0, 4, 0), (0, 0, 4), (1, 2, 1)])
+def test_full_dropout_hides_the_prompt_and_none_shows_it(models: dict[str, Any], counts: Any) -> None:
+    batch = make_batch()
+    other = replace(batch, prompt_embeds=batch.prompt_embeds + 1)
+
+    def both(batch: UniFlowBatch, dropout: float) -> torch.Tensor:
+        losses = measure(models["mask"], batch, counts, condition_dropout=dropout, guidance_dropout=dropout)
+        return torch.cat([losses.video, losses.text])
+
+    assert torch.equal(both(batch, 1.0), both(other, 1.0))
+    assert not torch.equal(both(batch, 0.0), both(other, 0.0))
+
+
+def test_each_dropout_belongs_to_its_tasks(models: dict[str, Any]) -> None:
+    batch, watch = make_batch(), Watch(models["mask"])
+    measure(watch, batch, (1, 1, 2), condition_dropout=1.0, guidance_dropout=0.0)
+    assert torch.equal(watch.calls[0][2], batch.null_embeds.expand(2, -1, -1))
+    assert torch.equal(watch.calls[1][2], batch.prompt_embeds[2:])
+
+
+def test_dropout_has_the_given_rate() -> None:
+    count = 4000
+    small = UniFlowBatch(torch.zeros(count, 1, 1, 1, 1), torch.ones(count, 1, 1), torch.zeros(1, 1, 1))
+    kept = []
+
+    def model(noisy: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> Any:
+        kept.append(embeds.mean().item())
+        return SimpleNamespace(sample=noisy)
+
+    measure(model, small, (0, 0, count), guidance_dropout=0.3)
+    assert abs(kept[0] - 0.7) < 4 * (0.21 / count) ** 0.5
+
+
+def test_generate_does_not_touch_the_text(models: dict[str, Any]) -> None:
+    batch = make_batch()
+    other = replace(batch, text_ids=(batch.text_ids + 1) % VOCAB)
+    first, second = (measure(models["uniform"], b, (1, 1, 2), "uniform") for b in (batch, other))
+    assert torch.equal(first.video[1:], second.video[1:])
+    assert not torch.equal(first.video[:1], second.video[:1]) and not torch.equal(first.text, second.text)
+    assert measure(models["uniform"], replace(batch, text_ids=None), (0, 0, 4), "uniform").text.shape == (0,)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_same_seed_same_losses(models: dict[str, Any], flow: str) -> None:
+    first, again, other = (measure(models[flow], make_batch(), (1, 2, 1), flow, seed) for seed in (5, 5, 6))
+    for name in ("video", "video_times", "text", "text_times"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+        assert not torch.equal(getattr(first, name), getattr(other, name))
+
+
+def test_time_options_are_used(models: dict[str, Any]) -> None:
+    options = FlowOptions(video_times=VideoTimeSampling(shift=1000.0))  # almost always nearly pure noise
+    objective = UniFlowObjective(make_text_flow("mask", VOCAB), options)
+    losses = objective(models["mask"], make_batch(), (2, 0, 2), generator=torch.Generator().manual_seed(0))
+    assert (losses.video_times < 0.1).all()
+
+
+def test_batches_that_do_not_fit_are_refused(models: dict[str, Any]) -> None:
+    batch = make_batch()
+    with pytest.raises(ValueError, match=r"counts=\(1, 1, 1\): expected a sum of 4"):
+        measure(models["mask"], batch, (1, 1, 1))
+    with pytest.raises(ValueError, match="text_ids=None"):
+        measure(models["mask"], replace(batch, text_ids=None), (0, 4, 0))
+    with pytest.raises(ValueError, match="generalized_kl"):
+        measure(models["embedding"], batch, (0, 4, 0), "embedding", text_loss="generalized_kl")
+
+
+# ---------------------------------------------------------------------- losses
+
+
+def test_total_counts_every_sample_once() -> None:
+    losses = UniFlowLosses(torch.tensor([1.0, 2.0]), torch.zeros(2), torch.tensor([10.0, 20.0, 30.0]), torch.zeros(3))
+    assert losses.total(video_weight=2.0, text_weight=0.5, batch_size=4).item() == (2 * 3 + 0.5 * 60) / 4
+    none = replace(losses, text=torch.zeros(0))
+    assert none.total(1.0, 1.0, 3).item() == 1.0
+
+
+def test_losses_by_noise_level() -> None:
+    times = torch.tensor([0.0, 0.2499, 0.25, 0.9, 1.0])
+    named = by_noise_level(torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0]), times)
+    assert {name: value.item() for name, value in named.items()} == {"t0.00-0.25": 2, "t0.25-0.50": 5, "t0.75-1.00": 8}
+    assert by_noise_level(torch.zeros(0), torch.zeros(0)) == {}
+
+
+@pytest.mark.parametrize(
+    ("flow", "text_loss"),
+    [(flow, "cross_entropy") for flow in FLOWS] + [("uniform", "generalized_kl"), ("mask", "generalized_kl")],
+)
+def test_forward_and_backward_are_finite(models: dict[str, Any], flow: str, text_loss: str) -> None:
+    model = models[flow]
+    model.zero_grad(set_to_none=True)
+    losses = measure(model, make_batch(), (1, 2, 1), flow, text_loss=text_loss)
+    losses.total(1.0, 1.0, 4).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
+    assert gradients["vocab_embed.weight"].abs().sum() > 0 and gradients["proj_out.weight"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_one_batch_can_be_learned(flow: str) -> None:
+    model, batch = tiny.make_unified(tiny.make_wan(), VOCAB, text_flow=flow), make_batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def losses() -> tuple[float, float]:
+        with torch.no_grad():
+            result = measure(model, batch, (4, 0, 0), flow, seed=1)
+        return result.video.mean().item(), result.text.mean().item()
+
+    video_before, text_before = losses()
+    for step in range(25):
+        optimizer.zero_grad()
+        measure(model, batch, (4, 0, 0), flow, seed=step).total(1.0, 1.0, 4).backward()
+        optimizer.step()
+    video_after, text_after = losses()
+    assert video_after < 0.9 * video_before
+    assert text_after < 0.85 * text_before

@@ -1,0 +1,578 @@
+"""The unified transformer: Wan inside it, the text stream beside it, both against an independent implementation."""
+
+from __future__ import annotations
+
+import math
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+
+from univigu.models import UniViGUTransformer3DModel, UniViGUTransformerOutput
+
+tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "tiny.py")))
+
+VOCAB = 11
+TEXT_KEYS = ("ffn_t.", "time_embedding_t.", "vocab_embed.", "text_head.", "scale_shift_table_t")
+FLOWS = ("embedding", "uniform", "mask")
+
+
+def is_text_key(name: str) -> bool:
+    return any(part in name for part in TEXT_KEYS)
+
+
+def make_inputs(
+    batch: int = 3, size: tuple[int, ...] = (3, 6, 10), length: int = 7, width: int | None = None, dtype: Any = None
+) -> dict[str, Any]:
+    """Model inputs at times that differ between samples and modalities; with a width, text as float states."""
+    generator = torch.Generator().manual_seed(7)
+    text: torch.Tensor = torch.randint(VOCAB, (batch, length), generator=generator)
+    if width is not None:
+        text = torch.randn(batch, length, width, generator=generator)
+    return {
+        "hidden_states": torch.randn(batch, tiny.CHANNELS, *size, generator=generator).to(dtype),
+        "timestep": torch.tensor([637.5, 20.25, 999.0])[:batch],
+        "encoder_hidden_states": torch.randn(batch, 5, tiny.TEXT_DIM, generator=generator).to(dtype),
+        "text_tokens": text,
+        "text_timestep": torch.tensor([3.5, 811.0, 402.25])[:batch],
+    }
+
+
+def video_only(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if not name.startswith("text_")}
+
+
+@torch.no_grad()
+def run(model: Any, inputs: dict[str, Any]) -> UniViGUTransformerOutput:
+    return model(**inputs)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def wan() -> WanTransformer3DModel:
+    return tiny.make_wan()
+
+
+@pytest.fixture(scope="module")
+def model(wan: WanTransformer3DModel) -> UniViGUTransformer3DModel:
+    return tiny.make_unified(wan, VOCAB)
+
+
+@pytest.fixture(scope="module")
+def one_way(wan: WanTransformer3DModel) -> UniViGUTransformer3DModel:
+    """As ``model``, but clean video does not read text."""
+    return tiny.make_unified(wan, VOCAB, clean_video_reads_text=False)
+
+
+# ---------------------------------------------------------------------- video alone is Wan
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({}, (3, 6, 10)),
+        ({"num_attention_heads": 3, "attention_head_dim": 10, "ffn_dim": 17, "num_layers": 1}, (1, 6, 14)),
+        ({"patch_size": (1, 1, 1), "freq_dim": 30}, (2, 3, 5)),
+        ({"patch_size": (2, 1, 3), "cross_attn_norm": False, "num_layers": 3}, (4, 3, 9)),
+    ],
+)
+def test_video_alone_is_bit_equal_to_wan(options: dict[str, Any], size: tuple[int, ...], dtype: torch.dtype) -> None:
+    wan = tiny.make_wan(seed=3, **options).to(dtype)
+    model = UniViGUTransformer3DModel.from_wan(wan, VOCAB).eval()
+    inputs = video_only(make_inputs(size=size, dtype=dtype))
+    expected, output = run(wan, inputs), run(model, inputs)
+    assert output.sample.dtype == dtype
+    assert torch.equal(output.sample, expected.sample)
+    assert output.text is None
+    assert len(run(model, inputs | {"return_dict": False})) == 1
+
+
+def test_video_alone_is_bit_equal_to_wan_on_the_shipped_foundation(foundation: str) -> None:
+    wan = WanTransformer3DModel.from_pretrained(Path(foundation) / "transformer").eval()
+    model = UniViGUTransformer3DModel.from_wan(foundation, VOCAB).eval()
+    config, generator = wan.config, torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(2, config.in_channels, 3, 6, 10, generator=generator),
+        "timestep": torch.tensor([999.0, 12.5]),
+        "encoder_hidden_states": torch.randn(2, 9, config.text_dim, generator=generator),
+    }
+    assert torch.equal(run(model, inputs).sample, run(wan, inputs).sample)
+
+
+def test_construction_at_wan_1_3b_has_wans_keys_and_count() -> None:
+    options = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
+    with torch.device("meta"):
+        wan = WanTransformer3DModel(**options, text_dim=4096)
+        model = UniViGUTransformer3DModel(**options, text_dim=4096, vocab_size=256384)
+    theirs = {name: value.shape for name, value in wan.state_dict().items()}
+    ours = {name: value.shape for name, value in model.state_dict().items()}
+    assert theirs.items() <= ours.items()
+    assert {name for name in ours if not is_text_key(name)} == set(theirs)
+    count = sum(value.numel() for name, value in model.named_parameters() if not is_text_key(name))
+    assert count == sum(value.numel() for value in wan.parameters()) == 1_418_996_800
+    width, vocab, hidden = 1536, 256384, 8960
+    text_stream = (
+        30 * (2 * width * hidden + width + hidden)  # ffn_t
+        + 256 * width + width + width * width + width  # time_embedder
+        + 6 * width * width + 6 * width  # time_proj
+        + vocab * width + 2 * width  # embedding, scale_shift_table_t
+        + width + vocab * width + vocab  # head: norm, linear
+    )  # fmt: skip
+    assert sum(value.numel() for name, value in model.named_parameters() if is_text_key(name)) == text_stream
+    assert model.config.num_layers == 30
+
+
+# ---------------------------------------------------------------------- the joint forward, written again
+
+
+def sinusoid(times: torch.Tensor, dim: int) -> torch.Tensor:
+    angles = times[:, None] * torch.exp(-math.log(10000.0) * torch.arange(dim // 2) / (dim // 2))
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def rotate_pairs(states: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Interleaved pairs (2j, 2j+1) as complex numbers; states [B, S, heads, hd], angles [S, hd/2]."""
+    pairs = torch.view_as_complex(states.double().unflatten(-1, (-1, 2)).contiguous())
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.view_as_real(turned).flatten(-2).float()
+
+
+def rotate_halves(states: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Pairs (j, j + hd/2)."""
+    first, second = states.double().chunk(2, dim=-1)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).float()
+
+
+def axis_angles(positions: torch.Tensor, dim: int) -> torch.Tensor:
+    return positions.double()[:, None] / 10000.0 ** (torch.arange(0, dim, 2).double() / dim)
+
+
+def video_angles(grid: tuple[int, ...], head_dim: int) -> torch.Tensor:
+    """Wan's three axes side by side: height and width have a third each (even), time has the rest."""
+    third = 2 * (head_dim // 6)
+    dims = (head_dim - 2 * third, third, third)
+    axes = torch.cartesian_prod(*[torch.arange(n) for n in grid])
+    return torch.cat([axis_angles(axes[:, i], dims[i]) for i in range(3)], dim=1)
+
+
+class Reference:
+    """Joint forward of the unified model from its weights by formula, in float32; ``fault`` breaks one rule."""
+
+    def __init__(self, model: UniViGUTransformer3DModel, fault: str | None = None) -> None:
+        self.w = dict(model.state_dict())
+        self.config, self.fault = model.config, fault
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.w[f"{name}.weight"].T + self.w[f"{name}.bias"]
+
+    def times(self, prefix: str, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = F.silu(self.linear(f"{prefix}.time_embedder.linear_1", sinusoid(times, self.config.freq_dim)))
+        temb = self.linear(f"{prefix}.time_embedder.linear_2", hidden)
+        return temb, self.linear(f"{prefix}.time_proj", F.silu(temb)).unflatten(1, (6, -1))
+
+    def norm(self, x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.config.num_attention_heads, -1))
+
+    def rms(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        if self.fault == "norm_per_head":
+            x = (self.heads(x) / self.heads(x).square().mean(-1, keepdim=True).sqrt()).flatten(-2)
+        else:
+            x = x / (x.square().mean(-1, keepdim=True) + self.config.eps).sqrt()
+        return x * self.w[f"{name}.weight"]
+
+    def qkv(self, name: str, x: torch.Tensor, source: torch.Tensor) -> list[torch.Tensor]:
+        query = self.rms(f"{name}.norm_q", self.linear(f"{name}.to_q", x))
+        key = self.rms(f"{name}.norm_k", self.linear(f"{name}.to_k", source))
+        return [self.heads(y) for y in (query, key, self.linear(f"{name}.to_v", source))]
+
+    def attention(
+        self, name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | float = 0.0
+    ) -> torch.Tensor:
+        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(query.shape[-1]) + bias
+        mixed = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value).flatten(2)
+        return self.linear(f"{name}.to_out.0", mixed)
+
+    def rotate(self, x: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
+        count, head_dim = math.prod(grid), x.shape[-1]
+        video = rotate_pairs(x[:, :count], video_angles(grid, head_dim))
+        positions = torch.arange(x.shape[1] - count) + (count if self.fault == "text_moves_with_one_token" else 0)
+        turn = rotate_pairs if self.fault == "interleaved_text_rotary" else rotate_halves
+        return torch.cat([video, turn(x[:, count:], axis_angles(positions, head_dim))], dim=1)
+
+    def feed_forward(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(f"{name}.net.2", F.gelu(self.linear(f"{name}.net.0.proj", x), approximate="tanh"))
+
+    def block(
+        self, i: int, x: torch.Tensor, grid: tuple[int, ...], modulation: torch.Tensor, context: torch.Tensor,
+        bias: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """x: [video ; text]; modulation: [B, N + L, 6, D], each token's own."""
+        name, count = f"blocks.{i}", math.prod(grid)
+        parts = self.w[f"{name}.scale_shift_table"] + modulation
+        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = parts.unbind(2)
+        y = self.norm(x) * (1 + scale) + shift
+        query, key, value = self.qkv(f"{name}.attn1", y, y)
+        query, key = self.rotate(query, grid), self.rotate(key, grid)
+        x = x + gate * self.attention(f"{name}.attn1", query, key, value, bias)
+        normed = self.norm(x) * self.w[f"{name}.norm2.weight"] + self.w[f"{name}.norm2.bias"]
+        read = self.attention(f"{name}.attn2", *self.qkv(f"{name}.attn2", normed, context))
+        if self.fault == "text_skips_prompt":
+            read[:, count:] = 0
+        x = x + read
+        y = self.norm(x) * (1 + scale_ffn) + shift_ffn
+        expert = "ffn" if self.fault == "one_feed_forward" else "ffn_t"
+        halves = self.feed_forward(f"{name}.ffn", y[:, :count]), self.feed_forward(f"{name}.{expert}", y[:, count:])
+        return x + gate_ffn * torch.cat(halves, dim=1)
+
+    def bias(self, inputs: dict[str, Any], count: int, length: int) -> torch.Tensor:
+        """Who may read whom: 0 or -inf, [B, 1, N + L, N + L]."""
+        visible = torch.ones(len(inputs["timestep"]), count + length, count + length, dtype=torch.bool)
+        if "text_mask" in inputs:
+            visible[:, :, count:] &= inputs["text_mask"][:, None]
+        if not self.config.clean_video_reads_text:
+            visible[inputs["timestep"] == 0, :count, count:] = False
+        return torch.zeros(visible.shape).masked_fill(~visible, -math.inf)[:, None]
+
+    def __call__(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        latents, tokens, (pt, ph, pw) = inputs["hidden_states"], inputs["text_tokens"], self.config.patch_size
+        batch, length = tokens.shape[:2]
+        grid = (latents.shape[2] // pt, latents.shape[3] // ph, latents.shape[4] // pw)
+        count = math.prod(grid)
+
+        # Tokens
+        patches = latents.reshape(batch, -1, grid[0], pt, grid[1], ph, grid[2], pw)
+        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, count, -1)
+        video = patches @ self.w["patch_embedding.weight"].flatten(1).T + self.w["patch_embedding.bias"]
+        text = tokens if tokens.is_floating_point() else self.w["vocab_embed.weight"][tokens]
+        x = torch.cat([video, text], dim=1)
+
+        # Times and prompt
+        temb_v, mod_v = self.times("condition_embedder", inputs["timestep"])
+        own = "condition_embedder" if self.fault == "one_time_embedding" else "time_embedding_t"
+        temb_t, mod_t = self.times(own, inputs["timestep" if self.fault == "one_time" else "text_timestep"])
+        each = [mod_v[:, None].expand(-1, count, -1, -1), mod_t[:, None].expand(-1, length, -1, -1)]
+        context = self.linear("condition_embedder.text_embedder.linear_1", inputs["encoder_hidden_states"])
+        context = self.linear("condition_embedder.text_embedder.linear_2", F.gelu(context, approximate="tanh"))
+
+        bias = self.bias(inputs, count, length)
+        for i in range(self.config.num_layers):
+            x = self.block(i, x, grid, torch.cat(each, dim=1), context, bias)
+
+        # Heads
+        shift, scale = (self.w["scale_shift_table"] + temb_v[:, None])[:, :, None].unbind(1)
+        out = self.linear("proj_out", self.norm(x[:, :count]) * (1 + scale) + shift)
+        out = out.reshape(batch, *grid, pt, ph, pw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(latents.shape)
+        shift, scale = (self.w["scale_shift_table_t"] + temb_t[:, None])[:, :, None].unbind(1)
+        normed = self.norm(x[:, count:], eps=1e-5) * self.w["text_head.norm_final.weight"]
+        if self.fault == "unmodulated_text_head":
+            shift, scale = torch.zeros_like(shift), torch.zeros_like(scale)
+        return out, self.linear("text_head.linear", normed * (1 + scale) + shift)
+
+
+@pytest.mark.parametrize("text_flow", FLOWS)
+@pytest.mark.parametrize("reads", [True, False])
+def test_joint_forward_agrees_with_the_formulas(wan: WanTransformer3DModel, text_flow: str, reads: bool) -> None:
+    model = tiny.make_unified(wan, VOCAB, text_flow=text_flow, clean_video_reads_text=reads)
+    inputs = make_inputs(width=tiny.HEADS * tiny.HEAD_DIM if text_flow == "embedding" else None)
+    inputs["timestep"][1] = 0.0  # a clean row among noisy ones
+    inputs["text_mask"] = torch.arange(7) < torch.tensor([7, 3, 5])[:, None]
+    if text_flow == "mask":
+        inputs["text_tokens"][0, 2] = VOCAB  # the mask state
+    output = run(model, inputs)
+    sample, text = Reference(model)(inputs)
+    assert_close(output.sample, sample)
+    assert_close(output.text, text)
+
+
+def test_joint_forward_agrees_for_other_sizes() -> None:
+    options = {"num_attention_heads": 3, "attention_head_dim": 10, "patch_size": (2, 1, 3), "num_layers": 3}
+    model = tiny.make_unified(tiny.make_wan(seed=5, **options), VOCAB)
+    inputs = make_inputs(batch=2, size=(4, 3, 9), length=1)
+    output = run(model, inputs)
+    sample, text = Reference(model)(inputs)
+    assert_close(output.sample, sample)
+    assert_close(output.text, text)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "interleaved_text_rotary", "text_moves_with_one_token", "norm_per_head", "text_skips_prompt",
+        "one_feed_forward", "one_time_embedding", "one_time", "unmodulated_text_head",
+    ],
+)  # fmt: skip
+def test_a_broken_rule_would_be_seen(model: UniViGUTransformer3DModel, fault: str) -> None:
+    inputs = make_inputs()
+    _, text = Reference(model, fault)(inputs)
+    assert (run(model, inputs).text - text).abs().max() > 1e-3
+
+
+# ---------------------------------------------------------------------- batches, masks, reach
+
+
+@pytest.mark.parametrize("with_text", [True, False])
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_sample_does_not_depend_on_its_batch(model: Any, one_way: Any, reads: bool, with_text: bool) -> None:
+    unified, inputs = (model if reads else one_way), make_inputs()
+    inputs["timestep"][2] = 0.0
+    inputs = inputs if with_text else video_only(inputs)
+    together = run(unified, inputs)
+    for i in range(3):
+        alone = run(unified, {name: value[i : i + 1] for name, value in inputs.items()})
+        assert_close(alone.sample, together.sample[i : i + 1])
+        if with_text:
+            assert_close(alone.text, together.text[i : i + 1])
+
+
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("kept", [1, 3, 5])
+def test_masked_text_equals_truncated_text(model: Any, one_way: Any, reads: bool, kept: int) -> None:
+    unified, inputs = (model if reads else one_way), make_inputs()
+    inputs["timestep"][0] = 0.0
+    mask = (torch.arange(7) < kept).expand(3, -1)
+    short = run(unified, inputs | {"text_tokens": inputs["text_tokens"][:, :kept]})
+    masked = run(unified, inputs | {"text_mask": mask})
+    assert_close(masked.sample, short.sample)
+    assert_close(masked.text[:, :kept], short.text)
+    unmasked = run(unified, inputs).text
+    assert (unmasked[:, :kept] - short.text).abs().max() > 1e-3
+    assert_close(run(unified, inputs | {"text_mask": torch.ones_like(mask)}).text, unmasked)
+
+
+def video_states(model: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """The video's hidden states after every block, and its output."""
+    states: list[torch.Tensor] = []
+    hooks = [block.register_forward_hook(lambda *args: states.append(args[2][0])) for block in model.blocks]
+    sample = run(model, inputs).sample
+    for hook in hooks:
+        hook.remove()
+    return [*states, sample]
+
+
+def test_clean_video_that_does_not_read_text_is_independent_of_it(model: Any, one_way: Any) -> None:
+    inputs = make_inputs()
+    inputs["timestep"][1] = 0.0  # clean; rows 0 and 2 are noisy
+    changed = inputs | {"text_tokens": (inputs["text_tokens"] + 1) % VOCAB, "text_timestep": torch.full((3,), 77.0)}
+    before, after = video_states(one_way, inputs), video_states(one_way, changed)
+    assert len(before) == one_way.config.num_layers + 1
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a[1], b[1])
+        assert all((a[row] - b[row]).abs().max() > 1e-4 for row in (0, 2))
+    assert_close(before[-1][1], run(one_way, video_only(inputs)).sample[1])
+    for a, b in zip(video_states(model, inputs), video_states(model, changed), strict=True):
+        assert (a[1] - b[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("timesteps", [[0.0, 0.0, 0.0], [1e-3, 500.0, 1000.0]])
+def test_batches_of_one_kind_of_row(model: Any, one_way: Any, timesteps: list[float]) -> None:
+    inputs = make_inputs() | {"timestep": torch.tensor(timesteps)}
+    difference = (run(one_way, inputs).sample - run(model, inputs).sample).abs().amax((1, 2, 3, 4))
+    assert (difference > 1e-4).tolist() == [t == 0 for t in timesteps]
+
+
+# ---------------------------------------------------------------------- weights in and out
+
+
+@pytest.mark.parametrize("source", ["memory", "transformer", "pipeline"])
+def test_from_wan_copies_wan(tmp_path: Path, wan: WanTransformer3DModel, source: str) -> None:
+    wan.save_pretrained(tmp_path / "transformer")
+    origin = {"memory": wan, "transformer": str(tmp_path / "transformer"), "pipeline": tmp_path}[source]
+    model = UniViGUTransformer3DModel.from_wan(origin, VOCAB, "mask", clean_video_reads_text=False)
+    ours, theirs = model.state_dict(), wan.state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert not {value.data_ptr() for value in ours.values()} & {value.data_ptr() for value in theirs.values()}
+    assert len({value.data_ptr() for value in ours.values()}) == len(ours)  # the copies below share nothing
+    for name, value in ours.items():
+        if "ffn_t." in name:
+            assert torch.equal(value, theirs[name.replace("ffn_t.", "ffn.")])
+        if name.startswith("time_embedding_t."):
+            assert torch.equal(value, theirs[name.replace("time_embedding_t.", "condition_embedder.")])
+    assert torch.equal(ours["scale_shift_table_t"], theirs["scale_shift_table"])
+    assert not ours["text_head.linear.weight"].any() and not ours["text_head.linear.bias"].any()
+    assert ours["vocab_embed.weight"].shape[0] == VOCAB + 1 and ours["text_head.linear.weight"].shape[0] == VOCAB
+    config = model.config
+    assert (config.vocab_size, config.text_flow, config.clean_video_reads_text) == (VOCAB, "mask", False)
+    assert config.num_layers == wan.config.num_layers
+
+
+def test_from_wan_in_bfloat16_keeps_wans_dtypes(tmp_path: Path, wan: WanTransformer3DModel) -> None:
+    wan.save_pretrained(tmp_path)
+    reference = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).eval()
+    model = UniViGUTransformer3DModel.from_wan(tmp_path, VOCAB, torch_dtype=torch.bfloat16).eval()
+    dtypes = {name: value.dtype for name, value in model.named_parameters()}
+    assert all(dtypes[name] == value.dtype for name, value in reference.named_parameters())
+    assert set(dtypes.values()) == {torch.float32, torch.bfloat16} and model.dtype == torch.bfloat16
+    for name, dtype in dtypes.items():
+        if "ffn_t" in name or name.startswith(("vocab_embed", "text_head.linear")):
+            assert dtype == torch.bfloat16
+        if name in ("scale_shift_table_t", "text_head.norm_final.weight"):
+            assert dtype == torch.float32
+    inputs = make_inputs(dtype=torch.bfloat16)
+    assert torch.equal(run(model, video_only(inputs)).sample, run(reference, video_only(inputs)).sample)
+    model.save_pretrained(tmp_path / "saved")
+    again = UniViGUTransformer3DModel.from_pretrained(tmp_path / "saved", torch_dtype=torch.bfloat16)
+    assert {name: value.dtype for name, value in again.named_parameters()} == dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("text_flow", FLOWS)
+def test_save_and_load_is_bit_equal(
+    tmp_path: Path, wan: WanTransformer3DModel, text_flow: str, dtype: torch.dtype
+) -> None:
+    model = tiny.make_unified(wan, VOCAB, text_flow=text_flow)
+    model.save_pretrained(tmp_path / "float32")
+    model = UniViGUTransformer3DModel.from_pretrained(tmp_path / "float32", torch_dtype=dtype)
+    model.save_pretrained(tmp_path / "again")
+    again = UniViGUTransformer3DModel.from_pretrained(tmp_path / "again", torch_dtype=dtype)
+    assert dict(again.config).items() >= {k: v for k, v in model.config.items() if not k.startswith("_")}.items()
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    inputs = make_inputs(width=24 if text_flow == "embedding" else None, dtype=dtype)
+    first, second = run(model, inputs), run(again, inputs)
+    assert first.sample.dtype == first.text.dtype == dtype
+    assert torch.equal(first.sample, second.sample) and torch.equal(first.text, second.text)
+    assert first.text.isfinite().all()
+
+
+def edit_weights(folder: Path, remove: str | None = None, add: str | None = None) -> None:
+    path = folder / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    if remove:
+        del weights[remove]
+    if add:
+        weights[add] = torch.zeros(2)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("change", [{"remove": "proj_out.bias"}, {"add": "blocks.0.extra.weight"}])
+def test_loading_is_strict_and_names_the_key(tmp_path: Path, model: Any, wan: Any, change: dict[str, str]) -> None:
+    (name,) = change.values()
+    model.save_pretrained(tmp_path / "unified")
+    edit_weights(tmp_path / "unified", **change)
+    with pytest.raises(ValueError, match=name):
+        UniViGUTransformer3DModel.from_pretrained(tmp_path / "unified")
+    wan.save_pretrained(tmp_path / "wan")
+    edit_weights(tmp_path / "wan", **change)
+    with pytest.raises(ValueError, match=name):
+        UniViGUTransformer3DModel.from_wan(tmp_path / "wan", VOCAB)
+
+
+def test_loading_wrong_folders(tmp_path: Path, wan: WanTransformer3DModel) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing.*config\.json"):
+        UniViGUTransformer3DModel.from_wan(tmp_path / "nothing", VOCAB)
+    wan.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"ffn_t\.net\.2\.weight"):  # Wan's folder is no unified model
+        UniViGUTransformer3DModel.from_pretrained(tmp_path)
+
+
+def test_a_wan_with_a_foreign_part_is_refused() -> None:
+    changed = tiny.make_wan()
+    changed.extra = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"unexpected keys \['extra\.weight'"):
+        UniViGUTransformer3DModel.from_wan(changed, VOCAB)
+
+
+@pytest.mark.parametrize(("field", "value"), [("text_flow", "autoregressive"), ("vocab_size", 0)])
+def test_constructor_names_the_wrong_option(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{field}={value!r}"):
+        UniViGUTransformer3DModel(num_layers=0, **{field: value})
+
+
+@pytest.mark.parametrize("text_flow", ["embedding", "mask"])  # the mask state is not data
+def test_token_table_has_rows_of_rms_one_and_is_differentiable(wan: WanTransformer3DModel, text_flow: str) -> None:
+    model = tiny.make_unified(wan, VOCAB, text_flow=text_flow)
+    table = model.token_table()
+    assert table.shape == (VOCAB, 24)
+    assert_close(table.square().mean(-1).sqrt(), torch.ones(VOCAB))
+    assert_close(F.cosine_similarity(table, model.vocab_embed.weight[:VOCAB]), torch.ones(VOCAB))
+    table[:, 0].sum().backward()
+    assert model.vocab_embed.weight.grad[:VOCAB].abs().sum() > 0
+
+
+def test_diffusers_finds_our_blocks(model: UniViGUTransformer3DModel) -> None:
+    block = type(model.blocks[0]).__name__
+    assert model._no_split_modules == [block] and model._repeated_blocks == [block]
+    assert {"scale_shift_table_t", "norm_final", "time_embedder"} <= set(model._keep_in_fp32_modules)
+
+
+# ---------------------------------------------------------------------- inputs and gradients
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_timestep": None}, r"text_timestep=None"),
+        ({"timestep": torch.zeros(2)}, r"^timestep has shape \[2\]: expected \[3\]"),
+        ({"timestep": torch.zeros(3, 45)}, r"^timestep has shape \[3, 45\]: expected \[3\]"),
+        ({"text_timestep": torch.tensor(5.0)}, r"^text_timestep has shape \[\]: expected \[3\]"),
+        ({"text_tokens": torch.zeros(3, 7, 24)}, r"text_tokens is torch\.float32 \[3, 7, 24\]: the uniform .*\[B, L\]"),
+        ({"text_tokens": torch.zeros(21, dtype=torch.int64)}, r"text_tokens is torch\.int64 \[21\]"),
+        ({"text_tokens": torch.zeros(2, 7, dtype=torch.int64)}, r"text_tokens has 2 rows: expected 3"),
+        ({"text_mask": torch.ones(3, 7)}, r"text_mask is torch\.float32 \[3, 7\]: expected bool \[3, 7\]"),
+        ({"text_mask": torch.ones(3, 6).bool()}, r"text_mask is torch\.bool \[3, 6\]: expected bool \[3, 7\]"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(model: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(model, make_inputs() | changes)
+
+
+def test_embedding_flow_wants_states(wan: WanTransformer3DModel) -> None:
+    model = tiny.make_unified(wan, VOCAB, text_flow="embedding")
+    with pytest.raises(ValueError, match=r"text_tokens is torch\.int64 \[3, 7\]: the embedding .*\[B, L, D\]"):
+        run(model, make_inputs())
+
+
+def gradients(model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor | None]:
+    model.zero_grad(set_to_none=True)
+    output = model(**inputs)
+    (output.sample.square().mean() + output.text.square().mean()).backward()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_gradients_reach_every_parameter(model: UniViGUTransformer3DModel) -> None:
+    for name, gradient in gradients(model, make_inputs()).items():
+        assert gradient is not None and gradient.isfinite().all() and gradient.abs().sum() > 0, name
+
+
+def test_a_fresh_text_head_is_undecided_and_learns(wan: WanTransformer3DModel) -> None:
+    model = UniViGUTransformer3DModel.from_wan(wan, VOCAB)
+    inputs = make_inputs()
+    logits = model(**inputs).text
+    assert not logits.any()  # the first posterior is uniform
+    F.cross_entropy(logits.flatten(0, 1), inputs["text_tokens"].flatten()).backward()
+    assert model.text_head.linear.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_gradient_checkpointing_changes_nothing(wan: WanTransformer3DModel, reads: bool) -> None:
+    model = tiny.make_unified(wan, VOCAB, clean_video_reads_text=reads).train()
+    inputs = make_inputs()
+    inputs["timestep"][0] = 0.0
+    plain = gradients(model, inputs)
+    calls = []
+
+    def counting(function: Any, *args: Any) -> Any:
+        calls.append(function)
+        return checkpoint(function, *args, use_reentrant=False)
+
+    model.enable_gradient_checkpointing(counting)
+    checkpointed = gradients(model, inputs)
+    assert calls == list(model.blocks)
+    for name, gradient in plain.items():
+        assert torch.equal(checkpointed[name], gradient), name

@@ -1,0 +1,178 @@
+"""Weights in and out, and what is said when they do not fit."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+
+from univigu.checkpoint import CheckpointError, export_foundation, load_weights, read_checkpoint, to_wan
+from univigu.models import UniViGUTransformer3DModel
+
+tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parent / "tiny.py")))
+
+VOCAB = 11
+
+
+@pytest.fixture(scope="module")
+def model() -> UniViGUTransformer3DModel:
+    return tiny.make_unified(tiny.make_wan(), VOCAB, text_flow="mask")
+
+
+def plain_config(model: Any) -> dict[str, Any]:
+    return {name: value for name, value in model.config.items() if not name.startswith("_")}
+
+
+def save(path: Path, model: Any, encoder: torch.nn.Module | None = None, **state: Any) -> Path:
+    """A file as Lightning writes it."""
+    weights = {f"transformer.{name}": value for name, value in model.state_dict().items()}
+    if encoder is not None:
+        weights |= {f"text_encoder.{name}": value for name, value in encoder.state_dict().items()}
+    info = {"transformer_config": plain_config(model), "stage": "recall"}
+    torch.save({"epoch": 0, "global_step": 3, "univigu": info, "state_dict": weights | state}, path)
+    return path
+
+
+def assert_same_weights(first: torch.nn.Module, second: torch.nn.Module) -> None:
+    ours, theirs = first.state_dict(), second.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+# ---------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize(
+    ("path", "stage"),
+    [("runs/foundation/last.ckpt", "foundation"), ("runs/refine/last.ckpt", "refine"), ("x.ckpt", "recall")],
+)
+def test_a_missing_checkpoint_says_how_to_make_it(tmp_path: Path, path: str, stage: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"{path}: no such .*lightning fit --config configs/{stage}\.yaml"):
+        read_checkpoint(tmp_path / path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 broken zip"])
+def test_garbage_is_not_readable(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "garbage.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"garbage\.ckpt: not a readable checkpoint \(.+\)"):
+        read_checkpoint(path)
+
+
+def test_a_folder_without_a_checkpoint_is_not_readable(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        read_checkpoint(tmp_path)
+
+
+class Payload:
+    """What unpickling must not run."""
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("executed"),))
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"univigu": Payload(), "state_dict": {}}, "evil.ckpt")
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        read_checkpoint("evil.ckpt")
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, {"model": {}, "step": 1}, {"univigu": {}}, [1], torch.ones(2)])
+def test_a_foreign_checkpoint_is_refused(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "foreign.ckpt")
+    with pytest.raises(CheckpointError, match=r"foreign\.ckpt: not a checkpoint of this project"):
+        read_checkpoint(tmp_path / "foreign.ckpt")
+
+
+# ---------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("kind", ["ckpt", "folder"])
+@pytest.mark.parametrize("given", [False, True])
+def test_weights_load_bit_equal(tmp_path: Path, model: Any, kind: str, given: bool) -> None:
+    path = tmp_path / "saved"
+    if kind == "ckpt":
+        save(path, model)
+    else:
+        model.save_pretrained(path)
+    like = tiny.make_unified(tiny.make_wan(seed=9), VOCAB, text_flow="mask", clean_video_reads_text=False)
+    loaded = load_weights(path, like if given else None)
+    assert_same_weights(loaded, model)
+    # Attention's reach belongs to the run that asks, everything else to the checkpoint.
+    assert (loaded is like) == given and loaded.config.clean_video_reads_text is not given
+
+
+@pytest.mark.parametrize("kind", ["ckpt", "folder"])
+def test_another_architecture_is_refused_by_option(tmp_path: Path, model: Any, kind: str) -> None:
+    path = tmp_path / "saved"
+    if kind == "ckpt":
+        save(path, model)
+    else:
+        model.save_pretrained(path)
+    like = tiny.make_unified(tiny.make_wan(ffn_dim=48), VOCAB, text_flow="uniform")
+    with pytest.raises(CheckpointError, match=r"saved: made for another model") as error:
+        load_weights(path, like)
+    assert "'ffn_dim': (40, 48)" in str(error.value) and "'text_flow': ('mask', 'uniform')" in str(error.value)
+    assert "num_layers" not in str(error.value)
+
+
+def test_missing_and_unexpected_keys_are_named(tmp_path: Path, model: Any) -> None:
+    path = save(tmp_path / "more.ckpt", model, **{"transformer.blocks.7.extra": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"more\.ckpt: .*unexpected \['blocks\.7\.extra'\]"):
+        load_weights(path)
+    checkpoint = torch.load(path)
+    del checkpoint["state_dict"]["transformer.blocks.7.extra"], checkpoint["state_dict"]["transformer.proj_out.bias"]
+    torch.save(checkpoint, tmp_path / "less.ckpt")
+    with pytest.raises(CheckpointError, match=r"less\.ckpt: .*missing \['proj_out\.bias'\]"):
+        load_weights(tmp_path / "less.ckpt")
+
+
+def test_a_wan_folder_holds_no_unified_weights(tmp_path: Path) -> None:
+    tiny.make_wan().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"text_head\.linear\.weight"):
+        load_weights(tmp_path)
+
+
+# ---------------------------------------------------------------------- exporting
+
+
+@pytest.mark.parametrize("text_flow", ["embedding", "mask"])
+def test_wan_comes_out_as_it_went_in(text_flow: str) -> None:
+    wan = tiny.make_wan()
+    back = to_wan(tiny.make_unified(wan, VOCAB, text_flow=text_flow))
+    assert type(back) is WanTransformer3DModel
+    assert_same_weights(back, wan)
+    assert plain_config(back) == plain_config(wan)
+    places = {value.data_ptr() for value in back.state_dict().values()}
+    assert places.isdisjoint(value.data_ptr() for value in wan.state_dict().values())
+
+
+def test_an_exported_foundation_is_a_wan_pipeline(tmp_path: Path) -> None:
+    source = tiny.make_pipeline()
+    source.save_pretrained(tmp_path / "source")
+    encoder = tiny.make_pipeline().text_encoder
+    tiny.shake(encoder)
+    trained = tiny.make_unified(tiny.make_wan(seed=4), len(source.tokenizer))
+    save(tmp_path / "stage0.ckpt", trained, encoder)
+    export_foundation(tmp_path / "stage0.ckpt", tmp_path / "source", tmp_path / "target")
+    made = WanPipeline.from_pretrained(tmp_path / "target")
+    assert_same_weights(made.transformer, to_wan(trained))
+    assert_same_weights(made.text_encoder, encoder)
+    assert_same_weights(made.vae, source.vae)
+    assert made.scheduler.config.flow_shift == 3.0 and made.tokenizer("a red").input_ids[-1] == 1
+    made.set_progress_bar_config(disable=True)
+    arguments = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "output_type": "np"}
+    assert made("a red circle", max_sequence_length=16, **arguments).frames.shape == (1, 5, 32, 32, 3)
+
+
+def test_a_checkpoint_without_text_encoder_cannot_be_exported(tmp_path: Path, model: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no text encoder; train with model\.train_text_encoder: true"):
+        export_foundation(save(tmp_path / "recall.ckpt", model), tmp_path, tmp_path / "target")
+    assert not (tmp_path / "target").exists()

@@ -1,0 +1,187 @@
+"""Every shipped configuration runs, and every mistake of a user gets one clear line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import REPO
+from univigu.cli import main
+from univigu.data.shapes import render, sample_scene
+from univigu.data.video import encode_mp4
+
+CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
+FIT = ("recall", "refine", "two_stage", "foundation")
+# Few steps and small pictures, real parts.
+QUICK = ["--model.sampling.num_inference_steps=2", "--model.sampling.caption_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path, foundation: str) -> Path:
+    """A recall checkpoint, two steps old."""
+    folder = tmp_path_factory.mktemp("recall")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main(
+            [
+                "fit", f"--config={REPO}/configs/recall.yaml", f"--model.foundation={foundation}",
+                f"--data.root={shapes_root}", "--data.num_train_clips=8", "--data.num_val_clips=4",
+                "--data.num_test_clips=4", "--data.batch_size=4", "--data.num_workers=0", "--trainer.max_steps=2", *QUICK,
+            ]
+        )  # fmt: skip
+    path = folder / "runs/recall/checkpoints/last.ckpt"
+    assert path.is_file()
+    return path
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three good clips of different shapes and three broken ones."""
+    folder = tmp_path_factory.mktemp("clips")
+    for i, (height, width, frames) in enumerate([(64, 64, 9), (48, 86, 23), (100, 60, 1)]):
+        clip = encode_mp4(render(sample_scene(i), height, width, frames), fps=(8, 25, 3)[i])
+        (folder / f"good{i}.mp4").write_bytes(clip)
+    (folder / "broken_empty.mp4").write_bytes(b"")
+    (folder / "broken_text.mp4").write_text("not a video")
+    (folder / "broken_cut.mp4").write_bytes(clip[: len(clip) // 3])
+    return folder
+
+
+def test_every_configuration_is_covered() -> None:
+    assert {path.stem for path in CONFIGS} == {*FIT, "caption", "generate", "joint"}
+
+
+@pytest.mark.parametrize("name", FIT)
+def test_fit_configurations_run(name: str, in_tmp: Path, small_data: list[str], checkpoint: Path) -> None:
+    args = ["fit", f"--config=configs/{name}.yaml", *small_data, *QUICK, "--trainer.fast_dev_run=2"]
+    if name == "refine":
+        args.append(f"--model.init_from={checkpoint}")
+    main(args)
+
+
+def test_caption_writes_a_row_for_every_file(
+    in_tmp: Path, foundation: str, checkpoint: Path, clips: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [
+        "predict", "--config=configs/caption.yaml", f"--model.foundation={foundation}", f"--ckpt_path={checkpoint}",
+        f"--data.videos={clips}/*.mp4", "--data.batch_size=4", *QUICK,
+    ]  # fmt: skip
+    main(args)
+    path = in_tmp / "runs/caption/captions.jsonl"
+    assert str(path.relative_to(in_tmp)) in capsys.readouterr().out
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [Path(row["video"]).stem for row in rows] == sorted(p.stem for p in clips.iterdir())
+    for row in rows:
+        assert set(row) == {"video", "caption", "error", "seconds", "seed"}
+        broken = "broken" in row["video"]
+        assert (row["error"] is not None) == broken and (row["caption"] is None) == broken
+        assert not broken or Path(row["video"]).name in row["error"]
+    # The same seed gives the same captions, whatever the batch.
+    main([*args[:-3], "--data.batch_size=1", *QUICK])
+    again = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["caption"] for row in again] == [row["caption"] for row in rows]
+
+
+@pytest.mark.parametrize("name", ["generate", "joint"])
+def test_generation_writes_videos_and_a_manifest(name: str, in_tmp: Path, foundation: str, checkpoint: Path) -> None:
+    long = "a red circle " * 60
+    (in_tmp / "prompts.txt").write_text(f"a small red circle moving left slowly, on a black background\n\n{long}\n")
+    main(
+        [
+            "predict", f"--config=configs/{name}.yaml", f"--model.foundation={foundation}", "--data.num_workers=0",
+            f"--ckpt_path={checkpoint}", "--data.prompts=prompts.txt", *QUICK,
+        ]
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (in_tmp / f"runs/{name}/manifest.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    assert Path(rows[0]["video"]).is_file() and rows[0]["error"] is None
+    assert (rows[0]["caption"] is not None) == (name == "joint")
+    assert rows[1]["video"] is None and "over the limit of 128" in rows[1]["error"]
+
+
+def test_refine_takes_recalls_weights(in_tmp: Path, small_data: list[str], checkpoint: Path) -> None:
+    from univigu.command import UniViGUCLI
+
+    args = ["fit", "--config=configs/refine.yaml", *small_data, *QUICK, f"--model.init_from={checkpoint}"]
+    cli = UniViGUCLI([*args, "--trainer.fast_dev_run=1"])
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    ours = cli.model.state_dict()
+    # One step with a warming-up learning rate moves weights a little; random ones would be far off.
+    for key, value in saved.items():
+        assert (ours[key] - value).abs().max() < 1e-3, key
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def test_misspelt_key(in_tmp: Path, failing: Callable[[list[str]], str]) -> None:
+    assert "data.batchsize" in failing(["fit", "--config=configs/recall.yaml", "--data.batchsize=4"])
+
+
+def test_misspelt_stage_field(in_tmp: Path, failing: Callable[[list[str]], str]) -> None:
+    text = (REPO / "configs/recall.yaml").read_text().replace("condition_dropout", "conditon_dropout")
+    Path("typo.yaml").write_text(text)
+    assert "conditon_dropout" in failing(["fit", "--config=typo.yaml"])
+
+
+def test_stage_value_out_of_range(in_tmp: Path, failing: Callable[[list[str]], str]) -> None:
+    text = (REPO / "configs/recall.yaml").read_text().replace("condition_dropout: 0.75", "condition_dropout: 1.75")
+    Path("wrong.yaml").write_text(text)
+    printed = failing(["fit", "--config=wrong.yaml"])
+    assert "condition_dropout" in printed and "1.75" in printed
+
+
+def test_refine_without_recall_names_the_command(
+    in_tmp: Path, small_data: list[str], failing: Callable[[list[str]], str]
+) -> None:
+    printed = failing(["fit", "--config=configs/refine.yaml", *small_data])
+    assert "runs/recall/checkpoints/last.ckpt" in printed
+    assert "lightning fit --config configs/recall.yaml" in printed
+
+
+def test_caption_without_a_model_names_the_command(
+    in_tmp: Path, foundation: str, clips: Path, failing: Callable[[list[str]], str]
+) -> None:
+    args = ["predict", "--config=configs/caption.yaml", f"--model.foundation={foundation}", f"--data.videos={clips}"]
+    assert "lightning fit --config configs/refine.yaml" in failing(args)
+
+
+def test_checkpoint_that_does_not_exist(
+    in_tmp: Path, foundation: str, clips: Path, failing: Callable[[list[str]], str]
+) -> None:
+    args = ["predict", "--config=configs/caption.yaml", f"--model.foundation={foundation}", f"--data.videos={clips}"]
+    assert "nowhere.ckpt" in failing([*args, "--ckpt_path=nowhere.ckpt"])
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage"], ids=["empty", "garbage"])
+def test_checkpoint_that_is_none(
+    content: bytes, in_tmp: Path, foundation: str, clips: Path, failing: Callable[[list[str]], str]
+) -> None:
+    Path("bad.ckpt").write_bytes(content)
+    args = ["predict", "--config=configs/caption.yaml", f"--model.foundation={foundation}", f"--data.videos={clips}"]
+    assert "bad.ckpt" in failing([*args, "--model.init_from=bad.ckpt"])
+    assert "bad.ckpt" in failing([*args, "--ckpt_path=bad.ckpt"])
+
+
+def test_inputs_that_name_nothing(
+    in_tmp: Path, foundation: str, checkpoint: Path, failing: Callable[[list[str]], str]
+) -> None:
+    args = ["predict", "--config=configs/caption.yaml", f"--model.foundation={foundation}", f"--ckpt_path={checkpoint}"]
+    assert "nothing/*.mp4" in failing([*args, "--data.videos=nothing/*.mp4"])
+    assert "data.videos" in failing(args)
+
+
+def test_foundation_that_is_none(in_tmp: Path, failing: Callable[[list[str]], str]) -> None:
+    printed = failing(["fit", "--config=configs/recall.yaml", "--model.foundation=nowhere"])
+    assert "nowhere" in printed and "WanPipeline" in printed
+
+
+def test_prompts_given_to_captioning(
+    in_tmp: Path, foundation: str, checkpoint: Path, failing: Callable[[list[str]], str]
+) -> None:
+    args = ["predict", "--config=configs/caption.yaml", f"--model.foundation={foundation}", f"--ckpt_path={checkpoint}"]
+    assert "data.videos" in failing([*args, "--data.prompts=a red circle", "--data.num_workers=0"])

@@ -1,0 +1,65 @@
+"""What the README and the docs tell people to type does exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO
+
+DOCS = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for path in DOCS:
+        for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.S):
+            found += [(path.name, line) for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    return found
+
+
+def test_the_readme_starts_with_its_two_commands() -> None:
+    lines = [line for name, line in commands() if name == "README.md"]
+    assert lines[0].endswith(".venv/bin/lightning fit --config configs/two_stage.yaml")
+    assert lines[1].endswith(".venv/bin/python -m pytest")
+    script = (REPO / ".ci/run").read_text()
+    for part in lines[1].split(" && "):
+        assert part.replace("pip install", "pip install -q") in script or part in script
+
+
+@pytest.mark.parametrize("where,line", commands(), ids=lambda value: value[:60])
+def test_commands_parse(where: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    for part in line.split(" && "):
+        words = shlex.split(part)
+        program, args = Path(words[0]).name, words[1:]
+        if program in ("lightning", "univigu"):
+            _check_lightning(args)
+        elif program.startswith("python") and args and args[0].startswith("tools/"):
+            _check_tool(args)
+        else:
+            assert program in ("python3", "python", "pip", "tensorboard", "source")
+
+
+def _check_lightning(args: list[str]) -> None:
+    from univigu.command import UniViGUCLI
+
+    class Parsed(Exception):
+        pass
+
+    class OnlyParse(UniViGUCLI):
+        def instantiate_classes(self) -> None:
+            raise Parsed
+
+    with pytest.raises(Parsed):
+        OnlyParse(args)
+
+
+def _check_tool(args: list[str]) -> None:
+    text = (REPO / args[0]).read_text()
+    for word in args[1:]:
+        if word.startswith("--"):
+            assert f'"{word}"' in text, f"{args[0]} has no option {word}"

@@ -1,0 +1,28 @@
+"""Linting and types are part of what passes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPO
+
+
+@pytest.mark.parametrize(
+    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=" ".join
+)
+def test_clean(command: list[str]) -> None:
+    result = subprocess.run([sys.executable, "-m", *command], cwd=REPO, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_files_stay_readable() -> None:
+    long = {
+        str(path.relative_to(REPO)): lines
+        for folder in ("univigu", "tools")
+        for path in (REPO / folder).rglob("*.py")
+        if (lines := len(path.read_text().splitlines())) > 450
+    }
+    assert not long

@@ -1,0 +1,201 @@
+"""Make the untrained-generator half of the embedded foundation: tokenizer, text encoder, VAE, scheduler.
+
+    python tools/make_foundation.py --output runs/foundation/start
+    lightning fit --config configs/foundation.yaml          # trains the generator itself
+
+The result is a folder in diffusers' WanPipeline layout whose VAE is trained on the embedded world and whose
+text encoder and transformer are random.  The second command trains those two; ``tools/convert.py foundation``
+writes what it learned back into such a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from rich.progress import track
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from univigu.data import shapes
+from univigu.data.video import encode_mp4, read_video, to_model_range
+
+LATENT_CHANNELS = 16
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A UniGram tokenizer with UMT5's conventions: <pad>=0, </s>=1 closes every text, <unk>=2.
+
+    Its pieces are the words of the embedded world and, for everything else, single characters.
+    """
+    words: dict[str, None] = {}
+    for scene in (shapes.sample_scene(seed) for seed in range(2000)):
+        for text in (shapes.prompt_of(scene), shapes.caption_of(scene)):
+            words.update(dict.fromkeys(re.findall(r"\w+", text)))
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1) if not chr(code).isupper()]
+    pieces = ["<pad>", "</s>", "<unk>", *sorted(f"▁{word}" for word in words), "▁", *letters]
+    scores = [0.0, 0.0, 0.0] + [-10.0] * len(words) + [-20.0] * (1 + len(letters))
+    tokenizer = Tokenizer(models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=2))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Split(Regex(r"[.,;:!?]"), "isolated")]
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def make_vae() -> AutoencoderKLWan:
+    """8x8 spatial and 4x temporal compression, as Wan's, from 2x2 pixel patches to 16 channels."""
+    return AutoencoderKLWan(
+        base_dim=16,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+    )
+
+
+def make_text_encoder(vocab_size: int) -> UMT5EncoderModel:
+    """Two UMT5 layers of width 64: enough to bind adjectives to nouns."""
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=vocab_size, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+            relative_attention_num_buckets=32, relative_attention_max_distance=64,
+            dropout_rate=0.0, pad_token_id=0, eos_token_id=1, feed_forward_proj="gated-gelu",
+        )
+    )  # fmt: skip
+
+
+def make_transformer() -> WanTransformer3DModel:
+    """Wan's architecture, 4 heads of 32 and 6 layers."""
+    return WanTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=32, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
+        text_dim=64, freq_dim=64, ffn_dim=384, num_layers=6,
+    )  # fmt: skip
+
+
+def clips(first_seed: int, count: int) -> torch.Tensor:
+    """Clips as training will see them, through an mp4 file: float32 [B, C, F, H, W] in [-1, 1]."""
+    size = (shapes.NUM_FRAMES, shapes.CANVAS, shapes.CANVAS)
+    scenes = [shapes.sample_scene(first_seed + i) for i in range(count)]
+    return to_model_range(torch.stack([read_video(encode_mp4(shapes.render(s)), *size) for s in scenes]))
+
+
+def vae_loss(vae: AutoencoderKLWan, video: torch.Tensor, kl_weight: float = 1e-4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted L1 reconstruction plus a light KL term; objects weigh five times the background.
+
+    Returns:
+        the loss, and the plain mean absolute error in [-1, 1] units.
+    """
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        moments = vae._encode(video).float()
+        mean, logvar = moments.chunk(2, dim=1)
+        logvar = logvar.clamp(-30, 10)
+        latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
+        decoded = vae.decode(latents).sample.float()
+    background = video[..., :1, :1]
+    weight = 1 + 4 * ((video - background).abs().amax(1, keepdim=True) > 0.15).float()
+    error = (decoded - video).abs()
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    return (weight * error).mean() + kl_weight * kl, error.mean().detach()
+
+
+def train_vae(
+    vae: AutoencoderKLWan, steps: int, batch_size: int, num_clips: int, learning_rate: float, whole_from: float
+) -> None:
+    """Train in place, then record the latents' mean and standard deviation in the config.
+
+    The first steps see windows of 5 frames (two latent frames), which is cheap and teaches space; from the fraction
+    ``whole_from`` of the steps on it is whole clips, without which later chunks of the causal VAE come out wrong.
+    """
+    pool = clips(0, num_clips)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    warmup = min(100, steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min(1, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / steps)) + 1e-3
+    )
+    recent = []
+    for step in track(range(steps), "training the VAE"):
+        window = 5 if step < whole_from * steps else shapes.NUM_FRAMES
+        start = int(torch.randint(0, shapes.NUM_FRAMES - window + 1, ()))
+        video = pool[torch.randint(0, num_clips, (batch_size,)), :, start : start + window]
+        loss, error = vae_loss(vae, video)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        recent.append((loss.item(), error.item()))
+        if step % 200 == 199 or step == steps - 1:
+            loss_mean, error_mean = torch.tensor(recent).mean(0).tolist()
+            print(f"step {step + 1}: loss {loss_mean:.4f}, mean absolute error {error_mean:.4f}", flush=True)
+            recent = []
+    record_latent_statistics(vae)
+
+
+def start_vae_from(vae: AutoencoderKLWan, folder: Path) -> None:
+    """Continue from another VAE: tensors whose shapes agree are taken over, the others keep their random start."""
+    ours, theirs = vae.state_dict(), AutoencoderKLWan.from_pretrained(folder).state_dict()
+    taken = {name: value for name, value in theirs.items() if name in ours and value.shape == ours[name].shape}
+    vae.load_state_dict(taken, strict=False)
+    print(f"{folder}: took {len(taken)} of {len(ours)} tensors; new: {sorted(set(ours) - set(taken))}")
+
+
+@torch.no_grad()
+def record_latent_statistics(vae: AutoencoderKLWan) -> None:
+    """Measure the per-channel mean and standard deviation of the mode latents and store them in the config."""
+    latents = torch.cat([vae.encode(clips(10**6 + 32 * i, 32)).latent_dist.mode() for i in range(16)])
+    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    held = clips(2 * 10**6, 16)
+    error = F.l1_loss(vae.decode(vae.encode(held).latent_dist.mode()).sample, held)
+    print(f"latents: mean {mean.tolist()}, std {std.tolist()}; held-out mean absolute error {error:.4f}")
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write, in WanPipeline layout")
+    parser.add_argument("--vae-steps", type=int, default=12000)
+    parser.add_argument("--vae-from", type=Path, help="vae/ folder to continue from")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--num-clips", type=int, default=3000, help="clips the VAE is trained on")
+    parser.add_argument("--whole-from", type=float, default=0.7, help="fraction of steps before whole clips are seen")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(args)
+
+    torch.manual_seed(options.seed)
+    tokenizer = make_tokenizer()
+    vae = make_vae()
+    pipeline = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=make_text_encoder(len(tokenizer)),
+        vae=vae,
+        transformer=make_transformer(),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+        ),
+    )
+    pipeline.save_pretrained(options.output)  # before the long part: an unwritable folder is found out now
+    if options.vae_from is not None:
+        start_vae_from(vae, options.vae_from)
+    train_vae(vae, options.vae_steps, options.batch_size, options.num_clips, options.learning_rate, options.whole_from)
+    pipeline.save_pretrained(options.output)
+    print(f"wrote {options.output}")
+
+
+if __name__ == "__main__":
+    main()

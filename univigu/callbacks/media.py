@@ -1,0 +1,108 @@
+"""What people would rather look at: held-out captions as text, generated videos as moving pictures."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
+
+
+class MediaLogger(Callback):
+    """Logs captions of held-out clips beside the truth, and videos generated from their prompts, to TensorBoard.
+
+    Args:
+        every_n_steps: how often, in optimizer steps; 0 switches it off.
+        num_samples: how many held-out clips, the same ones every time.
+        scale: enlargement of the logged videos.
+        fps: frames a second of the logged videos.
+    """
+
+    def __init__(self, every_n_steps: int = 200, num_samples: int = 4, scale: int = 2, fps: int = 8) -> None:
+        if every_n_steps < 0 or num_samples < 1:
+            raise ValueError(f"every_n_steps={every_n_steps}, num_samples={num_samples}: expected at least 0 and 1")
+        self.every_n_steps = every_n_steps
+        self.num_samples = num_samples
+        self.scale = scale
+        self.fps = fps
+        self._samples: dict[str, Any] | None = None
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if self.every_n_steps and step and step % self.every_n_steps == 0:
+            self.log_media(trainer, pl_module)
+
+    @torch.no_grad()
+    def log_media(self, trainer: Trainer, pl_module: Any) -> None:
+        """Sample and log once, without moving the training's random state."""
+        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if not writers:
+            return
+        if self._samples is None:
+            self._samples = held_out_samples(trainer, self.num_samples)
+        samples, step = self._samples, trainer.global_step
+        pl_module.eval()
+        try:
+            length, seeds = samples["prompt_ids"].shape[1], list(range(len(samples["key"])))
+            latents = latents_of(pl_module, samples)
+            if pl_module.stage.tasks.joint + pl_module.stage.tasks.understand > 0:
+                captions = pl_module.caption(latents, length, seeds)
+                truth = samples[pl_module.stage.target]
+                table = caption_table(samples["key"], truth, captions)
+                for writer in writers:
+                    writer.add_text("held_out/captions", table, step)
+            frames, _ = pl_module.generate(samples["prompt"], length, tuple(latents.shape[1:]), seeds)
+        finally:
+            pl_module.train()
+        for writer in writers:
+            add_video(writer, "held_out/generated", frames, step, self.fps, self.scale)
+            writer.add_text("held_out/prompts", "  \n".join(samples["prompt"]), step)
+
+
+def held_out_samples(trainer: Trainer, count: int) -> dict[str, Any]:
+    """The first ``count`` samples of the validation split, as one batch."""
+    rows: dict[str, Any] = {}
+    for batch in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
+        for name, value in batch.items():
+            if name in rows:
+                rows[name] = torch.cat([rows[name], value]) if isinstance(value, torch.Tensor) else rows[name] + value
+            else:
+                rows[name] = value
+        if len(rows["key"]) >= count:
+            break
+    return {name: value[:count] for name, value in rows.items()}
+
+
+def latents_of(pl_module: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Normalised latents of a batch on the module's device, encoded if need be."""
+    pl_module.foundation.to(pl_module.device)
+    if "latents" in batch:
+        return batch["latents"].to(pl_module.device)
+    return pl_module.encode_frames(batch["video"].to(pl_module.device))
+
+
+def caption_table(keys: list[str], truth: list[str], captions: list[str]) -> str:
+    """A Markdown table of clips, what is so, and what the model reads."""
+    rows = ["| clip | truth | model |", "|---|---|---|"]
+    rows += [f"| {k} | {t} | {c} |" for k, t, c in zip(keys, truth, captions, strict=True)]
+    return "\n".join(rows)
+
+
+def add_video(writer: Any, tag: str, frames: torch.Tensor, step: int, fps: int, scale: int) -> None:
+    """Log clips uint8 [B, F, C, H, W] side by side as one GIF (SummaryWriter.add_video would need moviepy)."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    strip = torch.cat(list(frames.cpu()), dim=-1).permute(0, 2, 3, 1)  # [F, H, B * W, C]
+    height, width = strip.shape[1] * scale, strip.shape[2] * scale
+    images = [Image.fromarray(frame.numpy()).resize((width, height), Image.Resampling.NEAREST) for frame in strip]
+    buffer = io.BytesIO()
+    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
+    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)

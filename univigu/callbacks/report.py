@@ -1,0 +1,72 @@
+"""What a finished training prints: held-out captions beside the truth, and where to look further."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from univigu.callbacks.media import held_out_samples, latents_of
+
+
+class FinalReport(Callback):
+    """Captions ``num_samples`` held-out clips when training ends and prints them beside the truth.
+
+    Args:
+        num_samples: clips to caption.
+        num_shown: clips to print in full; the accuracy counts all of them.
+    """
+
+    def __init__(self, num_samples: int = 32, num_shown: int = 3) -> None:
+        self.num_samples = num_samples
+        self.num_shown = num_shown
+
+    @torch.no_grad()
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        console = Console()
+        tasks = pl_module.stage.tasks
+        if tasks.joint + tasks.understand > 0:
+            self._captions(trainer, pl_module, console)
+        if trainer.log_dir:
+            console.print(f"curves, captions, videos: tensorboard --logdir {trainer.default_root_dir}", soft_wrap=True)
+        best = getattr(trainer.checkpoint_callback, "last_model_path", "")
+        if best:
+            console.print(f"checkpoint: {best}", soft_wrap=True, highlight=False)
+
+    def _captions(self, trainer: Trainer, pl_module: Any, console: Console) -> None:
+        samples = held_out_samples(trainer, self.num_samples)
+        latents = latents_of(pl_module, samples)
+        pl_module.eval()
+        count, length = len(samples["key"]), samples["prompt_ids"].shape[1]
+        captions = []
+        for start in range(0, count, 16):
+            part = slice(start, start + 16)
+            captions += pl_module.caption(latents[part], length, list(range(count))[part])
+        truth = samples[pl_module.stage.target]
+        table = Table("clip", "truth", "model", title="held-out clips, captioned from the video alone", show_lines=True)
+        for row in range(min(self.num_shown, count)):
+            table.add_row(samples["key"][row], escape(truth[row]), escape(captions[row]))
+        console.print(table)
+        accuracy = attribute_accuracy(captions, samples["scene"])
+        if accuracy:
+            numbers = ", ".join(f"{name} {value:.0%}" for name, value in accuracy.items())
+            console.print(f"accuracy over {count} held-out clips: {numbers}", highlight=False)
+
+
+def attribute_accuracy(captions: list[str], scenes: list[dict[str, Any] | None]) -> dict[str, float]:
+    """Accuracy a property for clips of the embedded world; empty for clips whose scene is not known."""
+    from univigu.data.shapes import Scene
+    from univigu.metrics import ShapesTextAccuracy
+
+    known = [(text, Scene.from_dict(scene)) for text, scene in zip(captions, scenes, strict=True) if scene is not None]
+    if not known:
+        return {}
+    metric = ShapesTextAccuracy()
+    metric.update([text for text, _ in known], [scene for _, scene in known])
+    return {name: float(value) for name, value in metric.compute().items()}

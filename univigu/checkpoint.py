@@ -1,0 +1,134 @@
+"""Weights in and out: training checkpoints, transformer folders, foundation folders.
+
+Everything is read as safetensors or with ``weights_only=True``, and strictly: a key that is missing or not
+understood is an error that names it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
+from transformers import UMT5EncoderModel
+
+from univigu.models.transformer import TEXT_KEYS, UniViGUTransformer3DModel
+
+PREFIX = "transformer."
+
+
+class CheckpointError(ValueError):
+    """Weights that are missing, unreadable, or belong to another model."""
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a training checkpoint: a ``.ckpt`` file, or the folder of a sharded one, consolidated in memory.
+
+    Raises:
+        CheckpointError: there is none, or it is not one of this project's; says how to make it.
+    """
+    path = Path(path)
+    if not path.exists():
+        stage = next((name for name in ("foundation", "recall", "refine") if name in path.parts), "recall")
+        raise CheckpointError(f"{path}: no such checkpoint; make it with: lightning fit --config configs/{stage}.yaml")
+    if path.is_dir() and not (path / ".metadata").is_file():
+        raise CheckpointError(f"{path}: not a readable checkpoint (the folder has no .metadata file)")
+    try:
+        if path.is_dir():
+            from lightning.fabric.utilities.load import _load_distributed_checkpoint
+
+            checkpoint = _load_distributed_checkpoint(path)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (Exception, CheckpointException) as error:  # many kinds, from pickle, zip and torch alike
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
+    if not isinstance(checkpoint, dict) or not {"univigu", "state_dict"} <= checkpoint.keys():
+        raise CheckpointError(f"{path}: not a checkpoint of this project (it holds no 'univigu' entry)")
+    return checkpoint
+
+
+def load_weights(path: str | Path, like: UniViGUTransformer3DModel | None = None) -> UniViGUTransformer3DModel:
+    """A transformer with the weights of a training checkpoint or of a saved transformer folder.
+
+    Args:
+        path: ``.ckpt`` file, sharded checkpoint folder, or a folder written by ``save_pretrained``.
+        like: a model whose architecture the weights must fit; None takes the checkpoint's own.
+
+    Raises:
+        CheckpointError: missing, unreadable, or of another architecture; names the differing options or keys.
+    """
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        try:
+            saved = UniViGUTransformer3DModel.from_pretrained(folder)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        if like is None:
+            return saved
+        config, state = dict(saved.config), saved.state_dict()
+    else:
+        checkpoint = read_checkpoint(path)
+        config, weights = checkpoint["univigu"]["transformer_config"], checkpoint["state_dict"]
+        state = {key[len(PREFIX) :]: value for key, value in weights.items() if key.startswith(PREFIX)}
+    _check_config(path, config, like)
+    model = like if like is not None else UniViGUTransformer3DModel(**config)
+    model.register_to_config(text_length=config["text_length"])
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        raise CheckpointError(f"{path}: weights do not fit: missing {missing}, unexpected {unexpected}")
+    return model
+
+
+def _check_config(path: str | Path, config: dict[str, Any], like: UniViGUTransformer3DModel | None) -> None:
+    if like is None:
+        return
+    # Attention's reach and the slot are choices of each run; everything else shapes the weights.
+    free = ("clean_video_reads_text", "text_length")
+    names = [name for name in like.config if not name.startswith("_") and name not in free]
+    differing = {
+        name: (config.get(name), like.config[name])
+        for name in names
+        if _plain(config.get(name)) != _plain(like.config[name])
+    }
+    if differing:
+        raise CheckpointError(f"{path}: made for another model; (checkpoint, configuration) differ in {differing}")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | list) else value
+
+
+def to_wan(model: UniViGUTransformer3DModel) -> WanTransformer3DModel:
+    """The plain Wan transformer inside a unified one: the text stream is dropped, Wan's weights are copied."""
+    names = ("vocab_size", "text_flow", "clean_video_reads_text", "text_length")
+    config = {k: v for k, v in model.config.items() if not k.startswith("_") and k not in names}
+    wan = WanTransformer3DModel(**config)
+    state = {k: v for k, v in model.state_dict().items() if not any(part in f".{k}" for part in TEXT_KEYS)}
+    wan.load_state_dict(state)
+    return wan
+
+
+def export_foundation(checkpoint_path: str | Path, source: str | Path, target: str | Path) -> None:
+    """Write a foundation folder: transformer and text encoder from a stage-0 checkpoint, the rest from ``source``.
+
+    Raises:
+        CheckpointError: see :func:`load_weights`; or the checkpoint holds no text encoder.
+    """
+    source, target = Path(source), Path(target)
+    checkpoint = read_checkpoint(checkpoint_path)
+    prefix = "text_encoder."
+    encoder_state = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    if not encoder_state:
+        raise CheckpointError(f"{checkpoint_path}: holds no text encoder; train with model.train_text_encoder: true")
+    text_encoder = UMT5EncoderModel.from_pretrained(source / "text_encoder", dtype=torch.float32)
+    text_encoder.load_state_dict(encoder_state)
+    wan = to_wan(load_weights(checkpoint_path))
+    for name in ("tokenizer", "vae", "scheduler"):
+        shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+    shutil.copy(source / "model_index.json", target / "model_index.json")
+    wan.save_pretrained(target / "transformer")
+    text_encoder.save_pretrained(target / "text_encoder")

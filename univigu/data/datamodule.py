@@ -1,0 +1,316 @@
+"""The LightningDataModule: prepares shards, selects samples, and makes the loaders."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader
+
+from univigu.data.build import SpawnPool
+from univigu.data.encode import encode_shards, source_parameters, vae_parameters
+from univigu.data.filters import LengthFilter, select
+from univigu.data.inputs import PromptInputs, VideoInputs, find_videos, read_prompts
+from univigu.data.loader import ErrorLog, EvalOrder, SampleLoader, TrainLoader, TrainOrder, VideoTextDataset
+from univigu.data.sample import LATENTS_SUFFIX, DataError, SampleError
+from univigu.data.shards import Manifest, SampleRef, check_latents, index_folder
+from univigu.data.synthetic import world_fingerprint, write_shapes
+from univigu.models.foundation import EMBEDDED_FOUNDATION
+
+log = logging.getLogger(__name__)
+
+Split = Literal["train", "val", "test"]
+SPLITS: dict[str, tuple[Split, ...]] = {
+    TrainerFn.FITTING: ("train", "val"),
+    TrainerFn.VALIDATING: ("val",),
+    TrainerFn.TESTING: ("test",),
+    TrainerFn.PREDICTING: (),
+}
+
+
+class VideoTextDataModule(LightningDataModule):
+    """Videos with a brief prompt and a detailed caption, from shards; and the inputs of prediction.
+
+    Args:
+        foundation: WanPipeline folder that gives the tokenizer, and the VAE for precomputation.
+        root: where the embedded world is written when ``shards`` is not given.
+        shards: folder with train/, val/ and test/ folders of shards; None takes the embedded world.
+        num_train_clips: size of the embedded world's training split.
+        num_val_clips: size of its validation split.
+        num_test_clips: size of its test split.
+        batch_size: samples a batch and device.
+        num_workers: processes that load; 0 loads in the training process.
+        height: of the videos in pixels.
+        width: of the videos in pixels.
+        num_frames: frames a video, 4k+1 for Wan's VAE.
+        prompt_length: slot of the prompt in tokens, its end-of-sequence token counted.
+        caption_length: slot of the caption in tokens, its end-of-sequence token counted.
+        length_filter: which lengths of texts are trained and evaluated on.
+        precompute: encode the videos to latents once, into a folder beside the shards; False decodes them on the fly.
+        strict: raise on the first sample that cannot be used instead of skipping it.
+        seed: seeds the order of the training samples.
+        videos: what ``lightning predict`` captions: a video file, a folder, a glob pattern, or a list of these.
+        prompts: what ``lightning predict`` generates from: a prompt, a .txt or .jsonl file, or a list of prompts.
+    """
+
+    def __init__(
+        self,
+        foundation: str = EMBEDDED_FOUNDATION,
+        root: str = "runs/data/shapes",
+        shards: str | None = None,
+        num_train_clips: int = 4000,
+        num_val_clips: int = 200,
+        num_test_clips: int = 200,
+        batch_size: int = 16,
+        num_workers: int = 1,
+        height: int = 64,
+        width: int = 64,
+        num_frames: int = 9,
+        prompt_length: int = 128,
+        caption_length: int = 256,
+        length_filter: LengthFilter = LengthFilter(),  # noqa: B008
+        precompute: bool = True,
+        strict: bool = False,
+        seed: int = 0,
+        videos: str | list[str] | None = None,
+        prompts: str | list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.foundation, self.root, self.shards = foundation, root, shards
+        self.num_clips: dict[Split, int] = {"train": num_train_clips, "val": num_val_clips, "test": num_test_clips}
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.height, self.width, self.num_frames = height, width, num_frames
+        self.prompt_length, self.caption_length = prompt_length, caption_length
+        self.length_filter = length_filter
+        self.precompute, self.strict, self.seed = precompute, strict, seed
+        self.videos, self.prompts = videos, prompts
+        self.filter_counts: dict[str, dict[str, int]] = {}
+        """By split: how many samples are "kept", and how many are not by reason.  Known after ``setup``."""
+        self.errors = ErrorLog(strict)
+        """What the loaders met since: samples that could not be read, counted by reason."""
+        self._refs: dict[Split, list[SampleRef]] = {}
+        self._inputs: VideoInputs | PromptInputs | None = None
+        self._tokenizer: Any = None
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        least = {"batch_size": 1, "num_workers": 0, "height": 2, "width": 2, "num_frames": 1, "prompt_length": 1}
+        for name, bound in (least | {"caption_length": 1}).items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"data.{name}={getattr(self, name)}: expected at least {bound}")
+        for split, count in self.num_clips.items():
+            if count < 1:
+                raise ValueError(f"data.num_{split}_clips={count}: expected at least 1")
+
+    # --------------------------------------------------------------- preparing
+
+    def _splits(self) -> tuple[Split, ...]:
+        """The splits that the trainer's current task needs; all of them without a trainer."""
+        if self.trainer is None or self.trainer.state.fn is None:
+            return ("train", "val", "test")
+        return SPLITS[self.trainer.state.fn]
+
+    def prepare_data(self) -> None:
+        """Write the embedded world and encode the shards, where that has not been done yet (one process a node)."""
+        splits = self._splits()
+        if not splits:
+            return
+        self._check_size()
+        with SpawnPool() as pool:
+            if self.shards is None:
+                size = {"height": self.height, "width": self.width, "num_frames": self.num_frames}
+                for split in splits:
+                    write_shapes(self._videos_folder(split), split, self.num_clips[split], pool=pool, **size)
+            for split in splits:
+                source, target = self._videos_folder(split), self._folder(split)
+                if source != target:
+                    encode_shards(
+                        source, target, self.foundation, height=self.height, width=self.width,
+                        num_frames=self.num_frames, strict=self.strict, pool=pool,
+                    )  # fmt: skip
+
+    def _base(self) -> Path:
+        if self.shards is not None:
+            return Path(self.shards)
+        # Other clips go to another folder: nothing is overwritten that a running training reads.
+        sizes = (self.height, self.width, self.num_frames), tuple(self.num_clips.values())
+        return Path(self.root) / "-".join(["x".join(map(str, part)) for part in sizes] + [world_fingerprint()])
+
+    def _videos_folder(self, split: Split) -> Path:
+        return self._base() / split
+
+    def _folder(self, split: Split) -> Path:
+        """The shards that are trained on: the originals, or the latents made of them."""
+        videos = self._videos_folder(split)
+        if not self.precompute or self._holds_latents(videos):
+            return videos
+        vae = vae_parameters(self.foundation)["vae"]
+        return self._base() / f"latents-{vae}-{self.height}x{self.width}x{self.num_frames}" / split
+
+    def _holds_latents(self, folder: Path) -> bool:
+        manifest = Manifest.load(folder)
+        return manifest is not None and manifest.kind == "latents"
+
+    def _scales(self) -> tuple[int, int]:
+        """The VAE's (temporal, spatial) compression."""
+        path = Path(self.foundation) / "vae" / "config.json"
+        try:
+            config = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise DataError(f"foundation={self.foundation!r}: no readable vae/config.json ({error})") from error
+        return int(config.get("scale_factor_temporal", 4)), int(config.get("scale_factor_spatial", 8))
+
+    def _check_size(self) -> tuple[int, int, int]:
+        """The latents' (T, H, W); raises DataError for a size that the VAE does not divide."""
+        temporal, spatial = self._scales()
+        if (self.num_frames - 1) % temporal:
+            raise DataError(f"data.num_frames={self.num_frames}: expected {temporal}k+1 for this foundation's VAE")
+        for name in ("height", "width"):
+            if getattr(self, name) % spatial:
+                raise DataError(f"data.{name}={getattr(self, name)}: expected a multiple of {spatial} for this VAE")
+        return (self.num_frames - 1) // temporal + 1, self.height // spatial, self.width // spatial
+
+    # ------------------------------------------------------------------- setup
+
+    def setup(self, stage: str) -> None:
+        """Index the shards and select samples ("fit", "validate", "test"), or find the inputs ("predict").
+
+        Raises:
+            DataError: nothing is left of a split, the latents belong to another VAE, or an input names nothing.
+            SampleError: in strict mode, for the first sample that cannot be used.
+        """
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the workers' fork
+        if stage == TrainerFn.PREDICTING:
+            self._inputs = self._find_inputs()
+            return
+        for split in SPLITS[stage]:
+            if split not in self._refs:
+                self._refs[split] = self._select(split)
+        self._log_counts()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The foundation's tokenizer."""
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            folder = Path(self.foundation) / "tokenizer"
+            if not folder.is_dir():
+                raise DataError(f"foundation={self.foundation!r}: it holds no tokenizer folder")
+            self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        return self._tokenizer
+
+    def _select(self, split: Split) -> list[SampleRef]:
+        folder = self._folder(split)
+        errors = self._check_manifest(folder, split)
+        refs, damage = index_folder(folder)
+        errors += damage
+        selection = select(refs, self.tokenizer, self.length_filter, self.prompt_length, self.caption_length)
+        self.errors.add(errors + selection.errors)
+        counts = selection.counts + Counter(error.reason for error in errors)
+        self.filter_counts[split] = {"kept": len(selection.kept), **dict(sorted(counts.items()))}
+        log.info("%s: %s", folder, self.filter_counts[split])
+        if not selection.kept:
+            raise DataError(f"{folder}: no sample is left for {split}: {self.filter_counts[split]}")
+        return selection.kept
+
+    def _check_manifest(self, folder: Path, split: Split) -> list[SampleError]:
+        """Check that precomputed latents are the right ones; returns what had to be left out of them."""
+        self._check_size()
+        manifest = Manifest.load(folder)
+        if manifest is None or manifest.kind == "video":
+            if folder != self._videos_folder(split):
+                raise DataError(f"{folder}: has not been encoded; run prepare_data first")
+            return []
+        size = {"height": self.height, "width": self.width, "num_frames": self.num_frames}
+        expected = {**vae_parameters(self.foundation), **size}
+        if folder != self._videos_folder(split):
+            expected["source"] = source_parameters(self._videos_folder(split))
+        check_latents(folder, manifest, expected)
+        return manifest.skipped(self._videos_folder(split))
+
+    def _log_counts(self) -> None:
+        if self.trainer is None or not self.trainer.is_global_zero:
+            return
+        splits = self.filter_counts.items()
+        metrics = {f"data/{split}/{name}": float(n) for split, counts in splits for name, n in counts.items()}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=0)
+
+    def _find_inputs(self) -> VideoInputs | PromptInputs:
+        if (self.videos is None) == (self.prompts is None):
+            given = "both are given" if self.videos is not None else "neither is given"
+            raise DataError(f"data.videos and data.prompts: prediction needs one of them, {given}")
+        if self.videos is not None:
+            return VideoInputs(find_videos(self.videos), self.num_frames, self.height, self.width)
+        assert self.prompts is not None
+        return PromptInputs(read_prompts(self.prompts), self.tokenizer, self.prompt_length)
+
+    # ----------------------------------------------------------------- loaders
+
+    def _ranks(self) -> dict[str, int]:
+        """Which share of the batches this process gets; with tensor parallelism several processes get the same."""
+        if self.trainer is None or self.trainer.world_size == 1:
+            return {"rank": 0, "world_size": 1}
+        kwargs = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None)
+        if kwargs is None:
+            return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        return {"rank": kwargs["rank"], "world_size": kwargs["num_replicas"]}
+
+    def _dataset(self, split: Split, refs: list[SampleRef]) -> VideoTextDataset:
+        return VideoTextDataset(
+            refs,
+            self.tokenizer,
+            self.prompt_length,
+            self.caption_length,
+            size=(self.num_frames, self.height, self.width),
+            latents_shape=self._check_size(),
+            replace=split == "train",
+        )
+
+    def _worker_options(self, refs: list[SampleRef]) -> dict[str, Any]:
+        decodes = any(LATENTS_SUFFIX not in ref.members for ref in refs)
+        return {"num_workers": self.num_workers, "spawn": decodes}
+
+    def train_dataloader(self) -> TrainLoader:
+        """Shuffled full batches; its position is saved in checkpoints and restored."""
+        refs, ranks = self._refs["train"], self._ranks()
+        amount: int | float = getattr(self.trainer, "overfit_batches", 0)
+        if amount > 0:
+            whole = self.batch_size * ranks["world_size"]
+            wanted = amount if isinstance(amount, int) else max(1, int(amount * (len(refs) // whole)))
+            refs = refs[: wanted * whole]
+        order = TrainOrder(len(refs), self.batch_size, seed=self.seed, **ranks)
+        return TrainLoader(self._dataset("train", refs), order, self.errors, **self._worker_options(refs))
+
+    def val_dataloader(self) -> SampleLoader:
+        """All validation samples, in order."""
+        return self._eval_dataloader("val")
+
+    def test_dataloader(self) -> SampleLoader:
+        """All test samples, in order."""
+        return self._eval_dataloader("test")
+
+    def _eval_dataloader(self, split: Split) -> SampleLoader:
+        refs = self._refs[split]
+        order = EvalOrder(len(refs), self.batch_size, **self._ranks())
+        return SampleLoader(self._dataset(split, refs), order, self.errors, **self._worker_options(refs))
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """One row an input, in order, unreadable ones included; see :mod:`univigu.data.inputs`."""
+        assert self._inputs is not None
+        inputs, decodes = self._inputs, isinstance(self._inputs, VideoInputs)
+        return DataLoader(
+            inputs,
+            batch_size=self.batch_size,
+            collate_fn=inputs.collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            multiprocessing_context="spawn" if decodes and self.num_workers else None,
+        )

@@ -1,0 +1,163 @@
+"""One training sample as it lies in a shard, checked when it is read.
+
+A sample is a group of consecutive tar members that share a key (the name up to its first dot)::
+
+    00000012.mp4                    the video, or
+    00000012.latents.safetensors    its normalised latents (precomputed shards)
+    00000012.json                   {"prompt": str, "caption": str, "scene": {...}?, "qa": [{"question", "answer"}]?}
+
+The ``webdataset`` library groups these as ``mp4``, ``latents.safetensors`` and ``json`` of one ``__key__``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov", "avi", "m4v")
+LATENTS_SUFFIX = "latents.safetensors"
+TEXT_SUFFIX = "json"
+
+SampleReason = Literal[
+    "missing_field",  # a member or a json field that every sample has is not there
+    "wrong_type",  # a json field is not what the format says
+    "corrupt_json",  # the json member is not UTF-8 JSON
+    "unreadable_video",  # the video member does not decode to at least one frame
+    "corrupt_latents",  # the latents member is not a safetensors file with a finite "latents" tensor
+    "wrong_shape",  # the latents are not of the size that was asked for
+    "duplicate_member",  # two members of a shard have the same name, or a key comes back after another
+    "damaged_shard",  # the tar file is empty, cut off, or not a tar file
+    "text_over_slot",  # a text needs more tokens than its slot has
+]
+SAMPLE_REASONS: tuple[str, ...] = get_args(SampleReason)
+
+
+class DataError(ValueError):
+    """Data that cannot be used as configured; the message is one line that names the file, field or value."""
+
+
+class SampleError(DataError):
+    """A sample that cannot be used.
+
+    Args:
+        reason: one of :data:`SAMPLE_REASONS`.
+        shard: path of the shard.
+        key: the sample's key; None where a whole shard is meant.
+        field: the member or json field at fault; None where it is the whole sample.
+        value: what was found there, or the decoder's words.
+    """
+
+    def __init__(self, reason: SampleReason, shard: str, key: str | None, field: str | None, value: object) -> None:
+        if reason not in SAMPLE_REASONS:
+            raise ValueError(f"reason={reason!r}: expected one of {SAMPLE_REASONS}")
+        self.reason, self.shard, self.key, self.field = reason, shard, key, field
+        self.value = value if isinstance(value, str) else repr(value)
+        if len(self.value) > 200:
+            self.value = self.value[:200] + "..."
+        where = f"{shard}: " + (f"sample {key!r}: " if key is not None else "")
+        super().__init__(f"{where}{reason}" + (f" in {field!r}" if field else "") + f": {self.value}")
+
+    def __reduce__(self) -> tuple[Any, ...]:  # workers send these to the training process
+        return SampleError, (self.reason, self.shard, self.key, self.field, self.value)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The json member of a sample."""
+
+    prompt: str
+    caption: str
+    scene: dict[str, Any] | None = None
+    """The embedded world's description of the clip, where there is one."""
+    qa: list[dict[str, str]] | None = None
+    """Pairs {"question", "answer"} about the clip, where there are any."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample; exactly one of ``video`` and ``latents`` is set."""
+
+    key: str
+    shard: str
+    texts: Texts
+    video: bytes | None = None
+    """The video file's bytes, not decoded yet."""
+    latents: torch.Tensor | None = None
+    """Normalised latents float32 [C, T, H, W]."""
+
+
+def parse_texts(raw: bytes | None, shard: str, key: str) -> Texts:
+    """Check and parse a json member; None stands for one that is not there.
+
+    Raises:
+        SampleError: missing_field, corrupt_json or wrong_type, naming the field.
+    """
+    if raw is None:
+        raise SampleError("missing_field", shard, key, TEXT_SUFFIX, "the sample has no such member")
+    try:
+        data = json.loads(raw.decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SampleError("corrupt_json", shard, key, TEXT_SUFFIX, str(error)) from error
+    if not isinstance(data, dict):
+        raise SampleError("wrong_type", shard, key, TEXT_SUFFIX, f"expected an object, got {type(data).__name__}")
+    for name in ("prompt", "caption"):
+        if name not in data:
+            raise SampleError("missing_field", shard, key, name, f"the json holds {sorted(data)}")
+        if not isinstance(data[name], str):
+            raise SampleError("wrong_type", shard, key, name, f"expected a string, got {data[name]!r}")
+    scene, qa = data.get("scene"), data.get("qa")
+    if scene is not None and not isinstance(scene, dict):
+        raise SampleError("wrong_type", shard, key, "scene", f"expected an object, got {scene!r}")
+    if qa is not None and not _is_qa(qa):
+        raise SampleError("wrong_type", shard, key, "qa", f"expected a list of question/answer strings, got {qa!r}")
+    return Texts(data["prompt"], data["caption"], scene, qa)
+
+
+def _is_qa(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(pair, dict) and all(isinstance(pair.get(name), str) for name in ("question", "answer"))
+        for pair in value
+    )
+
+
+def parse_sample(members: Mapping[str, bytes], shard: str, key: str) -> Sample:
+    """Build a sample from its members' bytes by suffix.
+
+    Raises:
+        SampleError: naming shard, key and the member or field at fault.
+    """
+    texts = parse_texts(members.get(TEXT_SUFFIX), shard, key)
+    if LATENTS_SUFFIX in members:
+        return Sample(key, shard, texts, latents=_parse_latents(members[LATENTS_SUFFIX], shard, key))
+    suffix = media_suffix(members)
+    if suffix is None:
+        found = f"expected {LATENTS_SUFFIX} or one of {', '.join(VIDEO_SUFFIXES)}; the sample holds {sorted(members)}"
+        raise SampleError("missing_field", shard, key, "video", found)
+    return Sample(key, shard, texts, video=members[suffix])
+
+
+def media_suffix(suffixes: Mapping[str, object]) -> str | None:
+    """Which member of a sample holds its latents or, without them, its video; None if neither is there."""
+    return next((suffix for suffix in (LATENTS_SUFFIX, *VIDEO_SUFFIXES) if suffix in suffixes), None)
+
+
+def _parse_latents(raw: bytes, shard: str, key: str) -> torch.Tensor:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(raw)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise SampleError("corrupt_latents", shard, key, LATENTS_SUFFIX, str(error)) from error
+    if "latents" not in tensors:
+        raise SampleError("corrupt_latents", shard, key, "latents", f"the file holds {sorted(tensors)}")
+    latents = tensors["latents"].float()
+    if latents.ndim != 4:
+        raise SampleError("wrong_shape", shard, key, "latents", f"expected [C, T, H, W], got {list(latents.shape)}")
+    if not torch.isfinite(latents).all():
+        raise SampleError("corrupt_latents", shard, key, "latents", "not all values are finite")
+    return latents

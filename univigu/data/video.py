@@ -1,0 +1,126 @@
+"""Video files in and out: decord reads (only the frames needed), PyAV writes H.264.
+
+decord must never decode in a process that later forks workers (its threads do not survive the fork), so
+nothing here is called at import time or from ``prepare_data``'s parent before workers start.
+"""
+
+from __future__ import annotations
+
+import io
+from fractions import Fraction
+from os import PathLike
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+class VideoError(ValueError):
+    """A file that is not a readable video; the message names the file and the reason."""
+
+
+def even_indices(num_available: int, num_frames: int) -> list[int]:
+    """``num_frames`` frame numbers spread evenly over a clip, first and last included; short clips repeat frames."""
+    if num_frames == 1:
+        return [0]
+    return [round(i * (num_available - 1) / (num_frames - 1)) for i in range(num_frames)]
+
+
+def read_video(source: str | PathLike[str] | bytes, num_frames: int, height: int, width: int) -> torch.Tensor:
+    """Read a clip of any size, length and frame rate into the model's shape.
+
+    Frames are chosen evenly over the whole clip, resized so that the target is covered, and centre-cropped.
+
+    Args:
+        source: path of a video file, or its bytes.
+        num_frames: frames wanted, at least 1 (Wan's VAE wants 4k+1).
+        height, width: target size in pixels.
+
+    Returns:
+        uint8 frames [F, C, H, W].
+
+    Raises:
+        VideoError: the source is missing, empty, or not a video with at least one frame.
+    """
+    frames = _decode(source, num_frames)  # [F, h, w, C]
+    return resize_and_crop(frames.permute(0, 3, 1, 2), height, width)
+
+
+def _decode(source: str | PathLike[str] | bytes, num_frames: int) -> torch.Tensor:
+    import decord  # here, not above: importing it loads ffmpeg, which `lightning --help` need not wait for
+
+    name = "<bytes>" if isinstance(source, bytes) else str(source)
+    handle: Any = io.BytesIO(source) if isinstance(source, bytes) else name
+    if not isinstance(source, bytes):
+        with _named(name), open(name, "rb") as file:
+            if not file.read(1):
+                raise VideoError(f"{name}: the file is empty")
+    elif not source:
+        raise VideoError(f"{name}: no bytes")
+    with _named(name):
+        reader = decord.VideoReader(handle, num_threads=1)
+        if len(reader) == 0:
+            raise VideoError(f"{name}: holds no video frame")
+        return torch.from_numpy(reader.get_batch(even_indices(len(reader), num_frames)).asnumpy())
+
+
+class _named:
+    """Turns the many exceptions of a decoder into one VideoError that names the file."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, VideoError) or not isinstance(error, Exception):
+            return
+        if isinstance(error, OSError):
+            raise VideoError(f"{self.name}: {error.strerror or error}") from error
+        # decord's messages carry a C++ stack trace after the first line
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise VideoError(f"{self.name}: not a readable video ({reason[-160:]})") from error
+
+
+def resize_and_crop(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Scale uint8 frames [F, C, h, w] so that they cover [height, width], then crop the centre."""
+    source_height, source_width = frames.shape[-2:]
+    if (source_height, source_width) == (height, width):
+        return frames.contiguous()
+    scale = max(height / source_height, width / source_width)
+    size = (max(height, round(source_height * scale)), max(width, round(source_width * scale)))
+    resized = F.interpolate(frames.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    cropped = resized[..., top : top + height, left : left + width]
+    return cropped.round().clamp(0, 255).to(torch.uint8).contiguous()
+
+
+def to_model_range(frames: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., F, C, H, W] -> float32 [..., C, F, H, W] in [-1, 1], as Wan's VAE wants it."""
+    return frames.transpose(-4, -3).float() / 127.5 - 1.0
+
+
+def to_frames(video: torch.Tensor) -> torch.Tensor:
+    """float [..., C, F, H, W] in [-1, 1] -> uint8 [..., F, C, H, W], the inverse of :func:`to_model_range`."""
+    return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).transpose(-4, -3)
+
+
+def encode_mp4(frames: torch.Tensor, fps: int = 8, crf: int = 12) -> bytes:
+    """H.264 mp4 bytes of uint8 frames [F, C, H, W] (even H and W); deterministic for given frames and version.
+
+    ``crf`` is x264's constant rate factor: 0 is lossless, 23 its usual default.
+    """
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps))
+        stream.width, stream.height, stream.pix_fmt = frames.shape[3], frames.shape[2], "yuv420p"  # type: ignore[attr-defined]
+        stream.thread_count = 1  # type: ignore[attr-defined]
+        # x264's assembly is not deterministic at this preset: the same frames gave different bytes
+        stream.options = {"crf": str(crf), "preset": "veryfast", "x264-params": "no-asm=1"}
+        for image in frames.permute(0, 2, 3, 1).contiguous().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))  # type: ignore[attr-defined]
+        container.mux(stream.encode())  # type: ignore[attr-defined]
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""Uni-flow in pure torch: times, random draws, the video flow and the three text flows."""

@@ -1,0 +1,5 @@
+"""Models: pure torch, diffusers conventions."""
+
+from univigu.models.transformer import UniViGUTransformer3DModel, UniViGUTransformerOutput
+
+__all__ = ["UniViGUTransformer3DModel", "UniViGUTransformerOutput"]

@@ -1,0 +1,155 @@
+"""The pretrained generator around the transformer: tokenizer, text encoder, VAE, scheduler.
+
+A foundation is a folder in diffusers' WanPipeline layout.  The shipped one and the real Wan2.1 look the same
+from here, so going real is changing a path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+
+EMBEDDED_FOUNDATION = str(Path(__file__).resolve().parents[1] / "assets" / "foundation")
+COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+
+
+class TextTooLongError(ValueError):
+    """A text that does not fit its slot; nothing is ever cut off silently."""
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int, name: str = "prompt") -> torch.Tensor:
+    """Token ids int64 [B, length]: text, end of sequence, padding.
+
+    Raises:
+        TextTooLongError: a text needs more than ``length`` tokens, its end-of-sequence token counted.
+    """
+    cleaned = [prompt_clean(text) for text in texts]
+    rows = tokenizer(cleaned, padding="max_length", max_length=length, truncation=False)["input_ids"]
+    for text, ids in zip(texts, rows, strict=True):
+        if len(ids) > length:
+            raise TextTooLongError(f"{name} has {len(ids)} tokens, over the limit of {length}: {text[:60]!r}...")
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """Number of tokens of a text, its end-of-sequence token counted."""
+    return len(tokenizer(prompt_clean(text))["input_ids"])
+
+
+def detokenize(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
+    """Texts of token ids [B, L], each up to its first end-of-sequence token."""
+    texts = []
+    for row in ids.tolist():
+        end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
+        texts.append(tokenizer.decode(row[:end], skip_special_tokens=True).strip())
+    return texts
+
+
+def _statistics(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (1, vae.config.z_dim, 1, 1, 1)
+    mean = torch.tensor(vae.config.latents_mean).view(shape).to(like.device, like.dtype)
+    std = torch.tensor(vae.config.latents_std).view(shape).to(like.device, like.dtype)
+    return mean, std
+
+
+def normalize_latents(latents: torch.Tensor, vae: AutoencoderKLWan) -> torch.Tensor:
+    """VAE latents [B, C, T, H, W] to zero mean and unit deviation a channel, as the transformer wants them."""
+    mean, std = _statistics(vae, latents)
+    return (latents - mean) / std
+
+
+def denormalize_latents(latents: torch.Tensor, vae: AutoencoderKLWan) -> torch.Tensor:
+    """The inverse of :func:`normalize_latents`, exactly as diffusers' WanPipeline computes it."""
+    mean, std = _statistics(vae, latents)
+    return latents / (1.0 / std) + mean
+
+
+def encode_video(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
+    """Video [B, C, F, H, W] in [-1, 1] -> normalised float32 latents [B, C, T, H, W], the mode and not a sample."""
+    latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode()
+    return normalize_latents(latents.float(), vae)
+
+
+def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Normalised latents [B, C, T, H, W] -> video [B, C, F, H, W], roughly in [-1, 1]."""
+    latents = latents.to(vae.device, vae.dtype)
+    return vae.decode(denormalize_latents(latents, vae)).sample
+
+
+def encode_prompt(text_encoder: UMT5EncoderModel, ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
+    """Token ids [B, S] -> prompt embeddings [B, S, text_dim], zero past each prompt's end (as in WanPipeline)."""
+    mask = (ids != pad_token_id).long()
+    embeds = text_encoder(ids, mask).last_hidden_state
+    return embeds * mask[..., None].to(embeds.dtype)
+
+
+def component_fingerprint(folder: str | Path) -> str:
+    """A short hash of a component's config and weights, the same wherever the folder lies."""
+    digest = hashlib.sha256()
+    folder = Path(folder)
+    for path in sorted(folder.glob("*")):
+        if path.name == "config.json":  # without what depends on place or library version
+            config = json.loads(path.read_text())
+            stable = {name: value for name, value in config.items() if not name.startswith("_")}
+            digest.update(json.dumps(stable, sort_keys=True).encode())
+        elif path.suffix == ".safetensors":
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+class Foundation:
+    """Lazily loaded components of a WanPipeline folder, frozen and in evaluation mode.
+
+    Args:
+        path: folder with tokenizer/, text_encoder/, vae/, transformer/ and scheduler/.
+
+    Raises:
+        FileNotFoundError: the folder or one of its components is missing, by name.
+    """
+
+    def __init__(self, path: str | Path = EMBEDDED_FOUNDATION) -> None:
+        self.path = Path(path)
+        missing = [name for name in COMPONENTS if not (self.path / name).is_dir()]
+        if missing:
+            lacking = ", ".join(missing)
+            raise FileNotFoundError(f"foundation={str(path)!r}: not a WanPipeline folder, it lacks {lacking}")
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.path / "tokenizer")
+
+    @cached_property
+    def text_encoder(self) -> UMT5EncoderModel:
+        model = UMT5EncoderModel.from_pretrained(self.path / "text_encoder", dtype=torch.float32)
+        return model.requires_grad_(False).eval()
+
+    @cached_property
+    def vae(self) -> AutoencoderKLWan:
+        model = AutoencoderKLWan.from_pretrained(self.path / "vae", torch_dtype=torch.float32)
+        return model.requires_grad_(False).eval()
+
+    def scheduler(self) -> Any:
+        """A fresh scheduler of the class and configuration the folder names (schedulers carry state)."""
+        config = json.loads((self.path / "scheduler" / "scheduler_config.json").read_text())
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+
+    @property
+    def pad_token_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)
+
+    def to(self, device: torch.device | str) -> Foundation:
+        """Move what has been loaded so far."""
+        for name in ("text_encoder", "vae"):
+            if name in self.__dict__:
+                self.__dict__[name].to(device)
+        return self

@@ -1,0 +1,62 @@
+"""The parts a text stream adds to Wan: time embedding, output head, rotary positions."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.embeddings import TimestepEmbedding, apply_rotary_emb, get_1d_rotary_pos_embed
+from diffusers.models.normalization import FP32LayerNorm
+from torch import nn
+
+
+class TextTimeEmbedding(nn.Module):
+    """The text stream's own copy of Wan's ``time_embedder`` and ``time_proj``.
+
+    The sinusoid before it has no weights and is shared with the video stream.
+    """
+
+    def __init__(self, freq_dim: int, dim: int) -> None:
+        super().__init__()
+        self.time_embedder = TimestepEmbedding(in_channels=freq_dim, time_embed_dim=dim)
+        self.act_fn = nn.SiLU()
+        self.time_proj = nn.Linear(dim, 6 * dim)
+
+    def forward(self, sinusoid: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map a sinusoid [B, freq_dim] to the time embedding [B, D] and the blocks' modulation [B, 6, D]."""
+        weight_dtype = self.time_embedder.linear_1.weight.dtype
+        temb = self.time_embedder(sinusoid.to(weight_dtype)).to(dtype)
+        return temb, self.time_proj(self.act_fn(temb)).unflatten(1, (6, -1))
+
+
+class TextHead(nn.Module):
+    """LayerNorm (weight only), modulation, linear; the linear starts at zero, so the first prediction is uniform."""
+
+    def __init__(self, dim: int, out_features: int) -> None:
+        super().__init__()
+        self.norm_final = FP32LayerNorm(dim, eps=1e-5, bias=False)
+        self.linear = nn.Linear(dim, out_features)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, text_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Text states [B, L, D] with shift, scale [B, 1, D] -> [B, L, out_features]."""
+        normed = self.norm_final(text_states.float()) * (1 + scale) + shift
+        return self.linear(normed.type_as(text_states))
+
+
+def text_rotary(length: int, head_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines, float32 [L, head_dim] each, of positions 0..L-1 with base 10000."""
+    positions = torch.arange(length, device=device)
+    return get_1d_rotary_pos_embed(head_dim, positions, theta=10000.0, use_real=True, repeat_interleave_real=False)
+
+
+def rotate_text(states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Half-split rotary embedding, pairs (j, j + head_dim/2), in float32; states [B, L, heads, head_dim]."""
+    return apply_rotary_emb(states, rotary, use_real_unbind_dim=-2, sequence_dim=1)
+
+
+def rotate_video(states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Wan's interleaved rotary embedding, pairs (2j, 2j+1); states [B, N, heads, head_dim]."""
+    cos, sin = rotary[0][..., 0::2], rotary[1][..., 1::2]
+    first, second = states.unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return rotated.flatten(-2).type_as(states)

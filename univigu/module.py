@@ -1,0 +1,415 @@
+"""The LightningModule: wires foundation, transformer, uni-flow objective and sampler together."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from univigu.checkpoint import load_weights
+from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowLosses, UniFlowObjective, by_noise_level
+from univigu.flow.text import TextFlow, make_text_flow
+from univigu.models.foundation import (
+    EMBEDDED_FOUNDATION,
+    Foundation,
+    decode_latents,
+    detokenize,
+    encode_prompt,
+    encode_video,
+    tokenize,
+)
+from univigu.models.transformer import TextFlowName, UniViGUTransformer3DModel
+from univigu.sampling.tasks import Sampler, SamplingOptions
+from univigu.stages import Stage
+
+
+@dataclass
+class OptimizerOptions:
+    """AdamW; learning rates belong to the stages."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay on matrices; vectors and tables are not decayed."""
+    fused: bool = False
+    """Use torch's fused kernel."""
+
+
+@dataclass
+class Prediction:
+    """One predicted item: what it was made of, and the text, the video, or the error."""
+
+    index: int
+    """Position in the list of inputs."""
+    source: str
+    """Path of the video, or the prompt."""
+    text: str | None = None
+    video: torch.Tensor | None = None
+    """uint8 [F, C, H, W]."""
+    error: str | None = None
+    seconds: float = 0.0
+    seed: int = field(default=0)
+
+
+class UniViGU(LightningModule):
+    """A unified video generator and captioner in training.
+
+    Args:
+        foundation: folder of the pretrained generator in WanPipeline layout.
+        init_from: weights to start from instead of the foundation's transformer: a checkpoint of an earlier
+            stage (.ckpt file or sharded folder) or a saved transformer folder.
+        random_init: ignore the foundation's transformer weights (for ablations).
+        text_flow: the text's process, "embedding", "uniform" or "mask".
+        clean_video_reads_text: see :class:`UniViGUTransformer3DModel`.
+        flow: distributions of the times.
+        optimizer: AdamW's options.
+        sampling: how samples are drawn in validation and prediction.
+        predict_task: what ``lightning predict`` makes: "caption", "generate" or "joint".
+        train_text_encoder: train the prompt's encoder too (stage 0 of the embedded world).
+        prompt_slots: longer slots that prompts are padded to now and then in training (every 16th step, in turn),
+            so that a generator made from nothing does not depend on the length of its prompts' padding.
+        gradient_checkpointing: recompute activations in the backward pass.
+        seed: seeds noise, times, dropout and samples.
+    """
+
+    def __init__(
+        self,
+        foundation: str = EMBEDDED_FOUNDATION,
+        init_from: str | None = None,
+        random_init: bool = False,
+        text_flow: TextFlowName = "mask",
+        clean_video_reads_text: bool = True,
+        flow: FlowOptions = FlowOptions(),  # noqa: B008
+        optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008
+        sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
+        predict_task: Literal["caption", "generate", "joint"] = "caption",
+        train_text_encoder: bool = False,
+        prompt_slots: tuple[int, ...] = (),
+        gradient_checkpointing: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        # Frozen components stay outside the module tree: they belong to the foundation, not to our checkpoints.
+        self._foundation = (Foundation(foundation),)
+        self.init_from = init_from
+        self.random_init = random_init
+        self.text_flow_name = text_flow
+        self.clean_video_reads_text = clean_video_reads_text
+        self.flow_options = flow
+        self.optimizer_options = optimizer
+        self.sampling = sampling
+        self.predict_task = predict_task
+        self.gradient_checkpointing = gradient_checkpointing
+        self.prompt_slots = prompt_slots
+        self.seed = seed
+        self.stage = Stage()
+        self.transformer: UniViGUTransformer3DModel | None = None
+        self.text_encoder: torch.nn.Module | None = None
+        if train_text_encoder:
+            self.text_encoder = self.foundation.text_encoder.requires_grad_(True)
+
+    @property
+    def foundation(self) -> Foundation:
+        """The frozen components around the transformer."""
+        return self._foundation[0]
+
+    # ---------------------------------------------------------------- building
+
+    def configure_model(self) -> None:
+        """Build the transformer once, from the foundation or from an earlier stage's weights."""
+        if self.transformer is not None:
+            return
+        torch.manual_seed(self.seed)  # the text stream's new weights
+        model = UniViGUTransformer3DModel.from_wan(
+            self.foundation.path,
+            vocab_size=len(self.foundation.tokenizer),
+            text_flow=self.text_flow_name,
+            clean_video_reads_text=self.clean_video_reads_text,
+        )
+        if self.random_init:
+            model = UniViGUTransformer3DModel.from_config(model.config)
+        if self.init_from is not None:
+            model = load_weights(self.init_from, like=model)
+        self._set_transformer(model)
+
+    def _set_transformer(self, model: UniViGUTransformer3DModel) -> None:
+        if self.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        self.transformer = model
+        discrete = model.config.text_flow != "embedding"
+        options = {"temperature": self.sampling.temperature} if discrete else {}
+        self.text_flow: TextFlow = make_text_flow(model.config.text_flow, model.config.vocab_size, **options)
+        self.objective = UniFlowObjective(self.text_flow, self.flow_options)
+
+    def enter_stage(self, stage: Stage) -> None:
+        """Put a stage in force: what is frozen changes here, learning rates in ``StageSwitch``."""
+        self.stage = stage
+        if self.transformer is not None:
+            self._apply_stage()
+
+    def on_fit_start(self) -> None:
+        self._apply_stage()
+
+    def _apply_stage(self) -> None:
+        self._model.register_to_config(text_length=self.stage.text_length)
+        for name, parameters in self._parameter_groups().items():
+            rate = self.stage.text_learning_rate if name == "text" else self.stage.learning_rate
+            for parameter in parameters:
+                parameter.requires_grad_(rate > 0)
+
+    def _parameter_groups(self) -> dict[str, list[torch.nn.Parameter]]:
+        """Parameters by what they are: the pretrained generator's, the text stream's, the text encoder's."""
+        groups: dict[str, list[torch.nn.Parameter]] = {"video": [], "text": []}
+        for name, parameter in self._model.named_parameters():
+            groups["text" if is_text_parameter(name) else "video"].append(parameter)
+        if self.text_encoder is not None:
+            groups["text_encoder"] = list(self.text_encoder.parameters())
+        return groups
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        options = self.optimizer_options
+        groups = []
+        for name, parameters in self._parameter_groups().items():
+            for decay, members in (
+                (options.weight_decay, [p for p in parameters if p.ndim == 2]),
+                (0.0, [p for p in parameters if p.ndim != 2]),
+            ):
+                groups.append({"params": members, "weight_decay": decay, "name": name})
+        return torch.optim.AdamW(groups, lr=0.0, betas=options.betas, fused=options.fused)
+
+    # ---------------------------------------------------------------- training
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        stage, size = self.stage, len(batch["key"])
+        step = self.trainer.fit_loop.total_batch_idx
+        inputs = self.prepare(batch)
+        if self.prompt_slots and step % 16 == 0:
+            inputs = inputs.pad_prompts(self.prompt_slots[step // 16 % len(self.prompt_slots)])
+        losses = self.objective(
+            self._model,
+            inputs,
+            counts=stage.tasks.counts(size, step),
+            condition_dropout=stage.condition_dropout,
+            guidance_dropout=stage.guidance_dropout,
+            text_loss=stage.text_loss,
+            generator=self._generator(step),
+        )
+        loss = losses.total(stage.video_weight, stage.text_weight, size)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
+        self._log_losses("train", losses)
+        return loss
+
+    def prepare(self, batch: dict[str, Any]) -> UniFlowBatch:
+        """Encode what the loader brought; precomputed latents are taken as they are."""
+        self.foundation.to(self.device)
+        latents = batch["latents"] if "latents" in batch else self.encode_frames(batch["video"])
+        prompt_ids = batch["prompt_ids"]
+        null_ids = self._null_ids(prompt_ids.shape[1])
+        embeds = self._encode_prompt(torch.cat([prompt_ids, null_ids]))
+        target = prompt_ids if self.stage.target == "prompt" else batch["caption_ids"]
+        text_ids = None
+        if self.stage.tasks.joint + self.stage.tasks.understand > 0:
+            text_ids = fit_slot(target, self.stage.text_length, self.foundation.pad_token_id, self.stage.target)
+        return UniFlowBatch(latents.float(), embeds[:-1], embeds[-1:], text_ids)
+
+    def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
+        """Frames uint8 [B, F, C, H, W] -> normalised latents [B, C, T, H, W]."""
+        from univigu.data.video import to_model_range
+
+        with torch.no_grad():
+            return encode_video(self.foundation.vae, to_model_range(frames))
+
+    def _encode_prompt(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.text_encoder is not None:
+            return encode_prompt(self.text_encoder, ids, self.foundation.pad_token_id)  # type: ignore[arg-type]
+        with torch.no_grad():
+            return encode_prompt(self.foundation.text_encoder, ids, self.foundation.pad_token_id)
+
+    def encode_prompts(self, prompts: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings [B, S, text_dim] of the prompts and [1, S, text_dim] of the empty one."""
+        self.foundation.to(self.device)
+        ids = tokenize(self.foundation.tokenizer, [*prompts, ""], length).to(self.device)
+        embeds = self._encode_prompt(ids)
+        return embeds[:-1], embeds[-1:]
+
+    def _null_ids(self, length: int) -> torch.Tensor:
+        return tokenize(self.foundation.tokenizer, [""], length).to(self.device)
+
+    def _generator(self, *numbers: int) -> torch.Generator:
+        """A generator that is a function of the seed, the rank and the given numbers: nothing to save or restore."""
+        return make_generator(self.device, self.seed, self.global_rank, *numbers)
+
+    def _log_losses(self, prefix: str, losses: UniFlowLosses) -> None:
+        for modality, values, times in (
+            ("video", losses.video, losses.video_times),
+            ("text", losses.text, losses.text_times),
+        ):
+            if values.numel():
+                values = values.detach()
+                self.log(f"{prefix}/{modality}_loss", values.mean(), prog_bar=True, batch_size=values.numel())
+                if self.trainer.global_step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+                    continue  # what is not logged need not be split up
+                for level, value in by_noise_level(values, times).items():
+                    self.log(f"{prefix}/{modality}_loss_{level}", value, batch_size=values.numel())
+
+    # -------------------------------------------------------------- evaluation
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Held-out losses with noise and times that are the same at every validation.
+
+        The text is read off the clean video without its prompt; the video is denoised under the prompt.
+        """
+        size, inputs = len(batch["key"]), self.prepare(batch)
+        for counts in ((0, size, 0), (0, 0, size)):
+            if counts[1] and inputs.text_ids is None:
+                continue
+            losses = self.objective(
+                self._model, inputs, counts, condition_dropout=1.0, text_loss=self.stage.text_loss,
+                generator=make_generator(self.device, self.seed, 1, batch_idx),
+            )  # fmt: skip
+            for modality, values in (("video", losses.video), ("text", losses.text)):
+                if values.numel():
+                    self.log(f"val/{modality}_loss", values.mean(), prog_bar=True, batch_size=size, sync_dist=True)
+
+    # -------------------------------------------------------------- prediction
+
+    @property
+    def sampler(self) -> Sampler:
+        """A sampler over the current weights."""
+        return Sampler(self._model, self.text_flow, self.foundation.scheduler(), self.sampling)
+
+    @torch.no_grad()
+    def caption(self, latents: torch.Tensor, prompt_length: int, seeds: list[int]) -> list[str]:
+        """Captions of clean latents [B, C, T, H, W], without any prompt."""
+        _, null = self.encode_prompts([], prompt_length)
+        samples = self.sampler.caption(latents, null, self._model.config.text_length, self._sample_generators(seeds))
+        assert samples.tokens is not None
+        return detokenize(self.foundation.tokenizer, samples.tokens)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[str], prompt_length: int, shape: tuple[int, ...], seeds: list[int], joint: bool = False
+    ) -> tuple[torch.Tensor, list[str] | None]:
+        """Frames uint8 [B, F, C, H, W] for prompts, and for ``joint`` the captions made along with them.
+
+        Args:
+            shape: latents' (C, T, H, W).
+        """
+        from univigu.data.video import to_frames
+
+        embeds, null = self.encode_prompts(prompts, prompt_length)
+        generators = self._sample_generators(seeds)
+        if joint:
+            samples = self.sampler.joint(embeds, null, shape, self._model.config.text_length, generators)
+        else:
+            samples = self.sampler.generate(embeds, null, shape, generators)
+        assert samples.latents is not None
+        frames = to_frames(decode_latents(self.foundation.vae, samples.latents))
+        return frames, None if samples.tokens is None else detokenize(self.foundation.tokenizer, samples.tokens)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
+        """Predict a batch of the prediction loader; items it could not read come through as errors."""
+        start = time.perf_counter()
+        name = "path" if "path" in batch else "prompt"
+        if (name == "path") != (self.predict_task == "caption"):
+            needed = "data.videos" if self.predict_task == "caption" else "data.prompts"
+            raise MisconfigurationException(f"model.predict_task={self.predict_task!r} needs {needed}")
+        results = [
+            Prediction(index, source, error=error, seed=self.seed + index)
+            for index, source, error in zip(batch["index"], batch[name], batch["error"], strict=True)
+        ]
+        good = [result for result in results if result.error is None]
+        if good:
+            self._predict(good, batch)
+        for result in good:
+            result.seconds = (time.perf_counter() - start) / len(good)
+        return results
+
+    def _predict(self, good: list[Prediction], batch: dict[str, Any]) -> None:
+        self.foundation.to(self.device)
+        seeds = [result.seed for result in good]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.predict_task == "caption":
+            texts = self.caption(self.encode_frames(batch["video"]), data.prompt_length, seeds)
+        else:
+            shape = self.latents_shape(data.num_frames, data.height, data.width)
+            prompts = [result.source for result in good]
+            frames, made = self.generate(prompts, data.prompt_length, shape, seeds, self.predict_task == "joint")
+            for result, video in zip(good, frames, strict=True):
+                result.video = video.cpu()
+            texts = made or []
+        for result, text in zip(good, texts, strict=bool(texts)):
+            result.text = text
+
+    def latents_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Latents' (C, T, H, W) of a video of that size; frames are 4k+1."""
+        config = self.foundation.vae.config
+        temporal, spatial = config.scale_factor_temporal, config.scale_factor_spatial
+        return config.z_dim, (num_frames - 1) // temporal + 1, height // spatial, width // spatial
+
+    def _sample_generators(self, seeds: list[int]) -> list[torch.Generator]:
+        return [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+
+    # ------------------------------------------------------------- checkpoints
+
+    @property
+    def _model(self) -> UniViGUTransformer3DModel:
+        if self.transformer is None:
+            self.configure_model()
+        assert self.transformer is not None
+        return self.transformer
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record what is needed to rebuild the model without its configuration file."""
+        config = {name: value for name, value in self._model.config.items() if not name.startswith("_")}
+        checkpoint["univigu"] = {"transformer_config": config, "stage": self.stage.name}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint brings its own architecture to prediction and evaluation; a resumed fit must match it."""
+        saved = checkpoint.get("univigu", {}).get("transformer_config")
+        if saved is None:
+            raise ValueError("ckpt_path: not a checkpoint of this project (it holds no 'univigu' entry)")
+        ours = {name: self._model.config[name] for name in saved}
+        differing = {name: (saved[name], ours[name]) for name in saved if _plain(saved[name]) != _plain(ours[name])}
+        self._model.register_to_config(text_length=differing.pop("text_length", (ours["text_length"],))[0])
+        if differing and self.trainer.state.fn == "fit":
+            raise MisconfigurationException(f"the checkpoint's model differs from the configuration: {differing}")
+        if differing:
+            self._set_transformer(UniViGUTransformer3DModel(**saved).to(self.device))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | list) else value
+
+
+def is_text_parameter(name: str) -> bool:
+    """Whether a transformer parameter belongs to the text stream (and not to Wan)."""
+    from univigu.models.transformer import TEXT_KEYS
+
+    return any(part in f".{name}" for part in TEXT_KEYS)
+
+
+def make_generator(device: torch.device | str, *numbers: int) -> torch.Generator:
+    """A generator seeded by a hash of integers, so that neighbouring steps get unrelated streams."""
+    import hashlib
+
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def fit_slot(ids: torch.Tensor, length: int, pad_token_id: int, name: str) -> torch.Tensor:
+    """Cut or pad token ids [B, S] to a slot [B, length]; only padding is ever cut.
+
+    Raises:
+        ValueError: a text is longer than the slot.
+    """
+    if ids.shape[1] <= length:
+        return torch.nn.functional.pad(ids, (0, length - ids.shape[1]), value=pad_token_id)
+    longest = int((ids != pad_token_id).sum(1).max())
+    if longest > length:
+        raise ValueError(f"text_length={length}: a {name} of {longest} tokens does not fit the slot")
+    return ids[:, :length]
