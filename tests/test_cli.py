@@ -30,11 +30,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path, foun
             [
                 "fit", f"--config={REPO}/configs/recall.yaml", f"--model.foundation={foundation}",
                 f"--data.root={shapes_root}", "--data.num_train_clips=8", "--data.num_val_clips=4",
-                "--data.num_test_clips=4", "--data.batch_size=4", "--data.num_workers=0", "--trainer.max_steps=2", *QUICK,
+                "--data.num_test_clips=4", "--data.batch_size=4", "--data.num_workers=0",
+                "--trainer.max_steps=2", *QUICK,
             ]
         )  # fmt: skip
     path = folder / "runs/recall/checkpoints/last.ckpt"
-    assert path.is_file()
+    assert torch.load(path, weights_only=True)["global_step"] == 2  # the end is saved, not the last multiple of n
     return path
 
 
@@ -113,6 +114,23 @@ def test_refine_takes_recalls_weights(in_tmp: Path, small_data: list[str], check
     # One step with a warming-up learning rate moves weights a little; random ones would be far off.
     for key, value in saved.items():
         assert (ours[key] - value).abs().max() < 1e-3, key
+
+
+def test_an_interrupted_run_continues_exactly(in_tmp: Path, small_data: list[str], checkpoint: Path) -> None:
+    """Four steps at once, and two steps then two more: the same weights, optimizer state and position."""
+
+    def final(root: str, *args: str) -> dict[str, object]:
+        main(["fit", "--config=configs/recall.yaml", *small_data, *QUICK, "--trainer.max_steps=4",
+              f"--trainer.default_root_dir={root}", *args])  # fmt: skip
+        return torch.load(f"{root}/checkpoints/last.ckpt", weights_only=True)
+
+    whole, resumed = final("whole"), final("resumed", f"--ckpt_path={checkpoint}")
+    assert whole["global_step"] == resumed["global_step"] == 4
+    for key, value in whole["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][key]), key
+    moments = [c["optimizer_states"][0]["state"] for c in (whole, resumed)]
+    assert moments[0].keys() == moments[1].keys() and len(moments[0]) > 100
+    assert all(torch.equal(moments[0][i]["exp_avg"], moments[1][i]["exp_avg"]) for i in moments[0])
 
 
 # ---------------------------------------------------------------- mistakes

@@ -22,7 +22,8 @@ def test_overfitting_eight_clips(in_tmp: Path, small_data: list[str]) -> None:
     Path("callbacks.yaml").write_text(CALLBACKS)
     cli = UniViGUCLI(
         [
-            "fit", f"--config={REPO}/configs/recall.yaml", "--config=callbacks.yaml", *small_data, "--data.batch_size=8",
+            "fit", f"--config={REPO}/configs/recall.yaml", "--config=callbacks.yaml", *small_data,
+            "--data.batch_size=8",
             "--trainer.limit_val_batches=0", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
             "--trainer.enable_checkpointing=false",
         ]

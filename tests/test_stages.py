@@ -40,6 +40,14 @@ def test_an_option_out_of_range_is_named(field: str, value: Any) -> None:
         Stage(name="mine", **{field: value})
 
 
+def test_a_stage_in_which_nothing_learns_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"learning_rate=0\.0"):
+        Stage(learning_rate=0.0, text_learning_rate=0.0)
+    with pytest.raises(ValueError, match=r"tasks=.*generate share"):
+        Stage(learning_rate=0.0, tasks=TaskMixture(joint=1, understand=1, generate=1))
+    assert Stage(learning_rate=0.0, tasks=TaskMixture(joint=1, understand=1, generate=0)).learning_rate == 0
+
+
 def test_learning_rate_rises_and_falls() -> None:
     stage = Stage(steps=110, warmup_steps=10, final_lr_ratio=0.2)
     factors = [stage.learning_rate_factor(step) for step in range(stage.steps + 1)]

@@ -60,6 +60,10 @@ class Stage:
             check(name, 0.0 <= getattr(self, name) <= 1.0, "a number in [0, 1]")
         for name in ("video_weight", "text_weight", "learning_rate", "text_learning_rate"):
             check(name, getattr(self, name) >= 0.0, "at least 0")
+        learns_text = self.tasks.joint + self.tasks.understand > 0 and self.text_learning_rate > 0
+        check("learning_rate", self.learning_rate > 0 or learns_text, "over 0, as nothing else is trained")
+        frozen_share = self.learning_rate == 0 and self.tasks.generate > 0
+        check("tasks", not frozen_share, "no generate share where learning_rate is 0: nothing would learn from it")
 
     def learning_rate_factor(self, step: int) -> float:
         """Linear warm-up, then a cosine down to ``final_lr_ratio``; ``step`` counts from the stage's start."""

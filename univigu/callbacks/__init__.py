@@ -1,9 +1,10 @@
 """Lightning callbacks, each with one purpose."""
 
+from univigu.callbacks.checkpoint import LastCheckpoint
 from univigu.callbacks.media import MediaLogger
 from univigu.callbacks.monitor import TrainingMonitor
 from univigu.callbacks.predictions import PredictionWriter
 from univigu.callbacks.report import FinalReport
 from univigu.callbacks.stage import StageSwitch
 
-__all__ = ["FinalReport", "MediaLogger", "PredictionWriter", "StageSwitch", "TrainingMonitor"]
+__all__ = ["FinalReport", "LastCheckpoint", "MediaLogger", "PredictionWriter", "StageSwitch", "TrainingMonitor"]

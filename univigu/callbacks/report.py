@@ -53,20 +53,23 @@ class FinalReport(Callback):
         for row in range(min(self.num_shown, count)):
             table.add_row(samples["key"][row], escape(truth[row]), escape(captions[row]))
         console.print(table)
-        accuracy = attribute_accuracy(captions, samples["scene"])
+        accuracy = attribute_accuracy(captions, samples["scene"], pl_module.stage.target)
         if accuracy:
             numbers = ", ".join(f"{name} {value:.0%}" for name, value in accuracy.items())
             console.print(f"accuracy over {count} held-out clips: {numbers}", highlight=False)
 
 
-def attribute_accuracy(captions: list[str], scenes: list[dict[str, Any] | None]) -> dict[str, float]:
-    """Accuracy a property for clips of the embedded world; empty for clips whose scene is not known."""
+def attribute_accuracy(texts: list[str], scenes: list[dict[str, Any] | None], kind: str) -> dict[str, float]:
+    """Accuracy by property of texts ("prompt" or "caption") about clips of the embedded world.
+
+    Clips whose scene is not known do not count; empty if there is no other.
+    """
     from univigu.data.shapes import Scene
     from univigu.metrics import ShapesTextAccuracy
 
-    known = [(text, Scene.from_dict(scene)) for text, scene in zip(captions, scenes, strict=True) if scene is not None]
+    known = [(text, Scene.from_dict(scene)) for text, scene in zip(texts, scenes, strict=True) if scene is not None]
     if not known:
         return {}
-    metric = ShapesTextAccuracy()
+    metric = ShapesTextAccuracy(kind)
     metric.update([text for text, _ in known], [scene for _, scene in known])
     return {name: float(value) for name, value in metric.compute().items()}

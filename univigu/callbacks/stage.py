@@ -56,7 +56,8 @@ class StageSwitch(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Steps end the training; as many epochs as they take must be allowed (and are what the progress bar shows).
         batches = trainer.max_steps * trainer.accumulate_grad_batches
-        trainer.fit_loop.max_epochs = math.ceil(batches / trainer.num_training_batches)
+        if math.isfinite(trainer.num_training_batches):
+            trainer.fit_loop.max_epochs = math.ceil(batches / trainer.num_training_batches)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         index, step = self.locate(trainer.global_step)

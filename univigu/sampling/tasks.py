@@ -29,11 +29,12 @@ class SamplingOptions:
     guidance_scale: float = 3.0
     """Classifier-free guidance on the video; 1 or less switches it off."""
     solver: Literal["scheduler", "euler"] = "scheduler"
-    """"scheduler": the one of the foundation's folder; "euler": plain Euler at the same times."""
+    """"scheduler": the one of the foundation's folder; "euler": plain Euler steps with that scheduler's shift."""
     caption_steps: int = 20
     """Denoising steps of the text when the video is clean."""
     temperature: float = 0.0
-    """Temperature of the text posterior; 0 takes its mode."""
+    """Temperature of a discrete text flow's posterior; 0 takes its mode.  It is the flow's option: whoever builds
+    the flow passes it on."""
 
     def __post_init__(self) -> None:
         for name in ("num_inference_steps", "caption_steps"):
