@@ -133,6 +133,29 @@ def test_an_interrupted_run_continues_exactly(in_tmp: Path, small_data: list[str
     assert all(torch.equal(moments[0][i]["exp_avg"], moments[1][i]["exp_avg"]) for i in moments[0])
 
 
+def test_held_out_evaluation(
+    in_tmp: Path, small_data: list[str], checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from univigu.command import UniViGUCLI
+
+    Path("runs/recall/checkpoints").mkdir(parents=True)
+    Path("runs/recall/checkpoints/last.ckpt").symlink_to(checkpoint)
+    cli = UniViGUCLI(["test", "--config=configs/recall.yaml", *small_data, *QUICK])
+    results = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    for name in ("caption/shape", "caption/tokens", "caption/exact_text", "generate/color", "joint/mean", "flow/loss"):
+        assert 0 <= results[f"test/{name}"], name
+    # Two steps at a warming-up rate leave the generator almost what it was.
+    assert results["test/flow/ratio"] == pytest.approx(1.0, abs=0.02)
+    assert "test/generate/start" not in results  # no prompt says where
+
+
+def test_evaluation_without_a_run_names_the_command(
+    in_tmp: Path, small_data: list[str], failing: Callable[[list[str]], str]
+) -> None:
+    printed = failing(["test", "--config=configs/refine.yaml", *small_data])
+    assert "lightning fit --config configs/refine.yaml" in printed
+
+
 # ---------------------------------------------------------------- mistakes
 
 

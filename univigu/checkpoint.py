@@ -24,6 +24,12 @@ class CheckpointError(ValueError):
     """Weights that are missing, unreadable, or belong to another model."""
 
 
+def missing_checkpoint(path: Path) -> CheckpointError:
+    """The error of a checkpoint that has not been made yet; names the command that makes it."""
+    stage = next((name for name in ("foundation", "recall", "refine") if name in path.parts), "recall")
+    return CheckpointError(f"{path}: no such checkpoint; make it with: lightning fit --config configs/{stage}.yaml")
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a training checkpoint: a ``.ckpt`` file, or the folder of a sharded one, consolidated in memory.
 
@@ -32,8 +38,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.exists():
-        stage = next((name for name in ("foundation", "recall", "refine") if name in path.parts), "recall")
-        raise CheckpointError(f"{path}: no such checkpoint; make it with: lightning fit --config configs/{stage}.yaml")
+        raise missing_checkpoint(path)
     if path.is_dir() and not (path / ".metadata").is_file():
         raise CheckpointError(f"{path}: not a readable checkpoint (the folder has no .metadata file)")
     try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from univigu.checkpoint import missing_checkpoint
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.module import UniViGU
 
@@ -28,7 +30,12 @@ class UniViGUCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
 
     def before_instantiate_classes(self) -> None:
-        """A checkpoint brings all weights, so what the configuration would start from is not needed."""
+        """Evaluation is of what the configuration trained; a checkpoint makes ``init_from`` needless."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        if self.subcommand in ("validate", "test") and not config.ckpt_path and config.trainer.default_root_dir:
+            trained = Path(config.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+            if not trained.exists():
+                raise missing_checkpoint(trained)
+            config.ckpt_path = str(trained)
         if config.get("ckpt_path"):
             config.model.init_from = None

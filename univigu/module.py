@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from diffusers import WanTransformer3DModel
 from lightning import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from univigu.checkpoint import load_weights
+from univigu.evaluation import HeldOutEvaluation
 from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowLosses, UniFlowObjective, by_noise_level
 from univigu.flow.text import TextFlow, make_text_flow
 from univigu.models.foundation import (
@@ -275,6 +277,18 @@ class UniViGU(LightningModule):
                 if values.numel():
                     self.log(f"val/{modality}_loss", values.mean(), prog_bar=True, batch_size=size, sync_dist=True)
 
+    def on_test_start(self) -> None:
+        self.evaluation = HeldOutEvaluation(self.stage.target).to(self.device)
+        path = self.foundation.path / "transformer"
+        self._foundation_model = (WanTransformer3DModel.from_pretrained(path).to(self.device).eval(),)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Held-out evaluation in both directions; see :mod:`univigu.evaluation`."""
+        self.evaluation.update(self, self._foundation_model[0], batch)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict({f"test/{name}": value for name, value in self.evaluation.compute().items()})
+
     # -------------------------------------------------------------- prediction
 
     @property
@@ -282,13 +296,19 @@ class UniViGU(LightningModule):
         """A sampler over the current weights."""
         return Sampler(self._model, self.text_flow, self.foundation.scheduler(), self.sampling)
 
-    @torch.no_grad()
     def caption(self, latents: torch.Tensor, prompt_length: int, seeds: list[int]) -> list[str]:
         """Captions of clean latents [B, C, T, H, W], without any prompt."""
+        return self.caption_tokens(latents, prompt_length, seeds)[1]
+
+    @torch.no_grad()
+    def caption_tokens(
+        self, latents: torch.Tensor, prompt_length: int, seeds: list[int]
+    ) -> tuple[torch.Tensor, list[str]]:
+        """As :meth:`caption`, with the token ids [B, L] too."""
         _, null = self.encode_prompts([], prompt_length)
         samples = self.sampler.caption(latents, null, self._model.config.text_length, self._sample_generators(seeds))
         assert samples.tokens is not None
-        return detokenize(self.foundation.tokenizer, samples.tokens)
+        return samples.tokens, detokenize(self.foundation.tokenizer, samples.tokens)
 
     @torch.no_grad()
     def generate(

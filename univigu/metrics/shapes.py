@@ -15,7 +15,7 @@ import torch
 from torchmetrics import Metric
 
 from ..data.shapes import NUM_FRAMES, SIZES, Object, Scene, Split, caption_of, place_of, prompt_of, sample_scene
-from .shapes_text import ObjectReading, Reading, Source, normalize_text, parse_caption, parse_prompt
+from .shapes_text import ObjectReading, Reading, Source, normalize_text, parse_caption, parse_prompt, parse_text
 from .shapes_video import detect, holding_relations, relation_gaps
 
 ATTRIBUTES = ("count", "background", "size", "color", "shape", "motion", "speed", "relation", "start", "end")
@@ -216,12 +216,21 @@ class ShapesTextAccuracy(_ShapesMetric):
 
 
 class ShapesVideoAccuracy(_ShapesMetric):
-    """How much of each scene a generated clip shows rightly."""
+    """How much of each scene a generated clip shows rightly.
+
+    Args:
+        places: whether start and end places count; no prompt fixes them, so clips made from prompts go without.
+    """
+
+    def __init__(self, places: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.left_out = () if places else ("start", "end")
 
     def update(self, frames: torch.Tensor, scenes: Sequence[Scene | Mapping[str, Any] | None]) -> None:
         """Count a batch of clips, uint8 [B, F, C, H, W]; samples without a scene (None) are passed over."""
         known = [(clip, scene) for clip, scene in zip(frames, map(_scene, scenes), strict=True) if scene is not None]
-        self._add([score(detect(clip), scene) for clip, scene in known])
+        results = [score(detect(clip), scene) for clip, scene in known]
+        self._add([{k: v for k, v in result.items() if k not in self.left_out} for result in results])
 
 
 class ShapesAgreement(_ShapesMetric):
@@ -229,7 +238,7 @@ class ShapesAgreement(_ShapesMetric):
 
     def update(self, captions: Sequence[str], frames: torch.Tensor) -> None:
         """Count a batch of captions and their clips, uint8 [B, F, C, H, W]."""
-        self._add([agreement(parse_caption(c), detect(clip)) for c, clip in zip(captions, frames, strict=True)])
+        self._add([agreement(parse_text(c), detect(clip)) for c, clip in zip(captions, frames, strict=True)])
 
 
 def _scene(scene: Scene | Mapping[str, Any] | None) -> Scene | None:
