@@ -1,0 +1,62 @@
+"""The foundation that ships: its size, that diffusers runs it as it is, and that its samples show what was asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from univigu.data.shapes import prompt_of, render, sample_scene
+from univigu.data.video import encode_mp4, read_video, to_frames, to_model_range
+from univigu.metrics import ShapesVideoAccuracy, chance_levels
+from univigu.models.foundation import Foundation, decode_latents, encode_video
+
+
+def test_it_is_small(foundation: str) -> None:
+    size = sum(path.stat().st_size for path in Path(foundation).rglob("*") if path.is_file())
+    assert size <= 12 * 2**20
+
+
+@torch.no_grad()
+def test_its_vae_keeps_what_matters(foundation: str) -> None:
+    vae = Foundation(foundation).vae
+    scenes = [sample_scene(seed, "test") for seed in range(40)]
+    clips = torch.stack([read_video(encode_mp4(render(scene)), 9, 64, 64) for scene in scenes])
+    metric = ShapesVideoAccuracy()
+    metric.update(to_frames(decode_latents(vae, encode_video(vae, to_model_range(clips)))), scenes)
+    results = metric.compute()
+    for name in ("count", "background", "size", "color", "motion", "speed", "relation", "start", "end"):
+        assert results[name] >= 0.95, (name, results[name])
+    assert results["shape"] >= 0.65
+
+
+def test_diffusers_runs_it_and_samples_are_above_chance(foundation: str) -> None:
+    """Held-out prompts through WanPipeline itself, with its default slot of 512 tokens."""
+    pipeline = WanPipeline.from_pretrained(foundation)
+    pipeline.set_progress_bar_config(disable=True)
+    scenes = [sample_scene(seed, "val") for seed in range(24)]
+    video = pipeline(
+        prompt=[prompt_of(scene) for scene in scenes], height=64, width=64, num_frames=9, num_inference_steps=16,
+        guidance_scale=3.0, generator=[torch.Generator().manual_seed(i) for i in range(24)], output_type="pt",
+    ).frames  # fmt: skip
+    frames = (video * 255).round().to(torch.uint8)
+    assert frames.shape == (24, 9, 3, 64, 64)
+    metric, shuffled = ShapesVideoAccuracy(places=False), ShapesVideoAccuracy(places=False)
+    metric.update(frames, scenes)
+    shuffled.update(frames, scenes[1:] + scenes[:1])  # negative control: other scenes' truth
+    results, control, chance = metric.compute(), shuffled.compute(), chance_levels("video")
+    print({name: round(float(value), 3) for name, value in results.items()})
+    for name in ("background", "color", "size"):
+        assert results[name] > chance[name] + 0.2, (name, results[name], chance[name])
+    assert results["mean"] > control["mean"] + 0.15
+
+
+@pytest.mark.parametrize("missing", ["vae", "tokenizer"])
+def test_an_incomplete_folder_is_named(missing: str, foundation: str, tmp_path: Path) -> None:
+    for part in Path(foundation).iterdir():
+        if part.name != missing:
+            (tmp_path / part.name).symlink_to(part)
+    with pytest.raises(FileNotFoundError, match=missing):
+        Foundation(tmp_path)
