@@ -7,6 +7,7 @@ understood is an error that names it.
 from __future__ import annotations
 
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,16 @@ def missing_checkpoint(path: Path) -> CheckpointError:
     """The error of a checkpoint that has not been made yet; names the command that makes it."""
     stage = next((name for name in ("foundation", "recall", "refine") if name in path.parts), "recall")
     return CheckpointError(f"{path}: no such checkpoint; make it with: lightning fit --config configs/{stage}.yaml")
+
+
+def check_checkpoint_file(path: Path) -> None:
+    """Refuse what cannot be a checkpoint before anything heavy is loaded; cheap for any size."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    if path.is_dir() and not (path / ".metadata").is_file():
+        raise CheckpointError(f"{path}: not a readable checkpoint (the folder has no .metadata file)")
+    if path.is_file() and not zipfile.is_zipfile(path):  # what torch.save writes
+        raise CheckpointError(f"{path}: not a readable checkpoint (empty, cut off, or of another format)")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

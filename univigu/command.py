@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from univigu.checkpoint import missing_checkpoint
+from univigu.checkpoint import check_checkpoint_file, missing_checkpoint
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.module import UniViGU
 
@@ -29,13 +29,18 @@ class UniViGUCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
 
-    def before_instantiate_classes(self) -> None:
-        """Evaluation is of what the configuration trained; a checkpoint makes ``init_from`` needless."""
-        config = self.config[self.subcommand] if self.subcommand else self.config
-        if self.subcommand in ("validate", "test") and not config.ckpt_path and config.trainer.default_root_dir:
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, then settle which checkpoint is meant, before anything reads it."""
+        super().parse_arguments(parser, args)
+        subcommand = self.config.get("subcommand")
+        config = self.config[subcommand] if subcommand else self.config
+        if subcommand in ("validate", "test") and not config.ckpt_path and config.trainer.default_root_dir:
+            # Evaluation is of what the configuration trained.
             trained = Path(config.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
             if not trained.exists():
                 raise missing_checkpoint(trained)
             config.ckpt_path = str(trained)
         if config.get("ckpt_path"):
-            config.model.init_from = None
+            if config.ckpt_path not in ("best", "last", "hpc") and "://" not in str(config.ckpt_path):
+                check_checkpoint_file(Path(config.ckpt_path))
+            config.model.init_from = None  # the checkpoint brings all weights

@@ -55,9 +55,11 @@ class StageSwitch(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Steps end the training; as many epochs as they take must be allowed (and are what the progress bar shows).
-        batches = trainer.max_steps * trainer.accumulate_grad_batches
+        batches = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
         if math.isfinite(trainer.num_training_batches):
-            trainer.fit_loop.max_epochs = math.ceil(batches / trainer.num_training_batches)
+            resumed = trainer.global_step > 0  # the epoch it was cut off in may be counted already
+            epochs = math.ceil(batches / trainer.num_training_batches) + resumed
+            trainer.fit_loop.max_epochs = trainer.current_epoch + epochs
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         index, step = self.locate(trainer.global_step)
