@@ -170,7 +170,7 @@ def test_misspelt_stage_field(in_tmp: Path, failing: Callable[[list[str]], str])
 
 
 def test_stage_value_out_of_range(in_tmp: Path, failing: Callable[[list[str]], str]) -> None:
-    text = (REPO / "configs/recall.yaml").read_text().replace("condition_dropout: 0.75", "condition_dropout: 1.75")
+    text = (REPO / "configs/recall.yaml").read_text().replace("condition_dropout: 0.9", "condition_dropout: 1.75")
     Path("wrong.yaml").write_text(text)
     printed = failing(["fit", "--config=wrong.yaml"])
     assert "condition_dropout" in printed and "1.75" in printed

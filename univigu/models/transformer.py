@@ -172,6 +172,8 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             for _ in range(num_layers)
         )
         self.vocab_embed = nn.Embedding(vocab_size + (text_flow == "mask"), dim)
+        # Small beside what attention adds, so that what is read off the video is not drowned by the token itself.
+        nn.init.normal_(self.vocab_embed.weight, std=0.1)
         self.time_embedding_t = TextTimeEmbedding(freq_dim, dim)
         self.scale_shift_table_t = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.text_head = TextHead(dim, dim if text_flow == "embedding" else vocab_size)

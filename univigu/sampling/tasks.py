@@ -30,7 +30,7 @@ class SamplingOptions:
     """Classifier-free guidance on the video; 1 or less switches it off."""
     solver: Literal["scheduler", "euler"] = "scheduler"
     """"scheduler": the one of the foundation's folder; "euler": plain Euler steps with that scheduler's shift."""
-    caption_steps: int = 20
+    caption_steps: int = 50
     """Denoising steps of the text when the video is clean."""
     temperature: float = 0.0
     """Temperature of a discrete text flow's posterior; 0 takes its mode.  It is the flow's option: whoever builds
