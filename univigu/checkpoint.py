@@ -108,13 +108,14 @@ def _check_config(path: str | Path, config: dict[str, Any], like: UniViGUTransfo
     differing = {
         name: (config.get(name), like.config[name])
         for name in names
-        if _plain(config.get(name)) != _plain(like.config[name])
+        if plain(config.get(name)) != plain(like.config[name])
     }
     if differing:
         raise CheckpointError(f"{path}: made for another model; (checkpoint, configuration) differ in {differing}")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A configuration value as json would give it back: tuples are lists there."""
     return list(value) if isinstance(value, tuple | list) else value
 
 

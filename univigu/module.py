@@ -11,7 +11,7 @@ from diffusers import WanTransformer3DModel
 from lightning import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from univigu.checkpoint import load_weights
+from univigu.checkpoint import load_weights, plain
 from univigu.evaluation import HeldOutEvaluation
 from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowLosses, UniFlowObjective, by_noise_level
 from univigu.flow.text import TextFlow, make_text_flow
@@ -394,16 +394,12 @@ class UniViGU(LightningModule):
         if saved is None:
             raise ValueError("ckpt_path: not a checkpoint of this project (it holds no 'univigu' entry)")
         ours = {name: self._model.config[name] for name in saved}
-        differing = {name: (saved[name], ours[name]) for name in saved if _plain(saved[name]) != _plain(ours[name])}
+        differing = {name: (saved[name], ours[name]) for name in saved if plain(saved[name]) != plain(ours[name])}
         self._model.register_to_config(text_length=differing.pop("text_length", (ours["text_length"],))[0])
         if differing and self.trainer.state.fn == "fit":
             raise MisconfigurationException(f"the checkpoint's model differs from the configuration: {differing}")
         if differing:
             self._set_transformer(UniViGUTransformer3DModel(**saved).to(self.device))
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple | list) else value
 
 
 def is_text_parameter(name: str) -> bool:
