@@ -16,7 +16,7 @@ from diffusers import WanTransformer3DModel
 from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
 from transformers import UMT5EncoderModel
 
-from univigu.models.transformer import TEXT_KEYS, UniViGUTransformer3DModel
+from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
 
 PREFIX = "transformer."
 
@@ -31,12 +31,16 @@ def missing_checkpoint(path: Path) -> CheckpointError:
     return CheckpointError(f"{path}: no such checkpoint; make it with: lightning fit --config configs/{stage}.yaml")
 
 
+def _check_folder(path: Path) -> None:
+    if path.is_dir() and not (path / ".metadata").is_file():
+        raise CheckpointError(f"{path}: not a readable checkpoint (the folder has no .metadata file)")
+
+
 def check_checkpoint_file(path: Path) -> None:
     """Refuse what cannot be a checkpoint before anything heavy is loaded; cheap for any size."""
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint")
-    if path.is_dir() and not (path / ".metadata").is_file():
-        raise CheckpointError(f"{path}: not a readable checkpoint (the folder has no .metadata file)")
+    _check_folder(path)
     if path.is_file() and not zipfile.is_zipfile(path):  # what torch.save writes
         raise CheckpointError(f"{path}: not a readable checkpoint (empty, cut off, or of another format)")
 
@@ -50,8 +54,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.exists():
         raise missing_checkpoint(path)
-    if path.is_dir() and not (path / ".metadata").is_file():
-        raise CheckpointError(f"{path}: not a readable checkpoint (the folder has no .metadata file)")
+    _check_folder(path)
     try:
         if path.is_dir():
             from lightning.fabric.utilities.load import _load_distributed_checkpoint
@@ -124,7 +127,7 @@ def to_wan(model: UniViGUTransformer3DModel) -> WanTransformer3DModel:
     names = ("vocab_size", "text_flow", "clean_video_reads_text", "text_length")
     config = {k: v for k, v in model.config.items() if not k.startswith("_") and k not in names}
     wan = WanTransformer3DModel(**config)
-    state = {k: v for k, v in model.state_dict().items() if not any(part in f".{k}" for part in TEXT_KEYS)}
+    state = {k: v for k, v in model.state_dict().items() if not is_text_parameter(k)}
     wan.load_state_dict(state)
     return wan
 

@@ -18,7 +18,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 from univigu.flow.random import randn
-from univigu.flow.time import to_timestep
+from univigu.flow.time import shift_sigma, time_from_sigma, to_timestep
 from univigu.flow.video import flow_matching_loss, interpolate
 from univigu.metrics import ShapesAgreement, ShapesTextAccuracy, ShapesVideoAccuracy
 
@@ -74,9 +74,8 @@ class HeldOutEvaluation(nn.Module):
         noise = randn(inputs.latents.shape, generators, inputs.latents.device)
         shift = module.flow_options.video_times.shift
         for i in range(8):
-            sigma = (i + 0.5) / 8
-            t = 1.0 - shift * sigma / (1 + (shift - 1) * sigma)
-            times = inputs.latents.new_full((inputs.latents.shape[0],), t)
+            t = time_from_sigma(shift_sigma((i + 0.5) / 8, shift))
+            times = t.to(inputs.latents.device).expand(inputs.latents.shape[0])
             noisy = interpolate(noise, inputs.latents, times)
             for name, model in (("flow", module.transformer), ("flow_foundation", foundation_model)):
                 prediction = model(noisy, to_timestep(times), inputs.prompt_embeds, return_dict=False)[0]

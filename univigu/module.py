@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from univigu.checkpoint import load_weights, plain
+from univigu.data.video import to_frames, to_model_range
 from univigu.evaluation import HeldOutEvaluation
 from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowLosses, UniFlowObjective, by_noise_level
 from univigu.flow.text import TextFlow, make_text_flow
@@ -24,7 +26,7 @@ from univigu.models.foundation import (
     encode_video,
     tokenize,
 )
-from univigu.models.transformer import TextFlowName, UniViGUTransformer3DModel
+from univigu.models.transformer import TextFlowName, UniViGUTransformer3DModel, is_text_parameter
 from univigu.sampling.tasks import Sampler, SamplingOptions
 from univigu.stages import Stage
 
@@ -207,8 +209,7 @@ class UniViGU(LightningModule):
 
     def prepare(self, batch: dict[str, Any]) -> UniFlowBatch:
         """Encode what the loader brought; precomputed latents are taken as they are."""
-        self.foundation.to(self.device)
-        latents = batch["latents"] if "latents" in batch else self.encode_frames(batch["video"])
+        latents = self.latents_of(batch)
         prompt_ids = batch["prompt_ids"]
         null_ids = self._null_ids(prompt_ids.shape[1])
         embeds = self._encode_prompt(torch.cat([prompt_ids, null_ids]))
@@ -218,10 +219,15 @@ class UniViGU(LightningModule):
             text_ids = fit_slot(target, self.stage.text_length, self.foundation.pad_token_id, self.stage.target)
         return UniFlowBatch(latents.float(), embeds[:-1], embeds[-1:], text_ids)
 
+    def latents_of(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Normalised latents of a batch on the module's device, encoded if need be."""
+        self.foundation.to(self.device)
+        if "latents" in batch:
+            return batch["latents"].to(self.device)
+        return self.encode_frames(batch["video"].to(self.device))
+
     def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
         """Frames uint8 [B, F, C, H, W] -> normalised latents [B, C, T, H, W]."""
-        from univigu.data.video import to_model_range
-
         with torch.no_grad():
             return encode_video(self.foundation.vae, to_model_range(frames))
 
@@ -319,8 +325,6 @@ class UniViGU(LightningModule):
         Args:
             shape: latents' (C, T, H, W).
         """
-        from univigu.data.video import to_frames
-
         embeds, null = self.encode_prompts(prompts, prompt_length)
         generators = self._sample_generators(seeds)
         if joint:
@@ -402,17 +406,8 @@ class UniViGU(LightningModule):
             self._set_transformer(UniViGUTransformer3DModel(**saved).to(self.device))
 
 
-def is_text_parameter(name: str) -> bool:
-    """Whether a transformer parameter belongs to the text stream (and not to Wan)."""
-    from univigu.models.transformer import TEXT_KEYS
-
-    return any(part in f".{name}" for part in TEXT_KEYS)
-
-
 def make_generator(device: torch.device | str, *numbers: int) -> torch.Generator:
     """A generator seeded by a hash of integers, so that neighbouring steps get unrelated streams."""
-    import hashlib
-
     digest = hashlib.sha256(repr(numbers).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 

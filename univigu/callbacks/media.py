@@ -51,7 +51,7 @@ class MediaLogger(Callback):
         pl_module.eval()
         try:
             length, seeds = samples["prompt_ids"].shape[1], list(range(len(samples["key"])))
-            latents = latents_of(pl_module, samples)
+            latents = pl_module.latents_of(samples)
             if pl_module.stage.tasks.joint + pl_module.stage.tasks.understand > 0:
                 captions = pl_module.caption(latents, length, seeds)
                 truth = samples[pl_module.stage.target]
@@ -78,14 +78,6 @@ def held_out_samples(trainer: Trainer, count: int) -> dict[str, Any]:
         if len(rows["key"]) >= count:
             break
     return {name: value[:count] for name, value in rows.items()}
-
-
-def latents_of(pl_module: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """Normalised latents of a batch on the module's device, encoded if need be."""
-    pl_module.foundation.to(pl_module.device)
-    if "latents" in batch:
-        return batch["latents"].to(pl_module.device)
-    return pl_module.encode_frames(batch["video"].to(pl_module.device))
 
 
 def caption_table(keys: list[str], truth: list[str], captions: list[str]) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from univigu.callbacks.media import held_out_samples, latents_of
+from univigu.callbacks.media import held_out_samples
 
 
 class FinalReport(Callback):
@@ -41,7 +41,7 @@ class FinalReport(Callback):
 
     def _captions(self, trainer: Trainer, pl_module: Any, console: Console) -> None:
         samples = held_out_samples(trainer, self.num_samples)
-        latents = latents_of(pl_module, samples)
+        latents = pl_module.latents_of(samples)
         pl_module.eval()
         count, length = len(samples["key"]), samples["prompt_ids"].shape[1]
         captions = []

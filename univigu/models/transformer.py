@@ -33,6 +33,11 @@ TEXT_FLOWS = ("embedding", "uniform", "mask")
 TEXT_KEYS = ("time_embedding_t.", "vocab_embed.", "text_head.", "scale_shift_table_t", ".ffn_t.")
 
 
+def is_text_parameter(name: str) -> bool:
+    """Whether a transformer's parameter belongs to the text stream (and not to Wan)."""
+    return any(part in f".{name}" for part in TEXT_KEYS)
+
+
 @dataclass
 class UniViGUTransformerOutput(BaseOutput):
     """What one denoising step predicts for each modality."""
@@ -347,7 +352,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         model = cls(**(config | options))
         _cast_like(model, wan)
         missing, unexpected = model.load_state_dict(wan.state_dict(), strict=False)
-        missing = [key for key in missing if not any(part in key for part in TEXT_KEYS)]
+        missing = [key for key in missing if not is_text_parameter(key)]
         if missing or unexpected:
             raise ValueError(f"not a Wan transformer: missing keys {missing}, unexpected keys {unexpected}")
         model.copy_text_stream_from_video()
