@@ -32,7 +32,7 @@ tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parent / "t
     [
         ("steps", 0), ("target", "title"), ("text_length", 1), ("warmup_steps", -1), ("text_loss", "mse"),
         ("condition_dropout", 1.5), ("guidance_dropout", -0.1), ("final_lr_ratio", 2.0), ("video_weight", -1.0),
-        ("text_weight", -1.0), ("learning_rate", -1e-4), ("text_learning_rate", math.nan),
+        ("joint_dropout", 1.01), ("text_weight", -1.0), ("learning_rate", -1e-4), ("text_learning_rate", math.nan),
     ],
 )  # fmt: skip
 def test_an_option_out_of_range_is_named(field: str, value: Any) -> None:

@@ -27,20 +27,9 @@ from univigu.models.foundation import (
     tokenize,
 )
 from univigu.models.transformer import TextFlowName, UniViGUTransformer3DModel, is_text_parameter
+from univigu.optim import OptimizerOptions, make_optimizer
 from univigu.sampling.tasks import Sampler, SamplingOptions
 from univigu.stages import Stage
-
-
-@dataclass
-class OptimizerOptions:
-    """AdamW; learning rates belong to the stages."""
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the two moments."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay on matrices; vectors and tables are not decayed."""
-    fused: bool = False
-    """Use torch's fused kernel."""
 
 
 @dataclass
@@ -69,8 +58,9 @@ class UniViGU(LightningModule):
         random_init: ignore the foundation's transformer weights (for ablations).
         text_flow: the text's process, "embedding", "uniform" or "mask".
         clean_video_reads_text: see :class:`UniViGUTransformer3DModel`.
+        separate_text_ffn, text_positions: likewise.
         flow: distributions of the times.
-        optimizer: AdamW's options.
+        optimizer: which optimizer, and its constants.
         sampling: how samples are drawn in validation and prediction.
         predict_task: what ``lightning predict`` makes: "caption", "generate" or "joint".
         train_text_encoder: train the prompt's encoder too (stage 0 of the embedded world).
@@ -87,6 +77,8 @@ class UniViGU(LightningModule):
         random_init: bool = False,
         text_flow: TextFlowName = "mask",
         clean_video_reads_text: bool = True,
+        separate_text_ffn: bool = True,
+        text_positions: int = 0,
         flow: FlowOptions = FlowOptions(),  # noqa: B008
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008
         sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
@@ -103,6 +95,8 @@ class UniViGU(LightningModule):
         self.random_init = random_init
         self.text_flow_name = text_flow
         self.clean_video_reads_text = clean_video_reads_text
+        self.separate_text_ffn = separate_text_ffn
+        self.text_positions = text_positions
         self.flow_options = flow
         self.optimizer_options = optimizer
         self.sampling = sampling
@@ -133,6 +127,8 @@ class UniViGU(LightningModule):
             vocab_size=len(self.foundation.tokenizer),
             text_flow=self.text_flow_name,
             clean_video_reads_text=self.clean_video_reads_text,
+            separate_text_ffn=self.separate_text_ffn,
+            text_positions=self.text_positions,
         )
         if self.random_init:
             model = UniViGUTransformer3DModel.from_config(model.config)
@@ -162,28 +158,20 @@ class UniViGU(LightningModule):
         self._model.register_to_config(text_length=self.stage.text_length)
         for name, parameters in self._parameter_groups().items():
             rate = self.stage.text_learning_rate if name == "text" else self.stage.learning_rate
-            for parameter in parameters:
+            for _, parameter in parameters:
                 parameter.requires_grad_(rate > 0)
 
-    def _parameter_groups(self) -> dict[str, list[torch.nn.Parameter]]:
+    def _parameter_groups(self) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
         """Parameters by what they are: the pretrained generator's, the text stream's, the text encoder's."""
-        groups: dict[str, list[torch.nn.Parameter]] = {"video": [], "text": []}
+        groups: dict[str, list[tuple[str, torch.nn.Parameter]]] = {"video": [], "text": []}
         for name, parameter in self._model.named_parameters():
-            groups["text" if is_text_parameter(name) else "video"].append(parameter)
+            groups["text" if is_text_parameter(name) else "video"].append((name, parameter))
         if self.text_encoder is not None:
-            groups["text_encoder"] = list(self.text_encoder.parameters())
+            groups["text_encoder"] = list(self.text_encoder.named_parameters())
         return groups
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        options = self.optimizer_options
-        groups = []
-        for name, parameters in self._parameter_groups().items():
-            for decay, members in (
-                (options.weight_decay, [p for p in parameters if p.ndim == 2]),
-                (0.0, [p for p in parameters if p.ndim != 2]),
-            ):
-                groups.append({"params": members, "weight_decay": decay, "name": name})
-        return torch.optim.AdamW(groups, lr=0.0, betas=options.betas, fused=options.fused)
+        return make_optimizer(self._parameter_groups(), self.optimizer_options)
 
     # ---------------------------------------------------------------- training
 
@@ -199,6 +187,7 @@ class UniViGU(LightningModule):
             counts=stage.tasks.counts(size, step),
             condition_dropout=stage.condition_dropout,
             guidance_dropout=stage.guidance_dropout,
+            joint_dropout=stage.joint_dropout,
             text_loss=stage.text_loss,
             generator=self._generator(step),
         )
@@ -302,17 +291,25 @@ class UniViGU(LightningModule):
         """A sampler over the current weights."""
         return Sampler(self._model, self.text_flow, self.foundation.scheduler(), self.sampling)
 
-    def caption(self, latents: torch.Tensor, prompt_length: int, seeds: list[int]) -> list[str]:
-        """Captions of clean latents [B, C, T, H, W], without any prompt."""
-        return self.caption_tokens(latents, prompt_length, seeds)[1]
+    def caption(
+        self, latents: torch.Tensor, prompt_length: int, seeds: list[int], prompts: list[str] | None = None
+    ) -> list[str]:
+        """Captions of clean latents [B, C, T, H, W]; see :meth:`caption_tokens`."""
+        return self.caption_tokens(latents, prompt_length, seeds, prompts)[1]
 
     @torch.no_grad()
     def caption_tokens(
-        self, latents: torch.Tensor, prompt_length: int, seeds: list[int]
+        self, latents: torch.Tensor, prompt_length: int, seeds: list[int], prompts: list[str] | None = None
     ) -> tuple[torch.Tensor, list[str]]:
-        """As :meth:`caption`, with the token ids [B, L] too."""
-        _, null = self.encode_prompts([], prompt_length)
-        samples = self.sampler.caption(latents, null, self._model.config.text_length, self._sample_generators(seeds))
+        """Token ids [B, L] and texts of captions of clean latents [B, C, T, H, W].
+
+        Args:
+            prompts: a condition for each clip, such as its brief prompt; None captions from the video alone.
+        """
+        embeds, null = self.encode_prompts(prompts or [], prompt_length)
+        condition = embeds if prompts else null
+        generators = self._sample_generators(seeds)
+        samples = self.sampler.caption(latents, condition, self._model.config.text_length, generators)
         assert samples.tokens is not None
         return samples.tokens, detokenize(self.foundation.tokenizer, samples.tokens)
 

@@ -28,7 +28,9 @@ class Stage:
     tasks: TaskMixture = field(default_factory=TaskMixture)
     """Shares of a batch given to each task."""
     condition_dropout: float = 0.5
-    """Probability that the prompt is replaced by the encoded empty prompt where text is learned."""
+    """Probability that the prompt is replaced by the encoded empty prompt where text is read off clean video."""
+    joint_dropout: float | None = None
+    """The same where both modalities are noisy; None takes ``condition_dropout``."""
     guidance_dropout: float = 0.1
     """The same where video alone is learned, for classifier-free guidance."""
     video_weight: float = 1.0
@@ -58,6 +60,7 @@ class Stage:
         check("text_loss", self.text_loss in ("cross_entropy", "generalized_kl"), "'cross_entropy' or 'generalized_kl'")
         for name in ("condition_dropout", "guidance_dropout", "final_lr_ratio"):
             check(name, 0.0 <= getattr(self, name) <= 1.0, "a number in [0, 1]")
+        check("joint_dropout", self.joint_dropout is None or 0.0 <= self.joint_dropout <= 1.0, "a number in [0, 1]")
         for name in ("video_weight", "text_weight", "learning_rate", "text_learning_rate"):
             check(name, getattr(self, name) >= 0.0, "at least 0")
         learns_text = self.tasks.joint + self.tasks.understand > 0 and self.text_learning_rate > 0

@@ -33,7 +33,8 @@ def test_batches_are_what_the_model_expects(world: dict[str, Any]) -> None:
     train = list(data.train_dataloader())
     assert [len(batch["key"]) for batch in train] == [2] * 6
     batch = train[0]
-    assert batch["latents"].shape == (2, 16, 3, 8, 8) and batch["latents"].dtype == torch.float32
+    channels = Foundation(world["foundation"]).vae.config.z_dim
+    assert batch["latents"].shape == (2, channels, 3, 8, 8) and batch["latents"].dtype == torch.float32
     assert batch["prompt_ids"].shape == (2, 64) and batch["caption_ids"].shape == (2, 256)
     assert batch["prompt_ids"].dtype == torch.int64
     assert detokenize(data.tokenizer, batch["caption_ids"]) == batch["caption"]

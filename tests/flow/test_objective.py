@@ -148,6 +148,8 @@ def test_each_dropout_belongs_to_its_tasks(models: dict[str, Any]) -> None:
     measure(watch, batch, (1, 1, 2), condition_dropout=1.0, guidance_dropout=0.0)
     assert torch.equal(watch.calls[0][2], batch.null_embeds.expand(2, -1, -1))
     assert torch.equal(watch.calls[1][2], batch.prompt_embeds[2:])
+    measure(watch, batch, (1, 1, 2), condition_dropout=1.0, joint_dropout=0.0)
+    assert torch.equal(watch.calls[2][2], torch.cat([batch.prompt_embeds[:1], batch.null_embeds]))
 
 
 def test_dropout_has_the_given_rate() -> None:

@@ -101,7 +101,7 @@ def test_lost_full_stops_lose_nothing():
         ("moves right quickly", "moves right quickly. it moves left quickly", "motion"),
         ("moves right quickly", "moves right quickly slowly", "speed"),
         ("begins it is in the upper left", "begins it is in the upper left upper center", "start"),
-        ("ends it is in the upper center", "ends it is in the lower left upper center", "end"),
+        ("ends it is in the upper right", "ends it is in the lower left upper right", "end"),
     ],
 )
 def test_contradiction_about_an_object_reads_as_none(old, new, attribute):

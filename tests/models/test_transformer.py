@@ -576,3 +576,65 @@ def test_gradient_checkpointing_changes_nothing(wan: WanTransformer3DModel, read
     assert calls == list(model.blocks)
     for name, gradient in plain.items():
         assert torch.equal(checkpointed[name], gradient), name
+
+
+# ---------------------------------------------------------------------- one FFN for both streams
+
+
+def test_a_shared_ffn_is_an_own_one_with_the_same_weights(wan: WanTransformer3DModel) -> None:
+    """As built from Wan, where the text's FFN is a copy, both agree; they no longer do once the copy is changed."""
+    torch.manual_seed(0)
+    separate = UniViGUTransformer3DModel.from_wan(wan, VOCAB, "mask").eval()
+    shared = UniViGUTransformer3DModel.from_wan(wan, VOCAB, "mask", separate_text_ffn=False).eval()
+    text_only = {name: value for name, value in separate.state_dict().items() if "ffn_t." not in name}
+    text_only["text_head.linear.weight"] = torch.randn_like(text_only["text_head.linear.weight"])  # zero at first
+    separate.load_state_dict(text_only, strict=False)
+    assert set(shared.state_dict()) == set(text_only)
+    shared.load_state_dict(text_only)
+    inputs = make_inputs()
+    expected, actual = run(separate, inputs), run(shared, inputs)
+    assert_close(actual.text, expected.text)
+    assert_close(actual.sample, expected.sample)
+    with torch.no_grad():
+        separate.blocks[0].ffn_t.net[2].bias += 1.0
+    assert (run(separate, inputs).text - actual.text).abs().max() > 1e-3
+
+
+def test_a_shared_ffn_is_saved_and_needs_its_own_weights(tmp_path: Path, wan: WanTransformer3DModel) -> None:
+    shared = UniViGUTransformer3DModel.from_wan(wan, VOCAB, separate_text_ffn=False).eval()
+    shared.save_pretrained(tmp_path)
+    again = UniViGUTransformer3DModel.from_pretrained(tmp_path).eval()
+    assert again.config.separate_text_ffn is False
+    inputs = make_inputs()
+    assert torch.equal(run(again, inputs).sample, run(shared, inputs).sample)
+    again.register_to_config(separate_text_ffn=True)
+    again.save_config(tmp_path)
+    with pytest.raises(ValueError, match="ffn_t"):
+        UniViGUTransformer3DModel.from_pretrained(tmp_path)
+
+
+# ---------------------------------------------------------------------- absolute text positions
+
+
+def test_text_positions_are_added_to_the_tokens(wan: WanTransformer3DModel) -> None:
+    """With positions at zero it is the model without them; moved, text changes by place and video alone does not."""
+    plain = tiny.make_unified(wan, VOCAB, text_flow="mask")
+    model = UniViGUTransformer3DModel.from_wan(wan, VOCAB, "mask", text_positions=9).eval()
+    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+    assert missing == ["text_position_embed.weight"] and not unexpected
+    inputs = make_inputs()
+    torch.nn.init.zeros_(model.text_position_embed.weight)
+    assert torch.equal(run(model, inputs).text, run(plain, inputs).text)
+    torch.nn.init.normal_(model.text_position_embed.weight)
+    assert torch.equal(run(model, video_only(inputs)).sample, run(plain, video_only(inputs)).sample)
+    # what is added is what the embedding flow would be given as states: token rows plus position rows
+    states = model.vocab_embed(inputs["text_tokens"]) + model.text_position_embed.weight[:7]
+    expected = []
+    hook = model.blocks[0].register_forward_hook(lambda *args: expected.append(args[1][4]))
+    run(model, inputs)
+    hook.remove()
+    assert torch.equal(expected[0], states)
+    with pytest.raises(ValueError, match="10 positions: the model has 9"):
+        run(model, make_inputs(length=10))
+    with pytest.raises(ValueError, match="text_positions=-1"):
+        UniViGUTransformer3DModel.from_wan(wan, VOCAB, text_positions=-1)

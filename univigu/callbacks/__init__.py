@@ -1,5 +1,6 @@
 """Lightning callbacks, each with one purpose."""
 
+from univigu.callbacks.accuracy import CaptionAccuracy
 from univigu.callbacks.checkpoint import LastCheckpoint
 from univigu.callbacks.media import MediaLogger
 from univigu.callbacks.monitor import TrainingMonitor
@@ -7,4 +8,12 @@ from univigu.callbacks.predictions import PredictionWriter
 from univigu.callbacks.report import FinalReport
 from univigu.callbacks.stage import StageSwitch
 
-__all__ = ["FinalReport", "LastCheckpoint", "MediaLogger", "PredictionWriter", "StageSwitch", "TrainingMonitor"]
+__all__ = [
+    "CaptionAccuracy",
+    "FinalReport",
+    "LastCheckpoint",
+    "MediaLogger",
+    "PredictionWriter",
+    "StageSwitch",
+    "TrainingMonitor",
+]

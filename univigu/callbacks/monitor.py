@@ -40,7 +40,8 @@ class TrainingMonitor(Callback):
         if norms:
             pl_module.log("train/grad_norm", torch.stack(norms).norm())
         for group in optimizer.param_groups:
-            pl_module.log(f"lr/{group['name']}", group["lr"])
+            muon = "_muon" if "momentum" in group else ""
+            pl_module.log(f"lr/{group['name']}{muon}", group["lr"])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

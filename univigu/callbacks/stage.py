@@ -70,7 +70,7 @@ class StageSwitch(Callback):
         rates = {"video": stage.learning_rate, "text": stage.text_learning_rate, "text_encoder": stage.learning_rate}
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rates[group["name"]] * factor
+                group["lr"] = rates[group["name"]] * group["rate"] * factor
 
     def _enter(self, index: int, pl_module: LightningModule) -> None:
         self.index = index

@@ -29,7 +29,7 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}
-SPEEDS = {"slowly": 1.0, "quickly": 3.0}  # pixels a frame at 64x64
+SPEEDS = {"slowly": 2.0, "quickly": 4.0}  # pixels a frame at 64x64: one and two cells of the grid in 4 frames
 BACKGROUNDS = {
     "black": (16, 16, 16),
     "gray": (128, 128, 128),
@@ -39,6 +39,9 @@ BACKGROUNDS = {
 RELATIONS = ("left of", "above")
 
 CANVAS = 64  # pixels; all lengths above are given on this canvas
+# Objects start on a grid of the latents' stride, so that a shape looks the same to a VAE wherever it is: the centres
+# of small objects lie in the middle of a cell, those of large ones on a corner (so that two lanes hold either).
+GRID = 8
 NUM_FRAMES = 9  # 4k+1, as Wan's VAE wants
 FPS = 8
 
@@ -141,17 +144,19 @@ def _draw_object(rng: np.random.Generator, motions: Any, lane: tuple[int, int, i
     speed = "" if motion == "still" else _pick(rng, SPEEDS)
     radius = SIZES[size] + 1
     left, top, right, bottom = lane
-    while True:  # the whole path inside the lane, both ends clear of the borders between the thirds
-        x, y = rng.uniform(left + radius, right - radius), rng.uniform(top + radius, bottom - radius)
-        obj = Object(size, color, shape, motion, speed, round(x, 2), round(y, 2))
+    while True:  # the whole path inside the lane
+        x = _grid_point(rng, left + radius, right - radius, size)
+        y = _grid_point(rng, top + radius, bottom - radius, size)
+        obj = Object(size, color, shape, motion, speed, x, y)
         end = obj.center(NUM_FRAMES - 1)
-        inside = left + radius <= end[0] <= right - radius and top + radius <= end[1] <= bottom - radius
-        if inside and all(_clear_of_thirds(v) for v in (obj.x, obj.y, *end)):
+        if left + radius <= end[0] <= right - radius and top + radius <= end[1] <= bottom - radius:
             return obj
 
 
-def _clear_of_thirds(value: float, margin: float = 1.5) -> bool:
-    return all(abs(value - border) >= margin for border in (CANVAS / 3, 2 * CANVAS / 3))
+def _grid_point(rng: np.random.Generator, low: float, high: float, size: str) -> float:
+    """One of the grid's coordinates for objects of a size, from ``low`` to ``high``; see :data:`GRID`."""
+    first = GRID // 2 if size == "small" else 0
+    return float(rng.choice([v for v in range(first, CANVAS, GRID) if low <= v <= high]))
 
 
 def _pick(rng: np.random.Generator, options: Any) -> str:
@@ -191,9 +196,9 @@ def shape_mask(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.
         return dx**2 + dy**2 <= radius**2
     if shape == "ring":
         distance = dx**2 + dy**2
-        return (distance <= radius**2) & (distance >= (0.5 * radius) ** 2)
+        return (distance <= radius**2) & (distance >= (0.55 * radius) ** 2)
     if shape == "cross":
-        return box & ((np.abs(dx) <= 0.36 * radius) | (np.abs(dy) <= 0.36 * radius))
+        return box & ((np.abs(dx) <= radius / 3) | (np.abs(dy) <= radius / 3))
     if shape == "triangle":  # tip up
         return box & (np.abs(dx) <= (dy + radius) / 2)
     raise ValueError(f"shape={shape!r}: expected one of {SHAPES}")

@@ -135,6 +135,7 @@ class UniFlowObjective:
         counts: Sequence[int],
         condition_dropout: float = 0.0,
         guidance_dropout: float = 0.0,
+        joint_dropout: float | None = None,
         text_loss: str = "cross_entropy",
         generator: torch.Generator | None = None,
     ) -> UniFlowLosses:
@@ -144,8 +145,9 @@ class UniFlowObjective:
             model: a UniViGUTransformer3DModel (or its wrapper).
             batch: the samples; they are given to the tasks in order, which a shuffled batch makes random.
             counts: how many samples are (joint, understand, generate); their sum is the batch size.
-            condition_dropout: probability of the null condition where text is learned.
+            condition_dropout: probability of the null condition where text is read off clean video.
             guidance_dropout: probability of the null condition where video alone is learned.
+            joint_dropout: probability of the null condition where both are; None takes ``condition_dropout``.
             text_loss: "cross_entropy" or "generalized_kl" (discrete flows).
             generator: source of all randomness.
         """
@@ -154,7 +156,9 @@ class UniFlowObjective:
         if with_text + generate != batch.latents.shape[0]:
             raise ValueError(f"counts={tuple(counts)}: expected a sum of {batch.latents.shape[0]}, the batch size")
         device = batch.latents.device
-        dropout = torch.tensor([condition_dropout] * with_text + [guidance_dropout] * generate, device=device)
+        joint_dropout = condition_dropout if joint_dropout is None else joint_dropout
+        rates = [joint_dropout] * joint + [condition_dropout] * understand + [guidance_dropout] * generate
+        dropout = torch.tensor(rates, device=device)
         dropped = rand((with_text + generate,), generator, device) < dropout
         embeds = torch.where(dropped[:, None, None], batch.null_embeds, batch.prompt_embeds)
 

@@ -19,9 +19,9 @@ from .shapes_text import ObjectReading, Reading
 FOREGROUND_CONTRAST = 40.0  # a pixel further from the background than this is not background
 MAX_BACKGROUND_ERROR = 45.0  # a border further than this from every known background has no name
 MAX_COLOR_ERROR = 90.0  # likewise for an object's colour
-# Lengths in canvas pixels over the whole clip: slow objects move 8, quick ones 24.
-STILL_BELOW = 3.0
-QUICK_FROM = 16.0
+# Lengths in canvas pixels over the whole clip: slow objects move 16, quick ones 32.
+STILL_BELOW = 8.0
+QUICK_FROM = 24.0
 MIN_COVER = 0.2  # of a pixel; less is noise
 MIN_CORE_AREA = 20.0  # a frame; the least of all objects, the small triangle, has over three times that
 MIN_SHAPE_IOU = 0.6

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Self
+
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, _get_qkv_projections
@@ -11,6 +14,22 @@ from univigu.models.text import rotate_text, rotate_video
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class VideoOnly:
+    """Which samples' video queries attend to video keys alone, found once for all blocks."""
+
+    rows: torch.Tensor
+    """Their indices in the batch, at least one."""
+    others: torch.Tensor
+    """The indices of the other samples."""
+
+    @classmethod
+    def where(cls, clean: torch.Tensor) -> Self | None:
+        """From a bool [B]; None where no sample is concerned."""
+        rows, others = clean.nonzero()[:, 0], (~clean).nonzero()[:, 0]
+        return cls(rows, others) if rows.numel() else None
+
+
 def joint_attention(
     attn: WanAttention,
     video: torch.Tensor,
@@ -18,7 +37,7 @@ def joint_attention(
     rotary_v: Rotary,
     rotary_t: Rotary,
     text_mask: torch.Tensor | None = None,
-    video_only: torch.Tensor | None = None,
+    video_only: VideoOnly | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Bidirectional self-attention over the concatenation [video ; text] with shared projections.
 
@@ -27,8 +46,8 @@ def joint_attention(
         video, text: normalised streams [B, N, D] and [B, L, D].
         rotary_v, rotary_t: rotary tables of the two streams.
         text_mask: bool [B, L]; False hides a text key from every query.
-        video_only: bool [B]; in these rows video queries attend to video keys alone, so that what the video
-            computes does not depend on the text (two attention calls, no mask).
+        video_only: samples whose video queries attend to video keys alone, so that what the video computes does
+            not depend on the text (two attention calls, no mask).
 
     Returns:
         the projected outputs of both streams, [B, N, D] and [B, L, D].
@@ -48,15 +67,13 @@ def joint_attention(
         out_v, out_t = _attend(attn, query, key, value, mask).split([length_v, length_t], dim=1)
     else:
         out_t = _attend(attn, query_t, key, value, mask)
-        out_v = torch.empty_like(query_v)
-        for rows, own_keys in ((video_only, True), (~video_only, False)):
-            if not rows.any():
-                continue
-            if own_keys:
-                part = _attend(attn, query_v[rows], key_v[rows], value_v[rows], None)
-            else:
-                part = _attend(attn, query_v[rows], key[rows], value[rows], None if mask is None else mask[rows])
-            out_v = out_v.masked_scatter(rows[:, None, None, None], part)
+        rows, others = video_only.rows, video_only.others
+        if others.numel() == 0:
+            out_v = _attend(attn, query_v, key_v, value_v, None)
+        else:
+            own = _attend(attn, query_v[rows], key_v[rows], value_v[rows], None)
+            rest = _attend(attn, query_v[others], key[others], value[others], None if mask is None else mask[others])
+            out_v = torch.empty_like(query_v).index_copy(0, rows, own).index_copy(0, others, rest)
     output = torch.cat([out_v, out_t], dim=1).flatten(2, 3)
     output = attn.to_out[1](attn.to_out[0](output))
     video_out, text_out = output.split([length_v, length_t], dim=1)

@@ -24,13 +24,20 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
 
-from univigu.models.attention import Rotary, joint_attention
+from univigu.models.attention import Rotary, VideoOnly, joint_attention
 from univigu.models.text import TextHead, TextTimeEmbedding, text_rotary
 
 TextFlowName = Literal["embedding", "uniform", "mask"]
 TEXT_FLOWS = ("embedding", "uniform", "mask")
 # What a Wan checkpoint does not have; everything else must come from it.
-TEXT_KEYS = ("time_embedding_t.", "vocab_embed.", "text_head.", "scale_shift_table_t", ".ffn_t.")
+TEXT_KEYS = (
+    "time_embedding_t.",
+    "vocab_embed.",
+    "text_position_embed.",
+    "text_head.",
+    "scale_shift_table_t",
+    ".ffn_t.",
+)
 
 
 def is_text_parameter(name: str) -> bool:
@@ -49,11 +56,18 @@ class UniViGUTransformerOutput(BaseOutput):
 
 
 class UniViGUTransformerBlock(WanTransformerBlock):
-    """A Wan block whose attention is shared by both streams and whose FFN is not."""
+    """A Wan block whose attention is shared by both streams and whose FFN is not.
 
-    def __init__(self, dim: int, ffn_dim: int, *args: Any, **kwargs: Any) -> None:
+    Args:
+        ffn_dim: inner width of both FFNs.
+        separate_text_ffn: False sends text through the video's FFN, to measure what an own one is worth.
+    """
+
+    def __init__(self, dim: int, ffn_dim: int, *args: Any, separate_text_ffn: bool = True, **kwargs: Any) -> None:
         super().__init__(dim, ffn_dim, *args, **kwargs)
-        self.ffn_t = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
+        self.ffn_t: FeedForward | None = None
+        if separate_text_ffn:
+            self.ffn_t = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
 
     def forward(  # type: ignore[override]
         self,
@@ -65,7 +79,7 @@ class UniViGUTransformerBlock(WanTransformerBlock):
         temb_t: torch.Tensor | None = None,  # [B, 6, D]
         rotary_t: Rotary | None = None,
         text_mask: torch.Tensor | None = None,  # [B, L], True where a text key may be attended to
-        video_only: torch.Tensor | None = None,  # [B], True where video queries must not see text keys
+        video_only: VideoOnly | None = None,  # samples whose video queries must not see text keys
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if text_states is None or temb_t is None or rotary_t is None:
             return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
@@ -95,7 +109,8 @@ class UniViGUTransformerBlock(WanTransformerBlock):
 
         # 3. Feed-forward, one expert for each modality
         video_out = self.ffn(_modulate(self.norm3, hidden_states, shift_ffn_v, scale_ffn_v))
-        text_out = self.ffn_t(_modulate(self.norm3, text_states, shift_ffn_t, scale_ffn_t))
+        expert = self.ffn if self.ffn_t is None else self.ffn_t
+        text_out = expert(_modulate(self.norm3, text_states, shift_ffn_t, scale_ffn_t))
         return _gated(hidden_states, video_out, gate_ffn_v), _gated(text_states, text_out, gate_ffn_t)
 
     def _modulation(self, temb: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -120,6 +135,10 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         clean_video_reads_text: whether clean video (timestep 0) attends to text.  False makes the video's
             keys and values independent of the text, so that captioning can compute them once.
         text_length: slot of the text in tokens that the model was last trained on; what sampling fills.
+        separate_text_ffn: whether text has FFNs of its own; False shares the video's.
+        text_positions: learned absolute positions added to the text tokens, as many as the longest slot; 0 adds
+            none, as in the paper.  Rotary embeddings alone tell tokens apart by what they attend to, and fully
+            masked text is one token many times over, which leaves only the video to tell its positions by.
     """
 
     # diffusers looks these up by name on the class; Wan's own entries name Wan's block class.
@@ -134,6 +153,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         *WanTransformer3DModel._skip_layerwise_casting_patterns,
         "time_embedding_t",
         "vocab_embed",
+        "text_position_embed",
     ]
 
     @register_to_config
@@ -159,11 +179,14 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         text_flow: TextFlowName = "uniform",
         clean_video_reads_text: bool = True,
         text_length: int = 256,
+        separate_text_ffn: bool = True,
+        text_positions: int = 0,
     ) -> None:
         if text_flow not in TEXT_FLOWS:
             raise ValueError(f"text_flow={text_flow!r}: expected one of {TEXT_FLOWS}")
-        if vocab_size < 1:
-            raise ValueError(f"vocab_size={vocab_size}: expected at least 1")
+        for name, value, least in (("vocab_size", vocab_size, 1), ("text_positions", text_positions, 0)):
+            if value < least:
+                raise ValueError(f"{name}={value}: expected at least {least}")
         # The parent builds everything but its blocks, which are ours: no block is allocated twice.
         super().__init__(
             patch_size, num_attention_heads, attention_head_dim, in_channels, out_channels, text_dim, freq_dim,
@@ -173,12 +196,24 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         self.register_to_config(num_layers=num_layers)
         dim = num_attention_heads * attention_head_dim
         self.blocks = nn.ModuleList(
-            UniViGUTransformerBlock(dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps, added_kv_proj_dim)
+            UniViGUTransformerBlock(
+                dim,
+                ffn_dim,
+                num_attention_heads,
+                qk_norm,
+                cross_attn_norm,
+                eps,
+                added_kv_proj_dim,
+                separate_text_ffn=separate_text_ffn,
+            )
             for _ in range(num_layers)
         )
         self.vocab_embed = nn.Embedding(vocab_size + (text_flow == "mask"), dim)
         # Small beside what attention adds, so that what is read off the video is not drowned by the token itself.
         nn.init.normal_(self.vocab_embed.weight, std=0.1)
+        self.text_position_embed = nn.Embedding(text_positions, dim) if text_positions else None
+        if self.text_position_embed is not None:
+            nn.init.normal_(self.text_position_embed.weight, std=0.1)
         self.time_embedding_t = TextTimeEmbedding(freq_dim, dim)
         self.scale_shift_table_t = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.text_head = TextHead(dim, dim if text_flow == "embedding" else vocab_size)
@@ -242,12 +277,14 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         grid = hidden_states.shape[2:]
-        video_only = None if self.config.clean_video_reads_text else timestep == 0
+        video_only = None if self.config.clean_video_reads_text else VideoOnly.where(timestep == 0)
 
         # 1. Both modalities as tokens of width D, with their positions
         rotary_v = self.rope(hidden_states)
         video = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()  # [B, N, D]
         text = self.vocab_embed(text_tokens) if text_tokens.ndim == 2 else text_tokens  # [B, L, D]
+        if self.text_position_embed is not None:
+            text = text + self.text_position_embed.weight[: text.shape[1]]
         text = text.type_as(video)
         rotary_t = text_rotary(text.shape[1], self.config.attention_head_dim, text.device)
 
@@ -316,6 +353,9 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             )
         if text_tokens.shape[0] != batch:
             raise ValueError(f"text_tokens has {text_tokens.shape[0]} rows: expected {batch}, as hidden_states")
+        positions = self.config.text_positions
+        if 0 < positions < text_tokens.shape[1]:
+            raise ValueError(f"text_tokens has {text_tokens.shape[1]} positions: the model has {positions}")
         if text_mask is not None and (text_mask.dtype != torch.bool or text_mask.shape != text_tokens.shape[:2]):
             raise ValueError(
                 f"text_mask is {text_mask.dtype} {list(text_mask.shape)}: expected bool {list(text_tokens.shape[:2])}"
@@ -330,13 +370,15 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         vocab_size: int,
         text_flow: TextFlowName = "uniform",
         clean_video_reads_text: bool = True,
+        separate_text_ffn: bool = True,
+        text_positions: int = 0,
         torch_dtype: torch.dtype = torch.float32,
     ) -> Self:
         """Start from a pretrained Wan2.1 transformer; the text stream's FFNs and time embedding are copies of Wan's.
 
         Args:
             wan: a transformer folder, a pipeline folder with ``transformer/``, or a model in memory (copied).
-            vocab_size, text_flow, clean_video_reads_text: see the class.
+            vocab_size, text_flow, clean_video_reads_text, separate_text_ffn, text_positions: see the class.
             torch_dtype: dtype a folder's weights are loaded in.
 
         Raises:
@@ -348,7 +390,10 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             wan, info = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch_dtype, output_loading_info=True)
             _check_complete(folder, info)
         config = {name: value for name, value in wan.config.items() if not name.startswith("_")}
-        options = {"vocab_size": vocab_size, "text_flow": text_flow, "clean_video_reads_text": clean_video_reads_text}
+        options = {
+            "vocab_size": vocab_size, "text_flow": text_flow, "clean_video_reads_text": clean_video_reads_text,
+            "separate_text_ffn": separate_text_ffn, "text_positions": text_positions,
+        }  # fmt: skip
         model = cls(**(config | options))
         _cast_like(model, wan)
         missing, unexpected = model.load_state_dict(wan.state_dict(), strict=False)
@@ -362,7 +407,8 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
     def copy_text_stream_from_video(self) -> None:
         """Initialise what the text stream copies: each FFN, the time embedding, the output modulation."""
         for block in self.blocks:
-            block.ffn_t = copy.deepcopy(block.ffn)
+            if block.ffn_t is not None:
+                block.ffn_t = copy.deepcopy(block.ffn)
         for name in ("time_embedder", "time_proj"):
             setattr(self.time_embedding_t, name, copy.deepcopy(getattr(self.condition_embedder, name)))
         self.scale_shift_table_t.copy_(self.scale_shift_table)
