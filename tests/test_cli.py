@@ -151,6 +151,16 @@ def test_held_out_evaluation(
     assert "test/generate/start" not in results  # no prompt says where
 
 
+def test_a_checkpoint_is_evaluated_with_another_stages_configuration(
+    in_tmp: Path, small_data: list[str], checkpoint: Path
+) -> None:
+    """As what both stages made in one fit is with refine's; only resuming a fit needs the same stages."""
+    from univigu.command import UniViGUCLI
+
+    cli = UniViGUCLI(["validate", "--config=configs/refine.yaml", *small_data, *QUICK, f"--ckpt_path={checkpoint}"])
+    assert cli.trainer.callback_metrics["val/text_loss"] > 0
+
+
 def test_evaluation_without_a_run_names_the_command(
     in_tmp: Path, small_data: list[str], failing: Callable[[list[str]], str]
 ) -> None:

@@ -30,6 +30,7 @@ class StageSwitch(Callback):
             raise ValueError("stages=[]: expected at least one stage")
         self.stages = stages
         self.index = -1
+        self._fitting = True
 
     @property
     def total_steps(self) -> int:
@@ -46,6 +47,7 @@ class StageSwitch(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Outside of fit the last stage is what evaluation and prediction refer to.
+        self._fitting = stage == "fit"
         self._enter(0 if stage == "fit" else len(self.stages) - 1, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -82,7 +84,12 @@ class StageSwitch(Callback):
         return {"index": self.index, "stages": [asdict(stage) for stage in self.stages]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to resume into other stages than the checkpoint's: step numbers would mean something else."""
+        """Refuse to resume into other stages than the checkpoint's: step numbers would mean something else.
+
+        Evaluation takes any: a checkpoint of both stages in one fit is evaluated with the second one's configuration.
+        """
+        if not self._fitting:
+            return
         saved = [(stage["name"], stage["steps"]) for stage in state_dict["stages"]]
         ours = [(stage.name, stage.steps) for stage in self.stages]
         if saved != ours:
