@@ -12,7 +12,45 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 
-class MediaLogger(Callback):
+class HeldOutCallback(Callback):
+    """Looks at the same held-out clips every so many optimizer steps, in evaluation mode, on rank 0.
+
+    Args:
+        every_n_steps: how often; 0 switches it off.
+        num_samples: how many clips.
+    """
+
+    def __init__(self, every_n_steps: int, num_samples: int) -> None:
+        self.every_n_steps = every_n_steps
+        self.num_samples = num_samples
+        self._samples: dict[str, Any] | None = None
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if not (self.every_n_steps and step and step % self.every_n_steps == 0):
+            return
+        pl_module.eval()
+        try:
+            with torch.no_grad():
+                self.look(trainer, pl_module)
+        finally:
+            pl_module.train()
+
+    def look(self, trainer: Trainer, pl_module: Any) -> None:
+        """Measure or log once, without moving the training's random state."""
+        raise NotImplementedError
+
+    def samples(self, trainer: Trainer) -> dict[str, Any]:
+        """The clips, read once."""
+        if self._samples is None:
+            self._samples = held_out_samples(trainer, self.num_samples)
+        return self._samples
+
+
+class MediaLogger(HeldOutCallback):
     """Logs captions of held-out clips beside the truth, and videos generated from their prompts, to TensorBoard.
 
     Args:
@@ -25,42 +63,23 @@ class MediaLogger(Callback):
     def __init__(self, every_n_steps: int = 200, num_samples: int = 4, scale: int = 2, fps: int = 8) -> None:
         if every_n_steps < 0 or num_samples < 1:
             raise ValueError(f"every_n_steps={every_n_steps}, num_samples={num_samples}: expected at least 0 and 1")
-        self.every_n_steps = every_n_steps
-        self.num_samples = num_samples
+        super().__init__(every_n_steps, num_samples)
         self.scale = scale
         self.fps = fps
-        self._samples: dict[str, Any] | None = None
 
-    @rank_zero_only
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        if self.every_n_steps and step and step % self.every_n_steps == 0:
-            self.log_media(trainer, pl_module)
-
-    @torch.no_grad()
-    def log_media(self, trainer: Trainer, pl_module: Any) -> None:
-        """Sample and log once, without moving the training's random state."""
+    def look(self, trainer: Trainer, pl_module: Any) -> None:
         writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if not writers:
             return
-        if self._samples is None:
-            self._samples = held_out_samples(trainer, self.num_samples)
-        samples, step = self._samples, trainer.global_step
-        pl_module.eval()
-        try:
-            length, seeds = samples["prompt_ids"].shape[1], list(range(len(samples["key"])))
-            latents = pl_module.latents_of(samples)
-            if pl_module.stage.tasks.joint + pl_module.stage.tasks.understand > 0:
-                captions = pl_module.caption(latents, length, seeds)
-                truth = samples[pl_module.stage.target]
-                table = caption_table(samples["key"], truth, captions)
-                for writer in writers:
-                    writer.add_text("held_out/captions", table, step)
-            frames, _ = pl_module.generate(samples["prompt"], length, tuple(latents.shape[1:]), seeds)
-        finally:
-            pl_module.train()
+        samples, step = self.samples(trainer), trainer.global_step
+        length, seeds = samples["prompt_ids"].shape[1], list(range(len(samples["key"])))
+        latents = pl_module.latents_of(samples)
+        if pl_module.stage.tasks.joint + pl_module.stage.tasks.understand > 0:
+            captions = pl_module.caption(latents, length, seeds)
+            table = caption_table(samples["key"], samples[pl_module.stage.target], captions)
+            for writer in writers:
+                writer.add_text("held_out/captions", table, step)
+        frames, _ = pl_module.generate(samples["prompt"], length, tuple(latents.shape[1:]), seeds)
         for writer in writers:
             add_video(writer, "held_out/generated", frames, step, self.fps, self.scale)
             writer.add_text("held_out/prompts", "  \n".join(samples["prompt"]), step)
@@ -78,6 +97,19 @@ def held_out_samples(trainer: Trainer, count: int) -> dict[str, Any]:
         if len(rows["key"]) >= count:
             break
     return {name: value[:count] for name, value in rows.items()}
+
+
+def caption_samples(
+    pl_module: Any, samples: dict[str, Any], latents: torch.Tensor, batch_size: int, prompts: list[str] | None = None
+) -> list[str]:
+    """Captions of samples with clean latents [B, C, T, H, W], ``batch_size`` at once; see ``UniViGU.caption``."""
+    seeds, length = list(range(len(samples["key"]))), samples["prompt_ids"].shape[1]
+    captions = []
+    for start in range(0, len(seeds), batch_size):
+        part = slice(start, start + batch_size)
+        given = None if prompts is None else prompts[part]
+        captions += pl_module.caption(latents[part], length, seeds[part], given)
+    return captions
 
 
 def caption_table(keys: list[str], truth: list[str], captions: list[str]) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from univigu.callbacks.media import held_out_samples
+from univigu.callbacks.media import caption_samples, held_out_samples
 
 
 class FinalReport(Callback):
@@ -43,11 +43,8 @@ class FinalReport(Callback):
         samples = held_out_samples(trainer, self.num_samples)
         latents = pl_module.latents_of(samples)
         pl_module.eval()
-        count, length = len(samples["key"]), samples["prompt_ids"].shape[1]
-        captions = []
-        for start in range(0, count, 16):
-            part = slice(start, start + 16)
-            captions += pl_module.caption(latents[part], length, list(range(count))[part])
+        count = len(samples["key"])
+        captions = caption_samples(pl_module, samples, latents, batch_size=16)
         truth = samples[pl_module.stage.target]
         table = Table("clip", "truth", "model", title="held-out clips, captioned from the video alone", show_lines=True)
         for row in range(min(self.num_shown, count)):
