@@ -28,7 +28,8 @@ from univigu.models.foundation import (
 )
 from univigu.models.transformer import TextFlowName, UniViGUTransformer3DModel, is_text_parameter
 from univigu.optim import OptimizerOptions, make_optimizer
-from univigu.sampling.tasks import Sampler, SamplingOptions
+from univigu.sampling.options import SamplingOptions
+from univigu.sampling.tasks import Sampler
 from univigu.stages import Stage
 
 
@@ -63,7 +64,6 @@ class UniViGU(LightningModule):
         optimizer: which optimizer, and its constants.
         sampling: how samples are drawn in validation and prediction.
         predict_task: what ``lightning predict`` makes: "caption", "generate" or "joint".
-        train_text_encoder: train the prompt's encoder too (stage 0 of the embedded world).
         prompt_slots: longer slots that prompts are padded to now and then in training (every 16th step, in turn),
             so that a generator made from nothing does not depend on the length of its prompts' padding.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -83,7 +83,6 @@ class UniViGU(LightningModule):
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008
         sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
         predict_task: Literal["caption", "generate", "joint"] = "caption",
-        train_text_encoder: bool = False,
         prompt_slots: tuple[int, ...] = (),
         gradient_checkpointing: bool = False,
         seed: int = 0,
@@ -106,9 +105,6 @@ class UniViGU(LightningModule):
         self.seed = seed
         self.stage = Stage()
         self.transformer: UniViGUTransformer3DModel | None = None
-        self.text_encoder: torch.nn.Module | None = None
-        if train_text_encoder:
-            self.text_encoder = self.foundation.text_encoder.requires_grad_(True)
 
     @property
     def foundation(self) -> Foundation:
@@ -140,8 +136,7 @@ class UniViGU(LightningModule):
         if self.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self.transformer = model
-        discrete = model.config.text_flow != "embedding"
-        options = {"temperature": self.sampling.temperature} if discrete else {}
+        options = self.sampling.text_flow_options(model.config.text_flow)
         self.text_flow: TextFlow = make_text_flow(model.config.text_flow, model.config.vocab_size, **options)
         self.objective = UniFlowObjective(self.text_flow, self.flow_options)
 
@@ -162,12 +157,10 @@ class UniViGU(LightningModule):
                 parameter.requires_grad_(rate > 0)
 
     def _parameter_groups(self) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
-        """Parameters by what they are: the pretrained generator's, the text stream's, the text encoder's."""
+        """Parameters by what they are: the pretrained generator's and the text stream's."""
         groups: dict[str, list[tuple[str, torch.nn.Parameter]]] = {"video": [], "text": []}
         for name, parameter in self._model.named_parameters():
             groups["text" if is_text_parameter(name) else "video"].append((name, parameter))
-        if self.text_encoder is not None:
-            groups["text_encoder"] = list(self.text_encoder.named_parameters())
         return groups
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -221,8 +214,6 @@ class UniViGU(LightningModule):
             return encode_video(self.foundation.vae, to_model_range(frames))
 
     def _encode_prompt(self, ids: torch.Tensor) -> torch.Tensor:
-        if self.text_encoder is not None:
-            return encode_prompt(self.text_encoder, ids, self.foundation.pad_token_id)  # type: ignore[arg-type]
         with torch.no_grad():
             return encode_prompt(self.foundation.text_encoder, ids, self.foundation.pad_token_id)
 
@@ -289,7 +280,11 @@ class UniViGU(LightningModule):
     @property
     def sampler(self) -> Sampler:
         """A sampler over the current weights."""
-        return Sampler(self._model, self.text_flow, self.foundation.scheduler(), self.sampling)
+        tokenizer = self.foundation.tokenizer
+        return Sampler(
+            self._model, self.text_flow, self.foundation.scheduler(), self.sampling,
+            tokenizer.eos_token_id, tokenizer.pad_token_id,
+        )  # fmt: skip
 
     def caption(
         self, latents: torch.Tensor, prompt_length: int, seeds: list[int], prompts: list[str] | None = None
@@ -309,7 +304,7 @@ class UniViGU(LightningModule):
         embeds, null = self.encode_prompts(prompts or [], prompt_length)
         condition = embeds if prompts else null
         generators = self._sample_generators(seeds)
-        samples = self.sampler.caption(latents, condition, self._model.config.text_length, generators)
+        samples = self.sampler.caption(latents, condition, self._model.config.text_length, generators, null_embeds=null)
         assert samples.tokens is not None
         return samples.tokens, detokenize(self.foundation.tokenizer, samples.tokens)
 

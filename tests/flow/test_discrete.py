@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from univigu.flow.discrete import Jump, jump_probability, jump_rate, sample_categorical
+from univigu.flow.discrete import Jump, jump_probability, jump_rate, reveal_surest, sample_categorical
 from univigu.flow.text import DiscreteFlow, MaskFlow, UniformFlow, cross_entropy, generalized_kl, make_text_flow
 
 V = 7
@@ -313,3 +313,33 @@ def test_temperature_zero_is_the_likeliest_token() -> None:
     logits = torch.randn(2, 5, V, generator=seeded(0))
     for flow in (UniformFlow(V, temperature=0.0), MaskFlow(V, temperature=0.0)):
         assert torch.equal(flow.step(flow.initial(2, 5), logits, 0.5, 1.0), logits.argmax(-1))
+
+
+# ---------------------------------------------------------------------- nucleus, and the surest first
+
+
+def test_nucleus_keeps_the_fewest_likeliest_tokens() -> None:
+    probabilities = torch.tensor([0.05, 0.5, 0.15, 0.3])
+    logits = probabilities.log().expand(1, 4000, 4)
+    for top_p, kept in ((0.4, [1]), (0.5, [1]), (0.51, [1, 3]), (0.9, [1, 2, 3]), (1.0, [0, 1, 2, 3])):
+        drawn = sample_categorical(logits, 1.0, seeded(0), top_p)
+        counts = torch.bincount(drawn[0], minlength=4) / 4000
+        expected = torch.zeros(4).index_copy(0, torch.tensor(kept), probabilities[kept])
+        torch.testing.assert_close(counts, expected / expected.sum(), rtol=0, atol=0.03)
+        assert sorted(set(drawn[0].tolist())) == kept
+
+
+def test_the_surest_are_revealed_first_and_the_schedule_is_kept() -> None:
+    masked = torch.tensor([[True, True, False, True, True], [False, True, False, False, False]])
+    confidence = torch.tensor([[0.2, 0.9, 1.0, 0.5, 0.95], [1.0, 0.1, 1.0, 1.0, 1.0]])
+
+    def revealed(probability: float, threshold: float = 1.0) -> list[list[int]]:
+        rows = reveal_surest(masked, confidence, probability, threshold)
+        return [row.nonzero()[:, 0].tolist() for row in rows]
+
+    assert revealed(0.25) == [[4], [1]]
+    assert revealed(0.3) == [[1, 4], [1]]  # two of four, rounded up
+    assert revealed(0.0) == [[], []]
+    assert revealed(1.0) == [[0, 1, 3, 4], [1]]
+    assert revealed(0.0, 0.9) == [[1, 4], []]
+    assert revealed(0.25, 0.5) == [[1, 3, 4], [1]]

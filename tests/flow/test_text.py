@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -221,3 +222,34 @@ LOGITS, IDS, TIMES = torch.zeros(1, 3, V), torch.zeros(1, 3, dtype=torch.int64),
 def test_wrong_arguments_are_named(call, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---------------------------------------------------------------------- decoding by confidence, early ends
+
+
+def test_confident_decoding_ends_in_one_step_where_all_is_sure() -> None:
+    flow = MaskFlow(V, temperature=0.0, order="confidence", threshold=0.9)
+    x = flow.initial(2, 6)
+    sure = torch.zeros(2, 6, V)
+    sure[:, :, 3] = 20.0
+    sure[1, 4] = 0.0
+    after = flow.step(x, sure, 0.0, 0.01)
+    assert after[0].tolist() == [3] * 6 and after[1].tolist() == [3, 3, 3, 3, flow.mask_id, 3]
+    assert int((flow.step(x, torch.zeros(2, 6, V), 0.0, 0.5) == flow.mask_id).sum()) == 6  # half of each, none sure
+    assert not (flow.step(x, torch.zeros(2, 6, V), 0.0, 1.0) == flow.mask_id).any()
+
+
+def test_a_text_closes_once_its_end_and_all_before_it_stand() -> None:
+    flow, m, eos, pad = MaskFlow(V), V, 1, 0
+    x = torch.tensor([[4, 2, eos, m, m], [4, m, eos, m, m], [4, 2, 3, m, m], [4, 2, 3, 2, eos]])
+    closed, done = flow.close(x, eos, pad)
+    assert closed.tolist() == [[4, 2, eos, pad, pad], [4, m, eos, m, m], [4, 2, 3, m, m], [4, 2, 3, 2, eos]]
+    assert not done
+    assert flow.close(closed[[0, 3]], eos, pad)[1]
+    assert UniformFlow(V).close(x, eos, pad) == (x, False)
+
+
+@pytest.mark.parametrize("options", [{"order": "left"}, {"threshold": 0.0}, {"top_p": 1.5}])
+def test_sampling_options_out_of_range(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        MaskFlow(V, **options)

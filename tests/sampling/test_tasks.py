@@ -14,7 +14,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from univigu.flow.text import make_text_flow
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.foundation import encode_prompt, tokenize
-from univigu.sampling.tasks import Sampler, SamplingOptions, uniform_times
+from univigu.sampling.options import SamplingOptions
+from univigu.sampling.tasks import Sampler, uniform_times
 
 tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "tiny.py")))
 
@@ -42,21 +43,23 @@ class Watch:
     """Passes calls on to a model and records them."""
 
     def __init__(self, model: UniViGUTransformer3DModel) -> None:
-        self.model, self.dtype, self.token_table, self.calls = model, model.dtype, model.token_table, []
+        self.model, self.config, self.calls = model, model.config, []
+        self.dtype, self.token_table = model.dtype, model.token_table
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.calls.append((args, kwargs))
         return self.model(*args, **kwargs)
 
 
-def make_sampler(flow: str = "mask", **options: Any) -> Sampler:
-    model = tiny.make_unified(tiny.make_wan(), VOCAB, text_flow=flow)
+def make_sampler(flow: str = "mask", reads_text: bool = True, **options: Any) -> Sampler:
+    model = tiny.make_unified(tiny.make_wan(), VOCAB, text_flow=flow, clean_video_reads_text=reads_text)
     defaults = {"num_inference_steps": 3, "caption_steps": 4}
+    sampling = SamplingOptions(**(defaults | options))
     return Sampler(
         Watch(model),
-        make_text_flow(flow, VOCAB),
+        make_text_flow(flow, VOCAB, **sampling.text_flow_options(flow)),
         tiny.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        SamplingOptions(**(defaults | options)),
+        sampling,
     )
 
 
@@ -167,10 +170,10 @@ def test_guidance_costs_a_second_pass_only_above_one(embeds: Any, task: str, gui
     getattr(sampler, task)(prompts, null, *arguments, on_step=lambda i, video, text: seen.append(i))
     assert len(sampler.model.calls) == 3 * passes and seen == [0, 1, 2]
     for args, kwargs in sampler.model.calls[::passes]:
-        assert torch.equal(args[2], prompts) and bool(kwargs) == (task == "joint")
+        assert torch.equal(args[2], prompts) and ("text_tokens" in kwargs) == (task == "joint")
     if passes == 2:  # the second sees neither prompt nor text
         for args, kwargs in sampler.model.calls[1::2]:
-            assert torch.equal(args[2], null.expand(3, -1, -1)) and not kwargs
+            assert torch.equal(args[2], null.expand(3, -1, -1)) and "text_tokens" not in kwargs
 
 
 def test_joint_moves_both_in_parallel(embeds: Any) -> None:
@@ -207,6 +210,12 @@ def test_the_scheduler_given_is_only_a_template(embeds: Any) -> None:
         ({"caption_steps": -1}, r"sampling\.caption_steps=-1"),
         ({"temperature": -0.5}, r"sampling\.temperature=-0\.5"),
         ({"solver": "dpm"}, r"sampling\.solver='dpm'"),
+        ({"caption_refresh": 0}, r"sampling\.caption_refresh=0"),
+        ({"caption_guidance": "text"}, r"sampling\.caption_guidance='text'"),
+        ({"text_order": "left"}, r"sampling\.text_order='left'"),
+        ({"top_p": 0.0}, r"sampling\.top_p=0\.0"),
+        ({"confidence_threshold": 1.5}, r"sampling\.confidence_threshold=1\.5"),
+        ({"guidance_interval": (0.7, 0.2)}, r"sampling\.guidance_interval=\(0\.7, 0\.2\)"),
     ],
 )
 def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -> None:
@@ -216,3 +225,162 @@ def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -
 
 def test_uniform_times_run_from_noise_to_data() -> None:
     assert uniform_times(1) == [0.0, 1.0] and uniform_times(4) == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+# ---------------------------------------------------------------------- captions at the price of their text
+
+
+def text_only(calls: list[Any]) -> list[bool]:
+    return [args[0] is None for args, _ in calls]
+
+
+def without_cache(sampler: Sampler) -> Sampler:
+    """The same sampler, every step of which computes everything."""
+    model = sampler.model.model
+
+    class Plain(Watch):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            if args[0] is not None:
+                self.calls = [args]
+            return self.model(*self.calls[0], **{name: value for name, value in kwargs.items() if name != "cache"})
+
+    sampler.model = Plain(model)
+    return sampler
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("guidance", [{}, {"caption_guidance_scale": 2.0, "caption_guidance": "prompt"}])
+def test_a_video_that_does_not_read_is_computed_once(embeds: Any, flow: str, guidance: dict[str, Any]) -> None:
+    prompts, null = embeds
+    clean = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(9))
+    options = {"temperature": 1.0, **guidance}
+    sampler = make_sampler(flow, reads_text=False, **options)
+    states: list[torch.Tensor] = []
+    arguments = (clean, prompts, LENGTH, generators(1, 2, 3))
+    cached = sampler.caption(*arguments, on_step=lambda i, v, x: states.append(x), null_embeds=null)
+    passes = 2 if guidance else 1
+    assert text_only(sampler.model.calls) == [False] * passes + [True] * 3 * passes
+    plain_states: list[torch.Tensor] = []
+    plain = without_cache(make_sampler(flow, reads_text=False, **options))
+    if not guidance:
+        arguments = (clean, prompts, LENGTH, generators(1, 2, 3))
+        expected = plain.caption(*arguments, on_step=lambda i, v, x: plain_states.append(x), null_embeds=null)
+        assert torch.equal(cached.tokens, expected.tokens)
+        for ours, theirs in zip(states, plain_states, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("refresh", "expected"), [(1, "vvvvv"), (2, "vtvtv"), (4, "vtttv"), (9, "vtttt")])
+def test_a_video_that_reads_is_computed_every_so_many_steps(embeds: Any, refresh: int, expected: str) -> None:
+    sampler, (prompts, _) = make_sampler(caption_refresh=refresh, caption_steps=5), embeds
+    sampler.caption(torch.randn(3, *SHAPE), prompts, LENGTH, generators(1, 2, 3))
+    assert "".join("vt"[alone] for alone in text_only(sampler.model.calls)) == expected
+
+
+def test_refreshing_at_every_step_is_no_approximation(embeds: Any) -> None:
+    prompts, _ = embeds
+    clean = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(9))
+    tokens = {}
+    for name, sampler in (
+        ("k=1", make_sampler("embedding")),
+        ("plain", without_cache(make_sampler("embedding"))),
+        ("k=4", make_sampler("embedding", caption_refresh=4)),
+    ):
+        states: list[torch.Tensor] = []
+        sampler.caption(clean, prompts, LENGTH, generators(1, 2, 3), lambda i, v, x, keep=states: keep.append(x))
+        tokens[name] = states[-1]
+    assert torch.equal(tokens["k=1"], tokens["plain"])
+    assert not torch.allclose(tokens["k=4"], tokens["plain"], atol=1e-4)
+
+
+def test_caption_guidance_moves_away_from_the_contrast(embeds: Any) -> None:
+    prompts, null = embeds
+    clean = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(9))
+
+    def velocities(**options: Any) -> torch.Tensor:
+        sampler, states = make_sampler("embedding", caption_steps=1, **options), []
+        sampler.caption(clean, prompts, LENGTH, generators(1, 2, 3), lambda i, v, x: states.append(x), null_embeds=null)
+        return states[0]
+
+    plain = velocities()
+    for kind in ("video", "prompt"):
+        two, three = (velocities(caption_guidance_scale=scale, caption_guidance=kind) for scale in (2.0, 3.0))
+        assert (two - plain).abs().max() > 1e-3
+        torch.testing.assert_close(three - two, two - plain, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="needs the encoded empty prompt"):
+        sampler = make_sampler(caption_guidance_scale=2.0, caption_guidance="prompt")
+        sampler.caption(clean, prompts, LENGTH, generators(1, 2, 3))
+
+
+def test_a_finished_caption_stops_and_is_padded(embeds: Any) -> None:
+    eos, pad = 1, 0
+    sampler, (prompts, _) = make_sampler(caption_steps=40, text_order="confidence", confidence_threshold=0.9), embeds
+    sampler.eos_token_id, sampler.pad_token_id = eos, pad
+    inner = sampler.model.model
+
+    class Sure(Watch):
+        """A model that knows the text: 5 6 <eos>, and nothing of what follows."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().__call__(*args, **kwargs)
+            output.text = torch.zeros_like(output.text)
+            for position, token in enumerate((5, 6, eos)):
+                output.text[:, position, token] = 50.0
+            return output
+
+    sampler.model = Sure(inner)
+    tokens = sampler.caption(torch.randn(3, *SHAPE), prompts, LENGTH, generators(1, 2, 3)).tokens
+    assert tokens.tolist() == [[5, 6, eos, pad, pad, pad]] * 3
+    assert len(sampler.model.calls) == 1
+
+
+# ---------------------------------------------------------------------- other ways to make video
+
+
+def test_conditional_and_unconditional_in_one_batch(embeds: Any) -> None:
+    prompts, null = embeds
+    both, turns = make_sampler(batch_guidance=True), make_sampler()
+    videos = [sampler.generate(prompts, null, SHAPE, generators(1, 2, 3)).latents for sampler in (both, turns)]
+    torch.testing.assert_close(*videos, rtol=1e-4, atol=1e-4)
+    assert [len(args[0]) for args, _ in both.model.calls] == [6] * 3 and len(turns.model.calls) == 6
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_guidance_only_in_its_interval(embeds: Any, batched: bool) -> None:
+    sampler = make_sampler(solver="euler", num_inference_steps=4, guidance_interval=(0.05, 0.3), batch_guidance=batched)
+    sampler.generate(*embeds, SHAPE, generators(1, 2, 3))
+    # times of the steps with shift 3: 0, 0.1, 0.25, 0.5
+    rows = [[3, 3, 3, 3, 3, 3], [3, 6, 6, 3]][batched]
+    assert [len(args[0]) for args, _ in sampler.model.calls] == rows
+
+
+def test_heun_evaluates_twice_a_step(embeds: Any) -> None:
+    sampler = make_sampler(solver="heun", guidance_scale=1.0)
+    assert sampler.joint(*embeds, SHAPE, LENGTH, generators(1, 2, 3)).tokens.shape == (3, LENGTH)
+    assert len(sampler.model.calls) == 5
+
+
+def test_edit_starts_between_the_video_and_noise(embeds: Any) -> None:
+    prompts, null = embeds
+    clean = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(9))
+    options = {"solver": "euler", "num_inference_steps": 4, "guidance_scale": 1.0}
+    noise = torch.stack([torch.randn(SHAPE, generator=g) for g in generators(1, 2, 3)])
+    for strength, start in ((1.0, 0.0), (0.8, 0.1), (0.75, 0.25), (0.1, 0.5)):
+        sampler = make_sampler(**options)
+        sampler.edit(clean, strength, prompts, null, generators(1, 2, 3))
+        first = sampler.model.calls[0][0]
+        torch.testing.assert_close(first[0], (1 - start) * noise + start * clean)
+        torch.testing.assert_close(first[1], torch.full((3,), 1000 * (1 - start)))
+    whole = make_sampler(**options).generate(prompts, null, SHAPE, latents=noise).latents
+    edited = make_sampler(**options).edit(clean, 1.0, prompts, null, generators(1, 2, 3)).latents
+    torch.testing.assert_close(edited, whole)
+    for strength in (0.0, 1.2):
+        with pytest.raises(ValueError, match=f"strength={strength}"):
+            make_sampler().edit(clean, strength, prompts, null)
+
+
+def test_an_image_is_a_video_of_one_frame(embeds: Any) -> None:
+    sampler, shape = make_sampler(), (tiny.CHANNELS, 1, 4, 6)
+    image = sampler.generate(*embeds, shape, generators(1, 2, 3)).latents
+    assert image.shape == (3, *shape)
+    assert sampler.caption(image, embeds[1], LENGTH, generators(1, 2, 3)).tokens.shape == (3, LENGTH)

@@ -137,20 +137,53 @@ def generalized_kl(
     return generalized_kl_per_token(logits, x_1, x_t, t, exponent).mean()
 
 
-def sample_categorical(logits: torch.Tensor, temperature: float, generator: Generators = None) -> torch.Tensor:
+def sample_categorical(
+    logits: torch.Tensor, temperature: float, generator: Generators = None, top_p: float = 1.0
+) -> torch.Tensor:
     """Draw a token for every position by inverse CDF, from one uniform number each.
 
     Args:
         logits: [B, L, V] of any float type.
         temperature: p = softmax(logits / temperature); 0 takes the likeliest token and draws nothing.
         generator: see :data:`univigu.flow.random.Generators`.
+        top_p: draw from the fewest likeliest tokens whose probabilities reach this sum (Holtzman et al., 2020,
+            arXiv:1904.09751); below 1 it costs a sort of the vocabulary.
 
     Returns:
         int64 [B, L]; a token of probability 0 is never drawn.
     """
     if temperature == 0.0:
         return logits.argmax(dim=-1)
-    cdf = torch.softmax(logits.float() / temperature, dim=-1).cumsum_(dim=-1)
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    order = None
+    if top_p < 1.0:
+        probabilities, order = probabilities.sort(dim=-1, descending=True)
+        before = probabilities.cumsum(dim=-1) - probabilities  # of likelier ones; the likeliest always stays
+        probabilities = torch.where(before < top_p, probabilities, 0.0)
+    cdf = probabilities.cumsum_(dim=-1)
     # The sum is 1 up to rounding. The largest uniform number, 1 - 2^-24, times it still rounds to less than it.
     uniform = rand(logits.shape[:-1], generator, logits.device).unsqueeze(-1) * cdf[..., -1:]
-    return torch.searchsorted(cdf, uniform, right=True).squeeze(-1)
+    drawn = torch.searchsorted(cdf, uniform, right=True)
+    return (drawn if order is None else order.gather(-1, drawn)).squeeze(-1)
+
+
+def reveal_surest(masked: torch.Tensor, confidence: torch.Tensor, probability: float, threshold: float) -> torch.Tensor:
+    """Which masked tokens a step reveals if the surest go first (as in Chang et al., 2022, arXiv:2202.04200).
+
+    Of m masked tokens the ``ceil(probability * m)`` surest, which keeps to the path's schedule, and besides every one
+    that is sure enough; a threshold of 1 adds none.
+
+    Args:
+        masked: bool [B, L].
+        confidence: of each token's draw, float [B, L] in [0, 1].
+        probability: with which the path reveals a token in this step.
+        threshold: the confidence at which a token need not wait for its turn.
+
+    Returns:
+        bool [B, L].
+    """
+    counts = (masked.sum(dim=1, keepdim=True) * probability).ceil()
+    confidence = torch.where(masked, confidence, -1.0)
+    ranks = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    ahead = confidence >= threshold if threshold < 1.0 else torch.zeros_like(masked)
+    return masked & ((ranks < counts) | ahead)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +25,14 @@ from univigu.flow.discrete import (
     generalized_kl_per_token,
     jump_probability,
     kappa,
+    reveal_surest,
     sample_categorical,
 )
 from univigu.flow.random import Generators, rand, randint, randn
 from univigu.flow.time import check_positive, expand_time
 from univigu.flow.video import data_from_velocity, interpolate, velocity
+
+Order = Literal["random", "confidence"]
 
 __all__ = [
     "CorruptedText",
@@ -112,6 +115,10 @@ class TextFlow(ABC):
     @abstractmethod
     def tokens(self, x: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
         """Read a state at t = 1 as int64 ids [B, L]."""
+
+    def close(self, x_t: torch.Tensor, eos_token_id: int, pad_token_id: int) -> tuple[torch.Tensor, bool]:
+        """Finish the texts that can be seen to be complete; the state, and whether that is all of them."""
+        return x_t, False
 
 
 @dataclass(frozen=True)
@@ -222,6 +229,8 @@ class DiscreteFlow(TextFlow):
     """n of kappa = t^n, above 0; above 1 keeps the text corrupt for longer."""
     temperature: float = 1.0
     """Of the sampler's draws: softmax(logits / temperature); 0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Of the sampler's draws: the probability of the likeliest tokens it draws from, in (0, 1]; 1 is all."""
     jump: Jump = "exact"
     """Jump probability of a step, see :func:`univigu.flow.discrete.jump_probability`. ``exact`` is the default
     because it keeps to the path's schedule for any number of steps, for the same cost."""
@@ -231,6 +240,8 @@ class DiscreteFlow(TextFlow):
         check_positive("exponent", self.exponent)
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature: must be a finite number of at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: must be over 0 and at most 1, got {self.top_p}")
         if self.jump not in ("exact", "euler"):
             raise ValueError(f"jump: must be 'exact' or 'euler', got {self.jump!r}")
 
@@ -293,7 +304,7 @@ class DiscreteFlow(TextFlow):
         """
         self._check_logits(output, x_t)
         probability = jump_probability(t, t_next, self.exponent, self.jump)
-        x_hat = sample_categorical(output, self.temperature, generator)
+        x_hat = sample_categorical(output, self.temperature, generator, self.top_p)
         jumps = self.may_jump(x_t) & (rand(x_t.shape, generator, x_t.device) < probability)  # rand < 1 always holds
         return torch.where(jumps, x_hat, x_t)
 
@@ -339,6 +350,18 @@ class MaskFlow(DiscreteFlow):
     """
 
     name: ClassVar[str] = "mask"
+    order: Order = "random"
+    """Which tokens a step reveals: "random" ones, as the path does, or the "confidence" with which they are drawn
+    decides, and the surest go first."""
+    threshold: float = 1.0
+    """With order "confidence": tokens drawn with at least this probability need not wait; 1 makes all wait."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.order not in ("random", "confidence"):
+            raise ValueError(f"order: must be 'random' or 'confidence', got {self.order!r}")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold: must be over 0 and at most 1, got {self.threshold}")
 
     @property
     def mask_id(self) -> int:
@@ -370,6 +393,33 @@ class MaskFlow(DiscreteFlow):
     def may_jump(self, x_t: torch.Tensor) -> torch.Tensor:
         """Those still masked."""
         return x_t == self.mask_id
+
+    def step(
+        self,
+        x_t: torch.Tensor,
+        output: torch.Tensor,
+        t: float,
+        t_next: float,
+        table: torch.Tensor | None = None,
+        generator: Generators = None,
+    ) -> torch.Tensor:
+        """As :meth:`DiscreteFlow.step`, or the surest tokens first."""
+        if self.order == "random":
+            return super().step(x_t, output, t, t_next, table, generator)
+        self._check_logits(output, x_t)
+        x_hat = sample_categorical(output, self.temperature, generator, self.top_p)
+        logits = output.float()
+        confidence = (logits.gather(-1, x_hat[..., None])[..., 0] - logits.logsumexp(dim=-1)).exp()
+        probability = jump_probability(t, t_next, self.exponent, self.jump)
+        return torch.where(reveal_surest(self.may_jump(x_t), confidence, probability, self.threshold), x_hat, x_t)
+
+    def close(self, x_t: torch.Tensor, eos_token_id: int, pad_token_id: int) -> tuple[torch.Tensor, bool]:
+        """Pad what lies behind an end of text before which no mask is left; done once no mask is left anywhere."""
+        masked = self.may_jump(x_t)
+        ended = (x_t == eos_token_id).cumsum(dim=1) > 0
+        complete = ended & (masked.cumsum(dim=1) == 0)  # from the first end on, where nothing before it is masked
+        x_t = torch.where(masked & (complete.cumsum(dim=1) > 0), pad_token_id, x_t)
+        return x_t, not bool(self.may_jump(x_t).any())
 
     def tokens(self, x: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
         """The state is the text once no mask is left; a ValueError before that."""

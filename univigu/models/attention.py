@@ -1,4 +1,4 @@
-"""Self-attention over two streams with one set of projections."""
+"""Self-attention over two streams with one set of projections, and cross-attention whose keys can be kept."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, _get_qkv_projections
 
+from univigu.models.cache import KeyValue, LayerCache
 from univigu.models.text import rotate_text, rotate_video
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -38,6 +39,7 @@ def joint_attention(
     rotary_t: Rotary,
     text_mask: torch.Tensor | None = None,
     video_only: VideoOnly | None = None,
+    cache: LayerCache | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Bidirectional self-attention over the concatenation [video ; text] with shared projections.
 
@@ -48,6 +50,7 @@ def joint_attention(
         text_mask: bool [B, L]; False hides a text key from every query.
         video_only: samples whose video queries attend to video keys alone, so that what the video computes does
             not depend on the text (two attention calls, no mask).
+        cache: where to keep the keys and values for :func:`text_attention`.
 
     Returns:
         the projected outputs of both streams, [B, N, D] and [B, L, D].
@@ -58,9 +61,9 @@ def joint_attention(
     query_v, key_v = rotate_video(query_v, rotary_v), rotate_video(key_v, rotary_v)
     query_t, key_t = rotate_text(query_t, rotary_t), rotate_text(key_t, rotary_t)
     key, value = torch.cat([key_v, key_t], dim=1), torch.cat([value_v, value_t], dim=1)
-    mask = None
-    if text_mask is not None:  # [B, 1, 1, N + L]
-        mask = torch.cat([text_mask.new_ones(text_mask.shape[0], length_v), text_mask], dim=1)[:, None, None]
+    mask = _key_mask(text_mask, length_v)
+    if cache is not None and cache.keep_video:
+        cache.joint = key, value
 
     if video_only is None:
         query = torch.cat([query_v, query_t], dim=1)
@@ -74,10 +77,47 @@ def joint_attention(
             own = _attend(attn, query_v[rows], key_v[rows], value_v[rows], None)
             rest = _attend(attn, query_v[others], key[others], value[others], None if mask is None else mask[others])
             out_v = torch.empty_like(query_v).index_copy(0, rows, own).index_copy(0, others, rest)
-    output = torch.cat([out_v, out_t], dim=1).flatten(2, 3)
-    output = attn.to_out[1](attn.to_out[0](output))
+    output = _project_out(attn, torch.cat([out_v, out_t], dim=1))
     video_out, text_out = output.split([length_v, length_t], dim=1)
     return video_out, text_out
+
+
+def text_attention(
+    attn: WanAttention, text: torch.Tensor, rotary_t: Rotary, cache: LayerCache, text_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The text's half of :func:`joint_attention` beside the video's kept keys and values; [B, L, D] -> [B, L, D].
+
+    The text's own keys and values take their place behind the video's in the same buffers: nothing of the video's is
+    copied, which at 32,760 video tokens would cost as much as the text's whole computation.
+    """
+    assert cache.joint is not None
+    key, value = cache.joint
+    length_v = key.shape[1] - text.shape[1]
+    query_t, key_t, value_t = _project(attn, text)
+    key[:, length_v:] = rotate_text(key_t, rotary_t)
+    value[:, length_v:] = value_t
+    out = _attend(attn, rotate_text(query_t, rotary_t), key, value, _key_mask(text_mask, length_v))
+    return _project_out(attn, out)
+
+
+def prompt_attention(
+    attn: WanAttention, states: torch.Tensor, context: torch.Tensor | None, cache: LayerCache | None
+) -> torch.Tensor:
+    """Wan's cross-attention onto the prompt; with a cache the prompt's keys and values are computed once.
+
+    Args:
+        attn: a Wan cross-attention layer.
+        states: queries [B, S, D].
+        context: the prompt [B, P, D]; not looked at once the cache holds it.
+        cache: None computes everything, as training does; image-to-video layers always do.
+    """
+    if cache is None or attn.add_k_proj is not None:
+        return attn(states, context, None, None)
+    if cache.prompt is None:
+        assert context is not None
+        cache.prompt = _project_prompt(attn, context)
+    query = attn.norm_q(attn.to_q(states)).unflatten(2, (attn.heads, -1))
+    return _project_out(attn, _attend(attn, query, *cache.prompt, None))
 
 
 def _project(attn: WanAttention, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -85,6 +125,25 @@ def _project(attn: WanAttention, states: torch.Tensor) -> tuple[torch.Tensor, to
     query, key, value = _get_qkv_projections(attn, states, None)  # type: ignore[arg-type]
     heads = (attn.heads, -1)
     return attn.norm_q(query).unflatten(2, heads), attn.norm_k(key).unflatten(2, heads), value.unflatten(2, heads)
+
+
+def _project_prompt(attn: WanAttention, context: torch.Tensor) -> KeyValue:
+    if attn.fused_projections:
+        key, value = attn.to_kv(context).chunk(2, dim=-1)
+    else:
+        key, value = attn.to_k(context), attn.to_v(context)
+    return attn.norm_k(key).unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1))
+
+
+def _project_out(attn: WanAttention, heads: torch.Tensor) -> torch.Tensor:
+    return attn.to_out[1](attn.to_out[0](heads.flatten(2, 3)))
+
+
+def _key_mask(text_mask: torch.Tensor | None, length_v: int) -> torch.Tensor | None:
+    """Bool [B, L] -> [B, 1, 1, N + L]: every video key may be attended to."""
+    if text_mask is None:
+        return None
+    return torch.cat([text_mask.new_ones(text_mask.shape[0], length_v), text_mask], dim=1)[:, None, None]
 
 
 def _attend(

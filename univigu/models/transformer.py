@@ -19,13 +19,14 @@ from typing import Any, Literal, Self
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention import FeedForward
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
 
-from univigu.models.attention import Rotary, VideoOnly, joint_attention
+from univigu.models.attention import Rotary, VideoOnly
+from univigu.models.block import UniViGUTransformerBlock, modulate
+from univigu.models.cache import AttentionCache
 from univigu.models.text import TextHead, TextTimeEmbedding, text_rotary
+from univigu.models.weights import cast_like, check_complete, transformer_folder
 
 TextFlowName = Literal["embedding", "uniform", "mask"]
 TEXT_FLOWS = ("embedding", "uniform", "mask")
@@ -49,80 +50,11 @@ def is_text_parameter(name: str) -> bool:
 class UniViGUTransformerOutput(BaseOutput):
     """What one denoising step predicts for each modality."""
 
-    sample: torch.Tensor
-    """Video, in Wan's convention noise - data (= minus the velocity of flow time), [B, C, T, H, W]."""
+    sample: torch.Tensor | None
+    """Video, in Wan's convention noise - data (= minus the velocity of flow time), [B, C, T, H, W]; None if only the
+    text was computed."""
     text: torch.Tensor | None = None
     """Logits [B, L, V], or for the ``embedding`` flow the velocity [B, L, D]; None without text tokens."""
-
-
-class UniViGUTransformerBlock(WanTransformerBlock):
-    """A Wan block whose attention is shared by both streams and whose FFN is not.
-
-    Args:
-        ffn_dim: inner width of both FFNs.
-        separate_text_ffn: False sends text through the video's FFN, to measure what an own one is worth.
-    """
-
-    def __init__(self, dim: int, ffn_dim: int, *args: Any, separate_text_ffn: bool = True, **kwargs: Any) -> None:
-        super().__init__(dim, ffn_dim, *args, **kwargs)
-        self.ffn_t: FeedForward | None = None
-        if separate_text_ffn:
-            self.ffn_t = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
-
-    def forward(  # type: ignore[override]
-        self,
-        hidden_states: torch.Tensor,  # [B, N, D]
-        encoder_hidden_states: torch.Tensor,  # [B, S, D]
-        temb: torch.Tensor,  # [B, 6, D]
-        rotary_emb: Rotary,
-        text_states: torch.Tensor | None = None,  # [B, L, D]
-        temb_t: torch.Tensor | None = None,  # [B, 6, D]
-        rotary_t: Rotary | None = None,
-        text_mask: torch.Tensor | None = None,  # [B, L], True where a text key may be attended to
-        video_only: VideoOnly | None = None,  # samples whose video queries must not see text keys
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        if text_states is None or temb_t is None or rotary_t is None:
-            return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
-
-        # One table serves both streams; each brings its own time.
-        shift_v, scale_v, gate_v, shift_ffn_v, scale_ffn_v, gate_ffn_v = self._modulation(temb)
-        shift_t, scale_t, gate_t, shift_ffn_t, scale_ffn_t, gate_ffn_t = self._modulation(temb_t)
-
-        # 1. Self-attention over [video ; text]
-        video_out, text_out = joint_attention(
-            self.attn1,
-            _modulate(self.norm1, hidden_states, shift_v, scale_v),
-            _modulate(self.norm1, text_states, shift_t, scale_t),
-            rotary_emb,
-            rotary_t,
-            text_mask,
-            video_only,
-        )
-        hidden_states = _gated(hidden_states, video_out, gate_v)
-        text_states = _gated(text_states, text_out, gate_t)
-
-        # 2. Cross-attention onto the prompt, both streams as queries
-        streams = torch.cat([hidden_states, text_states], dim=1)
-        normed = self.norm2(streams.float()).type_as(streams)
-        streams = streams + self.attn2(normed, encoder_hidden_states, None, None)
-        hidden_states, text_states = streams.split([hidden_states.shape[1], text_states.shape[1]], dim=1)
-
-        # 3. Feed-forward, one expert for each modality
-        video_out = self.ffn(_modulate(self.norm3, hidden_states, shift_ffn_v, scale_ffn_v))
-        expert = self.ffn if self.ffn_t is None else self.ffn_t
-        text_out = expert(_modulate(self.norm3, text_states, shift_ffn_t, scale_ffn_t))
-        return _gated(hidden_states, video_out, gate_ffn_v), _gated(text_states, text_out, gate_ffn_t)
-
-    def _modulation(self, temb: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (self.scale_shift_table + temb.float()).chunk(6, dim=1)
-
-
-def _modulate(norm: nn.Module, states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (norm(states.float()) * (1 + scale) + shift).type_as(states)
-
-
-def _gated(states: torch.Tensor, update: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    return (states.float() + update.float() * gate).type_as(states)
 
 
 class UniViGUTransformer3DModel(WanTransformer3DModel):
@@ -222,20 +154,23 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
 
     def forward(  # type: ignore[override]
         self,
-        hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | None,
+        timestep: torch.Tensor | None,
+        encoder_hidden_states: torch.Tensor | None,
         text_tokens: torch.Tensor | None = None,
         text_timestep: torch.Tensor | None = None,
         text_mask: torch.Tensor | None = None,
         encoder_hidden_states_image: torch.Tensor | None = None,
+        cache: AttentionCache | None = None,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
-    ) -> UniViGUTransformerOutput | tuple[torch.Tensor, ...]:
+    ) -> UniViGUTransformerOutput | tuple[torch.Tensor | None, ...]:
         """Predict both modalities' velocities (or posteriors) at their own times.
 
         Args:
-            hidden_states: normalised video latents [B, C, T, H, W].
+            hidden_states: normalised video latents [B, C, T, H, W]; None computes the text alone, beside the video
+                of an earlier pass with the same ``cache`` (``timestep`` and ``encoder_hidden_states`` are then
+                None, too).
             timestep: the video's Wan timestep 1000 * (1 - t), [B]; 0 is clean, fractions are kept.
             encoder_hidden_states: prompt embeddings [B, S, text_dim], zero past the prompt's end.
             text_tokens: ids [B, L], or for the ``embedding`` flow float states [B, L, D]; None leaves the text
@@ -243,78 +178,139 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             text_timestep: the text's timestep, [B], in the same unit; required with ``text_tokens``.
             text_mask: bool [B, L], False hides a text token from every query; None shows all.
             encoder_hidden_states_image: image embeddings of image-to-video Wan models.
+            cache: keys and values to keep and to reuse, see :class:`AttentionCache`; only without gradients.
             return_dict: False gives the tuple (sample, text).
             attention_kwargs: as in diffusers (``scale`` of LoRA layers).
 
         Raises:
-            ValueError: shapes or dtypes that do not belong together, named.
+            ValueError: shapes or dtypes that do not belong together, named; a cache that belongs to another call.
         """
-        if text_tokens is None:
-            (sample,) = super().forward(
-                hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, False, attention_kwargs
-            )
-            text = None
-        else:
+        if cache is not None and torch.is_grad_enabled():
+            raise ValueError("cache: its keys and values carry no gradients; use it under torch.no_grad()")
+        image, text = encoder_hidden_states_image, None
+        if text_tokens is not None:
             self._check_text(hidden_states, timestep, text_tokens, text_timestep, text_mask)
-            sample, text = self._forward_joint(
-                hidden_states, timestep, encoder_hidden_states, text_tokens, text_timestep, text_mask,
-                encoder_hidden_states_image, attention_kwargs=attention_kwargs,
+        if hidden_states is None:
+            sample, text = (
+                None,
+                self._forward_text(text_tokens, text_timestep, text_mask, cache, attention_kwargs=attention_kwargs),
+            )
+        elif text_tokens is None and cache is None:
+            (sample,) = super().forward(
+                hidden_states,
+                timestep,
+                encoder_hidden_states,
+                image,
+                False,
+                attention_kwargs,  # type: ignore[arg-type]
+            )
+        else:
+            sample, text = self._forward_streams(
+                hidden_states, timestep, encoder_hidden_states, text_tokens, text_timestep, text_mask, image, cache,
+                attention_kwargs=attention_kwargs,
             )  # fmt: skip
         if not return_dict:
             return (sample,) if text is None else (sample, text)
         return UniViGUTransformerOutput(sample=sample, text=text)
 
     @apply_lora_scale("attention_kwargs")
-    def _forward_joint(
+    def _forward_streams(
         self,
         hidden_states: torch.Tensor,
         timestep: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        text_tokens: torch.Tensor,
-        text_timestep: torch.Tensor,
+        text_tokens: torch.Tensor | None,
+        text_timestep: torch.Tensor | None,
         text_mask: torch.Tensor | None,
         encoder_hidden_states_image: torch.Tensor | None,
+        cache: AttentionCache | None,
         attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Video, beside text if there is any."""
         grid = hidden_states.shape[2:]
         video_only = None if self.config.clean_video_reads_text else VideoOnly.where(timestep == 0)
+        if cache is not None:
+            cache.begin(encoder_hidden_states, len(self.blocks))
 
-        # 1. Both modalities as tokens of width D, with their positions
+        # 1. The video as tokens of width D with their positions; the prompt, and the video's time
         rotary_v = self.rope(hidden_states)
         video = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()  # [B, N, D]
-        text = self.vocab_embed(text_tokens) if text_tokens.ndim == 2 else text_tokens  # [B, L, D]
-        if self.text_position_embed is not None:
-            text = text + self.text_position_embed.weight[: text.shape[1]]
-        text = text.type_as(video)
-        rotary_t = text_rotary(text.shape[1], self.config.attention_head_dim, text.device)
-
-        # 2. The prompt, and a time for each modality
-        embedder = self.condition_embedder
-        temb_v, modulation_v, context, image_context = embedder(
+        temb_v, modulation_v, context, image_context = self.condition_embedder(
             timestep, encoder_hidden_states, encoder_hidden_states_image
         )
         modulation_v = modulation_v.unflatten(1, (6, -1))
-        temb_t, modulation_t = self.time_embedding_t(embedder.timesteps_proj(text_timestep), temb_v.dtype)
         if image_context is not None:
             context = torch.cat([image_context, context], dim=1)
 
+        # 2. The text likewise
+        text, rotary_t, temb_t, modulation_t = None, None, None, None
+        if text_tokens is not None:
+            text, rotary_t, temb_t, modulation_t = self._embed_text(
+                text_tokens, text_timestep, video.dtype, temb_v.dtype
+            )
+            if cache is not None and cache.keep_video:
+                cache.video_tokens, cache.text_tokens = video.shape[1], text.shape[1]
+
         # 3. Blocks
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            layer = None if cache is None else cache.layers[i]
             inputs = (
-                video, context, modulation_v, rotary_v, text, modulation_t, rotary_t, text_mask, video_only,
+                video, context, modulation_v, rotary_v, text, modulation_t, rotary_t, text_mask, video_only, layer,
             )  # fmt: skip
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                video, text = self._gradient_checkpointing_func(block, *inputs)
+                states = self._gradient_checkpointing_func(block, *inputs)
             else:
-                video, text = block(*inputs)
+                states = block(*inputs)
+            video, text = (states, None) if text is None else states
 
         # 4. Heads
-        return self._video_head(video, temb_v, grid), self._text_head(text, temb_t)
+        text_out = None if text is None or temb_t is None else self._text_head(text, temb_t)
+        return self._video_head(video, temb_v, grid), text_out
+
+    @apply_lora_scale("attention_kwargs")
+    def _forward_text(
+        self,
+        text_tokens: torch.Tensor,
+        text_timestep: torch.Tensor,
+        text_mask: torch.Tensor | None,
+        cache: AttentionCache | None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """Text alone, beside the cached video and prompt."""
+        if text_tokens is None or cache is None or cache.prompt_embeds is None or not cache.video_tokens:
+            raise ValueError("hidden_states=None: text alone needs text_tokens and a cache filled by a pass with both")
+        cache.check_layers(len(self.blocks))
+        if text_tokens.shape[:2] != (cache.prompt_embeds.shape[0], cache.text_tokens):
+            raise ValueError(
+                f"text_tokens has shape {list(text_tokens.shape[:2])}: the cache was filled with "
+                f"{[cache.prompt_embeds.shape[0], cache.text_tokens]}"
+            )
+        text, rotary_t, temb_t, modulation_t = self._embed_text(
+            text_tokens, text_timestep, cache.states_dtype, cache.prompt_embeds.dtype
+        )
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            text = block(None, None, None, None, text, modulation_t, rotary_t, text_mask, cache=layer)
+        return self._text_head(text, temb_t)
+
+    def _embed_text(
+        self,
+        text_tokens: torch.Tensor,
+        text_timestep: torch.Tensor | None,
+        dtype: torch.dtype,
+        time_dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, Rotary, torch.Tensor, torch.Tensor]:
+        """Tokens of width D [B, L, D], their rotary table, the text's time [B, D] and modulation [B, 6, D]."""
+        text = self.vocab_embed(text_tokens) if text_tokens.ndim == 2 else text_tokens
+        if self.text_position_embed is not None:
+            text = text + self.text_position_embed.weight[: text.shape[1]]
+        rotary = text_rotary(text.shape[1], self.config.attention_head_dim, text.device)
+        sinusoid = self.condition_embedder.timesteps_proj(text_timestep)
+        return text.to(dtype), rotary, *self.time_embedding_t(sinusoid, time_dtype)
 
     def _video_head(self, video: torch.Tensor, temb: torch.Tensor, grid: torch.Size) -> torch.Tensor:
         """Tokens [B, N, D] -> latents [B, C, T, H, W]; the parent's output head."""
         shift, scale = (self.scale_shift_table.to(temb.device) + temb[:, None]).chunk(2, dim=1)
-        video = self.proj_out(_modulate(self.norm_out, video, shift, scale))
+        video = self.proj_out(modulate(self.norm_out, video, shift, scale))
         patch = self.config.patch_size
         counts = [size // step for size, step in zip(grid, patch, strict=True)]
         video = video.unflatten(1, counts).unflatten(-1, (*patch, -1))  # [B, t, h, w, pt, ph, pw, C]
@@ -332,17 +328,17 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
 
     def _check_text(
         self,
-        hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
+        hidden_states: torch.Tensor | None,
+        timestep: torch.Tensor | None,
         text_tokens: torch.Tensor,
         text_timestep: torch.Tensor | None,
         text_mask: torch.Tensor | None,
     ) -> None:
-        batch = hidden_states.shape[0]
+        batch = (text_tokens if hidden_states is None else hidden_states).shape[0]
         if text_timestep is None:
             raise ValueError("text_timestep=None: text_tokens need a text_timestep [B]")
         for name, value in (("timestep", timestep), ("text_timestep", text_timestep)):
-            if value.shape != (batch,):
+            if value is not None and value.shape != (batch,):
                 raise ValueError(f"{name} has shape {list(value.shape)}: expected [{batch}], one time a sample")
         embedding = self.config.text_flow == "embedding"
         if embedding != text_tokens.is_floating_point() or text_tokens.ndim != (3 if embedding else 2):
@@ -386,16 +382,16 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             ValueError: keys of Wan's that are missing or not understood, by name.
         """
         if not isinstance(wan, WanTransformer3DModel):
-            folder = _transformer_folder(wan)
+            folder = transformer_folder(wan)
             wan, info = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch_dtype, output_loading_info=True)
-            _check_complete(folder, info)
+            check_complete(folder, info)
         config = {name: value for name, value in wan.config.items() if not name.startswith("_")}
         options = {
             "vocab_size": vocab_size, "text_flow": text_flow, "clean_video_reads_text": clean_video_reads_text,
             "separate_text_ffn": separate_text_ffn, "text_positions": text_positions,
         }  # fmt: skip
         model = cls(**(config | options))
-        _cast_like(model, wan)
+        cast_like(model, wan)
         missing, unexpected = model.load_state_dict(wan.state_dict(), strict=False)
         missing = [key for key in missing if not is_text_parameter(key)]
         if missing or unexpected:
@@ -422,27 +418,5 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        _check_complete(pretrained_model_name_or_path, info)
+        check_complete(pretrained_model_name_or_path, info)
         return (model, info) if wants_info else model
-
-
-def _check_complete(path: Any, info: dict[str, Any]) -> None:
-    problems = {name: info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[name]}
-    if problems:
-        raise ValueError(f"{path}: weights do not fit: {problems}")
-
-
-def _cast_like(model: UniViGUTransformer3DModel, wan: WanTransformer3DModel) -> None:
-    """Give each weight the dtype it has in Wan: a bfloat16 model keeps some in float32, and which may vary."""
-    dtypes = {name: parameter.dtype for name, parameter in wan.named_parameters()}
-    dtypes |= dict.fromkeys(("scale_shift_table_t", "text_head.norm_final.weight"), dtypes["scale_shift_table"])
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtypes.get(name, wan.proj_out.weight.dtype))
-    model.rope = copy.deepcopy(wan.rope)  # buffers that no state dict holds
-
-
-def _transformer_folder(path: str | Path) -> Path:
-    for folder in (Path(path), Path(path) / "transformer"):
-        if (folder / "config.json").is_file():
-            return folder
-    raise FileNotFoundError(f"{path}: neither a transformer folder nor a pipeline folder (no config.json found)")

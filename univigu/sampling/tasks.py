@@ -1,49 +1,32 @@
-"""Generate, caption, joint: one denoising loop whose two modalities start at different times.
+"""Generate, edit, caption, joint: one sampler whose two modalities start at different times.
 
 generate   video from noise, no text stream            guided by the prompt
-caption    video clean,      text from noise
+edit       video from part of the way to noise         guided by another prompt
+caption    video clean,      text from noise           the condition may be a question
 joint      video from noise, text from noise           in parallel
+
+A single image is a video of one frame.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from univigu.flow.random import Generators, randn
 from univigu.flow.text import TextFlow
+from univigu.flow.time import NUM_TRAIN_TIMESTEPS
+from univigu.flow.video import interpolate
+from univigu.models.cache import AttentionCache
+from univigu.sampling.options import SamplingOptions
 from univigu.sampling.solvers import VideoSolver, make_video_solver
 
+__all__ = ["Sampler", "Samples", "SamplingOptions", "StepCallback", "uniform_times"]
+
 StepCallback = Callable[[int, torch.Tensor | None, torch.Tensor | None], None]
-
-
-@dataclass
-class SamplingOptions:
-    """How samples are drawn."""
-
-    num_inference_steps: int = 20
-    """Denoising steps of the video (and of both modalities in ``joint``)."""
-    guidance_scale: float = 3.0
-    """Classifier-free guidance on the video; 1 or less switches it off."""
-    solver: Literal["scheduler", "euler"] = "scheduler"
-    """"scheduler": the one of the foundation's folder; "euler": plain Euler steps with that scheduler's shift."""
-    caption_steps: int = 50
-    """Denoising steps of the text when the video is clean."""
-    temperature: float = 0.0
-    """Temperature of a discrete text flow's posterior; 0 takes its mode.  It is the flow's option: whoever builds
-    the flow passes it on."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_inference_steps", "caption_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sampling.{name}={getattr(self, name)!r}: expected at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"sampling.temperature={self.temperature!r}: expected at least 0")
-        if self.solver not in ("scheduler", "euler"):
-            raise ValueError(f"sampling.solver={self.solver!r}: expected 'scheduler' or 'euler'")
 
 
 @dataclass
@@ -53,7 +36,32 @@ class Samples:
     latents: torch.Tensor | None
     """Video latents [B, C, T, H, W], normalised; the given ones for ``caption``."""
     tokens: torch.Tensor | None
-    """Text tokens [B, L]; None for ``generate``."""
+    """Text tokens [B, L]; None for ``generate`` and ``edit``."""
+
+
+@dataclass
+class VideoContext:
+    """A video that stays as it is while text is denoised beside it."""
+
+    latents: torch.Tensor
+    """[B, C, T, H, W], in the model's type."""
+    timestep: torch.Tensor
+    """[B]."""
+    prompt_embeds: torch.Tensor
+    """[B, S, text_dim], in the model's type."""
+    refresh: int | None
+    """Every how many steps it is computed anew; None: once, because it does not depend on the text."""
+
+    def __post_init__(self) -> None:
+        self.cache = AttentionCache(keep_video=self.refresh != 1)
+
+    def text_output(self, model: Any, step: int, text: torch.Tensor, text_timestep: torch.Tensor) -> torch.Tensor:
+        """The model's text output [B, L, ...] at a step; the video is computed along with it only when it is due."""
+        inputs = {"text_tokens": text, "text_timestep": text_timestep, "cache": self.cache}
+        due = step == 0 if self.refresh is None else step % self.refresh == 0
+        if due:
+            return model(self.latents, self.timestep, self.prompt_embeds, **inputs).text
+        return model(None, None, None, **inputs).text
 
 
 class Sampler:
@@ -64,14 +72,27 @@ class Sampler:
         text_flow: the flow the model's text stream was trained with.
         scheduler: a diffusers scheduler for the video, its class and config taken as the template.
         options: see :class:`SamplingOptions`.
+        eos_token_id, pad_token_id: of the tokenizer.  With both, a caption of the ``mask`` flow is done, and sampling
+            stops, once its end and all before it stand; what is behind the end is then padding.
     """
 
-    def __init__(self, model: Any, text_flow: TextFlow, scheduler: Any, options: SamplingOptions | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        text_flow: TextFlow,
+        scheduler: Any,
+        options: SamplingOptions | None = None,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+    ) -> None:
         self.model = model
         self.text_flow = text_flow
         self.scheduler = scheduler
         self.shift = float(scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0)))
         self.options = options or SamplingOptions()
+        self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
+
+    # ---------------------------------------------------------------------- tasks
 
     def generate(
         self,
@@ -94,7 +115,36 @@ class Sampler:
         """
         video = self._noise(prompt_embeds, latents_shape, generator) if latents is None else latents.float()
         solver = self._solver(self.options.num_inference_steps)
-        video, _ = self._denoise(video, solver, None, None, prompt_embeds, null_embeds, generator, on_step)
+        video, _ = self._denoise_video(video, solver, prompt_embeds, null_embeds, on_step=on_step)
+        return Samples(video, None)
+
+    def edit(
+        self,
+        latents: torch.Tensor,
+        strength: float,
+        prompt_embeds: torch.Tensor,
+        null_embeds: torch.Tensor,
+        generator: Generators = None,
+        on_step: StepCallback | None = None,
+    ) -> Samples:
+        """A video made anew under another prompt, from a mixture of itself and noise.
+
+        Args:
+            latents: the clean video, normalised [B, C, T, H, W].
+            strength: how far back towards noise it starts, in (0, 1]: flow time 1 - strength; 1 keeps nothing.  The
+                sampler's last level that is at least as noisy is taken.
+            prompt_embeds, null_embeds, generator, on_step: as in :meth:`generate`.
+
+        Raises:
+            ValueError: strength out of range.
+        """
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength={strength!r}: expected over 0, at most 1")
+        solver = self._solver(self.options.num_inference_steps, start=1.0 - strength)
+        noise = self._noise(latents, latents.shape[1:], generator)
+        begin = latents.new_full((latents.shape[0],), solver.times[0], dtype=torch.float32)
+        video = interpolate(noise, latents.float(), begin)
+        video, _ = self._denoise_video(video, solver, prompt_embeds, null_embeds, on_step=on_step)
         return Samples(video, None)
 
     def caption(
@@ -104,17 +154,26 @@ class Sampler:
         text_length: int,
         generator: Generators = None,
         on_step: StepCallback | None = None,
+        null_embeds: torch.Tensor | None = None,
     ) -> Samples:
         """Text from noise beside clean video latents [B, C, T, H, W].
 
-        ``prompt_embeds`` [B or 1, S, text_dim] is the condition: the encoded empty prompt, a brief prompt, or
-        a question.
+        Args:
+            latents: the clean video, normalised [B, C, T, H, W].
+            prompt_embeds: the condition [B or 1, S, text_dim]: the encoded empty prompt, a brief prompt, or a
+                question, whose answer the text then is.
+            text_length: slot of the text in tokens.
+            generator, on_step: as in :meth:`generate`.
+            null_embeds: the encoded empty prompt, if guidance contrasts with it.
+
+        Raises:
+            ValueError: guidance against the null condition without ``null_embeds``.
         """
         times = uniform_times(self.options.caption_steps)
         text = self._initial_text(latents, text_length, generator)
-        embeds = prompt_embeds.expand(latents.shape[0], -1, -1)
-        _, tokens = self._denoise(latents.float(), None, text, times, embeds, None, generator, on_step)
-        return Samples(latents, self._tokens(tokens))
+        contexts = self._caption_contexts(latents, prompt_embeds, null_embeds, generator)
+        text = self._denoise_text(contexts, text, times, generator, on_step)
+        return Samples(latents, self._tokens(text))
 
     def joint(
         self,
@@ -129,54 +188,118 @@ class Sampler:
         video = self._noise(prompt_embeds, latents_shape, generator)
         text = self._initial_text(video, text_length, generator)
         solver = self._solver(self.options.num_inference_steps)
-        times = uniform_times(self.options.num_inference_steps)
-        video, tokens = self._denoise(video, solver, text, times, prompt_embeds, null_embeds, generator, on_step)
+        video, tokens = self._denoise_video(video, solver, prompt_embeds, null_embeds, text, generator, on_step)
         return Samples(video, self._tokens(tokens))
 
+    # ---------------------------------------------------------------------- video, with text or without
+
     @torch.no_grad()
-    def _denoise(
+    def _denoise_video(
         self,
         video: torch.Tensor,
-        solver: VideoSolver | None,
-        text: torch.Tensor | None,
-        text_times: list[float] | None,
+        solver: VideoSolver,
         prompt_embeds: torch.Tensor,
-        null_embeds: torch.Tensor | None,
-        generator: Generators,
-        on_step: StepCallback | None,
+        null_embeds: torch.Tensor,
+        text: torch.Tensor | None = None,
+        generator: Generators = None,
+        on_step: StepCallback | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The loop. ``solver`` None leaves the video as it is (clean); ``text`` None leaves the text stream out."""
-        batch, guided = video.shape[0], solver is not None and self.options.guidance_scale > 1
-        num_steps = len(solver.times) if solver is not None else len(text_times or []) - 1
-        for i in range(num_steps):
-            # 1. Each modality's own time
-            timestep = video.new_zeros(batch) if solver is None else solver.timestep(i, batch, video.device)
-            inputs: dict[str, Any] = {}
-            if text is not None and text_times is not None:
-                text_timestep = video.new_full((batch,), 1000.0 * (1.0 - text_times[i]))
-                inputs = {"text_tokens": text, "text_timestep": text_timestep}
+        """The loop over the solver's evaluations; ``text`` None leaves the text stream out."""
+        batch, num_steps = video.shape[0], len(solver.times)
+        embeds, null = self._cast(prompt_embeds), self._cast(null_embeds.expand(batch, -1, -1))
+        both = torch.cat([embeds, null]) if self.options.batch_guidance and text is None else None
+        caches = {id(e): AttentionCache(keep_video=False) for e in (embeds, null, both) if e is not None}
+        text_times = uniform_times(num_steps)
+        low, high = self.options.guidance_interval
 
-            # 2. One pass with everything, one with nothing but the video
-            output = self.model(self._cast(video), timestep, self._cast(prompt_embeds), **inputs)
-            prediction = output.sample
-            if guided and null_embeds is not None:
-                null = self._cast(null_embeds.expand(batch, -1, -1))
-                unconditional = self.model(self._cast(video), timestep, null).sample
+        def predict(inputs: torch.Tensor, condition: torch.Tensor, **text_inputs: Any) -> Any:
+            timestep = solver.timestep(i, inputs.shape[0], inputs.device)
+            return self.model(inputs, timestep, condition, cache=caches[id(condition)], **text_inputs)
+
+        for i, time in enumerate(solver.times):
+            # 1. One pass with everything, one with nothing but the video
+            guided, inputs, output = self.options.guidance_scale > 1 and low <= time <= high, self._cast(video), None
+            if guided and both is not None:
+                prediction, unconditional = predict(torch.cat([inputs, inputs]), both).sample.chunk(2)
+            else:
+                text_inputs: dict[str, Any] = {}
+                if text is not None:
+                    text_inputs = {"text_tokens": text, "text_timestep": _timestep(text_times[i], video)}
+                output = predict(inputs, embeds, **text_inputs)
+                prediction = output.sample
+                unconditional = predict(inputs, null).sample if guided else prediction
+            if guided:
                 prediction = unconditional + self.options.guidance_scale * (prediction - unconditional)
 
-            # 3. Both modalities move to their next times
-            if solver is not None:
-                video = solver.step(prediction, i, video)
-            if text is not None and text_times is not None:
-                table = self._table()
-                text = self.text_flow.step(text, output.text, text_times[i], text_times[i + 1], table, generator)
+            # 2. Both modalities move to their next times
+            video = solver.step(prediction, i, video)
+            if text is not None and output is not None:
+                text = self._text_step(text, output.text, text_times, i, generator)
             if on_step is not None:
                 on_step(i, video, text)
         return video, text
 
-    def _solver(self, num_steps: int) -> VideoSolver:
+    # ---------------------------------------------------------------------- text beside a video that stays
+
+    def _caption_contexts(
+        self,
+        latents: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        null_embeds: torch.Tensor | None,
+        generator: Generators,
+    ) -> list[VideoContext]:
+        """The clean video under its condition; for guidance also what it is contrasted with."""
+        batch, options = latents.shape[0], self.options
+        embeds = self._cast(prompt_embeds.expand(batch, -1, -1))
+        refresh = options.caption_refresh if self.model.config.clean_video_reads_text else None
+        contexts = [VideoContext(self._cast(latents), _timestep(1.0, latents), embeds, refresh)]
+        if options.caption_guidance_scale == 1:
+            return contexts
+        if options.caption_guidance == "video":  # pure noise says nothing; it reads text whatever clean video does
+            noise = self._cast(self._noise(latents, latents.shape[1:], generator))
+            contexts.append(VideoContext(noise, _timestep(0.0, latents), embeds, options.caption_refresh))
+        elif null_embeds is None:
+            raise ValueError("null_embeds=None: sampling.caption_guidance='prompt' needs the encoded empty prompt")
+        else:
+            null = self._cast(null_embeds.expand(batch, -1, -1))
+            contexts.append(VideoContext(contexts[0].latents, contexts[0].timestep, null, refresh))
+        return contexts
+
+    @torch.no_grad()
+    def _denoise_text(
+        self,
+        contexts: list[VideoContext],
+        text: torch.Tensor,
+        times: list[float],
+        generator: Generators,
+        on_step: StepCallback | None,
+    ) -> torch.Tensor:
+        """The loop over the text's times, until they end or every text of the batch does."""
+        scale = self.options.caption_guidance_scale
+        for i in range(len(times) - 1):
+            timestep = _timestep(times[i], text)
+            output, *contrast = [context.text_output(self.model, i, text, timestep) for context in contexts]
+            if contrast:
+                output = contrast[0] + scale * (output - contrast[0])
+            text = self._text_step(text, output, times, i, generator)
+            if on_step is not None:
+                on_step(i, contexts[0].latents, text)
+            if self.eos_token_id is not None and self.pad_token_id is not None:
+                text, done = self.text_flow.close(text, self.eos_token_id, self.pad_token_id)
+                if done:
+                    break
+        return text
+
+    # ---------------------------------------------------------------------- parts
+
+    def _text_step(
+        self, text: torch.Tensor, output: torch.Tensor, times: list[float], i: int, generator: Generators
+    ) -> torch.Tensor:
+        return self.text_flow.step(text, output, times[i], times[i + 1], self._table(), generator)
+
+    def _solver(self, num_steps: int, start: float = 0.0) -> VideoSolver:
         solver = self.scheduler if self.options.solver == "scheduler" else self.options.solver
-        return make_video_solver(solver, num_steps, self.shift)
+        return make_video_solver(solver, num_steps, self.shift, start)
 
     def _noise(self, like: torch.Tensor, shape: Sequence[int], generator: Generators) -> torch.Tensor:
         return randn((like.shape[0], *shape), generator, like.device)
@@ -193,6 +316,12 @@ class Sampler:
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
         # The state stays float32 between steps; only the model sees its own dtype.
         return tensor.to(self.model.dtype)
+
+
+def _timestep(time: float, like: torch.Tensor) -> torch.Tensor:
+    """Wan's timestep of a flow time, float32 [B]."""
+    value = NUM_TRAIN_TIMESTEPS * (1.0 - time)
+    return torch.full((like.shape[0],), value, dtype=torch.float32, device=like.device)
 
 
 def uniform_times(num_steps: int) -> list[float]:

@@ -1,0 +1,133 @@
+"""The cache: exact where it promises to be, an approximation elsewhere, and never silently another batch's."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from univigu.models import UniViGUTransformer3DModel
+from univigu.models.cache import AttentionCache
+
+tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "tiny.py")))
+
+VOCAB, LENGTH, BATCH = 11, 7, 3
+
+
+def make(flow: str = "mask", dtype: torch.dtype = torch.float32, **options: Any) -> UniViGUTransformer3DModel:
+    return tiny.make_unified(tiny.make_wan(), VOCAB, text_flow=flow, **options).to(dtype)
+
+
+def draw_text(seed: int, flow: str = "mask") -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if flow == "embedding":
+        return torch.randn(BATCH, LENGTH, tiny.HEADS * tiny.HEAD_DIM, generator=generator)
+    return torch.randint(VOCAB, (BATCH, LENGTH), generator=generator)
+
+
+def draw_video(seed: int = 3, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Clean latents, their timestep, prompt embeddings."""
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(BATCH, tiny.CHANNELS, 2, 4, 6, generator=generator).to(dtype)
+    return latents, torch.zeros(BATCH), torch.randn(BATCH, 5, tiny.TEXT_DIM, generator=generator).to(dtype)
+
+
+def times(value: float) -> torch.Tensor:
+    return torch.full((BATCH,), value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("flow", ["embedding", "uniform", "mask"])
+@torch.no_grad()
+def test_text_beside_a_cached_clean_video_is_exact(flow: str, dtype: torch.dtype) -> None:
+    model, video = make(flow, dtype, clean_video_reads_text=False), draw_video(dtype=dtype)
+    cache = AttentionCache()
+    first = model(*video, draw_text(0, flow), times(1000.0), cache=cache)
+    plain = model(*video, draw_text(0, flow), times(1000.0))
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(first.text, plain.text, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(first.sample, plain.sample, rtol=tolerance, atol=tolerance)
+    for step in (1, 2):
+        text, time = draw_text(step, flow), times(1000.0 - 300 * step)
+        cached = model(None, None, None, text, time, cache=cache)
+        assert cached.sample is None and cached.text.dtype == plain.text.dtype
+        torch.testing.assert_close(cached.text, model(*video, text, time).text, rtol=tolerance, atol=tolerance)
+    # negative controls: another video's cache, another prompt's
+    for changed in (draw_video(4)[0], video[0]):
+        other = AttentionCache()
+        prompt = video[2] if changed is not video[0] else draw_video(4)[2]
+        model(changed.to(dtype), video[1], prompt.to(dtype), text, time, cache=other)
+        wrong = model(None, None, None, text, time, cache=other).text
+        assert (wrong - cached.text).abs().max() > max(2 * tolerance, 1e-2)
+
+
+@torch.no_grad()
+def test_with_hidden_tokens_positions_and_a_shared_ffn() -> None:
+    model = make(clean_video_reads_text=False, separate_text_ffn=False, text_positions=LENGTH)
+    video, cache = draw_video(), AttentionCache()
+    mask = torch.arange(LENGTH)[None] < torch.tensor([[7], [4], [1]])
+    model(*video, draw_text(0), times(900.0), mask, cache=cache)
+    text, time = draw_text(1), times(400.0)
+    cached = model(None, None, None, text, time, mask, cache=cache).text
+    torch.testing.assert_close(cached, model(*video, text, time, mask).text, rtol=1e-5, atol=1e-5)
+    assert (cached - model(*video, text, time).text).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_where_video_reads_text_it_is_an_approximation() -> None:
+    model, video, cache = make(), draw_video(), AttentionCache()
+    model(*video, draw_text(0), times(1000.0), cache=cache)
+    same = model(None, None, None, draw_text(0), times(1000.0), cache=cache).text
+    torch.testing.assert_close(same, model(*video, draw_text(0), times(1000.0)).text, rtol=1e-5, atol=1e-5)
+    text, time = draw_text(1), times(500.0)
+    full = model(*video, text, time).text
+    assert (model(None, None, None, text, time, cache=cache).text - full).abs().max() > 1e-4  # stale
+    model(*video, text, time, cache=cache)  # refreshed
+    torch.testing.assert_close(model(None, None, None, text, time, cache=cache).text, full, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_prompts_keys_are_computed_once_for_video_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (latents, _, prompt), cache = make(), draw_video(), AttentionCache()
+    expected = [model(latents, times(t), prompt).sample for t in (900.0, 500.0)]
+    layer, calls = model.blocks[0].attn2.to_k, []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    for t, sample in zip((900.0, 500.0), expected, strict=True):
+        assert torch.equal(model(latents, times(t), prompt, cache=cache).sample, sample)
+    assert len(calls) == 1
+
+
+@torch.no_grad()
+def test_fused_projections(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, video, cache = make(clean_video_reads_text=False), draw_video(), AttentionCache()
+    expected = model(*video, draw_text(1), times(300.0)).text
+    model.fuse_qkv_projections()
+    model(*video, draw_text(0), times(1000.0), cache=cache)
+    cached = model(None, None, None, draw_text(1), times(300.0), cache=cache).text
+    torch.testing.assert_close(cached, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_misuse_is_named() -> None:
+    model, (latents, clean, prompt), text = make(), draw_video(), draw_text(0)
+    with pytest.raises(ValueError, match="no gradients"):
+        model(latents, clean, prompt, text, times(1.0), cache=AttentionCache())
+    with torch.no_grad():
+        for empty in (None, AttentionCache()):
+            with pytest.raises(ValueError, match="a cache filled by a pass with both"):
+                model(None, None, None, text, times(1.0), cache=empty)
+        cache = AttentionCache()
+        model(latents, clean, prompt, cache=cache)  # holds the prompt, not the video
+        with pytest.raises(ValueError, match="a cache filled by a pass with both"):
+            model(None, None, None, text, times(1.0), cache=cache)
+        model(latents, clean, prompt, text, times(1.0), cache=cache)
+        with pytest.raises(ValueError, match="another prompt's embeddings"):
+            model(latents, clean, prompt.clone(), text, times(1.0), cache=cache)
+        with pytest.raises(ValueError, match=r"shape \[3, 5\]: the cache was filled with \[3, 7\]"):
+            model(None, None, None, text[:, :5], times(1.0), cache=cache)
+        deeper = tiny.make_unified(tiny.make_wan(num_layers=3), VOCAB)
+        with pytest.raises(ValueError, match="2 layers, the model has 3"):
+            deeper(None, None, None, text, times(1.0), cache=cache)
