@@ -1,11 +1,11 @@
-"""Make the untrained-generator half of the embedded foundation: tokenizer, text encoder, VAE, scheduler.
+"""Make all of the embedded foundation but its generator: tokenizer, text encoder, VAE, scheduler.
 
     python tools/make_foundation.py --output runs/foundation/start
     lightning fit --config configs/foundation.yaml          # trains the generator itself
 
-The result is a folder in diffusers' WanPipeline layout whose VAE is trained on the embedded world and whose
-text encoder and transformer are random.  The second command trains those two; ``tools/convert.py foundation``
-writes what it learned back into such a folder.
+The result is a folder in diffusers' WanPipeline layout whose text encoder and VAE are trained on the embedded world
+and whose transformer is random.  The second command trains that one; ``tools/convert.py foundation`` writes what it
+learned back into such a folder.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,10 +21,12 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from rich.progress import track
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from univigu.data import shapes
 from univigu.data.video import encode_mp4, read_video, to_model_range
+from univigu.models.foundation import encode_prompt
 
 LATENT_CHANNELS = 8  # the world fills about six: more would be copies, and details small beside their noise
 
@@ -69,7 +72,7 @@ def make_vae() -> AutoencoderKLWan:
 
 
 def make_text_encoder(vocab_size: int) -> UMT5EncoderModel:
-    """Two UMT5 layers of width 64: enough to bind adjectives to nouns."""
+    """Two UMT5 layers of width 64; see :func:`train_text_encoder`."""
     return UMT5EncoderModel(
         UMT5Config(
             vocab_size=vocab_size, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
@@ -77,6 +80,90 @@ def make_text_encoder(vocab_size: int) -> UMT5EncoderModel:
             dropout_rate=0.0, pad_token_id=0, eos_token_id=1, feed_forward_proj="gated-gelu",
         )
     )  # fmt: skip
+
+
+# What is asked of each token: about the object it speaks of, and about the whole scene.
+OBJECT_FIELDS: dict[str, tuple[str, ...]] = {
+    "size": tuple(shapes.SIZES), "color": tuple(shapes.COLORS), "shape": shapes.SHAPES,
+    "motion": tuple(shapes.MOTIONS), "speed": ("", *shapes.SPEEDS),
+}  # fmt: skip
+SCENE_FIELDS: dict[str, tuple[str, ...]] = {
+    "relation": ("", *shapes.RELATIONS), "background": tuple(shapes.BACKGROUNDS),
+}  # fmt: skip
+FIELD_SIZES = [3, *map(len, OBJECT_FIELDS.values()), *map(len, SCENE_FIELDS.values())]
+
+
+def token_meanings(tokenizer: PreTrainedTokenizerFast, scene: shapes.Scene, length: int) -> tuple[Tensor, Tensor]:
+    """A prompt's token ids [L], and for each token what it is about, int64 [L, fields]; -100 where nothing is asked.
+
+    The fields: whether the token's object is the only, the first or the second one, then OBJECT_FIELDS of that
+    object, then SCENE_FIELDS, which every token is asked for.
+    """
+    text = shapes.prompt_of(scene)
+    encoding = tokenizer(
+        text, padding="max_length", max_length=length, return_offsets_mapping=True, return_special_tokens_mask=True
+    )
+    about_scene = [options.index(getattr(scene, name)) for name, options in SCENE_FIELDS.items()]
+    clauses = re.split(f"(, (?:{'|'.join(shapes.RELATIONS)}) |, on a )", text)  # object, relation, object, ...
+    ends = [len("".join(clauses[: 2 * i + 1])) for i in range(len(scene.objects))]
+    starts = [end - len(clauses[2 * i]) for i, end in enumerate(ends)]
+    labels = []
+    for token, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+        row = [-100] * (1 + len(OBJECT_FIELDS)) + about_scene
+        for i, obj in enumerate(scene.objects):
+            if starts[i] <= start < end <= ends[i]:
+                values = [options.index(getattr(obj, name)) for name, options in OBJECT_FIELDS.items()]
+                row = [i + bool(scene.relation), *values, *about_scene]
+        labels.append(row if token != tokenizer.pad_token_id else [-100] * len(row))
+    return torch.tensor(encoding["input_ids"]), torch.tensor(labels)
+
+
+def train_text_encoder(
+    text_encoder: UMT5EncoderModel,
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int,
+    num_scenes: int = 8000,
+    learning_rate: float = 3e-3,
+) -> dict[str, float]:
+    """Train in place until the embedding of each word of a prompt tells whose word it is, and what else is said of it.
+
+    A generator finds the words it needs by attention, whose keys have no positions: "red" must say of itself that it
+    belongs to the first object.  A pretrained language encoder brings that along; learned from the generator's loss
+    alone it comes late or never.  The rate is kept moderate because T5's attention is unscaled: large updates make
+    its logits so large that the position biases no longer count, and nothing brings them back.
+
+    Returns:
+        the accuracies on prompts of held-out scenes, by field.
+    """
+    names = ["object", *OBJECT_FIELDS, *SCENE_FIELDS]
+    train, held = (
+        [torch.stack(column) for column in zip(*rows, strict=True)]
+        for rows in (
+            [token_meanings(tokenizer, shapes.sample_scene(seed, split), 32) for seed in range(count)]
+            for split, count in (("train", num_scenes), ("val", 500))
+        )
+    )
+    head = torch.nn.Linear(text_encoder.config.d_model, sum(FIELD_SIZES))
+    optimizer = torch.optim.AdamW([*text_encoder.parameters(), *head.parameters()], betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+
+    def answers(ids: Tensor) -> Sequence[Tensor]:
+        return head(encode_prompt(text_encoder, ids, tokenizer.pad_token_id)).split(FIELD_SIZES, -1)
+
+    text_encoder.train()
+    for _ in track(range(steps), "training the text encoder"):
+        rows = torch.randint(0, len(train[0]), (128,))
+        labels = train[1][rows].unbind(-1)
+        loss = sum(F.cross_entropy(a.mT, b) for a, b in zip(answers(train[0][rows]), labels, strict=True))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(text_encoder.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    text_encoder.eval()
+    with torch.no_grad():
+        pairs = zip(names, answers(held[0]), held[1].unbind(-1), strict=True)
+        return {name: (a.argmax(-1) == b)[b >= 0].float().mean().item() for name, a, b in pairs}
 
 
 def make_transformer() -> WanTransformer3DModel:
@@ -172,6 +259,7 @@ def record_latent_statistics(vae: AutoencoderKLWan) -> None:
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write, in WanPipeline layout")
+    parser.add_argument("--text-steps", type=int, default=600)
     parser.add_argument("--vae-steps", type=int, default=12000)
     parser.add_argument("--vae-from", type=Path, help="vae/ folder to continue from")
     parser.add_argument("--batch-size", type=int, default=4)
@@ -184,9 +272,10 @@ def main(args: list[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     tokenizer = make_tokenizer()
     vae = make_vae()
+    text_encoder = make_text_encoder(len(tokenizer))
     pipeline = WanPipeline(
         tokenizer=tokenizer,
-        text_encoder=make_text_encoder(len(tokenizer)),
+        text_encoder=text_encoder,
         vae=vae,
         transformer=make_transformer(),
         scheduler=UniPCMultistepScheduler(
@@ -194,6 +283,8 @@ def main(args: list[str] | None = None) -> None:
         ),
     )
     pipeline.save_pretrained(options.output)  # before the long part: an unwritable folder is found out now
+    accuracies = train_text_encoder(text_encoder, tokenizer, options.text_steps)
+    print("text encoder, held-out prompts:", {name: round(value, 3) for name, value in accuracies.items()})
     if options.vae_from is not None:
         start_vae_from(vae, options.vae_from)
     train_vae(vae, options.vae_steps, options.batch_size, options.num_clips, options.learning_rate, options.whole_from)

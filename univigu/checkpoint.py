@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
-from transformers import UMT5EncoderModel
 
 from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
 
@@ -133,22 +132,14 @@ def to_wan(model: UniViGUTransformer3DModel) -> WanTransformer3DModel:
 
 
 def export_foundation(checkpoint_path: str | Path, source: str | Path, target: str | Path) -> None:
-    """Write a foundation folder: transformer and text encoder from a stage-0 checkpoint, the rest from ``source``.
+    """Write a foundation folder: the transformer from a stage-0 checkpoint, everything else from ``source``.
 
     Raises:
-        CheckpointError: see :func:`load_weights`; or the checkpoint holds no text encoder.
+        CheckpointError: see :func:`load_weights`.
     """
     source, target = Path(source), Path(target)
-    checkpoint = read_checkpoint(checkpoint_path)
-    prefix = "text_encoder."
-    encoder_state = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    if not encoder_state:
-        raise CheckpointError(f"{checkpoint_path}: holds no text encoder; train with model.train_text_encoder: true")
-    text_encoder = UMT5EncoderModel.from_pretrained(source / "text_encoder", dtype=torch.float32)
-    text_encoder.load_state_dict(encoder_state)
     wan = to_wan(load_weights(checkpoint_path))
-    for name in ("tokenizer", "vae", "scheduler"):
+    for name in ("tokenizer", "text_encoder", "vae", "scheduler"):
         shutil.copytree(source / name, target / name, dirs_exist_ok=True)
     shutil.copy(source / "model_index.json", target / "model_index.json")
     wan.save_pretrained(target / "transformer")
-    text_encoder.save_pretrained(target / "text_encoder")

@@ -104,4 +104,4 @@ def make_optimizer(groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]], opt
 def is_block_matrix(name: str, parameter: torch.Tensor) -> bool:
     """Whether a parameter is a weight matrix inside a repeated block: no embedding, no head, no table."""
     inside = re.search(r"(^|\.)blocks?\.\d+\.", name) is not None
-    return inside and parameter.ndim == 2 and "relative_attention_bias" not in name
+    return inside and parameter.ndim == 2

@@ -69,7 +69,7 @@ class StageSwitch(Callback):
             self._enter(index, pl_module)
         stage = self.stages[index]
         factor = stage.learning_rate_factor(step)
-        rates = {"video": stage.learning_rate, "text": stage.text_learning_rate, "text_encoder": stage.learning_rate}
+        rates = {"video": stage.learning_rate, "text": stage.text_learning_rate}
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rates[group["name"]] * group["rate"] * factor

@@ -1,0 +1,57 @@
+"""Making the embedded foundation: what its text encoder is taught, and that it learns it."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from univigu.data.shapes import Object, Scene, prompt_of
+from univigu.models.foundation import encode_prompt
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_foundation.py"
+tool = SimpleNamespace(**runpy.run_path(str(TOOL)))
+
+FIRST = Object("large", "red", "cross", "left", "slowly", 40, 16)
+SECOND = Object("small", "cyan", "ring", "still", "", 20, 44)
+
+
+def test_each_word_is_asked_whose_it_is() -> None:
+    tokenizer = tool.make_tokenizer()
+    ids, labels = tool.token_meanings(tokenizer, Scene((FIRST, SECOND), "gray", "above"), 32)
+    words = [token.strip("▁") for token in tokenizer.convert_ids_to_tokens(ids.tolist())]
+    assert " ".join(words[:22]) == (
+        "a large red cross moving left slowly , above a small cyan ring staying still , on a gray background </s> <pad>"
+    )
+    whose = dict(zip(words, labels[:, 0].tolist(), strict=True))
+    assert [whose[word] for word in ("red", "cross", "slowly", "cyan", "still")] == [1, 1, 1, 2, 2]
+    assert [whose[word] for word in (",", "above", "gray", "background", "</s>", "<pad>")] == [-100] * 6
+    colors = list(tool.OBJECT_FIELDS["color"])
+    color = 1 + list(tool.OBJECT_FIELDS).index("color")
+    assert labels[words.index("left"), color] == colors.index("red")  # the word says what colour its object has
+    assert labels[words.index("ring"), color] == colors.index("cyan")
+    assert (labels[:21, -2:] == torch.tensor([2, 1])).all()  # every word, of the whole scene: above, gray
+    assert (labels[21:] == -100).all()  # padding is asked nothing
+
+    _, alone = tool.token_meanings(tokenizer, Scene((SECOND,), "white", ""), 32)
+    assert alone[:6, 0].tolist() == [0] * 6 and alone[6, 0] == -100 and (alone[:12, -2:] == torch.tensor([0, 2])).all()
+
+
+def test_a_text_encoder_learns_to_bind_in_a_minute() -> None:
+    torch.manual_seed(0)
+    tokenizer = tool.make_tokenizer()
+    encoder = tool.make_text_encoder(len(tokenizer))
+    untrained = tool.train_text_encoder(tool.make_text_encoder(len(tokenizer)), tokenizer, 1, num_scenes=50)
+    accuracies = tool.train_text_encoder(encoder, tokenizer, 200, num_scenes=3000)
+    assert set(accuracies) == {"object", "size", "color", "shape", "motion", "speed", "relation", "background"}
+    assert min(accuracies.values()) >= 0.97, accuracies
+    assert untrained["color"] < 0.5 and untrained["object"] < 0.8
+    # and so the same word, in another place, is another embedding
+    prompts = [prompt_of(Scene(pair, "gray", "above")) for pair in ((FIRST, SECOND), (SECOND, FIRST))]
+    ids = torch.tensor(tokenizer(prompts, padding=True).input_ids)
+    red = tokenizer.convert_tokens_to_ids("▁red")
+    with torch.no_grad():
+        one, other = encode_prompt(encoder, ids, tokenizer.pad_token_id)[ids == red]
+    assert (one - other).norm() > 0.2 * one.norm()
