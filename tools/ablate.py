@@ -43,14 +43,17 @@ class Variant:
     stage: dict[str, Any] = field(default_factory=dict)
 
 
+# The recipe leaves the generator's weights alone; what cannot work so is compared with "trained".
+TRAINED = {"learning_rate": 5.0e-4, "tasks": {"joint": 0.25, "understand": 0.5, "generate": 0.25}}
 VARIANTS = {
     "recipe": Variant("the recipe", ""),
+    "trained": Variant("trained", "generator's weights (recipe: frozen)", {}, TRAINED),
     "uniform": Variant("uniform", "text flow (recipe: mask)", {"text_flow": "uniform"}),
     "embedding": Variant("embedding", "text flow (recipe: mask)", {"text_flow": "embedding"}),
-    "random": Variant("random", "initialisation (recipe: foundation)", {"random_init": True}),
+    "random": Variant("random, trained", "initialisation (recipe: foundation)", {"random_init": True}, TRAINED),
     "dropout0": Variant("0", "condition dropout (recipe: 0.9)", {}, {"condition_dropout": 0.0}),
     "dropout50": Variant("0.5", "condition dropout (recipe: 0.9)", {}, {"condition_dropout": 0.5}),
-    "shared": Variant("shared", "text FFN (recipe: separate)", {"separate_text_ffn": False}),
+    "shared": Variant("shared, trained", "text FFN (recipe: separate)", {"separate_text_ffn": False}, TRAINED),
     "reads": Variant("yes", "clean video reads text (recipe: no)", {"clean_video_reads_text": True}),
 }
 
@@ -201,10 +204,10 @@ def plots(groups: dict[str, list[Run]], folder: Path) -> list[tuple[str, Path]]:
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     figures = {
-        "initialisation": ("Foundation against random initialisation", ("recipe", "random")),
+        "initialisation": ("Foundation against random initialisation", ("recipe", "trained", "random")),
         "text_flow": ("Text flows", ("recipe", "uniform", "embedding")),
         "condition_dropout": ("Condition dropout, captions without a prompt", ("recipe", "dropout50", "dropout0")),
-        "architecture": ("Attention and FFN", ("recipe", "shared", "reads")),
+        "architecture": ("Attention and FFN", ("recipe", "trained", "shared", "reads")),
     }
     for file, (title, names) in figures.items():
         shown = [name for name in names if name in groups]

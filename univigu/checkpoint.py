@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import DiffusionPipeline, WanTransformer3DModel
 from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
 
 from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
@@ -143,3 +143,17 @@ def export_foundation(checkpoint_path: str | Path, source: str | Path, target: s
         shutil.copytree(source / name, target / name, dirs_exist_ok=True)
     shutil.copy(source / "model_index.json", target / "model_index.json")
     wan.save_pretrained(target / "transformer")
+
+
+def export_pipeline(checkpoint_path: str | Path, foundation: str | Path, target: str | Path) -> None:
+    """Write a folder for :class:`univigu.pipeline.UniViGUPipeline`: a training checkpoint inside its foundation.
+
+    Raises:
+        CheckpointError: see :func:`load_weights`.
+    """
+    from univigu.pipeline import UniViGUPipeline
+
+    model = load_weights(checkpoint_path)
+    wan = DiffusionPipeline.from_pretrained(foundation, transformer=None)
+    components = {name: wan.components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
+    UniViGUPipeline(**components, transformer=model).save_pretrained(target)

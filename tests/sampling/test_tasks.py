@@ -147,9 +147,7 @@ def test_caption_leaves_the_video_alone(embeds: Any) -> None:
     sampler, (prompts, _) = make_sampler(), embeds
     clean = torch.randn(3, *SHAPE)
     before, seen = clean.clone(), []
-    samples = sampler.caption(
-        clean, prompts, LENGTH, generators(1, 2, 3), on_step=lambda i, video, text: seen.append((i, video, text))
-    )
+    samples = sampler.caption(clean, prompts, LENGTH, generators(1, 2, 3), on_step=seen.append)
     assert samples.latents is clean and torch.equal(clean, before)
     assert len(sampler.model.calls) == 4
     for (video, timestep, condition), text in sampler.model.calls:
@@ -157,8 +155,10 @@ def test_caption_leaves_the_video_alone(embeds: Any) -> None:
         assert text["text_timestep"].shape == (3,)
     times = [text["text_timestep"][0].item() for _, text in sampler.model.calls]
     assert times == [1000.0, 750.0, 500.0, 250.0]
-    assert [i for i, _, _ in seen] == [0, 1, 2, 3]
-    assert torch.equal(seen[-1][2], samples.tokens)
+    assert [(s.step, s.num_steps, s.video_time, s.text_time) for s in seen] == [
+        (0, 4, 1.0, 0.25), (1, 4, 1.0, 0.5), (2, 4, 1.0, 0.75), (3, 4, 1.0, 1.0),
+    ]  # fmt: skip
+    assert torch.equal(seen[-1].text, samples.tokens)
 
 
 @pytest.mark.parametrize(("guidance", "passes"), [(0.0, 1), (1.0, 1), (1.01, 2), (4.0, 2)])
@@ -167,7 +167,7 @@ def test_guidance_costs_a_second_pass_only_above_one(embeds: Any, task: str, gui
     sampler, (prompts, null) = make_sampler(guidance_scale=guidance), embeds
     seen: list[int] = []
     arguments = {"generate": (SHAPE,), "joint": (SHAPE, LENGTH)}[task]
-    getattr(sampler, task)(prompts, null, *arguments, on_step=lambda i, video, text: seen.append(i))
+    getattr(sampler, task)(prompts, null, *arguments, on_step=lambda state: seen.append(state.step))
     assert len(sampler.model.calls) == 3 * passes and seen == [0, 1, 2]
     for args, kwargs in sampler.model.calls[::passes]:
         assert torch.equal(args[2], prompts) and ("text_tokens" in kwargs) == (task == "joint")
@@ -191,7 +191,9 @@ def test_the_state_stays_float32_beside_a_bfloat16_model(embeds: Any) -> None:
     sampler, (prompts, null) = make_sampler("embedding"), embeds
     sampler.model = Watch(sampler.model.model.to(torch.bfloat16))
     states: list[Any] = []
-    samples = sampler.joint(prompts, null, SHAPE, LENGTH, on_step=lambda i, *both: states.extend(both))
+    samples = sampler.joint(
+        prompts, null, SHAPE, LENGTH, on_step=lambda state: states.extend((state.latents, state.text))
+    )
     assert all(state.dtype == torch.float32 for state in states) and samples.latents.dtype == torch.float32
     assert all(args[0].dtype == args[2].dtype == torch.bfloat16 for args, _ in sampler.model.calls)
     assert all(args[1].dtype == torch.float32 for args, _ in sampler.model.calls)
@@ -257,14 +259,14 @@ def test_a_video_that_does_not_read_is_computed_once(embeds: Any, flow: str, gui
     sampler = make_sampler(flow, reads_text=False, **options)
     states: list[torch.Tensor] = []
     arguments = (clean, prompts, LENGTH, generators(1, 2, 3))
-    cached = sampler.caption(*arguments, on_step=lambda i, v, x: states.append(x), null_embeds=null)
+    cached = sampler.caption(*arguments, on_step=lambda s: states.append(s.text), null_embeds=null)
     passes = 2 if guidance else 1
     assert text_only(sampler.model.calls) == [False] * passes + [True] * 3 * passes
     plain_states: list[torch.Tensor] = []
     plain = without_cache(make_sampler(flow, reads_text=False, **options))
     if not guidance:
         arguments = (clean, prompts, LENGTH, generators(1, 2, 3))
-        expected = plain.caption(*arguments, on_step=lambda i, v, x: plain_states.append(x), null_embeds=null)
+        expected = plain.caption(*arguments, on_step=lambda s: plain_states.append(s.text), null_embeds=null)
         assert torch.equal(cached.tokens, expected.tokens)
         for ours, theirs in zip(states, plain_states, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -287,7 +289,7 @@ def test_refreshing_at_every_step_is_no_approximation(embeds: Any) -> None:
         ("k=4", make_sampler("embedding", caption_refresh=4)),
     ):
         states: list[torch.Tensor] = []
-        sampler.caption(clean, prompts, LENGTH, generators(1, 2, 3), lambda i, v, x, keep=states: keep.append(x))
+        sampler.caption(clean, prompts, LENGTH, generators(1, 2, 3), lambda s, keep=states: keep.append(s.text))
         tokens[name] = states[-1]
     assert torch.equal(tokens["k=1"], tokens["plain"])
     assert not torch.allclose(tokens["k=4"], tokens["plain"], atol=1e-4)
@@ -299,7 +301,7 @@ def test_caption_guidance_moves_away_from_the_contrast(embeds: Any) -> None:
 
     def velocities(**options: Any) -> torch.Tensor:
         sampler, states = make_sampler("embedding", caption_steps=1, **options), []
-        sampler.caption(clean, prompts, LENGTH, generators(1, 2, 3), lambda i, v, x: states.append(x), null_embeds=null)
+        sampler.caption(clean, prompts, LENGTH, generators(1, 2, 3), lambda s: states.append(s.text), null_embeds=null)
         return states[0]
 
     plain = velocities()

@@ -34,7 +34,7 @@ def test_a_short_sweep_trains_reports_and_is_not_repeated(
     ]  # fmt: skip
     assert ablate.main(arguments) == 0
     text = Path("docs/RESULTS.md").read_text()
-    assert "| text FFN (recipe: separate) | shared |" in text and "never" in text
+    assert "| text FFN (recipe: separate) | shared, trained |" in text and "never" in text
     assert {path.name for path in Path("docs/results").iterdir()} == {"architecture.png"}
     config = yaml.safe_load(Path("runs/ablate/shared-0/config.yaml").read_text())
     assert config["model"]["separate_text_ffn"] is False
@@ -51,7 +51,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(
     assert ablate.main(arguments) == 2
     assert "recipe-0 failed" in capsys.readouterr().err
     assert "no_such_option" in Path("runs/ablate/recipe-0/log.txt").read_text()
-    assert "| random | 50.0 ± 0.0 |" in Path("docs/RESULTS.md").read_text()
+    assert "| random, trained | 50.0 ± 0.0 |" in Path("docs/RESULTS.md").read_text()
 
 
 def test_numbers_of_the_tables(in_tmp: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import ModelMixin, WanTransformer3DModel  # noqa: F401 (a pipeline's loader looks ModelMixin up here)
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn

@@ -24,9 +24,26 @@ from univigu.models.cache import AttentionCache
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.solvers import VideoSolver, make_video_solver
 
-__all__ = ["Sampler", "Samples", "SamplingOptions", "StepCallback", "uniform_times"]
+__all__ = ["Sampler", "Samples", "SamplingOptions", "StepCallback", "StepState", "uniform_times"]
 
-StepCallback = Callable[[int, torch.Tensor | None, torch.Tensor | None], None]
+
+@dataclass
+class StepState:
+    """Where sampling stands after a step."""
+
+    step: int
+    """Counted from 0."""
+    num_steps: int
+    latents: torch.Tensor
+    """The video [B, C, T, H, W]; the given one for ``caption``."""
+    video_time: float
+    """Its flow time: 0 noise, 1 data."""
+    text: torch.Tensor | None
+    """The text's state [B, L] or [B, L, D]; None for tasks without text."""
+    text_time: float | None
+
+
+StepCallback = Callable[[StepState], None]
 
 
 @dataclass
@@ -111,7 +128,7 @@ class Sampler:
             latents_shape: (C, T, H, W) of a sample.
             generator: one generator, or one a sample (then a sample does not depend on its batch).
             latents: initial noise [B, C, T, H, W] to use instead of drawing it.
-            on_step: called after each step with (step, latents, text state).
+            on_step: called after each step with a :class:`StepState`.
         """
         video = self._noise(prompt_embeds, latents_shape, generator) if latents is None else latents.float()
         solver = self._solver(self.options.num_inference_steps)
@@ -236,7 +253,8 @@ class Sampler:
             if text is not None and output is not None:
                 text = self._text_step(text, output.text, text_times, i, generator)
             if on_step is not None:
-                on_step(i, video, text)
+                text_time = None if text is None else text_times[i + 1]
+                on_step(StepState(i, num_steps, video, solver.next_time(i), text, text_time))
         return video, text
 
     # ---------------------------------------------------------------------- text beside a video that stays
@@ -283,7 +301,7 @@ class Sampler:
                 output = contrast[0] + scale * (output - contrast[0])
             text = self._text_step(text, output, times, i, generator)
             if on_step is not None:
-                on_step(i, contexts[0].latents, text)
+                on_step(StepState(i, len(times) - 1, contexts[0].latents, 1.0, text, times[i + 1]))
             if self.eos_token_id is not None and self.pad_token_id is not None:
                 text, done = self.text_flow.close(text, self.eos_token_id, self.pad_token_id)
                 if done:

@@ -1,0 +1,115 @@
+"""The trajectory page: what it records, and that a browser shows it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import runpy
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from univigu.pipeline import UniViGUPipeline
+from univigu.viewer import TrajectoryRecorder
+
+tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parent / "tiny.py")))
+
+SIZE = {"height": 32, "width": 48, "num_frames": 5}
+QUICK = {"num_inference_steps": 4, "caption_steps": 4, "max_sequence_length": 16}
+
+
+def make_pipe(flow: str = "mask") -> UniViGUPipeline:
+    wan = tiny.make_pipeline()
+    model = tiny.make_unified(wan.transformer, len(wan.tokenizer), text_flow=flow)
+    model.register_to_config(text_length=12)
+    components = {name: wan.components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
+    pipe = UniViGUPipeline(**components, transformer=model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe() -> UniViGUPipeline:
+    return make_pipe()
+
+
+def embedded(path: Path) -> dict[str, Any]:
+    """The data inside a page."""
+    (found,) = re.findall(r"const data = (\{.*\});", path.read_text())
+    return json.loads(found.replace("<\\/", "</"))
+
+
+def animation(url: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/webp;base64,"))))
+
+
+def test_joint_is_recorded_step_by_step(pipe: UniViGUPipeline, tmp_path: Path) -> None:
+    recorder = TrajectoryRecorder(pipe, sample=1, scale=2)
+    made = pipe.joint(["one", "two"], **SIZE, callback_on_step_end=recorder, output_type="np", **QUICK)
+    page = embedded(recorder.save(tmp_path / "new" / "page.html", title="a </script> title"))
+    assert page["title"] == "a </script> title"
+    steps = page["steps"]
+    assert [(s["step"], s["of"]) for s in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [s["text_noise"] for s in steps] == [0.75, 0.5, 0.25, 0.0]
+    noise = [s["video_noise"] for s in steps]
+    assert noise == sorted(noise, reverse=True) and noise[-1] == 0.0
+    clips = [animation(s["video"]) for s in steps]
+    assert all(clip.size == (96, 64) and clip.n_frames == 5 for clip in clips)
+    last = np.asarray(clips[-1].convert("RGB"), np.float32)[::2, ::2] / 255
+    assert np.abs(last - made.frames[1, 0]).mean() < 0.05  # the sample asked for, up to compression
+    assert np.abs(last - made.frames[0, 0]).mean() > 0.05
+    masks = [s["words"].count("") for s in steps]
+    assert masks == sorted(masks, reverse=True) and masks[0] > 0 and masks[-1] == 0
+
+
+@pytest.mark.parametrize("flow", ["uniform", "embedding"])
+def test_captions_of_other_flows(flow: str) -> None:
+    pipe = make_pipe(flow)
+    recorder = TrajectoryRecorder(pipe, every=2)
+    video = np.random.default_rng(0).random((1, 5, 32, 48, 3), dtype=np.float32)
+    made = pipe.caption(video, callback_on_step_end=recorder, **{**QUICK, "caption_steps": 6})
+    assert [s["step"] for s in recorder.steps] == [1, 3, 5, 6]
+    assert all(s["video_noise"] == 0.0 and s["video"] == recorder.steps[0]["video"] for s in recorder.steps)
+    text = "".join(recorder.steps[-1]["words"]).replace("⏹", "").strip()
+    assert text.split()[:1] == made.text[0].split()[:1] or not made.text[0]
+
+
+def test_generation_has_no_text(pipe: UniViGUPipeline) -> None:
+    recorder = TrajectoryRecorder(pipe)
+    video = np.random.default_rng(0).random((1, 5, 32, 48, 3), dtype=np.float32)
+    pipe.edit(video, "two", 0.5, callback_on_step_end=recorder, **QUICK)
+    assert recorder.steps and all(s["words"] is None and s["text_noise"] is None for s in recorder.steps)
+
+
+def test_misuse_is_named(pipe: UniViGUPipeline, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="every=0"):
+        TrajectoryRecorder(pipe, every=0)
+    with pytest.raises(ValueError, match="nothing was recorded"):
+        TrajectoryRecorder(pipe).save(tmp_path / "page.html")
+    with pytest.raises(IndexError, match="sample=1: the batch has 1"):
+        pipe.joint("one", **SIZE, callback_on_step_end=TrajectoryRecorder(pipe, sample=1), **QUICK)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the command chromium")
+def test_a_browser_shows_the_step_asked_for(pipe: UniViGUPipeline, tmp_path: Path) -> None:
+    recorder = TrajectoryRecorder(pipe)
+    torch.manual_seed(0)
+    pipe.joint("one", **SIZE, callback_on_step_end=recorder, **QUICK)
+    page = recorder.save(tmp_path / "page.html")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+    for step in (1, 3):
+        command = ["chromium", *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{page}#{step}"]
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        assert f"step {step} of 4</output>" in dom
+        assert dom.count('class="mask"') == recorder.steps[step - 1]["words"].count("")
+        assert 'src="data:image/webp' in dom

@@ -1,0 +1,221 @@
+"""Measure what the code is quick at, side by side in one run.
+
+    python tools/benchmark.py caption     # a caption with and without the cache, and as a plain loop
+    python tools/benchmark.py sampler     # one step of the text sampler over a large vocabulary
+
+Each prints a table; the ways take turns, and the median of the repeats counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler
+from rich.console import Console
+from rich.table import Table
+
+from univigu.flow.text import make_text_flow
+from univigu.models import UniViGUTransformer3DModel
+from univigu.models.cache import AttentionCache
+from univigu.sampling.options import SamplingOptions
+from univigu.sampling.tasks import Sampler, uniform_times
+
+
+def race(ways: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each way; they take turns, after one untimed round."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, way in ways.items():
+            _wait(device)
+            start = time.perf_counter()
+            way()
+            _wait(device)
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def show(title: str, seconds: dict[str, float], baseline: str, unit: float = 1.0, name: str = "seconds") -> None:
+    table = Table("", name, f"times faster than {baseline}", title=title)
+    for way, value in seconds.items():
+        table.add_row(way, f"{value / unit:.4g}", f"{seconds[baseline] / value:.1f}")
+    Console(width=110).print(table)
+
+
+def where(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+# ---------------------------------------------------------------------------- the plain loop
+
+
+def plain_step(
+    x_t: torch.Tensor, logits: torch.Tensor, t: float, t_next: float, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """A mixture path's Euler step as it stands in the formulas: float64 posterior, one-hot rates, two draws a token."""
+    vocab_size = logits.shape[-1]
+    x_hat = _categorical(torch.softmax(logits.double(), -1), generator)
+    if t_next == 1.0:
+        return x_hat
+    rates = F.one_hot(x_hat, vocab_size).double() / (1.0 - t)
+    rates = torch.where(F.one_hot(x_t, vocab_size).bool(), 0.0, rates)
+    total = rates.sum(-1)
+    jumps = torch.rand(x_t.shape, generator=generator, dtype=torch.float64, device=x_t.device)
+    jumps = jumps < 1 - torch.exp(-(t_next - t) * total)
+    x_t = x_t.clone()
+    if bool(jumps.any()):
+        x_t[jumps] = _categorical(rates[jumps], generator)
+    return x_t
+
+
+def _categorical(weights: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    return torch.multinomial(weights.flatten(0, -2), 1, generator=generator).view(weights.shape[:-1])
+
+
+# ---------------------------------------------------------------------------- captions
+
+
+def caption_flops(options: argparse.Namespace, prompt_length: int, tokens: int, keys: int) -> float:
+    """Multiply-adds times two of one forward pass that computes so many tokens beside so many self-attention keys."""
+    width, ffn = options.width, options.ffn_dim
+    layer = 6 * width**2 + 2 * keys * width + 2 * prompt_length * width + 2 * width * ffn
+    return 2.0 * tokens * layer * options.layers + 2.0 * options.text_tokens * width * options.vocab_size
+
+
+def caption(options: argparse.Namespace) -> dict[str, float]:
+    """Captions by random weights: the cached sampler, the same without its cache, and the plain loop."""
+    device, prompt_length = torch.device(options.device), 64
+    torch.manual_seed(0)
+    model = UniViGUTransformer3DModel(
+        num_attention_heads=options.width // 32, attention_head_dim=32, in_channels=16, out_channels=16, text_dim=64,
+        freq_dim=64, ffn_dim=options.ffn_dim, num_layers=options.layers, vocab_size=options.vocab_size,
+        text_flow="uniform", clean_video_reads_text=False,
+    ).to(device, getattr(torch, options.dtype)).eval()  # fmt: skip
+    torch.nn.init.normal_(model.text_head.linear.weight, std=0.2)  # it starts at zero, and draws would be all alike
+    frames = options.video_tokens // 256
+    if frames * 256 != options.video_tokens:
+        raise SystemExit(f"--video-tokens {options.video_tokens}: expected a multiple of 256")
+    latents = torch.randn(options.batch_size, 16, frames, 32, 32, device=device)
+    embeds = torch.randn(options.batch_size, prompt_length, 64, device=device)
+    flow = make_text_flow("uniform", options.vocab_size)
+    sampling = SamplingOptions(caption_steps=options.steps)
+    tokens: dict[str, torch.Tensor] = {}
+
+    def sample(name: str, sampled: Any) -> None:
+        sampler = Sampler(sampled, flow, FlowMatchEulerDiscreteScheduler(), sampling)
+        generator = torch.Generator(device).manual_seed(1)
+        made = sampler.caption(latents, embeds, options.text_tokens, generator).tokens
+        assert made is not None
+        tokens[name] = made
+
+    @torch.no_grad()
+    def plain() -> None:
+        times, generator = uniform_times(options.steps), torch.Generator(device).manual_seed(1)
+        text = flow.initial(options.batch_size, options.text_tokens, None, generator, device)
+        clean, condition = latents.to(model.dtype), embeds.to(model.dtype)
+        for t, t_next in pairwise(times):
+            timestep = torch.full((options.batch_size,), 1000 * (1 - t), device=device)
+            logits = model(clean, torch.zeros_like(timestep), condition, text, timestep).text
+            text = plain_step(text, logits, t, t_next, generator)
+
+    seconds = race(
+        {
+            "cached": lambda: sample("cached", model),
+            "uncached": lambda: sample("uncached", Uncached(model)),
+            "plain loop": plain,
+        },
+        options.repeats,
+        device,
+    )
+    both = options.video_tokens + options.text_tokens
+    full = caption_flops(options, prompt_length, both, both)
+    text = caption_flops(options, prompt_length, options.text_tokens, both)
+    bound = options.steps * full / (full + (options.steps - 1) * text)
+    same = (tokens["cached"] == tokens["uncached"]).float().mean().item()
+    title = f"{options.steps} steps, {options.video_tokens} + {options.text_tokens} tokens, batch {options.batch_size}"
+    show(f"a batch of captions, {title}\n{where(device)}", seconds, "uncached")
+    ratio, plain_ratio = (seconds[name] / seconds["cached"] for name in ("uncached", "plain loop"))
+    print(
+        f"cached: {ratio:.1f}x the uncached loop (by operations at most {bound:.1f}x), {plain_ratio:.1f}x the plain one"
+    )
+    print(f"same tokens from the same random numbers, cached and uncached: {same:.2%}")
+    if device.type == "cuda":
+        print(f"peak memory: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
+    return {"ratio": ratio, "plain_ratio": plain_ratio, "bound": bound, "same": same}
+
+
+class Uncached:
+    """A model that forgets: every pass computes the video, too."""
+
+    def __init__(self, model: UniViGUTransformer3DModel) -> None:
+        self.model, self.config, self.dtype, self.token_table = model, model.config, model.dtype, model.token_table
+        self._video: tuple[Any, ...] = ()
+
+    def __call__(self, *video: Any, cache: AttentionCache | None = None, **text: Any) -> Any:
+        if video[0] is not None:
+            self._video = video
+        return self.model(*self._video, **text)
+
+
+# ---------------------------------------------------------------------------- the text sampler
+
+
+def sampler(options: argparse.Namespace) -> dict[str, float]:
+    """One sampling step over a large vocabulary, beyond the logits themselves."""
+    device = torch.device(options.device)
+    torch.manual_seed(0)
+    logits = torch.randn(1, options.text_tokens, options.vocab_size, device=device)
+    x_t = torch.randint(options.vocab_size, (1, options.text_tokens), device=device)
+    ways: dict[str, Callable[[], Any]] = {"plain": lambda: plain_step(x_t, logits, 0.5, 0.52)}
+    for name, flow in (
+        ("lean, temperature 0", make_text_flow("uniform", options.vocab_size, temperature=0.0)),
+        ("lean", make_text_flow("uniform", options.vocab_size)),
+        ("lean, top-p 0.9", make_text_flow("uniform", options.vocab_size, top_p=0.9)),
+    ):
+        ways[name] = lambda flow=flow: flow.step(x_t, logits, 0.5, 0.52)  # type: ignore[misc]
+    seconds = race(ways, options.repeats, device)
+    show(
+        f"one step, {options.text_tokens} tokens of {options.vocab_size}\n{where(device)}", seconds, "plain", 1e-3, "ms"
+    )
+    share = seconds["lean"] / seconds["plain"]
+    print(f"lean takes {share:.1%} of the plain step's time")
+    return {"share": share}
+
+
+def main(args: list[str] | None = None) -> dict[str, float]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, vocab_size, text_tokens in (("caption", 4096, 64), ("sampler", 256384, 256)):
+        command = commands.add_parser(name, help=globals()[name].__doc__)
+        command.add_argument("--vocab-size", type=int, default=vocab_size)
+        command.add_argument("--text-tokens", type=int, default=text_tokens)
+        command.add_argument("--repeats", type=int, default=3)
+        command.add_argument("--device", default="cpu")
+    command = commands.choices["caption"]
+    for option, default in (
+        ("video-tokens", 1280), ("width", 128), ("ffn-dim", 512), ("layers", 8), ("steps", 50), ("batch-size", 1),
+    ):  # fmt: skip
+        command.add_argument(f"--{option}", type=int, default=default)
+    command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    options = parser.parse_args(args)
+    return globals()[options.command](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""For people who only want to use a model: a diffusers pipeline over the whole folder.
+
+pipe = UniViGUPipeline.from_pretrained("my_model").to("cuda")
+frames = pipe("a red circle moving left").frames
+text = pipe.caption("clip.mp4").text[0]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import WanPipeline
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from univigu.flow.random import Generators
+from univigu.flow.text import make_text_flow
+from univigu.flow.time import NUM_TRAIN_TIMESTEPS
+from univigu.models.foundation import decode_latents, detokenize, encode_video
+from univigu.models.transformer import UniViGUTransformer3DModel
+from univigu.sampling.options import SamplingOptions
+from univigu.sampling.tasks import Sampler, Samples, StepCallback, StepState
+
+StepEndCallback = Callable[[Any, int, float, dict[str, Any]], Any]
+"""``callback(pipeline, step, timestep, {"latents": ..., "text": ..., "state": StepState})``, as in diffusers; what it
+returns is not used.  The timestep is that of what is being denoised, the video where both are."""
+
+
+@dataclass
+class UniViGUOutput(BaseOutput):
+    """What a task made."""
+
+    frames: Any = None
+    """Video in the form asked for by ``output_type``; None for tasks that make text alone."""
+    text: list[str] | None = None
+    """One text a sample; None for tasks that make video alone."""
+    tokens: Tensor | None = None
+    """The texts' token ids, int64 [B, L]."""
+
+
+class UniViGUPipeline(WanPipeline):
+    """Generate, caption, joint, edit, answer: one unified transformer inside a WanPipeline folder.
+
+    Calling it makes video from prompts and is WanPipeline's own ``__call__``, with all its arguments.  The other
+    tasks are methods.  Moving, offloading and saving work as in diffusers.
+
+    Args:
+        tokenizer, text_encoder, vae, scheduler: as in WanPipeline.
+        transformer: a :class:`UniViGUTransformer3DModel`.
+        transformer_2, boundary_ratio, expand_timesteps: WanPipeline's, for Wan2.2; not used by the tasks.
+
+    Raises:
+        TypeError: another transformer; a plain Wan one has no text stream.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: Any,
+        vae: Any,
+        scheduler: Any,
+        transformer: UniViGUTransformer3DModel,
+        transformer_2: Any = None,
+        boundary_ratio: float | None = None,
+        expand_timesteps: bool = False,
+    ) -> None:
+        if not isinstance(transformer, UniViGUTransformer3DModel):
+            raise TypeError(
+                f"transformer: expected a UniViGUTransformer3DModel, got {type(transformer).__name__}; train its text "
+                "stream with `lightning fit --config configs/recall.yaml --model.foundation FOLDER`"
+            )
+        super().__init__(
+            tokenizer, text_encoder, vae, scheduler, transformer, transformer_2, boundary_ratio, expand_timesteps
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """As in diffusers; the transformer is read strictly.
+
+        Raises:
+            ValueError: the transformer's weights do not fit, or it is a plain Wan one; keys are named.
+        """
+        if "transformer" not in kwargs:
+            options = {
+                name: kwargs[name] for name in ("torch_dtype", "cache_dir", "revision", "token") if name in kwargs
+            }
+            kwargs["transformer"] = UniViGUTransformer3DModel.from_pretrained(
+                pretrained_model_name_or_path, subfolder="transformer", **options
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[no-any-return]
+
+    # ---------------------------------------------------------------------- tasks
+
+    @torch.no_grad()
+    def caption(
+        self,
+        video: Any,
+        prompt: str | list[str] | None = None,
+        generator: Generators = None,
+        options: SamplingOptions | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        max_sequence_length: int = 512,
+        callback_on_step_end: StepEndCallback | None = None,
+        **overrides: Any,
+    ) -> UniViGUOutput:
+        """Describe videos.
+
+        Args:
+            video: what diffusers' ``VideoProcessor.preprocess_video`` takes: a list of PIL images, an array
+                [F, H, W, C] or a tensor [F, C, H, W] in [0, 1], or a batch of them.  Frames behind the last 4k+1 are
+                left out.
+            prompt: what the text is conditioned on, one for all or one a video; None is the empty prompt.
+            generator: one, or one a video, which makes each text independent of the batch.
+            options: see :class:`SamplingOptions`; single ones can be given by keyword, ``caption_steps=10``.
+            height, width: size to scale frames to, in pixels; default is the video's, brought to whole patches.
+            max_sequence_length: slot of the prompt in tokens.
+            callback_on_step_end: see :data:`StepEndCallback`.
+
+        Raises:
+            ValueError: as many prompts as videos are needed, or one; an option out of range.
+        """
+        latents = self._latents_of(video, height, width)
+        embeds, null = self._prompt_embeds(prompt or "", len(latents), max_sequence_length)
+        sampler = self._sampler(options, overrides)
+        length = self.transformer.config.text_length
+        on_step = self._on_step(callback_on_step_end)
+        return self._output(sampler.caption(latents, embeds, length, generator, on_step, null), "latent", video=False)
+
+    def answer(self, video: Any, question: str | list[str], **kwargs: Any) -> UniViGUOutput:
+        """Answer questions about videos: a caption whose condition is the question; arguments as in :meth:`caption`."""
+        return self.caption(video, question, **kwargs)
+
+    @torch.no_grad()
+    def joint(
+        self,
+        prompt: str | list[str],
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 81,
+        generator: Generators = None,
+        options: SamplingOptions | None = None,
+        output_type: str = "np",
+        max_sequence_length: int = 512,
+        callback_on_step_end: StepEndCallback | None = None,
+        **overrides: Any,
+    ) -> UniViGUOutput:
+        """Make video and its text together, each reading the other.
+
+        Args:
+            prompt: one or several.
+            height, width, num_frames: of the video; multiples of whole patches, and 4k+1.
+            output_type: "np", "pt", "pil" or "latent", as in diffusers.
+            generator, options, max_sequence_length, callback_on_step_end: as in :meth:`caption`.
+
+        Raises:
+            ValueError: a size that does not fit, an option out of range.
+        """
+        shape = self._latents_shape(height, width, num_frames)
+        embeds, null = self._prompt_embeds(prompt, None, max_sequence_length)
+        sampler = self._sampler(options, overrides)
+        length = self.transformer.config.text_length
+        on_step = self._on_step(callback_on_step_end)
+        return self._output(sampler.joint(embeds, null, shape, length, generator, on_step), output_type)
+
+    @torch.no_grad()
+    def edit(
+        self,
+        video: Any,
+        prompt: str | list[str],
+        strength: float = 0.8,
+        generator: Generators = None,
+        options: SamplingOptions | None = None,
+        output_type: str = "np",
+        height: int | None = None,
+        width: int | None = None,
+        max_sequence_length: int = 512,
+        callback_on_step_end: StepEndCallback | None = None,
+        **overrides: Any,
+    ) -> UniViGUOutput:
+        """Make a video anew under another prompt, starting part of the way back to noise.
+
+        Args:
+            video, height, width: as in :meth:`caption`.
+            prompt: what it shall show instead, in full.
+            strength: how far back, in (0, 1]; 1 keeps nothing of the video.
+            generator, options, max_sequence_length, callback_on_step_end: as in :meth:`caption`.
+            output_type: as in :meth:`joint`.
+
+        Raises:
+            ValueError: strength or an option out of range, another number of prompts than videos.
+        """
+        latents = self._latents_of(video, height, width)
+        embeds, null = self._prompt_embeds(prompt, len(latents), max_sequence_length)
+        sampler = self._sampler(options, overrides)
+        on_step = self._on_step(callback_on_step_end)
+        return self._output(sampler.edit(latents, strength, embeds, null, generator, on_step), output_type)
+
+    # ---------------------------------------------------------------------- parts
+
+    def _sampler(self, options: SamplingOptions | None, overrides: dict[str, Any]) -> Sampler:
+        options = replace(options or SamplingOptions(), **overrides)
+        config = self.transformer.config
+        flow = make_text_flow(config.text_flow, config.vocab_size, **options.text_flow_options(config.text_flow))
+        ends = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        return Sampler(self.transformer, flow, self.scheduler, options, *ends)
+
+    def _prompt_embeds(self, prompt: str | list[str], count: int | None, length: int) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, S, text_dim] of prompts, repeated to ``count``, and [1, S, text_dim] of the empty one."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if count is not None and len(prompts) == 1:
+            prompts = prompts * count
+        if count is not None and len(prompts) != count:
+            raise ValueError(f"prompt: {len(prompts)} of them for {count} videos; give one for all or one for each")
+        embeds, _ = self.encode_prompt([*prompts, ""], None, False, max_sequence_length=length)
+        return embeds[:-1], embeds[-1:]
+
+    def _latents_of(self, video: Any, height: int | None, width: int | None) -> Tensor:
+        """Normalised latents [B, C, T, H, W] of whatever form of video."""
+        pixels = self.video_processor.preprocess_video(video, height, width)  # [B, C, F, H, W] in [-1, 1]
+        step = self.vae_scale_factor_temporal
+        frames = (pixels.shape[2] - 1) // step * step + 1
+        down, right = self._patch_pixels()
+        rows, columns = pixels.shape[3] // down * down, pixels.shape[4] // right * right
+        if not rows or not columns:
+            raise ValueError(f"video: {pixels.shape[3]} x {pixels.shape[4]} pixels, expected at least {down} x {right}")
+        pixels = pixels[:, :, :frames, :rows, :columns].to(self._execution_device)
+        return encode_video(self.vae, pixels)
+
+    def _latents_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
+        down, right = self._patch_pixels()
+        for name, value, step, rest in (
+            ("height", height, down, 0),
+            ("width", width, right, 0),
+            ("num_frames", num_frames, self.vae_scale_factor_temporal, 1),
+        ):
+            if value < 1 or value % step != rest % step:
+                raise ValueError(f"{name}={value}: expected a multiple of {step}" + (" plus 1" if rest else ""))
+        frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
+        spatial = self.vae_scale_factor_spatial
+        return self.transformer.config.in_channels, frames, height // spatial, width // spatial
+
+    def _patch_pixels(self) -> tuple[int, int]:
+        """Height and width in pixels of one token."""
+        _, down, right = self.transformer.config.patch_size
+        return self.vae_scale_factor_spatial * down, self.vae_scale_factor_spatial * right
+
+    def _on_step(self, callback: StepEndCallback | None) -> StepCallback:
+        bar = None
+
+        def on_step(state: StepState) -> None:
+            nonlocal bar
+            bar = bar or self.progress_bar(total=state.num_steps)
+            bar.update()
+            if callback is not None:
+                time = state.text_time if state.video_time == 1.0 and state.text_time is not None else state.video_time
+                tensors = {"latents": state.latents, "text": state.text, "state": state}
+                callback(self, state.step, NUM_TRAIN_TIMESTEPS * (1.0 - time), tensors)
+            if state.step + 1 == state.num_steps:
+                bar.close()
+
+        return on_step
+
+    def _output(self, samples: Samples, output_type: str, video: bool = True) -> UniViGUOutput:
+        text, frames = None, None
+        if samples.tokens is not None:
+            text = detokenize(self.tokenizer, samples.tokens)
+        if video and samples.latents is not None:
+            frames = samples.latents
+            if output_type != "latent":
+                decoded = decode_latents(self.vae, samples.latents)
+                frames = self.video_processor.postprocess_video(decoded, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return UniViGUOutput(frames=frames, text=text, tokens=samples.tokens)

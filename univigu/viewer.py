@@ -1,0 +1,119 @@
+"""A sample coming into being, as one HTML file: a slider over the steps, the video playing, the text as it forms.
+
+recorder = TrajectoryRecorder(pipe)
+pipe.joint("a red circle moving left", ..., callback_on_step_end=recorder)
+recorder.save("trajectory.html")
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from univigu.data.video import to_frames
+from univigu.models.foundation import decode_latents
+from univigu.sampling.tasks import StepState
+
+TEMPLATE = "assets/trajectory.html"
+
+
+class TrajectoryRecorder:
+    """Keeps the intermediate states of one sample; give it to a task as ``callback_on_step_end``.
+
+    Args:
+        pipe: the pipeline whose VAE and tokenizer read the states.
+        sample: which of the batch.
+        every: keep every so many steps; the last one is always kept.
+        scale: enlargement of the video.
+        fps: frames a second of the playing video.
+    """
+
+    def __init__(self, pipe: Any, sample: int = 0, every: int = 1, scale: int = 4, fps: int = 8) -> None:
+        for name, value, least in (("sample", sample, 0), ("every", every, 1), ("scale", scale, 1), ("fps", fps, 1)):
+            if value < least:
+                raise ValueError(f"{name}={value}: expected at least {least}")
+        self.pipe, self.sample, self.every, self.scale, self.fps = pipe, sample, every, scale, fps
+        self.steps: list[dict[str, Any]] = []
+        self._clean: str | None = None  # a caption's video is the same at every step
+
+    def __call__(self, pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> None:
+        """The pipeline's callback."""
+        self.record(tensors["state"])
+
+    def record(self, state: StepState) -> None:
+        """Keep a step, if it is one to keep.
+
+        Raises:
+            IndexError: the batch has no such sample.
+        """
+        last = state.step + 1 == state.num_steps
+        if state.step % self.every and not last:
+            return
+        if self.sample >= len(state.latents):
+            raise IndexError(f"sample={self.sample}: the batch has {len(state.latents)}")
+        self.steps.append(
+            {
+                "step": state.step + 1,
+                "of": state.num_steps,
+                "video_noise": round(1.0 - state.video_time, 4),
+                "text_noise": None if state.text_time is None else round(1.0 - state.text_time, 4),
+                "video": self._video(state),
+                "words": None if state.text is None else self._words(state.text[self.sample]),
+            }
+        )
+
+    def save(self, path: str | Path, title: str = "Uni-ViGU") -> Path:
+        """Write the page; needs no network and no other file.
+
+        Raises:
+            ValueError: nothing was recorded.
+        """
+        if not self.steps:
+            raise ValueError(f"{path}: nothing was recorded; pass the recorder as callback_on_step_end first")
+        data = json.dumps({"title": title, "steps": self.steps}).replace("</", "<\\/")
+        page = files("univigu").joinpath(TEMPLATE).read_text(encoding="utf-8").replace("/*DATA*/null", data)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+        return path
+
+    @torch.no_grad()
+    def _video(self, state: StepState) -> str:
+        """The state, decoded, as an animated picture in a data URL."""
+        if state.video_time == 1.0 and self._clean is not None:
+            return self._clean
+        clip = to_frames(decode_latents(self.pipe.vae, state.latents[self.sample : self.sample + 1]))[0]
+        size = (clip.shape[-1] * self.scale, clip.shape[-2] * self.scale)
+        pictures = [
+            Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()).resize(size, Image.Resampling.NEAREST)
+            for frame in clip
+        ]
+        buffer = io.BytesIO()
+        pictures[0].save(
+            buffer, "WEBP", save_all=True, append_images=pictures[1:], duration=1000 // self.fps, loop=0, quality=80
+        )
+        url = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+        if state.video_time == 1.0:
+            self._clean = url
+        return url
+
+    def _words(self, text: torch.Tensor) -> list[str]:
+        """The state's tokens as text, one string each; a mask is "" and nothing follows the end."""
+        if text.is_floating_point():
+            model = self.pipe.transformer
+            text = (text.float() @ model.token_table().T).argmax(-1)
+        tokenizer, words = self.pipe.tokenizer, []
+        for token in text.tolist():
+            if token == tokenizer.eos_token_id and "" not in words:
+                words.append("⏹")
+                break
+            known = token < self.pipe.transformer.config.vocab_size
+            words.append(tokenizer.convert_ids_to_tokens(token).replace("▁", " ") if known else "")
+        return words
