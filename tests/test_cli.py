@@ -129,7 +129,7 @@ def test_an_interrupted_run_continues_exactly(in_tmp: Path, small_data: list[str
     for key, value in whole["state_dict"].items():
         assert torch.equal(value, resumed["state_dict"][key]), key
     moments = [c["optimizer_states"][0]["state"] for c in (whole, resumed)]
-    assert moments[0].keys() == moments[1].keys() and len(moments[0]) > 100
+    assert moments[0].keys() == moments[1].keys() and len(moments[0]) > 30
     for i, state in moments[0].items():
         assert state.keys() == moments[1][i].keys() and state.keys() & {"exp_avg", "momentum_buffer"}
         assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(moments[1][i][k])) for k, value in state.items())
@@ -146,8 +146,7 @@ def test_held_out_evaluation(
     results = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     for name in ("caption/shape", "caption/tokens", "caption/exact_text", "generate/color", "joint/mean", "flow/loss"):
         assert results[f"test/{name}"] >= 0, name
-    # Two steps at a warming-up rate leave the generator almost what it was.
-    assert results["test/flow/ratio"] == pytest.approx(1.0, abs=0.02)
+    assert results["test/flow/ratio"] == 1.0  # recall leaves the generator's weights as they are
     assert "test/generate/start" not in results  # no prompt says where
 
 

@@ -103,7 +103,8 @@ def test_joint_makes_video_and_text(pipe: UniViGUPipeline, output_type: str) -> 
 
 def test_editing_keeps_what_strength_leaves(pipe: UniViGUPipeline, videos: np.ndarray) -> None:
     arguments = {"output_type": "latent", **QUICK, "num_inference_steps": 8}
-    start = pipe._latents_of(videos, None, None)
+    with torch.no_grad():
+        start = pipe._latents_of(videos, None, None)
 
     def distance(strength: float) -> float:
         made = pipe.edit(videos, "a blue square", strength, generator=seeds(1, 2), **arguments).frames

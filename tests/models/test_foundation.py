@@ -52,7 +52,7 @@ def test_prompts_are_encoded_as_wan_pipeline_does(folder: Path, foundation: str,
     ids = tokenize(ours.tokenizer, PROMPTS, 32)
     with torch.no_grad():
         embeds = encode_prompt(ours.text_encoder, ids, ours.pad_token_id)
-    torch.testing.assert_close(embeds, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(embeds, expected, rtol=1e-5, atol=1e-5)
     for row, text in zip(embeds, PROMPTS, strict=True):
         end = token_count(ours.tokenizer, text)
         assert not row[end:].any() and row[:end].abs().sum(-1).min() > 0
