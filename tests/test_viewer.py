@@ -79,7 +79,7 @@ def test_captions_of_other_flows(flow: str) -> None:
     made = pipe.caption(video, callback_on_step_end=recorder, **{**QUICK, "caption_steps": 6})
     assert [s["step"] for s in recorder.steps] == [1, 3, 5, 6]
     assert all(s["video_noise"] == 0.0 and s["video"] == recorder.steps[0]["video"] for s in recorder.steps)
-    text = "".join(recorder.steps[-1]["words"]).replace("⏹", "").strip()
+    text = "".join(recorder.steps[-1]["words"]).replace("■", "").strip()
     assert text.split()[:1] == made.text[0].split()[:1] or not made.text[0]
 
 

@@ -105,15 +105,18 @@ class TrajectoryRecorder:
         return url
 
     def _words(self, text: torch.Tensor) -> list[str]:
-        """The state's tokens as text, one string each; a mask is "" and nothing follows the end."""
+        """The state's tokens as text, one string each; a mask is "", padding shows nothing."""
         if text.is_floating_point():
             model = self.pipe.transformer
             text = (text.float() @ model.token_table().T).argmax(-1)
         tokenizer, words = self.pipe.tokenizer, []
         for token in text.tolist():
             if token == tokenizer.eos_token_id and "" not in words:
-                words.append("⏹")
+                words.append("■")
                 break
+            if token == tokenizer.pad_token_id:
+                words.append("\u200b")  # takes no room
+                continue
             known = token < self.pipe.transformer.config.vocab_size
             words.append(tokenizer.convert_ids_to_tokens(token).replace("▁", " ") if known else "")
         return words
