@@ -100,9 +100,7 @@ def token_meanings(tokenizer: PreTrainedTokenizerFast, scene: shapes.Scene, leng
     object, then SCENE_FIELDS, which every token is asked for.
     """
     text = shapes.prompt_of(scene)
-    encoding = tokenizer(
-        text, padding="max_length", max_length=length, return_offsets_mapping=True, return_special_tokens_mask=True
-    )
+    encoding = tokenizer(text, padding="max_length", max_length=length, return_offsets_mapping=True)
     about_scene = [options.index(getattr(scene, name)) for name, options in SCENE_FIELDS.items()]
     clauses = re.split(f"(, (?:{'|'.join(shapes.RELATIONS)}) |, on a )", text)  # object, relation, object, ...
     ends = [len("".join(clauses[: 2 * i + 1])) for i in range(len(scene.objects))]

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
 
+from univigu.models.foundation import Foundation
 from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
 
 PREFIX = "transformer."
@@ -150,10 +151,10 @@ def export_pipeline(checkpoint_path: str | Path, foundation: str | Path, target:
 
     Raises:
         CheckpointError: see :func:`load_weights`.
+        FileNotFoundError: the foundation lacks a component, by name.
     """
     from univigu.pipeline import UniViGUPipeline
 
-    model = load_weights(checkpoint_path)
-    wan = DiffusionPipeline.from_pretrained(foundation, transformer=None)
-    components = {name: wan.components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
-    UniViGUPipeline(**components, transformer=model).save_pretrained(target)
+    model, parts = load_weights(checkpoint_path), Foundation(foundation)
+    pipeline = UniViGUPipeline(parts.tokenizer, parts.text_encoder, parts.vae, parts.scheduler(), model)
+    pipeline.save_pretrained(target)

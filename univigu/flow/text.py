@@ -305,8 +305,18 @@ class DiscreteFlow(TextFlow):
         self._check_logits(output, x_t)
         probability = jump_probability(t, t_next, self.exponent, self.jump)
         x_hat = sample_categorical(output, self.temperature, generator, self.top_p)
-        jumps = self.may_jump(x_t) & (rand(x_t.shape, generator, x_t.device) < probability)  # rand < 1 always holds
-        return torch.where(jumps, x_hat, x_t)
+        return torch.where(self._jumps(x_t, x_hat, output, probability, generator), x_hat, x_t)
+
+    def _jumps(
+        self,
+        x_t: torch.Tensor,
+        x_hat: torch.Tensor,
+        logits: torch.Tensor,
+        probability: float,
+        generator: Generators,
+    ) -> torch.Tensor:
+        """Which tokens a step moves to their draws: bool [B, L]."""
+        return self.may_jump(x_t) & (rand(x_t.shape, generator, x_t.device) < probability)  # rand < 1 always holds
 
     def tokens(self, x: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
         """The state is the text."""
@@ -394,24 +404,19 @@ class MaskFlow(DiscreteFlow):
         """Those still masked."""
         return x_t == self.mask_id
 
-    def step(
+    def _jumps(
         self,
         x_t: torch.Tensor,
-        output: torch.Tensor,
-        t: float,
-        t_next: float,
-        table: torch.Tensor | None = None,
-        generator: Generators = None,
+        x_hat: torch.Tensor,
+        logits: torch.Tensor,
+        probability: float,
+        generator: Generators,
     ) -> torch.Tensor:
-        """As :meth:`DiscreteFlow.step`, or the surest tokens first."""
+        """As the path does, or the surest tokens first."""
         if self.order == "random":
-            return super().step(x_t, output, t, t_next, table, generator)
-        self._check_logits(output, x_t)
-        x_hat = sample_categorical(output, self.temperature, generator, self.top_p)
-        logits = output.float()
-        confidence = (logits.gather(-1, x_hat[..., None])[..., 0] - logits.logsumexp(dim=-1)).exp()
-        probability = jump_probability(t, t_next, self.exponent, self.jump)
-        return torch.where(reveal_surest(self.may_jump(x_t), confidence, probability, self.threshold), x_hat, x_t)
+            return super()._jumps(x_t, x_hat, logits, probability, generator)
+        confidence = (-cross_entropy(logits, x_hat)).exp()
+        return reveal_surest(self.may_jump(x_t), confidence, probability, self.threshold)
 
     def close(self, x_t: torch.Tensor, eos_token_id: int, pad_token_id: int) -> tuple[torch.Tensor, bool]:
         """Pad what lies behind an end of text before which no mask is left; done once no mask is left anywhere."""

@@ -72,9 +72,8 @@ class UniViGUTransformerBlock(WanTransformerBlock):
         hidden_states, text_states = streams.split([hidden_states.shape[1], text_states.shape[1]], dim=1)
 
         # 3. Feed-forward, one expert for each modality
-        return self._feed_forward(self.ffn, hidden_states, *ffn_v), self._feed_forward(
-            self._expert, text_states, *ffn_t
-        )
+        video = self._feed_forward(self.ffn, hidden_states, *ffn_v)
+        return video, self._feed_forward(self._expert, text_states, *ffn_t)
 
     def _video_alone(
         self, video: torch.Tensor, context: torch.Tensor, temb: torch.Tensor, rotary_emb: Rotary, cache: LayerCache

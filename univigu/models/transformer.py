@@ -187,14 +187,11 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         """
         if cache is not None and torch.is_grad_enabled():
             raise ValueError("cache: its keys and values carry no gradients; use it under torch.no_grad()")
-        image, text = encoder_hidden_states_image, None
+        image, sample, text = encoder_hidden_states_image, None, None
         if text_tokens is not None:
             self._check_text(hidden_states, timestep, text_tokens, text_timestep, text_mask)
         if hidden_states is None:
-            sample, text = (
-                None,
-                self._forward_text(text_tokens, text_timestep, text_mask, cache, attention_kwargs=attention_kwargs),
-            )
+            text = self._forward_text(text_tokens, text_timestep, text_mask, cache, attention_kwargs=attention_kwargs)
         elif text_tokens is None and cache is None:
             (sample,) = super().forward(
                 hidden_states,
