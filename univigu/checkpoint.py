@@ -6,6 +6,7 @@ understood is an error that names it.
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import zipfile
 from pathlib import Path
@@ -124,8 +125,8 @@ def plain(value: Any) -> Any:
 
 def to_wan(model: UniViGUTransformer3DModel) -> WanTransformer3DModel:
     """The plain Wan transformer inside a unified one: the text stream is dropped, Wan's weights are copied."""
-    names = ("vocab_size", "text_flow", "clean_video_reads_text", "text_length", "separate_text_ffn", "text_positions")
-    config = {k: v for k, v in model.config.items() if not k.startswith("_") and k not in names}
+    known = inspect.signature(WanTransformer3DModel).parameters
+    config = {k: v for k, v in model.config.items() if k in known}
     wan = WanTransformer3DModel(**config)
     state = {k: v for k, v in model.state_dict().items() if not is_text_parameter(k)}
     wan.load_state_dict(state)

@@ -67,7 +67,7 @@ def test_text_beside_a_cached_clean_video_is_exact(flow: str, dtype: torch.dtype
 
 @torch.no_grad()
 def test_with_hidden_tokens_positions_and_a_shared_ffn() -> None:
-    model = make(clean_video_reads_text=False, separate_text_ffn=False, text_positions=LENGTH)
+    model = make(clean_video_reads_text=False, separate_text_ffn=False, text_positions=LENGTH, text_rotary=False)
     video, cache = draw_video(), AttentionCache()
     mask = torch.arange(LENGTH)[None] < torch.tensor([[7], [4], [1]])
     model(*video, draw_text(0), times(900.0), mask, cache=cache)

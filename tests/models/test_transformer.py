@@ -638,3 +638,24 @@ def test_text_positions_are_added_to_the_tokens(wan: WanTransformer3DModel) -> N
         run(model, make_inputs(length=10))
     with pytest.raises(ValueError, match="text_positions=-1"):
         UniViGUTransformer3DModel.from_wan(wan, VOCAB, text_positions=-1)
+
+
+def test_without_rotary_positions_only_the_learned_ones_tell_text_tokens_apart(wan: WanTransformer3DModel) -> None:
+    """Text tokens and their learned positions shuffled together shuffle the output, and nothing else changes."""
+    inputs = make_inputs()
+    order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
+    shuffled = inputs | {"text_tokens": inputs["text_tokens"][:, order]}
+    differences = {}
+    for rotary in (False, True):
+        torch.manual_seed(0)
+        model = UniViGUTransformer3DModel.from_wan(wan, VOCAB, "mask", text_positions=7, text_rotary=rotary).eval()
+        torch.nn.init.normal_(model.text_head.linear.weight)
+        output = run(model, inputs)
+        model.text_position_embed.weight.data = model.text_position_embed.weight.data[order]
+        again = run(model, shuffled)
+        differences[rotary] = (output.text[:, order] - again.text).abs().max().item()
+        video = (output.sample - again.sample).abs().max().item()
+        assert (video < 1e-5) != rotary
+    assert differences[False] < 1e-4 < 1e-2 < differences[True]
+    with pytest.raises(ValueError, match="text_rotary=False"):
+        UniViGUTransformer3DModel.from_wan(wan, VOCAB, text_rotary=False)

@@ -36,7 +36,7 @@ def joint_attention(
     video: torch.Tensor,
     text: torch.Tensor,
     rotary_v: Rotary,
-    rotary_t: Rotary,
+    rotary_t: Rotary | None,
     text_mask: torch.Tensor | None = None,
     video_only: VideoOnly | None = None,
     cache: LayerCache | None = None,
@@ -46,7 +46,7 @@ def joint_attention(
     Args:
         attn: a Wan self-attention layer.
         video, text: normalised streams [B, N, D] and [B, L, D].
-        rotary_v, rotary_t: rotary tables of the two streams.
+        rotary_v, rotary_t: rotary tables of the two streams; the text may go without.
         text_mask: bool [B, L]; False hides a text key from every query.
         video_only: samples whose video queries attend to video keys alone, so that what the video computes does
             not depend on the text (two attention calls, no mask).
@@ -83,7 +83,11 @@ def joint_attention(
 
 
 def text_attention(
-    attn: WanAttention, text: torch.Tensor, rotary_t: Rotary, cache: LayerCache, text_mask: torch.Tensor | None = None
+    attn: WanAttention,
+    text: torch.Tensor,
+    rotary_t: Rotary | None,
+    cache: LayerCache,
+    text_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The text's half of :func:`joint_attention` beside the video's kept keys and values; [B, L, D] -> [B, L, D].
 

@@ -35,16 +35,16 @@ class UniViGUTransformerBlock(WanTransformerBlock):
         rotary_emb: Rotary | None,
         text_states: torch.Tensor | None = None,  # [B, L, D]; None: video alone
         temb_t: torch.Tensor | None = None,  # [B, 6, D]
-        rotary_t: Rotary | None = None,
+        rotary_t: Rotary | None = None,  # None: the text has no rotary positions
         text_mask: torch.Tensor | None = None,  # [B, L], True where a text key may be attended to
         video_only: VideoOnly | None = None,  # samples whose video queries must not see text keys
         cache: LayerCache | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if hidden_states is None:
-            assert text_states is not None and temb_t is not None and rotary_t is not None and cache is not None
+            assert text_states is not None and temb_t is not None and cache is not None
             return self._text_alone(text_states, temb_t, rotary_t, text_mask, cache)
         assert encoder_hidden_states is not None and temb is not None and rotary_emb is not None
-        if text_states is None or temb_t is None or rotary_t is None:
+        if text_states is None or temb_t is None:
             if cache is None:
                 return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)  # type: ignore[arg-type]
             return self._video_alone(hidden_states, encoder_hidden_states, temb, rotary_emb, cache)
@@ -85,7 +85,12 @@ class UniViGUTransformerBlock(WanTransformerBlock):
         return self._feed_forward(self.ffn, video, *ffn)
 
     def _text_alone(
-        self, text: torch.Tensor, temb_t: torch.Tensor, rotary_t: Rotary, mask: torch.Tensor | None, cache: LayerCache
+        self,
+        text: torch.Tensor,
+        temb_t: torch.Tensor,
+        rotary_t: Rotary | None,
+        mask: torch.Tensor | None,
+        cache: LayerCache,
     ) -> torch.Tensor:
         """The text's half of the joint computation, beside the video's keys and values of an earlier pass."""
         shift, scale, gate, *ffn = self._modulation(temb_t)

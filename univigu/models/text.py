@@ -43,14 +43,19 @@ class TextHead(nn.Module):
         return self.linear(normed.type_as(text_states))
 
 
-def text_rotary(length: int, head_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def text_rotary_table(length: int, head_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines, float32 [L, head_dim] each, of positions 0..L-1 with base 10000."""
     positions = torch.arange(length, device=device)
     return get_1d_rotary_pos_embed(head_dim, positions, theta=10000.0, use_real=True, repeat_interleave_real=False)
 
 
-def rotate_text(states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Half-split rotary embedding, pairs (j, j + head_dim/2), in float32; states [B, L, heads, head_dim]."""
+def rotate_text(states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    """Half-split rotary embedding, pairs (j, j + head_dim/2), in float32; states [B, L, heads, head_dim].
+
+    None leaves the states as they are.
+    """
+    if rotary is None:
+        return states
     return apply_rotary_emb(states, rotary, use_real_unbind_dim=-2, sequence_dim=1)
 
 

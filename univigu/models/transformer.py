@@ -25,7 +25,7 @@ from torch import nn
 from univigu.models.attention import Rotary, VideoOnly
 from univigu.models.block import UniViGUTransformerBlock, modulate
 from univigu.models.cache import AttentionCache
-from univigu.models.text import TextHead, TextTimeEmbedding, text_rotary
+from univigu.models.text import TextHead, TextTimeEmbedding, text_rotary_table
 from univigu.models.weights import cast_like, check_complete, transformer_folder
 
 TextFlowName = Literal["embedding", "uniform", "mask"]
@@ -71,6 +71,9 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         text_positions: learned absolute positions added to the text tokens, as many as the longest slot; 0 adds
             none, as in the paper.  Rotary embeddings alone tell tokens apart by what they attend to, and fully
             masked text is one token many times over, which leaves only the video to tell its positions by.
+        text_rotary: whether the text's queries and keys are rotated by their positions, as in the paper.  False
+            (only with ``text_positions``) lets a token ask the video the same question wherever it stands:
+            rotation makes the same query another one at each position, to be learned for each.
     """
 
     # diffusers looks these up by name on the class; Wan's own entries name Wan's block class.
@@ -113,12 +116,15 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         text_length: int = 256,
         separate_text_ffn: bool = True,
         text_positions: int = 0,
+        text_rotary: bool = True,
     ) -> None:
         if text_flow not in TEXT_FLOWS:
             raise ValueError(f"text_flow={text_flow!r}: expected one of {TEXT_FLOWS}")
         for name, value, least in (("vocab_size", vocab_size, 1), ("text_positions", text_positions, 0)):
             if value < least:
                 raise ValueError(f"{name}={value}: expected at least {least}")
+        if not (text_rotary or text_positions):
+            raise ValueError("text_rotary=False: text_positions=0 leaves the text no positions at all")
         # The parent builds everything but its blocks, which are ours: no block is allocated twice.
         super().__init__(
             patch_size, num_attention_heads, attention_head_dim, in_channels, out_channels, text_dim, freq_dim,
@@ -295,12 +301,14 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         text_timestep: torch.Tensor | None,
         dtype: torch.dtype,
         time_dtype: torch.dtype,
-    ) -> tuple[torch.Tensor, Rotary, torch.Tensor, torch.Tensor]:
-        """Tokens of width D [B, L, D], their rotary table, the text's time [B, D] and modulation [B, 6, D]."""
+    ) -> tuple[torch.Tensor, Rotary | None, torch.Tensor, torch.Tensor]:
+        """Tokens of width D [B, L, D], their rotary table if any, the text's time [B, D] and modulation [B, 6, D]."""
         text = self.vocab_embed(text_tokens) if text_tokens.ndim == 2 else text_tokens
         if self.text_position_embed is not None:
             text = text + self.text_position_embed.weight[: text.shape[1]]
-        rotary = text_rotary(text.shape[1], self.config.attention_head_dim, text.device)
+        rotary = None
+        if self.config.text_rotary:
+            rotary = text_rotary_table(text.shape[1], self.config.attention_head_dim, text.device)
         sinusoid = self.condition_embedder.timesteps_proj(text_timestep)
         return text.to(dtype), rotary, *self.time_embedding_t(sinusoid, time_dtype)
 
@@ -365,13 +373,15 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         clean_video_reads_text: bool = True,
         separate_text_ffn: bool = True,
         text_positions: int = 0,
+        text_rotary: bool = True,
         torch_dtype: torch.dtype = torch.float32,
     ) -> Self:
         """Start from a pretrained Wan2.1 transformer; the text stream's FFNs and time embedding are copies of Wan's.
 
         Args:
             wan: a transformer folder, a pipeline folder with ``transformer/``, or a model in memory (copied).
-            vocab_size, text_flow, clean_video_reads_text, separate_text_ffn, text_positions: see the class.
+            vocab_size, text_flow, clean_video_reads_text, separate_text_ffn, text_positions, text_rotary: see the
+                class.
             torch_dtype: dtype a folder's weights are loaded in.
 
         Raises:
@@ -385,7 +395,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         config = {name: value for name, value in wan.config.items() if not name.startswith("_")}
         options = {
             "vocab_size": vocab_size, "text_flow": text_flow, "clean_video_reads_text": clean_video_reads_text,
-            "separate_text_ffn": separate_text_ffn, "text_positions": text_positions,
+            "separate_text_ffn": separate_text_ffn, "text_positions": text_positions, "text_rotary": text_rotary,
         }  # fmt: skip
         model = cls(**(config | options))
         cast_like(model, wan)
