@@ -90,6 +90,16 @@ def test_generation_has_no_text(pipe: UniViGUPipeline) -> None:
     assert recorder.steps and all(s["words"] is None and s["text_noise"] is None for s in recorder.steps)
 
 
+def test_wan_pipelines_own_call_is_recorded(pipe: UniViGUPipeline) -> None:
+    recorder = TrajectoryRecorder(pipe, scale=1)
+    made = pipe("one", **SIZE, num_inference_steps=3, max_sequence_length=16, callback_on_step_end=recorder)
+    assert [s["step"] for s in recorder.steps] == [1, 2, 3]
+    noise = [s["video_noise"] for s in recorder.steps]
+    assert 1 > noise[0] > noise[1] > noise[2] == 0.0
+    last = np.asarray(animation(recorder.steps[-1]["video"]).convert("RGB"), np.float32) / 255
+    assert np.abs(last - made.frames[0, 0]).mean() < 0.05
+
+
 def test_misuse_is_named(pipe: UniViGUPipeline, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="every=0"):
         TrajectoryRecorder(pipe, every=0)

@@ -54,6 +54,8 @@ VARIANTS = {
     "dropout0": Variant("0", "condition dropout (recipe: 0.9)", {}, {"condition_dropout": 0.0}),
     "dropout50": Variant("0.5", "condition dropout (recipe: 0.9)", {}, {"condition_dropout": 0.5}),
     "shared": Variant("shared, trained", "text FFN (recipe: separate)", {"separate_text_ffn": False}, TRAINED),
+    "attention": Variant("shared", "text attention (recipe: own)", {"separate_text_attention": False}),
+    "rotary": Variant("yes", "rotary positions of the text (recipe: no)", {"text_rotary": True}),
     "reads": Variant("yes", "clean video reads text (recipe: no)", {"clean_video_reads_text": True}),
 }
 
@@ -207,7 +209,7 @@ def plots(groups: dict[str, list[Run]], folder: Path) -> list[tuple[str, Path]]:
         "initialisation": ("Foundation against random initialisation", ("recipe", "trained", "random")),
         "text_flow": ("Text flows", ("recipe", "uniform", "embedding")),
         "condition_dropout": ("Condition dropout, captions without a prompt", ("recipe", "dropout50", "dropout0")),
-        "architecture": ("Attention and FFN", ("recipe", "trained", "shared", "reads")),
+        "architecture": ("Attention and FFN", ("recipe", "attention", "rotary", "shared", "reads")),
     }
     for file, (title, names) in figures.items():
         shown = [name for name in names if name in groups]

@@ -59,7 +59,7 @@ class UniViGU(LightningModule):
         random_init: ignore the foundation's transformer weights (for ablations).
         text_flow: the text's process, "embedding", "uniform" or "mask".
         clean_video_reads_text: see :class:`UniViGUTransformer3DModel`.
-        separate_text_ffn, text_positions, text_rotary: likewise.
+        separate_text_ffn, separate_text_attention, text_positions, text_rotary: likewise.
         flow: distributions of the times.
         optimizer: which optimizer, and its constants.
         sampling: how samples are drawn in validation and prediction.
@@ -78,6 +78,7 @@ class UniViGU(LightningModule):
         text_flow: TextFlowName = "mask",
         clean_video_reads_text: bool = True,
         separate_text_ffn: bool = True,
+        separate_text_attention: bool = False,
         text_positions: int = 0,
         text_rotary: bool = True,
         flow: FlowOptions = FlowOptions(),  # noqa: B008
@@ -96,6 +97,7 @@ class UniViGU(LightningModule):
         self.text_flow_name = text_flow
         self.clean_video_reads_text = clean_video_reads_text
         self.separate_text_ffn = separate_text_ffn
+        self.separate_text_attention = separate_text_attention
         self.text_positions = text_positions
         self.text_rotary = text_rotary
         self.flow_options = flow
@@ -126,6 +128,7 @@ class UniViGU(LightningModule):
             text_flow=self.text_flow_name,
             clean_video_reads_text=self.clean_video_reads_text,
             separate_text_ffn=self.separate_text_ffn,
+            separate_text_attention=self.separate_text_attention,
             text_positions=self.text_positions,
             text_rotary=self.text_rotary,
         )

@@ -43,9 +43,14 @@ class TrajectoryRecorder:
         self.steps: list[dict[str, Any]] = []
         self._clean: str | None = None  # a caption's video is the same at every step
 
-    def __call__(self, pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> None:
-        """The pipeline's callback."""
-        self.record(tensors["state"])
+    def __call__(self, pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The pipeline's callback, of the tasks and of WanPipeline's own call."""
+        state = tensors.get("state")
+        if state is None:
+            video_time = 1.0 - float(pipe.scheduler.sigmas[step + 1])
+            state = StepState(step, pipe.num_timesteps, tensors["latents"], video_time, None, None)
+        self.record(state)
+        return {}  # nothing to be replaced
 
     def record(self, state: StepState) -> None:
         """Keep a step, if it is one to keep.
@@ -69,17 +74,24 @@ class TrajectoryRecorder:
             }
         )
 
-    def save(self, path: str | Path, title: str = "Uni-ViGU") -> Path:
-        """Write the page; needs no network and no other file.
+    def page(self, title: str = "Uni-ViGU") -> str:
+        """The page; it needs no network and no other file.
 
         Raises:
             ValueError: nothing was recorded.
         """
         if not self.steps:
-            raise ValueError(f"{path}: nothing was recorded; pass the recorder as callback_on_step_end first")
+            raise ValueError("nothing was recorded; pass the recorder as callback_on_step_end first")
         data = json.dumps({"title": title, "steps": self.steps}).replace("</", "<\\/")
-        page = files("univigu").joinpath(TEMPLATE).read_text(encoding="utf-8").replace("/*DATA*/null", data)
-        path = Path(path)
+        return files("univigu").joinpath(TEMPLATE).read_text(encoding="utf-8").replace("/*DATA*/null", data)
+
+    def save(self, path: str | Path, title: str = "Uni-ViGU") -> Path:
+        """Write the page to a file.
+
+        Raises:
+            ValueError: nothing was recorded.
+        """
+        page, path = self.page(title), Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
         return path

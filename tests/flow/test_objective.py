@@ -106,14 +106,16 @@ def test_mixtures_out_of_range_are_named(shares: tuple[float, ...], message: str
 def test_each_task_sees_what_it_should(models: dict[str, Any], flow: str) -> None:
     watch, batch = Watch(models[flow]), make_batch(6)
     losses = measure(watch, batch, (2, 1, 3), flow)
-    (noisy, timestep, _, text, text_timestep), (noisy_only, timestep_only, _) = watch.calls
-    assert timestep[2] == 0 and torch.equal(noisy[2], batch.latents[2])  # understand: clean
-    assert (timestep[:2] > 0).all() and (noisy[:2] != batch.latents[:2]).all()
+    joint, understand, (noisy_only, timestep_only, _) = watch.calls
+    noisy, timestep, _, text, text_timestep = joint
+    clean, timestep_clean, _, text_clean, text_timestep_clean = understand
+    assert timestep_clean.tolist() == [0] and torch.equal(clean, batch.latents[2:3])
+    assert (timestep > 0).all() and (noisy != batch.latents[:2]).all()
     assert (timestep_only > 0).all() and (noisy_only != batch.latents[3:]).all()
-    assert len(text) == len(text_timestep) == 3
+    assert len(text) == len(text_timestep) == 2 and len(text_clean) == len(text_timestep_clean) == 1
     assert losses.video.shape == losses.video_times.shape == (5,) and losses.text.shape == (3,)
-    torch.testing.assert_close(losses.video_times, 1 - torch.cat([timestep[:2], timestep_only]) / 1000)
-    torch.testing.assert_close(losses.text_times, 1 - text_timestep / 1000)
+    torch.testing.assert_close(losses.video_times, 1 - torch.cat([timestep, timestep_only]) / 1000)
+    torch.testing.assert_close(losses.text_times, 1 - torch.cat([text_timestep, text_timestep_clean]) / 1000)
 
 
 def test_video_loss_is_the_squared_error_of_noise_minus_data() -> None:
@@ -146,10 +148,12 @@ def test_full_dropout_hides_the_prompt_and_none_shows_it(models: dict[str, Any],
 def test_each_dropout_belongs_to_its_tasks(models: dict[str, Any]) -> None:
     batch, watch = make_batch(), Watch(models["mask"])
     measure(watch, batch, (1, 1, 2), condition_dropout=1.0, guidance_dropout=0.0)
-    assert torch.equal(watch.calls[0][2], batch.null_embeds.expand(2, -1, -1))
-    assert torch.equal(watch.calls[1][2], batch.prompt_embeds[2:])
+    assert torch.equal(watch.calls[0][2], batch.null_embeds)
+    assert torch.equal(watch.calls[1][2], batch.null_embeds)
+    assert torch.equal(watch.calls[2][2], batch.prompt_embeds[2:])
     measure(watch, batch, (1, 1, 2), condition_dropout=1.0, joint_dropout=0.0)
-    assert torch.equal(watch.calls[2][2], torch.cat([batch.prompt_embeds[:1], batch.null_embeds]))
+    assert torch.equal(watch.calls[3][2], batch.prompt_embeds[:1])
+    assert torch.equal(watch.calls[4][2], batch.null_embeds)
 
 
 def test_dropout_has_the_given_rate() -> None:

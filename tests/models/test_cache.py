@@ -66,8 +66,13 @@ def test_text_beside_a_cached_clean_video_is_exact(flow: str, dtype: torch.dtype
 
 
 @torch.no_grad()
-def test_with_hidden_tokens_positions_and_a_shared_ffn() -> None:
-    model = make(clean_video_reads_text=False, separate_text_ffn=False, text_positions=LENGTH, text_rotary=False)
+@pytest.mark.parametrize("own_attention", [False, True])
+def test_with_hidden_tokens_positions_and_a_shared_ffn(own_attention: bool) -> None:
+    options = {"separate_text_ffn": False, "text_positions": LENGTH, "text_rotary": False}
+    model = make(clean_video_reads_text=False, separate_text_attention=own_attention, **options)
+    if own_attention:
+        for block in model.blocks:
+            torch.nn.init.normal_(block.attn1_t.to_v.weight, std=0.3)
     video, cache = draw_video(), AttentionCache()
     mask = torch.arange(LENGTH)[None] < torch.tensor([[7], [4], [1]])
     model(*video, draw_text(0), times(900.0), mask, cache=cache)

@@ -20,7 +20,7 @@ from univigu.models import UniViGUTransformer3DModel, UniViGUTransformerOutput
 tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "tiny.py")))
 
 VOCAB = 11
-TEXT_KEYS = ("ffn_t.", "time_embedding_t.", "vocab_embed.", "text_head.", "scale_shift_table_t")
+TEXT_KEYS = ("ffn_t.", "attn1_t.", "time_embedding_t.", "vocab_embed.", "text_head.", "scale_shift_table_t")
 FLOWS = ("embedding", "uniform", "mask")
 
 
@@ -659,3 +659,52 @@ def test_without_rotary_positions_only_the_learned_ones_tell_text_tokens_apart(w
     assert differences[False] < 1e-4 < 1e-2 < differences[True]
     with pytest.raises(ValueError, match="text_rotary=False"):
         UniViGUTransformer3DModel.from_wan(wan, VOCAB, text_rotary=False)
+
+
+def test_a_frozen_generators_clean_video_takes_no_part_in_the_backward_pass(wan: WanTransformer3DModel) -> None:
+    """What text learns is the same as if the graph went through the video, but the video has no graph."""
+    model = UniViGUTransformer3DModel.from_wan(wan, VOCAB, "mask", clean_video_reads_text=False)
+    torch.nn.init.normal_(model.text_head.linear.weight)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_text_key(name))
+    inputs = make_inputs() | {"timestep": torch.zeros(3)}
+    gradients = []
+    for through_video in (False, True):
+        output = model(**inputs | {"hidden_states": inputs["hidden_states"].clone().requires_grad_(through_video)})
+        assert output.sample.requires_grad == through_video
+        model.zero_grad()
+        output.text.square().mean().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and any("ffn_t" in name for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        assert_close(gradient, gradients[1][name])
+
+
+def test_own_attention_projections_start_as_the_videos(wan: WanTransformer3DModel, tmp_path: Path) -> None:
+    """A new model is the shared one; then text alone has what text alone learns, in an attention still joint."""
+    options = {"text_positions": 7, "clean_video_reads_text": False}
+    models = []
+    for own in (False, True):
+        torch.manual_seed(0)
+        models.append(
+            UniViGUTransformer3DModel.from_wan(wan, VOCAB, "mask", separate_text_attention=own, **options).eval()
+        )
+        torch.nn.init.normal_(models[-1].text_head.linear.weight, generator=torch.Generator().manual_seed(1))
+    shared, own = models
+    assert sum(p.numel() for p in own.parameters()) - sum(p.numel() for p in shared.parameters()) == sum(
+        p.numel() for block in wan.blocks for p in block.attn1.parameters()
+    )
+    inputs = make_inputs()
+    before = run(own, inputs)
+    assert_close(before.text, run(shared, inputs).text)
+    assert_close(before.sample, run(shared, inputs).sample)
+    for block in own.blocks:
+        torch.nn.init.normal_(block.attn1_t.to_k.weight, std=0.3)
+        torch.nn.init.normal_(block.attn1_t.to_out[0].weight, std=0.3)
+    after = run(own, inputs)
+    assert (after.text - before.text).abs().max() > 1e-2
+    assert (after.sample - before.sample).abs().max() > 1e-5  # noisy video reads the text's new keys
+    alone = video_only(inputs)
+    assert torch.equal(run(own, alone).sample, run(shared, alone).sample)
+    own.save_pretrained(tmp_path)
+    assert torch.equal(run(UniViGUTransformer3DModel.from_pretrained(tmp_path), inputs).text, after.text)

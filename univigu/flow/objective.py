@@ -173,10 +173,10 @@ class UniFlowObjective:
         if with_text:
             rows = slice(0, with_text)
             text_times, text, prediction = self._with_text(
-                model, noisy[rows], t_video[rows], embeds[rows], batch, with_text, text_loss, generator
+                model, noisy[rows], t_video[rows], embeds[rows], batch, (joint, understand), text_loss, generator
             )
             if joint:
-                video.append(flow_matching_loss(prediction[:joint], noise[:joint], batch.latents[:joint]))
+                video.append(flow_matching_loss(prediction, noise[:joint], batch.latents[:joint]))
                 times.append(t_video[:joint])
         if generate:
             rows = slice(with_text, None)
@@ -192,16 +192,23 @@ class UniFlowObjective:
         t_video: torch.Tensor,
         embeds: torch.Tensor,
         batch: UniFlowBatch,
-        count: int,
+        counts: tuple[int, int],
         text_loss: str,
         generator: torch.Generator | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Text times [b], text losses [b] and the video prediction of the rows that carry text."""
+        """Text times [b] and losses [b] of the rows that carry text, and the joint rows' video prediction.
+
+        Each task has a forward pass of its own: what the backward pass then need not go through (the clean video of
+        a generator that does not read text and is not trained) costs nothing.
+        """
         if batch.text_ids is None:
             raise ValueError("text_ids=None: tasks joint and understand need target tokens")
         table = model.token_table() if self.text_flow.needs_table else None  # type: ignore[operator]
-        t_text = self.options.text_times.sample(count, noisy.device, generator)
-        corrupted = self.text_flow.corrupt(batch.text_ids[:count], t_text, table, generator)
-        output = model(noisy, to_timestep(t_video), embeds, corrupted.x_t, to_timestep(t_text))
-        losses = self.text_flow.loss(output.text, corrupted, t_text, table, text_loss)  # [b, L]
-        return t_text, losses.mean(dim=1), output.sample
+        t_text = self.options.text_times.sample(sum(counts), noisy.device, generator)
+        corrupted = self.text_flow.corrupt(batch.text_ids[: sum(counts)], t_text, table, generator)
+        inputs = noisy, to_timestep(t_video), embeds, corrupted.x_t, to_timestep(t_text)
+        parts = zip(*(value.split(counts) for value in inputs), strict=True)
+        outputs = [model(*part) for part, count in zip(parts, counts, strict=True) if count]
+        text = torch.cat([output.text for output in outputs])
+        losses = self.text_flow.loss(text, corrupted, t_text, table, text_loss)  # [b, L]
+        return t_text, losses.mean(dim=1), outputs[0].sample

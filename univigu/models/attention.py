@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -40,6 +41,7 @@ def joint_attention(
     text_mask: torch.Tensor | None = None,
     video_only: VideoOnly | None = None,
     cache: LayerCache | None = None,
+    attn_t: WanAttention | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Bidirectional self-attention over the concatenation [video ; text] with shared projections.
 
@@ -51,13 +53,14 @@ def joint_attention(
         video_only: samples whose video queries attend to video keys alone, so that what the video computes does
             not depend on the text (two attention calls, no mask).
         cache: where to keep the keys and values for :func:`text_attention`.
+        attn_t: a layer whose projections the text takes instead; still all attend to all.
 
     Returns:
         the projected outputs of both streams, [B, N, D] and [B, L, D].
     """
     length_v, length_t = video.shape[1], text.shape[1]
     query_v, key_v, value_v = _project(attn, video)
-    query_t, key_t, value_t = _project(attn, text)
+    query_t, key_t, value_t = _project(attn_t or attn, text)
     query_v, key_v = rotate_video(query_v, rotary_v), rotate_video(key_v, rotary_v)
     query_t, key_t = rotate_text(query_t, rotary_t), rotate_text(key_t, rotary_t)
     key, value = torch.cat([key_v, key_t], dim=1), torch.cat([value_v, value_t], dim=1)
@@ -77,8 +80,22 @@ def joint_attention(
             own = _attend(attn, query_v[rows], key_v[rows], value_v[rows], None)
             rest = _attend(attn, query_v[others], key[others], value[others], None if mask is None else mask[others])
             out_v = torch.empty_like(query_v).index_copy(0, rows, own).index_copy(0, others, rest)
-    output = _project_out(attn, torch.cat([out_v, out_t], dim=1))
-    video_out, text_out = output.split([length_v, length_t], dim=1)
+    if attn_t is not None:
+        return _project_out(attn, out_v), _project_out(attn_t, out_t)
+    return apply_together(lambda states: _project_out(attn, states), out_v, out_t)
+
+
+def apply_together(
+    function: Callable[[torch.Tensor], torch.Tensor], video: torch.Tensor, text: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Apply what works on each token alone to both streams, [B, N, ...] and [B, L, ...], in one call where it pays.
+
+    In a concatenation the backward pass would go through both; where only the text needs it (beside the clean video
+    of a frozen generator), the video's half of it would be work on zeros.
+    """
+    if text.requires_grad and not video.requires_grad:
+        return function(video), function(text)
+    video_out, text_out = function(torch.cat([video, text], dim=1)).split([video.shape[1], text.shape[1]], dim=1)
     return video_out, text_out
 
 
@@ -90,6 +107,8 @@ def text_attention(
     text_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The text's half of :func:`joint_attention` beside the video's kept keys and values; [B, L, D] -> [B, L, D].
+
+    ``attn`` is the layer with the text's projections.
 
     The text's own keys and values take their place behind the video's in the same buffers: nothing of the video's is
     copied, which at 32,760 video tokens would cost as much as the text's whole computation.

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from diffusers.models.attention import FeedForward
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from torch import nn
 
-from univigu.models.attention import Rotary, VideoOnly, joint_attention, prompt_attention, text_attention
+from univigu.models.attention import (
+    Rotary,
+    VideoOnly,
+    apply_together,
+    joint_attention,
+    prompt_attention,
+    text_attention,
+)
 from univigu.models.cache import LayerCache
 
 
@@ -19,10 +27,20 @@ class UniViGUTransformerBlock(WanTransformerBlock):
     Args:
         ffn_dim: inner width of both FFNs.
         separate_text_ffn: False sends text through the video's FFN, to measure what an own one is worth.
+        separate_text_attention: True gives text its own projections in the self-attention.
     """
 
-    def __init__(self, dim: int, ffn_dim: int, *args: Any, separate_text_ffn: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        dim: int,
+        ffn_dim: int,
+        *args: Any,
+        separate_text_ffn: bool = True,
+        separate_text_attention: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(dim, ffn_dim, *args, **kwargs)
+        self.attn1_t: WanAttention | None = copy.deepcopy(self.attn1) if separate_text_attention else None
         self.ffn_t: FeedForward | None = None
         if separate_text_ffn:
             self.ffn_t = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
@@ -63,13 +81,15 @@ class UniViGUTransformerBlock(WanTransformerBlock):
             text_mask,
             video_only,
             cache,
+            self.attn1_t,
         )
         hidden_states = _gated(hidden_states, video_out, gate_v)
         text_states = _gated(text_states, text_out, gate_t)
 
         # 2. Cross-attention onto the prompt, both streams as queries
-        streams = self._read_prompt(torch.cat([hidden_states, text_states], dim=1), encoder_hidden_states, cache)
-        hidden_states, text_states = streams.split([hidden_states.shape[1], text_states.shape[1]], dim=1)
+        hidden_states, text_states = apply_together(
+            lambda states: self._read_prompt(states, encoder_hidden_states, cache), hidden_states, text_states
+        )
 
         # 3. Feed-forward, one expert for each modality
         video = self._feed_forward(self.ffn, hidden_states, *ffn_v)
@@ -94,7 +114,9 @@ class UniViGUTransformerBlock(WanTransformerBlock):
     ) -> torch.Tensor:
         """The text's half of the joint computation, beside the video's keys and values of an earlier pass."""
         shift, scale, gate, *ffn = self._modulation(temb_t)
-        attended = text_attention(self.attn1, modulate(self.norm1, text, shift, scale), rotary_t, cache, mask)
+        attended = text_attention(
+            self.attn1_t or self.attn1, modulate(self.norm1, text, shift, scale), rotary_t, cache, mask
+        )
         text = self._read_prompt(_gated(text, attended, gate), None, cache)
         return self._feed_forward(self._expert, text, *ffn)
 

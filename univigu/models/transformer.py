@@ -38,6 +38,7 @@ TEXT_KEYS = (
     "text_head.",
     "scale_shift_table_t",
     ".ffn_t.",
+    ".attn1_t.",
 )
 
 
@@ -68,6 +69,9 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             keys and values independent of the text, so that captioning can compute them once.
         text_length: slot of the text in tokens that the model was last trained on; what sampling fills.
         separate_text_ffn: whether text has FFNs of its own; False shares the video's.
+        separate_text_attention: whether text has its own query, key, value and output projections in the
+            self-attention, which is joint all the same.  False shares the video's, as in the paper; beside a frozen
+            generator text can then only ask what the video's own projections ask.
         text_positions: learned absolute positions added to the text tokens, as many as the longest slot; 0 adds
             none, as in the paper.  Rotary embeddings alone tell tokens apart by what they attend to, and fully
             masked text is one token many times over, which leaves only the video to tell its positions by.
@@ -117,6 +121,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         separate_text_ffn: bool = True,
         text_positions: int = 0,
         text_rotary: bool = True,
+        separate_text_attention: bool = False,
     ) -> None:
         if text_flow not in TEXT_FLOWS:
             raise ValueError(f"text_flow={text_flow!r}: expected one of {TEXT_FLOWS}")
@@ -143,6 +148,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
                 eps,
                 added_kv_proj_dim,
                 separate_text_ffn=separate_text_ffn,
+                separate_text_attention=separate_text_attention,
             )
             for _ in range(num_layers)
         )
@@ -374,14 +380,15 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         separate_text_ffn: bool = True,
         text_positions: int = 0,
         text_rotary: bool = True,
+        separate_text_attention: bool = False,
         torch_dtype: torch.dtype = torch.float32,
     ) -> Self:
         """Start from a pretrained Wan2.1 transformer; the text stream's FFNs and time embedding are copies of Wan's.
 
         Args:
             wan: a transformer folder, a pipeline folder with ``transformer/``, or a model in memory (copied).
-            vocab_size, text_flow, clean_video_reads_text, separate_text_ffn, text_positions, text_rotary: see the
-                class.
+            vocab_size, text_flow, clean_video_reads_text, separate_text_ffn, text_positions, text_rotary,
+                separate_text_attention: see the class.
             torch_dtype: dtype a folder's weights are loaded in.
 
         Raises:
@@ -396,6 +403,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         options = {
             "vocab_size": vocab_size, "text_flow": text_flow, "clean_video_reads_text": clean_video_reads_text,
             "separate_text_ffn": separate_text_ffn, "text_positions": text_positions, "text_rotary": text_rotary,
+            "separate_text_attention": separate_text_attention,
         }  # fmt: skip
         model = cls(**(config | options))
         cast_like(model, wan)
@@ -408,10 +416,11 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
 
     @torch.no_grad()
     def copy_text_stream_from_video(self) -> None:
-        """Initialise what the text stream copies: each FFN, the time embedding, the output modulation."""
+        """Initialise what the text stream copies: FFNs, attention's projections, time embedding, modulation."""
         for block in self.blocks:
-            if block.ffn_t is not None:
-                block.ffn_t = copy.deepcopy(block.ffn)
+            for name in ("ffn", "attn1"):
+                if getattr(block, f"{name}_t") is not None:
+                    setattr(block, f"{name}_t", copy.deepcopy(getattr(block, name)))
         for name in ("time_embedder", "time_proj"):
             setattr(self.time_embedding_t, name, copy.deepcopy(getattr(self.condition_embedder, name)))
         self.scale_shift_table_t.copy_(self.scale_shift_table)
