@@ -181,10 +181,20 @@ def render(scene: Scene, height: int = CANVAS, width: int = CANVAS, num_frames: 
         position = i * (NUM_FRAMES - 1) / max(num_frames - 1, 1)
         for obj in scene.objects:
             cx, cy = obj.center(position)  # type: ignore[arg-type]
-            inside = shape_mask(obj.shape, xs[None, :] - cx, ys[:, None] - cy, SIZES[obj.size])
-            cover = inside.reshape(height, over, width, over).mean((1, 3), dtype=np.float32)[..., None]
-            frames[i] += cover * (np.array(COLORS[obj.color], np.float32) - frames[i])
+            rows, columns = _covered(cy, obj.size, height), _covered(cx, obj.size, width)
+            dx = xs[None, columns.start * over : columns.stop * over] - cx
+            dy = ys[rows.start * over : rows.stop * over, None] - cy
+            inside = shape_mask(obj.shape, dx, dy, SIZES[obj.size])
+            cover = inside.reshape(dy.size // over, over, dx.size // over, over).mean((1, 3), dtype=np.float32)
+            region = frames[i, rows, columns]
+            region += cover[..., None] * (np.array(COLORS[obj.color], np.float32) - region)
     return torch.from_numpy(frames.round().astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
+
+
+def _covered(center: float, size: str, pixels: int) -> slice:
+    """The rows or columns, of as many as there are, that an object of a size may cover."""
+    low, high = ((center + sign * SIZES[size]) * pixels / CANVAS for sign in (-1, 1))
+    return slice(max(int(low), 0), min(int(high) + 1, pixels))
 
 
 def shape_mask(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
