@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 
 from univigu.flow.random import rand, randn
+from univigu.flow.score import TextScore
 from univigu.flow.text import TextFlow
 from univigu.flow.time import TextTimeSampling, VideoTimeSampling, to_timestep
 from univigu.flow.video import flow_matching_loss, interpolate
@@ -59,12 +60,19 @@ def _share(samples: int, share: float) -> int:
 
 @dataclass
 class FlowOptions:
-    """How times are drawn."""
+    """How times are drawn, and how much of the text's loss is computed at once."""
 
     video_times: VideoTimeSampling = field(default_factory=VideoTimeSampling)
     """Distribution of the video's flow time."""
     text_times: TextTimeSampling = field(default_factory=TextTimeSampling)
     """Distribution of the text's flow time."""
+    max_logits: int = 2**21
+    """Most numbers of a tensor of logits (tokens times vocabulary) in training; a loss over more of them is computed
+    in parts, whose logits are computed twice."""
+
+    def __post_init__(self) -> None:
+        if self.max_logits < 1:
+            raise ValueError(f"flow.max_logits={self.max_logits!r}: expected at least 1")
 
 
 @dataclass
@@ -202,6 +210,6 @@ class UniFlowObjective:
         table = model.token_table() if self.text_flow.needs_table else None  # type: ignore[operator]
         t_text = self.options.text_times.sample(count, noisy.device, generator)
         corrupted = self.text_flow.corrupt(batch.text_ids[:count], t_text, table, generator)
-        output = model(noisy, to_timestep(t_video), embeds, corrupted.x_t, to_timestep(t_text))
-        losses = self.text_flow.loss(output.text, corrupted, t_text, table, text_loss)  # [b, L]
-        return t_text, losses.mean(dim=1), output.sample
+        score = TextScore(self.text_flow, corrupted, t_text, table, text_loss, self.options.max_logits)
+        output = model(noisy, to_timestep(t_video), embeds, corrupted.x_t, to_timestep(t_text), **score.inputs)
+        return t_text, score.losses(output.text).mean(dim=1), output.sample
