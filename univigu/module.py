@@ -17,13 +17,12 @@ from univigu.data.video import to_frames, to_model_range
 from univigu.evaluation import HeldOutEvaluation
 from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowLosses, UniFlowObjective, by_noise_level
 from univigu.flow.text import TextFlow, make_text_flow
+from univigu.models.conventions import CONVENTIONS, Conventions
 from univigu.models.foundation import (
     EMBEDDED_FOUNDATION,
     Foundation,
-    decode_latents,
     detokenize,
     encode_prompt,
-    encode_video,
     tokenize,
 )
 from univigu.models.transformer import TextFlowName, UniViGUTransformer3DModel, is_text_parameter
@@ -113,6 +112,11 @@ class UniViGU(LightningModule):
         """The frozen components around the transformer."""
         return self._foundation[0]
 
+    @property
+    def conventions(self) -> Conventions:
+        """How the transformer's inputs are made."""
+        return Conventions.of(self._model.config)
+
     # ---------------------------------------------------------------- building
 
     def configure_model(self) -> None:
@@ -198,34 +202,38 @@ class UniViGU(LightningModule):
         prompt_ids = batch["prompt_ids"]
         null_ids = self._null_ids(prompt_ids.shape[1])
         embeds = self._encode_prompt(torch.cat([prompt_ids, null_ids]))
+        null = self.conventions.null(embeds[-1:])
         target = prompt_ids if self.stage.target == "prompt" else batch["caption_ids"]
         text_ids = None
         if self.stage.tasks.joint + self.stage.tasks.understand > 0:
             text_ids = fit_slot(target, self.stage.text_length, self.foundation.pad_token_id, self.stage.target)
-        return UniFlowBatch(latents.float(), embeds[:-1], embeds[-1:], text_ids)
+        return UniFlowBatch(latents.float(), embeds[:-1], null, text_ids)
 
     def latents_of(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Normalised latents of a batch on the module's device, encoded if need be."""
+        """Latents of a batch on the module's device, as the transformer wants them, encoded if need be."""
         self.foundation.to(self.device)
         if "latents" in batch:
-            return batch["latents"].to(self.device)
+            latents = batch["latents"].to(self.device)
+            normalized = self.conventions.latents_normalized  # what shards hold; the VAE need not be loaded
+            return latents if normalized else self.conventions.from_normalized(latents, self.foundation.vae)
         return self.encode_frames(batch["video"].to(self.device))
 
     def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
-        """Frames uint8 [B, F, C, H, W] -> normalised latents [B, C, T, H, W]."""
+        """Frames uint8 [B, F, C, H, W] -> latents [B, C, T, H, W] as the transformer wants them."""
         with torch.no_grad():
-            return encode_video(self.foundation.vae, to_model_range(frames))
+            return self.conventions.encode(self.foundation.vae, to_model_range(frames))
 
     def _encode_prompt(self, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return encode_prompt(self.foundation.text_encoder, ids, self.foundation.pad_token_id)
+            zero_padding = self.conventions.prompt_padding == "zeros"
+            return encode_prompt(self.foundation.text_encoder, ids, self.foundation.pad_token_id, zero_padding)
 
     def encode_prompts(self, prompts: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings [B, S, text_dim] of the prompts and [1, S, text_dim] of the empty one."""
+        """Embeddings [B, S, text_dim] of the prompts and [1, S, text_dim] of none."""
         self.foundation.to(self.device)
         ids = tokenize(self.foundation.tokenizer, [*prompts, ""], length).to(self.device)
         embeds = self._encode_prompt(ids)
-        return embeds[:-1], embeds[-1:]
+        return embeds[:-1], self.conventions.null(embeds[-1:])
 
     def _null_ids(self, length: int) -> torch.Tensor:
         return tokenize(self.foundation.tokenizer, [""], length).to(self.device)
@@ -327,7 +335,7 @@ class UniViGU(LightningModule):
         else:
             samples = self.sampler.generate(embeds, null, shape, generators)
         assert samples.latents is not None
-        frames = to_frames(decode_latents(self.foundation.vae, samples.latents))
+        frames = to_frames(self.conventions.decode(self.foundation.vae, samples.latents))
         return frames, None if samples.tokens is None else detokenize(self.foundation.tokenizer, samples.tokens)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
@@ -394,7 +402,8 @@ class UniViGU(LightningModule):
             raise ValueError("ckpt_path: not a checkpoint of this project (it holds no 'univigu' entry)")
         ours = {name: self._model.config[name] for name in saved}
         differing = {name: (saved[name], ours[name]) for name in saved if plain(saved[name]) != plain(ours[name])}
-        self._model.register_to_config(text_length=differing.pop("text_length", (ours["text_length"],))[0])
+        for name in {"text_length", *CONVENTIONS} & differing.keys():  # what no weight depends on comes with them
+            self._model.register_to_config(**{name: differing.pop(name)[0]})
         if differing and self.trainer.state.fn == "fit":
             raise MisconfigurationException(f"the checkpoint's model differs from the configuration: {differing}")
         if differing:

@@ -25,6 +25,7 @@ from torch import nn
 from univigu.models.attention import Rotary, VideoOnly
 from univigu.models.block import UniViGUTransformerBlock, modulate
 from univigu.models.cache import AttentionCache
+from univigu.models.conventions import Conventions, NullCondition, PromptPadding
 from univigu.models.text import TextHead, TextReader, TextTimeEmbedding, text_rotary_table
 from univigu.models.weights import cast_like, check_complete, transformer_folder
 
@@ -74,6 +75,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         text_rotary: whether the text's queries and keys are rotated by their positions, as in the paper.  False
             (only with ``text_positions``) lets a token ask the video the same question wherever it stands:
             rotation makes the same query another one at each position, to be learned for each.
+        latents_normalized, null_condition, prompt_padding: how its inputs are made, see :class:`Conventions`.
     """
 
     # diffusers looks these up by name on the class; Wan's own entries name Wan's block class.
@@ -117,7 +119,11 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         separate_text_ffn: bool = True,
         text_positions: int = 0,
         text_rotary: bool = True,
+        latents_normalized: bool = True,
+        null_condition: NullCondition = "encoded",
+        prompt_padding: PromptPadding = "zeros",
     ) -> None:
+        Conventions(latents_normalized, null_condition, prompt_padding)  # checks them; they shape no weight
         if text_flow not in TEXT_FLOWS:
             raise ValueError(f"text_flow={text_flow!r}: expected one of {TEXT_FLOWS}")
         for name, value, least in (("vocab_size", vocab_size, 1), ("text_positions", text_positions, 0)):
