@@ -4,6 +4,11 @@
         --source runs/foundation/start --output my_foundation
     python tools/convert.py transformer --checkpoint runs/refine/checkpoints/last.ckpt --output my_transformer
     python tools/convert.py pipeline --checkpoint runs/refine/checkpoints/last.ckpt --output my_model
+    python tools/convert.py import-official --checkpoint preview.pth --wan Wan2.1-T2V-1.3B-Diffusers --output imported
+    python tools/convert.py export-official --checkpoint runs/refine/checkpoints/last.ckpt --output preview.pth
+    python tools/convert.py wan --checkpoint Wan2.1-T2V-1.3B/diffusion_pytorch_model.safetensors --output transformer
+
+A checkpoint of training is a file, or the folder of a sharded one; export-official takes a transformer folder, too.
 """
 
 from __future__ import annotations
@@ -12,29 +17,66 @@ import argparse
 import sys
 from pathlib import Path
 
-from univigu.checkpoint import CheckpointError, export_foundation, export_pipeline, load_weights
+from univigu.checkpoint import (
+    CheckpointError,
+    export_foundation,
+    export_official,
+    export_pipeline,
+    import_official,
+    import_wan,
+    load_weights,
+)
+from univigu.models.conventions import OFFICIAL, Conventions
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 
 
-def main(args: list[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
+    """The subcommands and their options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     foundation = commands.add_parser("foundation", help="stage-0 checkpoint -> WanPipeline folder")
     foundation.add_argument("--source", type=Path, default=Path(EMBEDDED_FOUNDATION), help="gives what was not trained")
-    transformer = commands.add_parser("transformer", help="checkpoint -> UniViGUTransformer3DModel folder")
+    commands.add_parser("transformer", help="checkpoint -> UniViGUTransformer3DModel folder")
     pipeline = commands.add_parser("pipeline", help="checkpoint -> UniViGUPipeline folder")
     pipeline.add_argument("--foundation", type=Path, default=Path(EMBEDDED_FOUNDATION), help="what it was trained from")
-    for command in (foundation, transformer, pipeline):
+    official = commands.add_parser("import-official", help="the preview's .pth -> UniViGUTransformer3DModel folder")
+    official.add_argument("--wan", type=Path, required=True, help="Wan folder in diffusers' layout; gives the sizes")
+    official.add_argument("--text-flow", choices=["uniform", "mask"], default="uniform")
+    official.add_argument("--latents", choices=["raw", "normalized"], default="raw", help="what it was trained on")
+    official.add_argument("--null-condition", choices=["zeros", "encoded"], default=OFFICIAL.null_condition)
+    official.add_argument("--prompt-padding", choices=["zeros", "encoded"], default=OFFICIAL.prompt_padding)
+    export = commands.add_parser("export-official", help="checkpoint or transformer folder -> the preview's .pth")
+    export.add_argument("--step", type=int, default=0, help="number to store beside the weights")
+    wan = commands.add_parser("wan", help="Wan's original .pth or .safetensors -> WanTransformer3DModel folder")
+    wan.add_argument("--config", type=Path, help="folder whose config.json gives the sizes; default: by the weights")
+    for command in commands.choices.values():
         command.add_argument("--checkpoint", type=Path, required=True)
         command.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args(args)
+    return parser
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Do what the options say."""
+    if options.command == "foundation":
+        export_foundation(options.checkpoint, options.source, options.output)
+    elif options.command == "pipeline":
+        export_pipeline(options.checkpoint, options.foundation, options.output)
+    elif options.command == "import-official":
+        conventions = Conventions(options.latents == "normalized", options.null_condition, options.prompt_padding)
+        model = import_official(options.checkpoint, options.wan, options.text_flow, conventions)
+        model.save_pretrained(options.output)
+    elif options.command == "export-official":
+        export_official(load_weights(options.checkpoint), options.output, options.step)
+    elif options.command == "wan":
+        import_wan(options.checkpoint, options.config).save_pretrained(options.output)
+    else:
+        load_weights(options.checkpoint).save_pretrained(options.output)
+
+
+def main(args: list[str] | None = None) -> int:
+    options = make_parser().parse_args(args)
     try:
-        if options.command == "foundation":
-            export_foundation(options.checkpoint, options.source, options.output)
-        elif options.command == "pipeline":
-            export_pipeline(options.checkpoint, options.foundation, options.output)
-        else:
-            load_weights(options.checkpoint).save_pretrained(options.output)
+        convert(options)
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,33 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
 
+from univigu.models.conventions import CONVENTIONS
 from univigu.models.foundation import Foundation
+from univigu.models.lora import lora_options, merge_lora
 from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
+from univigu.models.weights import CheckpointError, known_options
+from univigu.official import export_official, import_official, import_wan
 
 PREFIX = "transformer."
+EMA_PREFIX = "ema."  # of callbacks.WeightEMA
+FREE = ("clean_video_reads_text", "text_length", *CONVENTIONS)
+"""Options that shape no weight: attention's reach is each run's choice, the others come with the weights."""
 
-
-class CheckpointError(ValueError):
-    """Weights that are missing, unreadable, or belong to another model."""
+__all__ = [
+    "CheckpointError",
+    "check_checkpoint_file",
+    "export_foundation",
+    "export_official",
+    "export_pipeline",
+    "import_official",
+    "import_wan",
+    "load_weights",
+    "missing_checkpoint",
+    "plain",
+    "read_checkpoint",
+    "to_wan",
+    "usable_weights",
+]
 
 
 def missing_checkpoint(path: Path) -> CheckpointError:
@@ -46,8 +66,24 @@ def check_checkpoint_file(path: Path) -> None:
         raise CheckpointError(f"{path}: not a readable checkpoint (empty, cut off, or of another format)")
 
 
+def _read_sharded(path: Path) -> dict[str, Any]:
+    """The weights of a sharded checkpoint, whole, and what stands beside them; the optimizer's state is left out."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    checkpoint: dict[str, Any] = {}
+    planner = _EmptyStateDictLoadPlanner(keys={"state_dict"})
+    _load_state_dict(checkpoint, FileSystemReader(path), planner=planner, no_dist=True)
+    return checkpoint | _read_file(path / "meta.pt")  # written there by Lightning
+
+
+def _read_file(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a training checkpoint: a ``.ckpt`` file, or the folder of a sharded one, consolidated in memory.
+    """Read a training checkpoint: a ``.ckpt`` file, or the folder of a sharded one, whose weights are put together.
 
     Raises:
         CheckpointError: there is none, or it is not one of this project's; says how to make it.
@@ -57,12 +93,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise missing_checkpoint(path)
     _check_folder(path)
     try:
-        if path.is_dir():
-            from lightning.fabric.utilities.load import _load_distributed_checkpoint
-
-            checkpoint = _load_distributed_checkpoint(path)
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = (_read_sharded if path.is_dir() else _read_file)(path)
     except (Exception, CheckpointException) as error:  # many kinds, from pickle, zip and torch alike
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
@@ -92,11 +123,12 @@ def load_weights(path: str | Path, like: UniViGUTransformer3DModel | None = None
         config, state = dict(saved.config), saved.state_dict()
     else:
         checkpoint = read_checkpoint(path)
-        config, weights = checkpoint["univigu"]["transformer_config"], checkpoint["state_dict"]
+        config, weights = checkpoint["univigu"]["transformer_config"], usable_weights(checkpoint)
         state = {key[len(PREFIX) :]: value for key, value in weights.items() if key.startswith(PREFIX)}
+    config = with_defaults(config)
     _check_config(path, config, like)
     model = like if like is not None else UniViGUTransformer3DModel(**config)
-    model.register_to_config(text_length=config["text_length"])
+    model.register_to_config(**{name: config[name] for name in ("text_length", *CONVENTIONS)})
     missing, unexpected = model.load_state_dict(state, strict=False)
     if missing or unexpected:
         raise CheckpointError(f"{path}: weights do not fit: missing {missing}, unexpected {unexpected}")
@@ -106,9 +138,7 @@ def load_weights(path: str | Path, like: UniViGUTransformer3DModel | None = None
 def _check_config(path: str | Path, config: dict[str, Any], like: UniViGUTransformer3DModel | None) -> None:
     if like is None:
         return
-    # Attention's reach and the slot are choices of each run; everything else shapes the weights.
-    free = ("clean_video_reads_text", "text_length")
-    names = [name for name in like.config if not name.startswith("_") and name not in free]
+    names = [name for name in like.config if not name.startswith("_") and name not in FREE]
     differing = {
         name: (config.get(name), like.config[name])
         for name in names
@@ -118,6 +148,25 @@ def _check_config(path: str | Path, config: dict[str, Any], like: UniViGUTransfo
         raise CheckpointError(f"{path}: made for another model; (checkpoint, configuration) differ in {differing}")
 
 
+def usable_weights(checkpoint: Mapping[str, Any], keep_lora: bool = False) -> dict[str, Any]:
+    """The state dict of a training checkpoint as a model for use wants it.
+
+    The weights' running means stand for them, if the checkpoint holds any, and adapters are merged unless kept.
+    """
+    state = checkpoint["state_dict"]
+    means = {PREFIX + key[len(EMA_PREFIX) :]: value for key, value in state.items() if key.startswith(EMA_PREFIX)}
+    state = {key: means.get(key, value) for key, value in state.items() if not key.startswith(EMA_PREFIX)}
+    lora = lora_options(checkpoint["univigu"].get("lora"))
+    return state if lora is None or keep_lora else merge_lora(state, lora)
+
+
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A transformer's configuration, from before some of the options perhaps, with all of them."""
+    parameters = inspect.signature(UniViGUTransformer3DModel).parameters.values()
+    defaults = {option.name: option.default for option in parameters if option.default is not option.empty}
+    return defaults | known_options(UniViGUTransformer3DModel, config)
+
+
 def plain(value: Any) -> Any:
     """A configuration value as json would give it back: tuples are lists there."""
     return list(value) if isinstance(value, tuple | list) else value
@@ -125,9 +174,7 @@ def plain(value: Any) -> Any:
 
 def to_wan(model: UniViGUTransformer3DModel) -> WanTransformer3DModel:
     """The plain Wan transformer inside a unified one: the text stream is dropped, Wan's weights are copied."""
-    known = inspect.signature(WanTransformer3DModel).parameters
-    config = {k: v for k, v in model.config.items() if k in known}
-    wan = WanTransformer3DModel(**config)
+    wan = WanTransformer3DModel(**known_options(WanTransformer3DModel, model.config))
     state = {k: v for k, v in model.state_dict().items() if not is_text_parameter(k)}
     wan.load_state_dict(state)
     return wan

@@ -77,7 +77,10 @@ class HeldOutEvaluation(nn.Module):
             t = time_from_sigma(shift_sigma((i + 0.5) / 8, shift))
             times = t.to(inputs.latents.device).expand(inputs.latents.shape[0])
             noisy = interpolate(noise, inputs.latents, times)
-            for name, model in (("flow", module.transformer), ("flow_foundation", foundation_model)):
+            models = {"flow": module.transformer}
+            if module.conventions.latents_normalized:  # else the foundation knows other latents
+                models["flow_foundation"] = foundation_model
+            for name, model in models.items():
                 prediction = model(noisy, to_timestep(times), inputs.prompt_embeds, return_dict=False)[0]
                 self.metrics[name].update(flow_matching_loss(prediction, noise, inputs.latents))
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -12,25 +11,29 @@ from diffusers import WanTransformer3DModel
 from lightning import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from univigu.checkpoint import load_weights, plain
+from univigu.checkpoint import load_weights, plain, usable_weights
 from univigu.data.video import to_frames, to_model_range
 from univigu.evaluation import HeldOutEvaluation
 from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowLosses, UniFlowObjective, by_noise_level
+from univigu.flow.random import make_generator
 from univigu.flow.text import TextFlow, make_text_flow
+from univigu.models.conventions import CONVENTIONS, Conventions
 from univigu.models.foundation import (
     EMBEDDED_FOUNDATION,
     Foundation,
-    decode_latents,
     detokenize,
     encode_prompt,
-    encode_video,
+    fit_slot,
     tokenize,
 )
-from univigu.models.transformer import TextFlowName, UniViGUTransformer3DModel, is_text_parameter
+from univigu.models.lora import LoraOptions, add_lora
+from univigu.models.transformer import TextFlowName, UniViGUTransformer3DModel
 from univigu.optim import OptimizerOptions, make_optimizer
+from univigu.parallel import ParallelOptions, build_sharded, is_sharded, trained_weights_changed
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.tasks import Sampler
 from univigu.stages import Stage
+from univigu.trained import Trains, check_stage, parameter_groups, train_only
 
 
 @dataclass
@@ -66,7 +69,12 @@ class UniViGU(LightningModule):
         predict_task: what ``lightning predict`` makes: "caption", "generate" or "joint".
         prompt_slots: longer slots that prompts are padded to now and then in training (every 16th step, in turn),
             so that a generator made from nothing does not depend on the length of its prompts' padding.
+        text_encoder_dtype: type of the (frozen) text encoder's weights.
         gradient_checkpointing: recompute activations in the backward pass.
+        parallel: how the transformer computes if the trainer's strategy shards it.
+        trains: "all" weights, where a stage's rate is over 0; the "text" stream's own alone; or the text stream's and,
+            in place of the pretrained weights, low-rank adapters on the shared attention ("lora").
+        lora: size of the adapters.
         seed: seeds noise, times, dropout and samples.
     """
 
@@ -86,12 +94,16 @@ class UniViGU(LightningModule):
         sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
         predict_task: Literal["caption", "generate", "joint"] = "caption",
         prompt_slots: tuple[int, ...] = (),
+        text_encoder_dtype: Literal["float32", "bfloat16"] = "float32",
         gradient_checkpointing: bool = False,
+        parallel: ParallelOptions = ParallelOptions(),  # noqa: B008
+        trains: Trains = "all",
+        lora: LoraOptions = LoraOptions(),  # noqa: B008
         seed: int = 0,
     ) -> None:
         super().__init__()
         # Frozen components stay outside the module tree: they belong to the foundation, not to our checkpoints.
-        self._foundation = (Foundation(foundation),)
+        self._foundation = (Foundation(foundation, getattr(torch, text_encoder_dtype)),)
         self.init_from = init_from
         self.random_init = random_init
         self.text_flow_name = text_flow
@@ -105,6 +117,9 @@ class UniViGU(LightningModule):
         self.sampling = sampling
         self.predict_task = predict_task
         self.gradient_checkpointing = gradient_checkpointing
+        self.parallel = parallel
+        self.trains = trains
+        self.lora = lora
         self.prompt_slots = prompt_slots
         self.seed = seed
         self.stage = Stage()
@@ -115,16 +130,43 @@ class UniViGU(LightningModule):
         """The frozen components around the transformer."""
         return self._foundation[0]
 
+    @property
+    def conventions(self) -> Conventions:
+        """How the transformer's inputs are made."""
+        return Conventions.of(self._model.config)
+
     # ---------------------------------------------------------------- building
+
+    def setup(self, stage: str) -> None:
+        if stage in ("test", "predict") and self.device_mesh is not None and self.trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"lightning {stage}: samples end at different steps on different processes, and a sharded model waits "
+                "for all of them; run it on one, --trainer.strategy auto --trainer.devices 1 (see docs/CLUSTER.md)"
+            )
 
     def configure_model(self) -> None:
         """Build the transformer once, from the foundation or from an earlier stage's weights."""
         if self.transformer is not None:
             return
+        mesh = self.device_mesh
+        if mesh is None:  # the strategy does not shard
+            self._set_transformer(self._adapted(self._build_transformer()))
+        else:
+            device = self.trainer.strategy.root_device
+            mesh = mesh["data_parallel"]
+            self._set_transformer(build_sharded(self._build_transformer, self._adapted, mesh, device, self.parallel))
+
+    def _adapted(self, model: UniViGUTransformer3DModel) -> UniViGUTransformer3DModel:
+        """With adapters, if they are what is trained."""
+        if self.trains == "lora":
+            add_lora(model, self.lora)
+        return model
+
+    def _build_transformer(self) -> UniViGUTransformer3DModel:
         torch.manual_seed(self.seed)  # the text stream's new weights
         model = UniViGUTransformer3DModel.from_wan(
             self.foundation.path,
-            vocab_size=len(self.foundation.tokenizer),
+            vocab_size=self.foundation.vocab_size,
             text_flow=self.text_flow_name,
             clean_video_reads_text=self.clean_video_reads_text,
             separate_text_ffn=self.separate_text_ffn,
@@ -136,7 +178,7 @@ class UniViGU(LightningModule):
             model = UniViGUTransformer3DModel.from_config(model.config)
         if self.init_from is not None:
             model = load_weights(self.init_from, like=model)
-        self._set_transformer(model)
+        return model
 
     def _set_transformer(self, model: UniViGUTransformer3DModel) -> None:
         if self.gradient_checkpointing:
@@ -148,6 +190,7 @@ class UniViGU(LightningModule):
 
     def enter_stage(self, stage: Stage) -> None:
         """Put a stage in force: what is frozen changes here, learning rates in ``StageSwitch``."""
+        check_stage(self.trains, stage)
         self.stage = stage
         if self.transformer is not None:
             self._apply_stage()
@@ -157,20 +200,11 @@ class UniViGU(LightningModule):
 
     def _apply_stage(self) -> None:
         self._model.register_to_config(text_length=self.stage.text_length)
-        for name, parameters in self._parameter_groups().items():
-            rate = self.stage.text_learning_rate if name == "text" else self.stage.learning_rate
-            for _, parameter in parameters:
-                parameter.requires_grad_(rate > 0)
-
-    def _parameter_groups(self) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
-        """Parameters by what they are: the pretrained generator's and the text stream's."""
-        groups: dict[str, list[tuple[str, torch.nn.Parameter]]] = {"video": [], "text": []}
-        for name, parameter in self._model.named_parameters():
-            groups["text" if is_text_parameter(name) else "video"].append((name, parameter))
-        return groups
+        train_only(self._model, self.trains, self.stage)
+        trained_weights_changed(self._model)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return make_optimizer(self._parameter_groups(), self.optimizer_options)
+        return make_optimizer(parameter_groups(self._model, self.trains), self.optimizer_options)
 
     # ---------------------------------------------------------------- training
 
@@ -201,34 +235,39 @@ class UniViGU(LightningModule):
         prompt_ids = batch["prompt_ids"]
         null_ids = self._null_ids(prompt_ids.shape[1])
         embeds = self._encode_prompt(torch.cat([prompt_ids, null_ids]))
+        null = self.conventions.null(embeds[-1:])
         target = prompt_ids if self.stage.target == "prompt" else batch["caption_ids"]
         text_ids = None
         if self.stage.tasks.joint + self.stage.tasks.understand > 0:
             text_ids = fit_slot(target, self.stage.text_length, self.foundation.pad_token_id, self.stage.target)
-        return UniFlowBatch(latents.float(), embeds[:-1], embeds[-1:], text_ids)
+        return UniFlowBatch(latents.float(), embeds[:-1], null, text_ids)
 
     def latents_of(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Normalised latents of a batch on the module's device, encoded if need be."""
+        """Latents of a batch on the module's device, as the transformer wants them, encoded if need be."""
         self.foundation.to(self.device)
         if "latents" in batch:
-            return batch["latents"].to(self.device)
+            latents = batch["latents"].to(self.device)
+            normalized = self.conventions.latents_normalized  # what shards hold; the VAE need not be loaded
+            return latents if normalized else self.conventions.from_normalized(latents, self.foundation.vae)
         return self.encode_frames(batch["video"].to(self.device))
 
     def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
-        """Frames uint8 [B, F, C, H, W] -> normalised latents [B, C, T, H, W]."""
+        """Frames uint8 [B, F, C, H, W] -> latents [B, C, T, H, W] as the transformer wants them."""
         with torch.no_grad():
-            return encode_video(self.foundation.vae, to_model_range(frames))
+            return self.conventions.encode(self.foundation.vae, to_model_range(frames))
 
     def _encode_prompt(self, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return encode_prompt(self.foundation.text_encoder, ids, self.foundation.pad_token_id)
+            zero_padding = self.conventions.prompt_padding == "zeros"
+            encoder = self.foundation.text_encoder
+            return encode_prompt(encoder, ids, self.foundation.pad_token_id, zero_padding).float()
 
     def encode_prompts(self, prompts: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings [B, S, text_dim] of the prompts and [1, S, text_dim] of the empty one."""
+        """Embeddings [B, S, text_dim] of the prompts and [1, S, text_dim] of none."""
         self.foundation.to(self.device)
         ids = tokenize(self.foundation.tokenizer, [*prompts, ""], length).to(self.device)
         embeds = self._encode_prompt(ids)
-        return embeds[:-1], embeds[-1:]
+        return embeds[:-1], self.conventions.null(embeds[-1:])
 
     def _null_ids(self, length: int) -> torch.Tensor:
         return tokenize(self.foundation.tokenizer, [""], length).to(self.device)
@@ -330,7 +369,7 @@ class UniViGU(LightningModule):
         else:
             samples = self.sampler.generate(embeds, null, shape, generators)
         assert samples.latents is not None
-        frames = to_frames(decode_latents(self.foundation.vae, samples.latents))
+        frames = to_frames(self.conventions.decode(self.foundation.vae, samples.latents))
         return frames, None if samples.tokens is None else detokenize(self.foundation.tokenizer, samples.tokens)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
@@ -389,6 +428,8 @@ class UniViGU(LightningModule):
         """Record what is needed to rebuild the model without its configuration file."""
         config = {name: value for name, value in self._model.config.items() if not name.startswith("_")}
         checkpoint["univigu"] = {"transformer_config": config, "stage": self.stage.name}
+        if self.trains == "lora":
+            checkpoint["univigu"]["lora"] = asdict(self.lora)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint brings its own architecture to prediction and evaluation; a resumed fit must match it."""
@@ -397,28 +438,11 @@ class UniViGU(LightningModule):
             raise ValueError("ckpt_path: not a checkpoint of this project (it holds no 'univigu' entry)")
         ours = {name: self._model.config[name] for name in saved}
         differing = {name: (saved[name], ours[name]) for name in saved if plain(saved[name]) != plain(ours[name])}
-        self._model.register_to_config(text_length=differing.pop("text_length", (ours["text_length"],))[0])
-        if differing and self.trainer.state.fn == "fit":
+        for name in {"text_length", *CONVENTIONS} & differing.keys():  # what no weight depends on comes with them
+            self._model.register_to_config(**{name: differing.pop(name)[0]})
+        if differing and (self.trainer.state.fn == "fit" or is_sharded(self._model)):
             raise MisconfigurationException(f"the checkpoint's model differs from the configuration: {differing}")
+        if self.trainer.state.fn != "fit" and "state_dict" in checkpoint:  # a sharded one's is read elsewhere
+            checkpoint["state_dict"] = usable_weights(checkpoint, keep_lora=self.trains == "lora")
         if differing:
             self._set_transformer(UniViGUTransformer3DModel(**saved).to(self.device))
-
-
-def make_generator(device: torch.device | str, *numbers: int) -> torch.Generator:
-    """A generator seeded by a hash of integers, so that neighbouring steps get unrelated streams."""
-    digest = hashlib.sha256(repr(numbers).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
-
-
-def fit_slot(ids: torch.Tensor, length: int, pad_token_id: int, name: str) -> torch.Tensor:
-    """Cut or pad token ids [B, S] to a slot [B, length]; only padding is ever cut.
-
-    Raises:
-        ValueError: a text is longer than the slot.
-    """
-    if ids.shape[1] <= length:
-        return torch.nn.functional.pad(ids, (0, length - ids.shape[1]), value=pad_token_id)
-    longest = int((ids != pad_token_id).sum(1).max())
-    if longest > length:
-        raise ValueError(f"text_length={length}: a {name} of {longest} tokens does not fit the slot")
-    return ids[:, :length]

@@ -14,13 +14,15 @@ from typing import Any, Self
 
 import torch
 from diffusers import WanPipeline
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from univigu.flow.random import Generators
 from univigu.flow.text import make_text_flow
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
-from univigu.models.foundation import decode_latents, detokenize, encode_video
+from univigu.models.conventions import Conventions
+from univigu.models.foundation import detokenize, encode_prompt, tokenize
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.tasks import Sampler, Samples, StepCallback, StepState
@@ -94,6 +96,16 @@ class UniViGUPipeline(WanPipeline):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[no-any-return]
 
     # ---------------------------------------------------------------------- tasks
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, output_type: str | None = "np", return_dict: bool = True, **kwargs: Any) -> Any:
+        """WanPipeline's, on latents as the transformer knows them."""
+        if self._conventions.latents_normalized or output_type == "latent":
+            return super().__call__(*args, output_type=output_type, return_dict=return_dict, **kwargs)
+        (latents,) = super().__call__(*args, output_type="latent", return_dict=False, **kwargs)
+        decoded = self._conventions.decode(self.vae, latents)
+        frames = self.video_processor.postprocess_video(decoded, output_type=output_type)
+        return WanPipelineOutput(frames=frames) if return_dict else (frames,)
 
     @torch.no_grad()
     def caption(
@@ -202,6 +214,29 @@ class UniViGUPipeline(WanPipeline):
 
     # ---------------------------------------------------------------------- parts
 
+    def encode_prompt(self, prompt: Any, negative_prompt: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """WanPipeline's, where no negative prompt is the null condition that the model was trained with."""
+        given = kwargs.get("negative_prompt_embeds") is not None or negative_prompt
+        embeds, negative = super().encode_prompt(prompt, negative_prompt, *args, **kwargs)
+        return embeds, negative if given or negative is None else self._conventions.null(negative)
+
+    def _get_t5_prompt_embeds(
+        self,
+        prompt: Any = None,
+        num_videos_per_prompt: int = 1,
+        max_sequence_length: int = 226,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """WanPipeline's, with what the encoder gives for padding where the model was trained with that."""
+        if self._conventions.prompt_padding == "zeros":
+            return super()._get_t5_prompt_embeds(prompt, num_videos_per_prompt, max_sequence_length, device, dtype)
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        ids = tokenize(self.tokenizer, texts, max_sequence_length).to(self.text_encoder.device)
+        embeds = encode_prompt(self.text_encoder, ids, self.tokenizer.pad_token_id, zero_padding=False)
+        embeds = embeds.to(device or self._execution_device, dtype or self.text_encoder.dtype)
+        return embeds.repeat_interleave(num_videos_per_prompt, dim=0)
+
     def _sampler(self, options: SamplingOptions | None, overrides: dict[str, Any]) -> Sampler:
         options = replace(options or SamplingOptions(), **overrides)
         config = self.transformer.config
@@ -210,14 +245,18 @@ class UniViGUPipeline(WanPipeline):
         return Sampler(self.transformer, flow, self.scheduler, options, *ends)
 
     def _prompt_embeds(self, prompt: str | list[str], count: int | None, length: int) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, S, text_dim] of prompts, repeated to ``count``, and [1, S, text_dim] of the empty one."""
+        """Embeddings [B, S, text_dim] of prompts, repeated to ``count``, and [1, S, text_dim] of none."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if count is not None and len(prompts) == 1:
             prompts = prompts * count
         if count is not None and len(prompts) != count:
             raise ValueError(f"prompt: {len(prompts)} of them for {count} videos; give one for all or one for each")
         embeds, _ = self.encode_prompt([*prompts, ""], None, False, max_sequence_length=length)
-        return embeds[:-1], embeds[-1:]
+        return embeds[:-1], self._conventions.null(embeds[-1:])
+
+    @property
+    def _conventions(self) -> Conventions:
+        return Conventions.of(self.transformer.config)
 
     def _latents_of(self, video: Any, height: int | None, width: int | None) -> Tensor:
         """Normalised latents [B, C, T, H, W] of whatever form of video."""
@@ -229,7 +268,7 @@ class UniViGUPipeline(WanPipeline):
         if not rows or not columns:
             raise ValueError(f"video: {pixels.shape[3]} x {pixels.shape[4]} pixels, expected at least {down} x {right}")
         pixels = pixels[:, :, :frames, :rows, :columns].to(self._execution_device)
-        return encode_video(self.vae, pixels)
+        return self._conventions.encode(self.vae, pixels)
 
     def _latents_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
         down, right = self._patch_pixels()
@@ -272,7 +311,7 @@ class UniViGUPipeline(WanPipeline):
         if video and samples.latents is not None:
             frames = samples.latents
             if output_type != "latent":
-                decoded = decode_latents(self.vae, samples.latents)
+                decoded = self._conventions.decode(self.vae, samples.latents)
                 frames = self.video_processor.postprocess_video(decoded, output_type=output_type)
         self.maybe_free_model_hooks()
         return UniViGUOutput(frames=frames, text=text, tokens=samples.tokens)

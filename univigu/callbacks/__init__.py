@@ -2,11 +2,13 @@
 
 from univigu.callbacks.accuracy import CaptionAccuracy
 from univigu.callbacks.checkpoint import LastCheckpoint
+from univigu.callbacks.ema import WeightEMA
 from univigu.callbacks.media import MediaLogger
 from univigu.callbacks.monitor import TrainingMonitor
 from univigu.callbacks.predictions import PredictionWriter
 from univigu.callbacks.report import FinalReport
 from univigu.callbacks.stage import StageSwitch
+from univigu.callbacks.throughput import ThroughputLogger
 
 __all__ = [
     "CaptionAccuracy",
@@ -15,5 +17,7 @@ __all__ = [
     "MediaLogger",
     "PredictionWriter",
     "StageSwitch",
+    "ThroughputLogger",
     "TrainingMonitor",
+    "WeightEMA",
 ]

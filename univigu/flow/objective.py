@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 
 from univigu.flow.random import rand, randn
-from univigu.flow.text import TextFlow
+from univigu.flow.score import TextScore
+from univigu.flow.text import CorruptedText, TextFlow
 from univigu.flow.time import TextTimeSampling, VideoTimeSampling, to_timestep
 from univigu.flow.video import flow_matching_loss, interpolate
 
@@ -59,12 +60,19 @@ def _share(samples: int, share: float) -> int:
 
 @dataclass
 class FlowOptions:
-    """How times are drawn."""
+    """How times are drawn, and how much of the text's loss is computed at once."""
 
     video_times: VideoTimeSampling = field(default_factory=VideoTimeSampling)
     """Distribution of the video's flow time."""
     text_times: TextTimeSampling = field(default_factory=TextTimeSampling)
     """Distribution of the text's flow time."""
+    max_logits: int = 2**21
+    """Most numbers of a tensor of logits (tokens times vocabulary) in training; a loss over more of them is computed
+    in parts, whose logits are computed twice."""
+
+    def __post_init__(self) -> None:
+        if self.max_logits < 1:
+            raise ValueError(f"flow.max_logits={self.max_logits!r}: expected at least 1")
 
 
 @dataclass
@@ -206,9 +214,15 @@ class UniFlowObjective:
         table = model.token_table() if self.text_flow.needs_table else None  # type: ignore[operator]
         t_text = self.options.text_times.sample(sum(counts), noisy.device, generator)
         corrupted = self.text_flow.corrupt(batch.text_ids[: sum(counts)], t_text, table, generator)
-        inputs = noisy, to_timestep(t_video), embeds, corrupted.x_t, to_timestep(t_text)
-        parts = zip(*(value.split(counts) for value in inputs), strict=True)
-        outputs = [model(*part) for part, count in zip(parts, counts, strict=True) if count]
-        text = torch.cat([output.text for output in outputs])
-        losses = self.text_flow.loss(text, corrupted, t_text, table, text_loss)  # [b, L]
-        return t_text, losses.mean(dim=1), outputs[0].sample
+        losses, videos, start = [], [], 0
+        for count in counts:
+            if not count:
+                continue
+            rows = slice(start, start := start + count)
+            part = CorruptedText(*(None if value is None else value[rows] for value in corrupted))
+            score = TextScore(self.text_flow, part, t_text[rows], table, text_loss, self.options.max_logits)
+            times = to_timestep(t_video[rows]), to_timestep(t_text[rows])
+            output = model(noisy[rows], times[0], embeds[rows], part.x_t, times[1], **score.inputs)
+            losses.append(score.losses(output.text).mean(dim=1))
+            videos.append(output.sample)
+        return t_text, torch.cat(losses), videos[0]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, apply_rotary_emb, get_1d_rotary_pos_embed
 from diffusers.models.normalization import FP32LayerNorm
 from torch import nn
+
+TextReader = Callable[[torch.Tensor, nn.Linear], torch.Tensor]
+"""What to make of the text's last hidden states [B, L, D] and the linear that would turn them into logits."""
 
 
 class TextTimeEmbedding(nn.Module):
@@ -37,10 +42,18 @@ class TextHead(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, text_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Text states [B, L, D] with shift, scale [B, 1, D] -> [B, L, out_features]."""
+    def forward(
+        self, text_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, reader: TextReader | None = None
+    ) -> torch.Tensor:
+        """Text states [B, L, D] with shift, scale [B, 1, D] -> [B, L, out_features], or what the reader makes of them.
+
+        Args:
+            reader: given the hidden states [B, L, D] and the linear instead of letting them make logits. It is called
+                in here because this is where a sharded linear's weight is whole.
+        """
         normed = self.norm_final(text_states.float()) * (1 + scale) + shift
-        return self.linear(normed.type_as(text_states))
+        hidden = normed.type_as(text_states)
+        return self.linear(hidden) if reader is None else reader(hidden, self.linear)
 
 
 def text_rotary_table(length: int, head_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

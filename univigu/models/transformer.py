@@ -25,8 +25,9 @@ from torch import nn
 from univigu.models.attention import Rotary, VideoOnly
 from univigu.models.block import UniViGUTransformerBlock, modulate
 from univigu.models.cache import AttentionCache
-from univigu.models.text import TextHead, TextTimeEmbedding, text_rotary_table
-from univigu.models.weights import cast_like, check_complete, transformer_folder
+from univigu.models.conventions import Conventions, NullCondition, PromptPadding
+from univigu.models.text import TextHead, TextReader, TextTimeEmbedding, text_rotary_table
+from univigu.models.weights import cast_like, check_complete, gathered, transformer_folder
 
 TextFlowName = Literal["embedding", "uniform", "mask"]
 TEXT_FLOWS = ("embedding", "uniform", "mask")
@@ -78,6 +79,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         text_rotary: whether the text's queries and keys are rotated by their positions, as in the paper.  False
             (only with ``text_positions``) lets a token ask the video the same question wherever it stands:
             rotation makes the same query another one at each position, to be learned for each.
+        latents_normalized, null_condition, prompt_padding: how its inputs are made, see :class:`Conventions`.
     """
 
     # diffusers looks these up by name on the class; Wan's own entries name Wan's block class.
@@ -122,7 +124,11 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         text_positions: int = 0,
         text_rotary: bool = True,
         separate_text_attention: bool = False,
+        latents_normalized: bool = True,
+        null_condition: NullCondition = "encoded",
+        prompt_padding: PromptPadding = "zeros",
     ) -> None:
+        Conventions(latents_normalized, null_condition, prompt_padding)  # checks them; they shape no weight
         if text_flow not in TEXT_FLOWS:
             raise ValueError(f"text_flow={text_flow!r}: expected one of {TEXT_FLOWS}")
         for name, value, least in (("vocab_size", vocab_size, 1), ("text_positions", text_positions, 0)):
@@ -176,6 +182,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         cache: AttentionCache | None = None,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
+        text_reader: TextReader | None = None,
     ) -> UniViGUTransformerOutput | tuple[torch.Tensor | None, ...]:
         """Predict both modalities' velocities (or posteriors) at their own times.
 
@@ -193,6 +200,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             cache: keys and values to keep and to reuse, see :class:`AttentionCache`; only without gradients.
             return_dict: False gives the tuple (sample, text).
             attention_kwargs: as in diffusers (``scale`` of LoRA layers).
+            text_reader: makes ``text`` of the head's hidden states in place of logits, see :class:`TextHead`.
 
         Raises:
             ValueError: shapes or dtypes that do not belong together, named; a cache that belongs to another call.
@@ -216,7 +224,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         else:
             sample, text = self._forward_streams(
                 hidden_states, timestep, encoder_hidden_states, text_tokens, text_timestep, text_mask, image, cache,
-                attention_kwargs=attention_kwargs,
+                text_reader, attention_kwargs=attention_kwargs,
             )  # fmt: skip
         if not return_dict:
             return (sample,) if text is None else (sample, text)
@@ -233,6 +241,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         text_mask: torch.Tensor | None,
         encoder_hidden_states_image: torch.Tensor | None,
         cache: AttentionCache | None,
+        text_reader: TextReader | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Video, beside text if there is any."""
@@ -273,7 +282,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             video, text = (states, None) if text is None else states
 
         # 4. Heads
-        text_out = None if text is None or temb_t is None else self._text_head(text, temb_t)
+        text_out = None if text is None or temb_t is None else self._text_head(text, temb_t, text_reader)
         return self._video_head(video, temb_v, grid), text_out
 
     @apply_lora_scale("attention_kwargs")
@@ -327,14 +336,14 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         video = video.unflatten(1, counts).unflatten(-1, (*patch, -1))  # [B, t, h, w, pt, ph, pw, C]
         return video.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def _text_head(self, text: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+    def _text_head(self, text: torch.Tensor, temb: torch.Tensor, reader: TextReader | None = None) -> torch.Tensor:
         """Tokens [B, L, D] -> [B, L, V], or [B, L, D] for the embedding flow."""
         shift, scale = (self.scale_shift_table_t.to(temb.device) + temb[:, None]).chunk(2, dim=1)
-        return self.text_head(text, shift, scale)
+        return self.text_head(text, shift, scale, reader)
 
     def token_table(self) -> torch.Tensor:
         """The token embeddings with rows of RMS 1, float32 [V, D]: the data points of the ``embedding`` flow."""
-        table = self.vocab_embed.weight[: self.config.vocab_size].float()
+        table = gathered(self.vocab_embed.weight)[: self.config.vocab_size].float()
         return table * torch.rsqrt(table.square().mean(-1, keepdim=True) + 1e-8)
 
     def _check_text(

@@ -3,10 +3,42 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from diffusers import WanTransformer3DModel
+from torch.distributed.tensor import DTensor, Partial
+
+AnyWan = TypeVar("AnyWan", bound=WanTransformer3DModel)
+
+
+class CheckpointError(ValueError):
+    """Weights that are missing, unreadable, or belong to another model."""
+
+
+def known_options(model: type[WanTransformer3DModel], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a configuration that are options of a model, without diffusers' private ones."""
+    known = inspect.signature(model).parameters
+    return {name: value for name, value in config.items() if name in known}
+
+
+def empty_model(model: type[AnyWan], config: Mapping[str, Any]) -> AnyWan:
+    """A model on the meta device: names and shapes of all weights, and no memory; only its buffers are real."""
+    with torch.device("meta"):
+        made = model(**config)
+    options = made.config
+    made.rope = type(made.rope)(options.attention_head_dim, options.patch_size, options.rope_max_seq_len)
+    return made
+
+
+def gathered(weight: torch.Tensor) -> torch.Tensor:
+    """A sharded weight whole, for use outside its module's forward; its gradients are averaged over the processes."""
+    if not isinstance(weight, DTensor):
+        return weight
+    return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
 
 
 def check_complete(path: Any, info: dict[str, Any]) -> None:
