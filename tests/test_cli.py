@@ -11,11 +11,13 @@ import torch
 
 from tests.conftest import REPO
 from univigu.cli import main
+from univigu.command import parse_fit
 from univigu.data.shapes import render, sample_scene
 from univigu.data.video import encode_mp4
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
 FIT = ("recall", "refine", "two_stage", "foundation")
+OVERLAYS = ("wan2.1-1.3b", "wan2.1-14b", "fsdp")
 # Few steps and small pictures, real parts.
 QUICK = ["--model.sampling.num_inference_steps=2", "--model.sampling.caption_steps=2"]
 
@@ -53,7 +55,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_configuration_is_covered() -> None:
-    assert {path.stem for path in CONFIGS} == {*FIT, "caption", "generate", "joint"}
+    assert {path.stem for path in CONFIGS} == {*FIT, *OVERLAYS, "caption", "generate", "joint"}
 
 
 @pytest.mark.parametrize("name", FIT)
@@ -165,6 +167,57 @@ def test_evaluation_without_a_run_names_the_command(
 ) -> None:
     printed = failing(["test", "--config=configs/refine.yaml", *small_data])
     assert "lightning fit --config configs/refine.yaml" in printed
+
+
+# ---------------------------------------------------------------- overlays
+
+
+@pytest.mark.parametrize("name", ["recall", "refine"])
+@pytest.mark.parametrize("size", ["1.3b", "14b"])
+def test_overlays_change_the_scale(in_tmp: Path, name: str, size: str) -> None:
+    args = [f"--config=configs/{file}.yaml" for file in (name, f"wan2.1-{size}", "fsdp")]
+    fit = parse_fit(args)
+    (stage,) = fit.stages
+    assert (stage.name, stage.text_length, stage.tasks.generate, stage.joint_dropout) == (name, 256, 0.25, None)
+    assert stage.learning_rate > 0 and stage.target == {"recall": "prompt", "refine": "caption"}[name]
+    assert fit.model.foundation.endswith(f"Wan2.1-T2V-{size.upper()}-Diffusers") and fit.model.text_flow == "uniform"
+    assert (fit.data.height, fit.data.width, fit.data.num_frames, fit.data.caption_length) == (480, 832, 81, 256)
+    assert "ShardedStrategy" in str(fit.strategy) and fit.model.gradient_checkpointing
+    assert fit.model.parallel.compute_dtype == "bfloat16"
+    assert {"StageSwitch", "LastCheckpoint", "MediaLogger"} <= set(fit.callbacks)
+    alone = parse_fit(args[:1])
+    assert alone.stages[0].text_length == {"recall": 32, "refine": 256}[name] and alone.model.text_flow == "mask"
+
+
+def test_overrides_reach_callbacks_and_stages(in_tmp: Path, small_data: list[str]) -> None:
+    from univigu.command import UniViGUCLI
+
+    Path("mine.yaml").write_text(
+        "overrides:\n  stages: {recall: {steps: 7, tasks: {joint: 0.0}}, other: {steps: 1}}\n"
+        "  callbacks: {MediaLogger: {num_samples: 1, every_n_steps: 0}, FinalReport: {num_samples: 2}}\n"
+    )
+    args = ["fit", "--config=configs/recall.yaml", "--config=mine.yaml", *small_data, *QUICK]
+    cli = UniViGUCLI([*args, "--trainer.fast_dev_run=1"])
+    found = {type(callback).__name__: callback for callback in cli.trainer.callbacks}
+    (stage,) = found["StageSwitch"].stages
+    assert (stage.steps, stage.tasks.joint, stage.tasks.understand) == (7, 0.0, 0.75)
+    assert (found["MediaLogger"].num_samples, found["FinalReport"].num_samples) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{stages: {recall: {stepz: 7}}}", "overrides.stages.recall.stepz"),
+        ("{stages: {recall: {tasks: {caption: 1}}}}", "overrides.stages.recall.tasks.caption"),
+        ("{stages: {recall: {condition_dropout: 2}}}", "condition_dropout"),
+        ("{callbacks: {MediaLogger: {samples: 7}}}", "samples"),
+    ],
+)
+def test_overrides_that_fit_nothing(
+    text: str, named: str, in_tmp: Path, small_data: list[str], failing: Callable[[list[str]], str]
+) -> None:
+    Path("mine.yaml").write_text(f"overrides: {text}\n")
+    assert named in failing(["fit", "--config=configs/recall.yaml", "--config=mine.yaml", *small_data])
 
 
 # ---------------------------------------------------------------- mistakes

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from univigu.callbacks import StageSwitch
 from univigu.flow.objective import TaskMixture
-from univigu.module import UniViGU, is_text_parameter
+from univigu.models.transformer import is_text_parameter
+from univigu.module import UniViGU
 from univigu.stages import Stage
 
 tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parent / "tiny.py")))

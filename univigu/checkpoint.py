@@ -19,11 +19,13 @@ from torch.distributed.checkpoint.api import CheckpointException  # no Exception
 
 from univigu.models.conventions import CONVENTIONS
 from univigu.models.foundation import Foundation
+from univigu.models.lora import lora_options, merge_lora
 from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
 from univigu.models.weights import CheckpointError, known_options
 from univigu.official import export_official, import_official, import_wan
 
 PREFIX = "transformer."
+EMA_PREFIX = "ema."  # of callbacks.WeightEMA
 FREE = ("clean_video_reads_text", "text_length", *CONVENTIONS)
 """Options that shape no weight: attention's reach is each run's choice, the others come with the weights."""
 
@@ -40,6 +42,7 @@ __all__ = [
     "plain",
     "read_checkpoint",
     "to_wan",
+    "usable_weights",
 ]
 
 
@@ -120,7 +123,7 @@ def load_weights(path: str | Path, like: UniViGUTransformer3DModel | None = None
         config, state = dict(saved.config), saved.state_dict()
     else:
         checkpoint = read_checkpoint(path)
-        config, weights = checkpoint["univigu"]["transformer_config"], checkpoint["state_dict"]
+        config, weights = checkpoint["univigu"]["transformer_config"], usable_weights(checkpoint)
         state = {key[len(PREFIX) :]: value for key, value in weights.items() if key.startswith(PREFIX)}
     config = with_defaults(config)
     _check_config(path, config, like)
@@ -143,6 +146,18 @@ def _check_config(path: str | Path, config: dict[str, Any], like: UniViGUTransfo
     }
     if differing:
         raise CheckpointError(f"{path}: made for another model; (checkpoint, configuration) differ in {differing}")
+
+
+def usable_weights(checkpoint: Mapping[str, Any], keep_lora: bool = False) -> dict[str, Any]:
+    """The state dict of a training checkpoint as a model for use wants it.
+
+    The weights' running means stand for them, if the checkpoint holds any, and adapters are merged unless kept.
+    """
+    state = checkpoint["state_dict"]
+    means = {PREFIX + key[len(EMA_PREFIX) :]: value for key, value in state.items() if key.startswith(EMA_PREFIX)}
+    state = {key: means.get(key, value) for key, value in state.items() if not key.startswith(EMA_PREFIX)}
+    lora = lora_options(checkpoint["univigu"].get("lora"))
+    return state if lora is None or keep_lora else merge_lora(state, lora)
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from univigu.checkpoint import check_checkpoint_file, missing_checkpoint
 from univigu.data.datamodule import VideoTextDataModule
+from univigu.flow.objective import FlowOptions
+from univigu.models.lora import LoraOptions
 from univigu.module import UniViGU
+from univigu.optim import OptimizerOptions
+from univigu.overrides import Overrides, apply_overrides
+from univigu.parallel import ParallelOptions
+from univigu.stages import Stage
 
 
 class UniViGUCLI(LightningCLI):
@@ -25,6 +33,7 @@ class UniViGUCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(Overrides, "overrides")
         parser.link_arguments("model.foundation", "data.foundation")
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
@@ -34,6 +43,8 @@ class UniViGUCLI(LightningCLI):
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")
         config = self.config[subcommand] if subcommand else self.config
+        changes = config.get("overrides")
+        apply_overrides(Overrides(changes.stages, changes.callbacks), config.trainer.get("callbacks") or [])
         if subcommand in ("validate", "test") and not config.ckpt_path and config.trainer.default_root_dir:
             # Evaluation is of what the configuration trained.
             trained = Path(config.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
@@ -44,3 +55,60 @@ class UniViGUCLI(LightningCLI):
             if config.ckpt_path not in ("best", "last", "hpc") and "://" not in str(config.ckpt_path):
                 check_checkpoint_file(Path(config.ckpt_path))
             config.model.init_from = None  # the checkpoint brings all weights
+
+
+@dataclass
+class ParsedFit:
+    """What a fit was configured to do, nothing of it made yet."""
+
+    model: Any
+    """Arguments of :class:`UniViGU`, options as their classes."""
+    data: Any
+    """Arguments of :class:`VideoTextDataModule`."""
+    strategy: Any
+    """The trainer's."""
+    callbacks: list[str]
+    """Names of the callbacks' classes."""
+    stages: list[Stage]
+
+
+def parse_fit(args: list[str]) -> ParsedFit:
+    """Parse the arguments of ``lightning fit``, with overrides applied, without making trainer, model or data."""
+
+    class OnlyParse(UniViGUCLI):
+        def instantiate_classes(self) -> None:
+            raise _Parsed(self)
+
+    try:
+        OnlyParse(["fit", *args])
+    except _Parsed as parsed:
+        cli = parsed.cli
+    config = cli.config["fit"]
+    callbacks = config.trainer.get("callbacks") or []
+    switches = [callback for callback in callbacks if callback.class_path.endswith("StageSwitch")]
+    if not switches:
+        raise ValueError("trainer.callbacks: no StageSwitch, so there are no stages")
+    model = Namespace(**vars(config.model))
+    for name, kind in (("flow", FlowOptions), ("optimizer", OptimizerOptions), ("lora", LoraOptions),
+                       ("parallel", ParallelOptions)):  # fmt: skip
+        model[name] = _make(kind, config.model[name])
+    stages = [_make(Stage, stage) for stage in switches[0].init_args.stages]
+    names = [callback.class_path.rpartition(".")[2] for callback in callbacks]
+    return ParsedFit(model, config.data, config.trainer.strategy, names, stages)
+
+
+class _Parsed(Exception):
+    def __init__(self, cli: UniViGUCLI) -> None:
+        self.cli = cli
+
+
+def _make(kind: Any, values: Any) -> Any:
+    """A dataclass of parsed values, those within it as well."""
+    if values is None or isinstance(values, kind):
+        return values
+    hints = get_type_hints(kind)
+    made = {name: value for name, value in vars(values).items()}
+    for name, value in made.items():
+        if is_dataclass(hints.get(name)) and not is_dataclass(value):
+            made[name] = _make(hints[name], value)
+    return kind(**made)

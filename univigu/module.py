@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -12,10 +11,11 @@ from diffusers import WanTransformer3DModel
 from lightning import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from univigu.checkpoint import load_weights, plain
+from univigu.checkpoint import load_weights, plain, usable_weights
 from univigu.data.video import to_frames, to_model_range
 from univigu.evaluation import HeldOutEvaluation
 from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowLosses, UniFlowObjective, by_noise_level
+from univigu.flow.random import make_generator
 from univigu.flow.text import TextFlow, make_text_flow
 from univigu.models.conventions import CONVENTIONS, Conventions
 from univigu.models.foundation import (
@@ -23,13 +23,17 @@ from univigu.models.foundation import (
     Foundation,
     detokenize,
     encode_prompt,
+    fit_slot,
     tokenize,
 )
-from univigu.models.transformer import TextFlowName, UniViGUTransformer3DModel, is_text_parameter
+from univigu.models.lora import LoraOptions, add_lora
+from univigu.models.transformer import TextFlowName, UniViGUTransformer3DModel
 from univigu.optim import OptimizerOptions, make_optimizer
+from univigu.parallel import ParallelOptions, build_sharded, is_sharded, trained_weights_changed
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.tasks import Sampler
 from univigu.stages import Stage
+from univigu.trained import Trains, check_stage, parameter_groups, train_only
 
 
 @dataclass
@@ -65,7 +69,12 @@ class UniViGU(LightningModule):
         predict_task: what ``lightning predict`` makes: "caption", "generate" or "joint".
         prompt_slots: longer slots that prompts are padded to now and then in training (every 16th step, in turn),
             so that a generator made from nothing does not depend on the length of its prompts' padding.
+        text_encoder_dtype: type of the (frozen) text encoder's weights.
         gradient_checkpointing: recompute activations in the backward pass.
+        parallel: how the transformer computes if the trainer's strategy shards it.
+        trains: "all" weights, where a stage's rate is over 0; the "text" stream's own alone; or the text stream's and,
+            in place of the pretrained weights, low-rank adapters on the shared attention ("lora").
+        lora: size of the adapters.
         seed: seeds noise, times, dropout and samples.
     """
 
@@ -84,12 +93,16 @@ class UniViGU(LightningModule):
         sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
         predict_task: Literal["caption", "generate", "joint"] = "caption",
         prompt_slots: tuple[int, ...] = (),
+        text_encoder_dtype: Literal["float32", "bfloat16"] = "float32",
         gradient_checkpointing: bool = False,
+        parallel: ParallelOptions = ParallelOptions(),  # noqa: B008
+        trains: Trains = "all",
+        lora: LoraOptions = LoraOptions(),  # noqa: B008
         seed: int = 0,
     ) -> None:
         super().__init__()
         # Frozen components stay outside the module tree: they belong to the foundation, not to our checkpoints.
-        self._foundation = (Foundation(foundation),)
+        self._foundation = (Foundation(foundation, getattr(torch, text_encoder_dtype)),)
         self.init_from = init_from
         self.random_init = random_init
         self.text_flow_name = text_flow
@@ -102,6 +115,9 @@ class UniViGU(LightningModule):
         self.sampling = sampling
         self.predict_task = predict_task
         self.gradient_checkpointing = gradient_checkpointing
+        self.parallel = parallel
+        self.trains = trains
+        self.lora = lora
         self.prompt_slots = prompt_slots
         self.seed = seed
         self.stage = Stage()
@@ -119,14 +135,36 @@ class UniViGU(LightningModule):
 
     # ---------------------------------------------------------------- building
 
+    def setup(self, stage: str) -> None:
+        if stage in ("test", "predict") and self.device_mesh is not None and self.trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"lightning {stage}: samples end at different steps on different processes, and a sharded model waits "
+                "for all of them; run it on one, --trainer.strategy auto --trainer.devices 1 (see docs/CLUSTER.md)"
+            )
+
     def configure_model(self) -> None:
         """Build the transformer once, from the foundation or from an earlier stage's weights."""
         if self.transformer is not None:
             return
+        mesh = self.device_mesh
+        if mesh is None:  # the strategy does not shard
+            self._set_transformer(self._adapted(self._build_transformer()))
+        else:
+            device = self.trainer.strategy.root_device
+            mesh = mesh["data_parallel"]
+            self._set_transformer(build_sharded(self._build_transformer, self._adapted, mesh, device, self.parallel))
+
+    def _adapted(self, model: UniViGUTransformer3DModel) -> UniViGUTransformer3DModel:
+        """With adapters, if they are what is trained."""
+        if self.trains == "lora":
+            add_lora(model, self.lora)
+        return model
+
+    def _build_transformer(self) -> UniViGUTransformer3DModel:
         torch.manual_seed(self.seed)  # the text stream's new weights
         model = UniViGUTransformer3DModel.from_wan(
             self.foundation.path,
-            vocab_size=len(self.foundation.tokenizer),
+            vocab_size=self.foundation.vocab_size,
             text_flow=self.text_flow_name,
             clean_video_reads_text=self.clean_video_reads_text,
             separate_text_ffn=self.separate_text_ffn,
@@ -137,7 +175,7 @@ class UniViGU(LightningModule):
             model = UniViGUTransformer3DModel.from_config(model.config)
         if self.init_from is not None:
             model = load_weights(self.init_from, like=model)
-        self._set_transformer(model)
+        return model
 
     def _set_transformer(self, model: UniViGUTransformer3DModel) -> None:
         if self.gradient_checkpointing:
@@ -149,6 +187,7 @@ class UniViGU(LightningModule):
 
     def enter_stage(self, stage: Stage) -> None:
         """Put a stage in force: what is frozen changes here, learning rates in ``StageSwitch``."""
+        check_stage(self.trains, stage)
         self.stage = stage
         if self.transformer is not None:
             self._apply_stage()
@@ -158,20 +197,11 @@ class UniViGU(LightningModule):
 
     def _apply_stage(self) -> None:
         self._model.register_to_config(text_length=self.stage.text_length)
-        for name, parameters in self._parameter_groups().items():
-            rate = self.stage.text_learning_rate if name == "text" else self.stage.learning_rate
-            for _, parameter in parameters:
-                parameter.requires_grad_(rate > 0)
-
-    def _parameter_groups(self) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
-        """Parameters by what they are: the pretrained generator's and the text stream's."""
-        groups: dict[str, list[tuple[str, torch.nn.Parameter]]] = {"video": [], "text": []}
-        for name, parameter in self._model.named_parameters():
-            groups["text" if is_text_parameter(name) else "video"].append((name, parameter))
-        return groups
+        train_only(self._model, self.trains, self.stage)
+        trained_weights_changed(self._model)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return make_optimizer(self._parameter_groups(), self.optimizer_options)
+        return make_optimizer(parameter_groups(self._model, self.trains), self.optimizer_options)
 
     # ---------------------------------------------------------------- training
 
@@ -226,7 +256,8 @@ class UniViGU(LightningModule):
     def _encode_prompt(self, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             zero_padding = self.conventions.prompt_padding == "zeros"
-            return encode_prompt(self.foundation.text_encoder, ids, self.foundation.pad_token_id, zero_padding)
+            encoder = self.foundation.text_encoder
+            return encode_prompt(encoder, ids, self.foundation.pad_token_id, zero_padding).float()
 
     def encode_prompts(self, prompts: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings [B, S, text_dim] of the prompts and [1, S, text_dim] of none."""
@@ -394,6 +425,8 @@ class UniViGU(LightningModule):
         """Record what is needed to rebuild the model without its configuration file."""
         config = {name: value for name, value in self._model.config.items() if not name.startswith("_")}
         checkpoint["univigu"] = {"transformer_config": config, "stage": self.stage.name}
+        if self.trains == "lora":
+            checkpoint["univigu"]["lora"] = asdict(self.lora)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint brings its own architecture to prediction and evaluation; a resumed fit must match it."""
@@ -404,27 +437,9 @@ class UniViGU(LightningModule):
         differing = {name: (saved[name], ours[name]) for name in saved if plain(saved[name]) != plain(ours[name])}
         for name in {"text_length", *CONVENTIONS} & differing.keys():  # what no weight depends on comes with them
             self._model.register_to_config(**{name: differing.pop(name)[0]})
-        if differing and self.trainer.state.fn == "fit":
+        if differing and (self.trainer.state.fn == "fit" or is_sharded(self._model)):
             raise MisconfigurationException(f"the checkpoint's model differs from the configuration: {differing}")
+        if self.trainer.state.fn != "fit" and "state_dict" in checkpoint:  # a sharded one's is read elsewhere
+            checkpoint["state_dict"] = usable_weights(checkpoint, keep_lora=self.trains == "lora")
         if differing:
             self._set_transformer(UniViGUTransformer3DModel(**saved).to(self.device))
-
-
-def make_generator(device: torch.device | str, *numbers: int) -> torch.Generator:
-    """A generator seeded by a hash of integers, so that neighbouring steps get unrelated streams."""
-    digest = hashlib.sha256(repr(numbers).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
-
-
-def fit_slot(ids: torch.Tensor, length: int, pad_token_id: int, name: str) -> torch.Tensor:
-    """Cut or pad token ids [B, S] to a slot [B, length]; only padding is ever cut.
-
-    Raises:
-        ValueError: a text is longer than the slot.
-    """
-    if ids.shape[1] <= length:
-        return torch.nn.functional.pad(ids, (0, length - ids.shape[1]), value=pad_token_id)
-    longest = int((ids != pad_token_id).sum(1).max())
-    if longest > length:
-        raise ValueError(f"text_length={length}: a {name} of {longest} tokens does not fit the slot")
-    return ids[:, :length]

@@ -95,7 +95,8 @@ def make_optimizer(groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]], opt
             (options.weight_decay, [p for p in rest if p.ndim == 2]),
             (0.0, [p for p in rest if p.ndim != 2]),
         ):
-            adamw.append({"params": own, "name": name, "rate": 1.0, "weight_decay": decay, "betas": options.betas})
+            if own:
+                adamw.append({"params": own, "name": name, "rate": 1.0, "weight_decay": decay, "betas": options.betas})
     if muon:
         return MuonAdamW(muon, adamw, options.fused)
     return torch.optim.AdamW(adamw, lr=0.0, fused=options.fused)

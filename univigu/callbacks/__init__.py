@@ -2,6 +2,7 @@
 
 from univigu.callbacks.accuracy import CaptionAccuracy
 from univigu.callbacks.checkpoint import LastCheckpoint
+from univigu.callbacks.ema import WeightEMA
 from univigu.callbacks.media import MediaLogger
 from univigu.callbacks.monitor import TrainingMonitor
 from univigu.callbacks.predictions import PredictionWriter
@@ -16,4 +17,5 @@ __all__ = [
     "PredictionWriter",
     "StageSwitch",
     "TrainingMonitor",
+    "WeightEMA",
 ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from univigu.parallel import is_sharded
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -32,7 +35,34 @@ class LastCheckpoint(ModelCheckpoint):
             self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
 
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """A sharded checkpoint is a folder: it appears under its name once every process has written its part."""
+        if not is_sharded(trainer.lightning_module.transformer):  # type: ignore[arg-type]
+            super()._save_checkpoint(trainer, filepath)
+            return
+        target, part, old = (Path(f"{filepath}{suffix}") for suffix in ("", ".part", ".old"))
+        if trainer.is_global_zero:
+            _remove(part)
+        super()._save_checkpoint(trainer, str(part))
+        self._last_checkpoint_saved = filepath
+        trainer.strategy.barrier("checkpoint written")
+        if trainer.is_global_zero:
+            _remove(old)
+            if target.exists():
+                target.replace(old)
+            part.replace(target)
+            _remove(old)
+        trainer.strategy.barrier("checkpoint in place")
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         if not trainer.fast_dev_run and self._last_global_step_saved != trainer.global_step:  # type: ignore[attr-defined]
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def _remove(path: Path) -> None:
+    """A checkpoint of either kind, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
+
+from univigu.parallel import is_sharded
 
 
 class HeldOutCallback(Callback):
     """Looks at the same held-out clips every so many optimizer steps, in evaluation mode, on rank 0.
+
+    The processes of a sharded model do so together, on rank 0's clips.
 
     Args:
         every_n_steps: how often; 0 switches it off.
@@ -25,12 +28,11 @@ class HeldOutCallback(Callback):
         self.num_samples = num_samples
         self._samples: dict[str, Any] | None = None
 
-    @rank_zero_only
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if not (self.every_n_steps and step and step % self.every_n_steps == 0):
+        if not (self.every_n_steps and step and step % self.every_n_steps == 0 and takes_part(trainer, pl_module)):
             return
         pl_module.eval()
         try:
@@ -46,7 +48,7 @@ class HeldOutCallback(Callback):
     def samples(self, trainer: Trainer) -> dict[str, Any]:
         """The clips, read once."""
         if self._samples is None:
-            self._samples = held_out_samples(trainer, self.num_samples)
+            self._samples = shared_samples(trainer, self.num_samples)
         return self._samples
 
 
@@ -68,9 +70,10 @@ class MediaLogger(HeldOutCallback):
         self.fps = fps
 
     def look(self, trainer: Trainer, pl_module: Any) -> None:
-        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if not writers:
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if not loggers:
             return
+        writers = [logger.experiment for logger in loggers] if trainer.is_global_zero else []
         samples, step = self.samples(trainer), trainer.global_step
         length, seeds = samples["prompt_ids"].shape[1], list(range(len(samples["key"])))
         latents = pl_module.latents_of(samples)
@@ -83,6 +86,18 @@ class MediaLogger(HeldOutCallback):
         for writer in writers:
             add_video(writer, "held_out/generated", frames, step, self.fps, self.scale)
             writer.add_text("held_out/prompts", "  \n".join(samples["prompt"]), step)
+
+
+def takes_part(trainer: Trainer, pl_module: Any) -> bool:
+    """Whether this process has to run the model when rank 0 does."""
+    return trainer.is_global_zero or is_sharded(pl_module.transformer)
+
+
+def shared_samples(trainer: Trainer, count: int) -> dict[str, Any]:
+    """:func:`held_out_samples` of rank 0, for all that take part."""
+    if not is_sharded(trainer.lightning_module.transformer):  # type: ignore[arg-type]
+        return held_out_samples(trainer, count)
+    return trainer.strategy.broadcast(held_out_samples(trainer, count) if trainer.is_global_zero else {})
 
 
 def held_out_samples(trainer: Trainer, count: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from torch.distributed.tensor import DTensor
 
 
 class TrainingMonitor(Callback):
@@ -38,7 +39,8 @@ class TrainingMonitor(Callback):
             return
         norms = [p.grad.norm() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if norms:
-            pl_module.log("train/grad_norm", torch.stack(norms).norm())
+            norm = torch.stack(norms).norm()
+            pl_module.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
         for group in optimizer.param_groups:
             muon = "_muon" if "momentum" in group else ""
             pl_module.log(f"lr/{group['name']}{muon}", group["lr"])

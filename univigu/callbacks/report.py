@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from univigu.callbacks.media import caption_samples, held_out_samples
+from univigu.callbacks.media import caption_samples, shared_samples, takes_part
 
 
 class FinalReport(Callback):
@@ -27,9 +27,9 @@ class FinalReport(Callback):
 
     @torch.no_grad()
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not takes_part(trainer, pl_module) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        console = Console()
+        console = Console(quiet=not trainer.is_global_zero)
         tasks = pl_module.stage.tasks
         if tasks.joint + tasks.understand > 0:
             self._captions(trainer, pl_module, console)
@@ -40,7 +40,7 @@ class FinalReport(Callback):
             console.print(f"checkpoint: {best}", soft_wrap=True, highlight=False)
 
     def _captions(self, trainer: Trainer, pl_module: Any, console: Console) -> None:
-        samples = held_out_samples(trainer, self.num_samples)
+        samples = shared_samples(trainer, self.num_samples)
         latents = pl_module.latents_of(samples)
         pl_module.eval()
         count = len(samples["key"])

@@ -40,6 +40,20 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int, 
     return torch.tensor(rows, dtype=torch.int64)
 
 
+def fit_slot(ids: torch.Tensor, length: int, pad_token_id: int, name: str) -> torch.Tensor:
+    """Cut or pad token ids [B, S] to a slot [B, length]; only padding is ever cut.
+
+    Raises:
+        ValueError: a text is longer than the slot.
+    """
+    if ids.shape[1] <= length:
+        return torch.nn.functional.pad(ids, (0, length - ids.shape[1]), value=pad_token_id)
+    longest = int((ids != pad_token_id).sum(1).max())
+    if longest > length:
+        raise ValueError(f"text_length={length}: a {name} of {longest} tokens does not fit the slot")
+    return ids[:, :length]
+
+
 def token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     """Number of tokens of a text, its end-of-sequence token counted."""
     return len(tokenizer(prompt_clean(text))["input_ids"])
@@ -117,13 +131,16 @@ class Foundation:
 
     Args:
         path: folder with tokenizer/, text_encoder/, vae/, transformer/ and scheduler/.
+        text_encoder_dtype: type of the text encoder's weights; Wan2.1's has 5.7 billion of them.
 
     Raises:
         FileNotFoundError: the folder or one of its components is missing, by name.
     """
 
-    def __init__(self, path: str | Path = EMBEDDED_FOUNDATION) -> None:
+    def __init__(self, path: str | Path = EMBEDDED_FOUNDATION, text_encoder_dtype: torch.dtype = torch.float32) -> None:
         self.path = Path(path)
+        self._text_encoder_dtype = text_encoder_dtype
+        self._device = torch.device("cpu")
         missing = [name for name in COMPONENTS if not (self.path / name).is_dir()]
         if missing:
             lacking = ", ".join(missing)
@@ -135,13 +152,21 @@ class Foundation:
 
     @cached_property
     def text_encoder(self) -> UMT5EncoderModel:
-        model = UMT5EncoderModel.from_pretrained(self.path / "text_encoder", dtype=torch.float32)
+        # Straight to its device: with many processes a node, as many copies would not fit into the host's memory.
+        place = {} if self._device.type == "cpu" else {"device_map": {"": self._device}}
+        folder = self.path / "text_encoder"
+        model = UMT5EncoderModel.from_pretrained(folder, dtype=self._text_encoder_dtype, **place)
         return model.requires_grad_(False).eval()
 
     @cached_property
     def vae(self) -> AutoencoderKLWan:
         model = AutoencoderKLWan.from_pretrained(self.path / "vae", torch_dtype=torch.float32)
-        return model.requires_grad_(False).eval()
+        return model.requires_grad_(False).eval().to(self._device)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids that the text encoder takes, which may be more than the tokenizer gives."""
+        return int(json.loads((self.path / "text_encoder" / "config.json").read_text())["vocab_size"])
 
     def scheduler(self) -> Any:
         """A fresh scheduler of the class and configuration the folder names (schedulers carry state)."""
@@ -153,7 +178,8 @@ class Foundation:
         return int(self.tokenizer.pad_token_id)
 
     def to(self, device: torch.device | str) -> Foundation:
-        """Move what has been loaded so far."""
+        """Move what has been loaded so far; the rest will be loaded there."""
+        self._device = torch.device(device)
         for name in ("text_encoder", "vae"):
             if name in self.__dict__:
                 self.__dict__[name].to(device)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import WanTransformer3DModel
+from torch.distributed.tensor import DTensor, Partial
 
 AnyWan = TypeVar("AnyWan", bound=WanTransformer3DModel)
 
@@ -31,6 +32,13 @@ def empty_model(model: type[AnyWan], config: Mapping[str, Any]) -> AnyWan:
     options = made.config
     made.rope = type(made.rope)(options.attention_head_dim, options.patch_size, options.rope_max_seq_len)
     return made
+
+
+def gathered(weight: torch.Tensor) -> torch.Tensor:
+    """A sharded weight whole, for use outside its module's forward; its gradients are averaged over the processes."""
+    if not isinstance(weight, DTensor):
+        return weight
+    return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
 
 
 def check_complete(path: Any, info: dict[str, Any]) -> None:

@@ -1,0 +1,123 @@
+"""Adapters on the shared attention: nothing at first, merged into plain weights, trained alone."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from univigu.checkpoint import load_weights
+from univigu.flow.objective import TaskMixture
+from univigu.models import UniViGUTransformer3DModel
+from univigu.models.lora import LoraOptions, add_lora, is_lora_parameter, merge_lora
+from univigu.models.transformer import is_text_parameter
+from univigu.stages import Stage
+from univigu.trained import check_stage, parameter_groups, train_only
+
+HERE = Path(__file__).resolve().parent
+tiny = SimpleNamespace(**runpy.run_path(str(HERE.parent / "tiny.py")))
+formulas = SimpleNamespace(**runpy.run_path(str(HERE / "test_transformer.py")))
+stages = SimpleNamespace(**runpy.run_path(str(HERE.parent / "test_stages.py")))
+
+VOCAB = 11
+
+
+@pytest.fixture
+def model() -> UniViGUTransformer3DModel:
+    return tiny.make_unified(tiny.make_wan(), VOCAB)
+
+
+def test_adapters_start_at_nothing_and_merge(model: UniViGUTransformer3DModel) -> None:
+    inputs, options = formulas.make_inputs(), LoraOptions(rank=3, alpha=6)
+    before, names = formulas.run(model, inputs), set(model.state_dict())
+    add_lora(model, options)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    adapted = formulas.run(model, inputs)
+    formulas.assert_close(adapted.sample, before.sample)
+    lora = {name: p for name, p in model.named_parameters() if is_lora_parameter(name)}
+    assert len(lora) == 2 * 2 * 4 * 2  # layers, attentions, projections, matrices
+    assert not any(is_text_parameter(name) for name in lora)
+    tiny.shake(model, 0.2)
+    changed = formulas.run(model, inputs)
+    assert (changed.sample - before.sample).abs().max() > 1e-2
+    merged = merge_lora(model.state_dict(), options)
+    assert set(merged) == names
+    plain = tiny.make_unified(tiny.make_wan(), VOCAB)
+    plain.load_state_dict(merged)
+    after = formulas.run(plain, inputs)
+    formulas.assert_close(after.sample, changed.sample)
+    formulas.assert_close(after.text, changed.text)
+
+
+def test_only_the_chosen_attention_is_adapted(model: UniViGUTransformer3DModel) -> None:
+    add_lora(model, LoraOptions(rank=2, attention=("attn1",)))
+    assert all(".attn1." in name for name, _ in model.named_parameters() if is_lora_parameter(name))
+
+
+@pytest.mark.parametrize("trains", ["all", "text", "lora"])
+def test_what_is_trained(model: UniViGUTransformer3DModel, trains: Any) -> None:
+    if trains == "lora":
+        add_lora(model, LoraOptions(rank=2))
+    groups = parameter_groups(model, trains)
+    assert {name for name, _ in groups["text"]} == {n for n, _ in model.named_parameters() if is_text_parameter(n)}
+    video = {name for name, _ in groups["video"]}
+    assert bool(video) == (trains != "text") and (trains == "lora") == any(map(is_lora_parameter, video))
+    for rate in (0.0, 1e-4):
+        train_only(model, trains, Stage(learning_rate=rate, tasks=TaskMixture(1, 1, 0)))
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained == {name for name, _ in groups["text"]} | (video if rate else set())
+
+
+def test_generation_teaches_the_text_stream_nothing() -> None:
+    with pytest.raises(ValueError, match=r"trains='text': stage 'mine' has tasks\.generate=0\.25"):
+        check_stage("text", Stage(name="mine"))
+    check_stage("text", Stage(tasks=TaskMixture(1, 1, 0)))
+
+
+@pytest.mark.parametrize("option", [{"rank": 0}, {"alpha": 0}, {"attention": ()}, {"attention": ("attn3",)}])
+def test_options_are_checked(option: dict[str, Any]) -> None:
+    (name,) = option
+    with pytest.raises(ValueError, match=rf"lora\.{name}="):
+        LoraOptions(**option)
+
+
+@pytest.mark.parametrize("trains", ["text", "lora"])
+def test_a_run_moves_what_it_should_and_is_resumed(tmp_path: Path, trains: str) -> None:
+    """Through both stages; the checkpoint loads as a plain model whose merged weights compute the same."""
+    from lightning import Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from torch.utils.data import DataLoader
+
+    from univigu.callbacks import StageSwitch
+    from univigu.module import UniViGU
+
+    folder = tmp_path / "foundation"
+    tiny.make_pipeline().save_pretrained(folder)
+    stage = Stage(name="a", steps=3, text_length=8, warmup_steps=0, learning_rate=1e-2, tasks=TaskMixture(1, 1, 0))
+
+    def fit(ckpt_path: str | None = None) -> Any:
+        module = UniViGU(str(folder), trains=trains, lora=LoraOptions(rank=2), seed=1)  # type: ignore[arg-type]
+        saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = Trainer(
+            default_root_dir=tmp_path, accelerator="cpu", logger=False, callbacks=[StageSwitch([stage]), saver],
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(stages.Clips(), batch_size=12), ckpt_path=ckpt_path, weights_only=True)
+        return module.transformer
+
+    trained = fit()
+    loaded = load_weights(tmp_path / "step=3.ckpt").eval()
+    vocab = loaded.config.vocab_size
+    start = tiny.make_wan()
+    moved = {name for name, value in start.state_dict().items() if not torch.equal(value, loaded.state_dict()[name])}
+    assert bool(moved) == (trains == "lora")
+    assert all(name.endswith(".weight") and ".attn" in name and ".norm" not in name for name in moved)
+    inputs = formulas.make_inputs() | {"text_tokens": torch.randint(vocab, (3, 7))}
+    formulas.assert_close(formulas.run(loaded, inputs).text, formulas.run(trained.eval(), inputs).text)
+    resumed = fit(str(tmp_path / "step=1.ckpt"))
+    for name, value in trained.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name

@@ -1,0 +1,211 @@
+"""How the transformer is split over processes: FSDP2, sharded by block, through Lightning's ModelParallelStrategy.
+
+Each process keeps its share of the float32 weights and of the optimizer's state. A block's weights are gathered, in
+the compute type, when the block runs, and its gradients are summed in float32 into the shares.
+
+One process builds the model (or reads its checkpoint) and hands each other its share, a weight at a time. So the
+host memory that loading takes does not grow with the number of processes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
+
+from univigu.models.transformer import UniViGUTransformer3DModel
+from univigu.models.weights import empty_model
+
+
+@dataclass
+class ParallelOptions:
+    """How a sharded model computes; without a sharding strategy they do nothing."""
+
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the gathered weights and of the activations. The shares and the sums of gradients stay float32."""
+    reshard_after_forward: bool = True
+    """Free a block's gathered weights after its forward and gather them again for its backward."""
+
+    def __post_init__(self) -> None:
+        if self.compute_dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"parallel.compute_dtype={self.compute_dtype!r}: expected 'bfloat16' or 'float32'")
+
+
+def build_sharded(
+    build: Callable[[], UniViGUTransformer3DModel],
+    prepare: Callable[[UniViGUTransformer3DModel], Any],
+    mesh: DeviceMesh,
+    device: torch.device,
+    options: ParallelOptions,
+) -> UniViGUTransformer3DModel:
+    """A sharded model with the weights of the one that ``build`` makes, which rank 0 alone calls.
+
+    Args:
+        build: makes the whole model in host memory.
+        prepare: adds to a model what its configuration does not say, such as adapters.
+        mesh: one-dimensional, the processes to shard over.
+        device: this process's.
+        options: see the class.
+
+    Raises:
+        RuntimeError: building failed on rank 0; there the error itself is raised.
+    """
+    whole, config = _build_on_first(lambda: _prepared(build(), prepare))
+    model = empty_model(UniViGUTransformer3DModel, config)
+    prepare(model)
+    shard(model, mesh, options)
+    rope = copy.deepcopy(model.rope)
+    model.to_empty(device=device)
+    model.rope = rope.to(device)  # its buffers are in no state dict
+    state = whole.state_dict() if whole is not None else {}
+    with torch.no_grad():
+        for name, share in model.state_dict().items():
+            full = state[name] if name in state else torch.empty(share.shape, dtype=share.dtype)
+            share.copy_(distribute_tensor(full.to(device), share.device_mesh, share.placements))  # sent by rank 0
+            state.pop(name, None)
+    return model
+
+
+def _prepared(model: UniViGUTransformer3DModel, prepare: Callable[[Any], Any]) -> UniViGUTransformer3DModel:
+    prepare(model)
+    return model
+
+
+def _build_on_first(
+    build: Callable[[], UniViGUTransformer3DModel],
+) -> tuple[UniViGUTransformer3DModel | None, dict[str, Any]]:
+    """The model, on rank 0, and its configuration, everywhere."""
+    whole, message = None, None
+    if dist.get_rank() == 0:
+        try:
+            whole = build()
+            message = {name: value for name, value in whole.config.items() if not name.startswith("_")}
+        except Exception as error:  # the others must not wait for it
+            dist.broadcast_object_list([error.__class__.__name__ + f": {error}"], 0)
+            raise
+    received = [message]
+    dist.broadcast_object_list(received, 0)
+    if not isinstance(received[0], dict):
+        raise RuntimeError(f"rank 0 could not build the model: {received[0]}")
+    return whole, received[0]
+
+
+def shard(model: UniViGUTransformer3DModel, mesh: DeviceMesh, options: ParallelOptions) -> None:
+    """Apply FSDP2: the blocks, the large tables, the float32 time embedders, then what is left."""
+    dtype = getattr(torch, options.compute_dtype)
+    # Times must not be rounded on the way in, so nothing is cast on the way but by ourselves, see below.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+    reshard: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": options.reshard_after_forward}
+    for block in model.blocks:
+        fully_shard(block, mp_policy=policy, **reshard)
+    for embedding in (model.condition_embedder, model.time_embedding_t):
+        fully_shard(embedding.time_embedder, mp_policy=exact, **reshard)  # float32 in Wan, too
+    for table in (model.vocab_embed, model.text_head):
+        fully_shard(table, mp_policy=policy, **reshard)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+    model.register_forward_pre_hook(_CastInputs(dtype), with_kwargs=True)
+
+
+class _CastInputs:
+    """Gives a model its latents and prompt embeddings in the compute type; times and text states as they are."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._prompt: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        names = ("hidden_states", "timestep", "encoder_hidden_states")
+        inputs = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
+        if inputs.get("hidden_states") is not None:
+            inputs["hidden_states"] = inputs["hidden_states"].to(self.dtype)
+        if inputs.get("encoder_hidden_states") is not None:
+            inputs["encoder_hidden_states"] = self._cast_prompt(inputs["encoder_hidden_states"])
+        values = [inputs[name] for name in names[: len(args)]] + list(args[len(names) :])
+        return tuple(values), kwargs | {name: inputs[name] for name in names if name in kwargs}
+
+    def _cast_prompt(self, embeds: torch.Tensor) -> torch.Tensor:
+        """The same tensor for the same embeddings: an AttentionCache knows its prompt by that."""
+        if self._prompt is None or self._prompt[0] is not embeds:
+            self._prompt = embeds, embeds.to(self.dtype)
+        return self._prompt[1]
+
+
+def trained_weights_changed(model: nn.Module) -> None:
+    """Tell FSDP2 that other weights need gradients now.
+
+    It settles once in what type a group's gradients are summed, by those of its weights that are trained. A group that
+    was frozen then, and is not in a later stage, would not know.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            group = module._get_fsdp_state()._fsdp_param_group
+            if group is not None:
+                group._init_mp_dtypes()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model is split over processes, which then have to run it together."""
+    return isinstance(model, FSDPModule)
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Lightning's, on data-parallel processes only, resuming a run exactly in any of its stages.
+
+    Which weights have an optimizer state depends on the stages so far; Lightning would look for one of each weight
+    that is being trained at the start.
+
+    Args:
+        data_parallel_size: processes to shard over; "auto" is all.
+        save_distributed_checkpoint: a folder that every process writes its share to, or one file that rank 0 writes.
+    """
+
+    def __init__(
+        self, data_parallel_size: Literal["auto"] | int = "auto", save_distributed_checkpoint: bool = True
+    ) -> None:
+        super().__init__(data_parallel_size, 1, save_distributed_checkpoint)
+
+    def setup_environment(self) -> None:
+        if self._data_parallel_size == "auto":
+            self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """As Lightning's; each weight has the optimizer state afterwards that it was saved with."""
+        path = Path(self.broadcast(checkpoint_path))
+        with self._only_with_state(path) if path.is_dir() and self.optimizers else _unchanged():
+            return super().load_checkpoint(path, weights_only)
+
+    @contextmanager
+    def _only_with_state(self, path: Path) -> Iterator[None]:
+        from torch.distributed.checkpoint import FileSystemReader
+
+        assert self.model is not None
+        saved = FileSystemReader(path).read_metadata().state_dict_metadata
+        stated = {key.rpartition(".")[0].split(".state.", 1)[1] for key in saved if ".state." in key}
+        parameters = dict(self.model.named_parameters())
+        before = {name: parameter.requires_grad for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in stated)
+        try:
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(before[name])
+
+
+@contextmanager
+def _unchanged() -> Iterator[None]:
+    yield
