@@ -38,6 +38,9 @@ def test_commands_parse(where: str, line: str, monkeypatch: pytest.MonkeyPatch) 
         program, args = Path(words[0]).name, words[1:]
         if program in ("lightning", "univigu"):
             _check_lightning(args)
+        elif program == "torchrun":
+            assert "univigu.cli" in args
+            _check_lightning(args[args.index("univigu.cli") + 1 :])
         elif program.startswith("python") and args and args[0].startswith("tools/"):
             _check_tool(args)
         else:

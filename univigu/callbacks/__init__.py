@@ -8,6 +8,7 @@ from univigu.callbacks.monitor import TrainingMonitor
 from univigu.callbacks.predictions import PredictionWriter
 from univigu.callbacks.report import FinalReport
 from univigu.callbacks.stage import StageSwitch
+from univigu.callbacks.throughput import ThroughputLogger
 
 __all__ = [
     "CaptionAccuracy",
@@ -16,6 +17,7 @@ __all__ = [
     "MediaLogger",
     "PredictionWriter",
     "StageSwitch",
+    "ThroughputLogger",
     "TrainingMonitor",
     "WeightEMA",
 ]

@@ -34,8 +34,9 @@ def chunked_scores(
     Returns:
         losses [M], of whatever type the score gives.
     """
-    if torch.is_autocast_enabled(hidden.device.type):  # what the linear would do by itself
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    place = hidden.device.type
+    if place != "meta" and torch.is_autocast_enabled(place):  # what the linear would do by itself
+        dtype = torch.get_autocast_dtype(place)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     return _ChunkedScores.apply(hidden, weight, bias, score, max(1, max_logits // weight.shape[0]))

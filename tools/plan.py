@@ -1,0 +1,89 @@
+"""What a configuration will need, counted without computing anything.
+
+    python tools/plan.py --config configs/recall.yaml --config configs/wan2.1-1.3b.yaml --config configs/fsdp.yaml \
+        --world-size 8 --device h100
+    python tools/plan.py --config configs/two_stage.yaml --modules     # parameters added, per module
+
+Takes the options of `lightning fit` besides its own. The weights need not be there: where the foundation's folder is
+not, Wan2.1's published sizes stand for it, by the folder's name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from univigu.plan import Plan, added_parameters, make_plan
+from univigu.published import workloads_of
+
+# Dense bfloat16 operations a second, by the makers' data sheets.
+DEVICES = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
+
+
+def show_plan(title: str, plan: Plan, options: argparse.Namespace, console: Console) -> None:
+    """Print one stage's numbers."""
+    gigabyte = 1e9
+    table = Table("", "", title=title, show_header=False)
+    rows = [
+        ("parameters", f"{plan.parameters:,} ({plan.wan_parameters:,} of them Wan's)"),
+        ("trained in this stage", f"{plan.trained_parameters:,}"),
+        ("video tokens a clip", f"{plan.video_tokens:,}"),
+        ("operations a step and process", f"{plan.flops / 1e12:,.3f} T ({plan.flops_checkpointed / 1e12:,.3f} T with"
+         " checkpointing)"),
+        ("weights (float32 share)", f"{plan.weights / gigabyte:.3f} GB"),
+        ("gathered at once", f"{plan.gathered / gigabyte:.3f} GB"),
+        ("gradients", f"{plan.gradients / gigabyte:.3f} GB"),
+        ("optimizer", f"{plan.optimizer / gigabyte:.3f} GB"),
+        ("activations", f"{plan.activations / gigabyte:.3f} GB"),
+        ("activations, checkpointed", f"{plan.activations_checkpointed / gigabyte:.3f} GB"),
+        ("together", f"{plan.total(False) / gigabyte:.3f} GB, checkpointed {plan.total(True) / gigabyte:.3f} GB"),
+    ]  # fmt: skip
+    for label, value in rows:
+        table.add_row(label, value)
+    if options.device:
+        seconds = plan.seconds(DEVICES[options.device], options.utilisation)
+        table.add_row(f"a step on {options.device}, {options.utilisation:.0%} used", f"{seconds:.3f} s")
+    console.print(table)
+
+
+def main(args: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world-size", type=int, default=1, help="processes the transformer is sharded over")
+    parser.add_argument("--device", choices=sorted(DEVICES), help="to tell the time of a step")
+    parser.add_argument("--utilisation", type=float, default=0.45, help="share of its operations that are of use")
+    parser.add_argument("--modules", action="store_true", help="parameters added and trained, per module")
+    options, rest = parser.parse_known_args(args)
+    console = Console(width=100)
+    try:
+        if not 0 < options.utilisation <= 1:
+            raise ValueError(f"--utilisation {options.utilisation}: expected a share over 0 and at most 1")
+        for work in workloads_of(rest):
+            if options.modules:
+                show_modules(f"stage {work.stage.name}, trains {work.trains}", work, console)
+            else:
+                title = f"stage {work.stage.name}, batch {work.batch_size} on each of {options.world_size}"
+                show_plan(title, make_plan(work, options.world_size), options, console)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not options.modules:
+        console.print("Not counted: the frozen text encoder and VAE, the libraries' own memory, fragmentation.")
+    return 0
+
+
+def show_modules(title: str, work: object, console: Console) -> None:
+    """Print what the text stream (and adapters) add to Wan."""
+    table = Table("module", "parameters", "added to Wan", "trained", title=title)
+    rows = added_parameters(work.model())  # type: ignore[attr-defined]
+    sums = [sum(row[i] for row in rows.values()) for i in range(3)]
+    for module, numbers in [*rows.items(), ("together", tuple(sums))]:
+        table.add_row(module, *(f"{number:,}" for number in numbers))
+    console.print(table)
+    console.print(f"added: {sums[1] / (sums[0] - sums[1]):.1%} of Wan's own {sums[0] - sums[1]:,}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
