@@ -133,11 +133,14 @@ def real_step(work: Workload, checkpointing: bool, batch_size: int = 1) -> None:
 @pytest.mark.parametrize("task", ["joint", "understand", "generate"])
 @pytest.mark.parametrize("text_flow", ["mask", "embedding"])
 def test_operations_are_those_that_are_done(text_flow: str, task: str, checkpointing: bool) -> None:
-    stage = Stage(text_length=24, tasks=TaskMixture(**{name: float(name == task) for name in vars(TaskMixture())}))
+    tasks = TaskMixture(**{name: float(name == task) for name in vars(TaskMixture())})
     work = small(
-        transformer=SMALL | {"num_layers": 2, "ffn_dim": 128, "text_flow": text_flow}, latents=(16, 3, 16, 16), stage=stage, batch_size=2,
+        transformer=SMALL | {"num_layers": 2, "ffn_dim": 128, "text_flow": text_flow},
+        latents=(16, 3, 16, 16),
+        stage=Stage(text_length=24, tasks=tasks),
+        batch_size=2,
         flow=FlowOptions(max_logits=2048 * 10),
-    )  # fmt: skip
+    )
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # others on the CPU are not counted
         real_step(work, checkpointing, batch_size=2)
     assert step_flops(work, checkpointing) == pytest.approx(counter.get_total_flops() / 2, rel=0.1)
