@@ -13,7 +13,8 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from univigu.checkpoint import load_weights, plain
-from univigu.data.video import to_frames, to_model_range
+from univigu.data.encode import encode_clips, encode_prompts
+from univigu.data.video import to_frames
 from univigu.evaluation import HeldOutEvaluation
 from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowLosses, UniFlowObjective, by_noise_level
 from univigu.flow.text import TextFlow, make_text_flow
@@ -23,7 +24,6 @@ from univigu.models.foundation import (
     decode_latents,
     detokenize,
     encode_prompt,
-    encode_video,
     tokenize,
 )
 from univigu.models.transformer import TextFlowName, UniViGUTransformer3DModel, is_text_parameter
@@ -196,13 +196,22 @@ class UniViGU(LightningModule):
         """Encode what the loader brought; precomputed latents are taken as they are."""
         latents = self.latents_of(batch)
         prompt_ids = batch["prompt_ids"]
-        null_ids = self._null_ids(prompt_ids.shape[1])
-        embeds = self._encode_prompt(torch.cat([prompt_ids, null_ids]))
+        embeds, null = self._prompts_of(batch)
         target = prompt_ids if self.stage.target == "prompt" else batch["caption_ids"]
         text_ids = None
         if self.stage.tasks.joint + self.stage.tasks.understand > 0:
             text_ids = fit_slot(target, self.stage.text_length, self.foundation.pad_token_id, self.stage.target)
-        return UniFlowBatch(latents.float(), embeds[:-1], embeds[-1:], text_ids)
+        return UniFlowBatch(latents.float(), embeds, null, text_ids)
+
+    def _prompts_of(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings [B, S, text_dim] of a batch's prompts, [1, S, text_dim] of the empty one, encoded if need be."""
+        if "prompt_embeds" in batch:
+            return batch["prompt_embeds"].to(self.device), batch["null_embeds"].to(self.device)
+        self.foundation.to(self.device)
+        ids = torch.cat([batch["prompt_ids"], self._null_ids(batch["prompt_ids"].shape[1])])
+        with torch.no_grad():
+            embeds = encode_prompts(self.foundation.text_encoder, ids, self.foundation.pad_token_id)
+        return embeds[:-1], embeds[-1:]
 
     def latents_of(self, batch: dict[str, Any]) -> torch.Tensor:
         """Normalised latents of a batch on the module's device, encoded if need be."""
@@ -214,7 +223,7 @@ class UniViGU(LightningModule):
     def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
         """Frames uint8 [B, F, C, H, W] -> normalised latents [B, C, T, H, W]."""
         with torch.no_grad():
-            return encode_video(self.foundation.vae, to_model_range(frames))
+            return encode_clips(self.foundation.vae, frames)
 
     def _encode_prompt(self, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
