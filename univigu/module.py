@@ -12,7 +12,8 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from univigu.checkpoint import load_weights, plain, usable_weights
-from univigu.data.video import to_frames, to_model_range
+from univigu.data.encode import encode_clips, encode_prompts
+from univigu.data.video import to_frames
 from univigu.evaluation import HeldOutEvaluation
 from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowLosses, UniFlowObjective, by_noise_level
 from univigu.flow.random import make_generator
@@ -233,14 +234,27 @@ class UniViGU(LightningModule):
         """Encode what the loader brought; precomputed latents are taken as they are."""
         latents = self.latents_of(batch)
         prompt_ids = batch["prompt_ids"]
-        null_ids = self._null_ids(prompt_ids.shape[1])
-        embeds = self._encode_prompt(torch.cat([prompt_ids, null_ids]))
-        null = self.conventions.null(embeds[-1:])
+        embeds, null = self._prompts_of(batch)
         target = prompt_ids if self.stage.target == "prompt" else batch["caption_ids"]
         text_ids = None
         if self.stage.tasks.joint + self.stage.tasks.understand > 0:
             text_ids = fit_slot(target, self.stage.text_length, self.foundation.pad_token_id, self.stage.target)
-        return UniFlowBatch(latents.float(), embeds[:-1], null, text_ids)
+        return UniFlowBatch(latents.float(), embeds, null, text_ids)
+
+    def _prompts_of(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings [B, S, text_dim] of a batch's prompts, [1, S, text_dim] of none, encoded if need be."""
+        zero_padding = self.conventions.prompt_padding == "zeros"  # what shards hold
+        if "prompt_embeds" in batch and zero_padding:
+            embeds, null = batch["prompt_embeds"].to(self.device), batch["null_embeds"].to(self.device)
+            return embeds, self.conventions.null(null)
+        self.foundation.to(self.device)
+        ids = torch.cat([batch["prompt_ids"], self._null_ids(batch["prompt_ids"].shape[1])])
+        if zero_padding:
+            with torch.no_grad():
+                embeds = encode_prompts(self.foundation.text_encoder, ids, self.foundation.pad_token_id)
+        else:
+            embeds = self._encode_prompt(ids)
+        return embeds[:-1], self.conventions.null(embeds[-1:])
 
     def latents_of(self, batch: dict[str, Any]) -> torch.Tensor:
         """Latents of a batch on the module's device, as the transformer wants them, encoded if need be."""
@@ -254,7 +268,10 @@ class UniViGU(LightningModule):
     def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
         """Frames uint8 [B, F, C, H, W] -> latents [B, C, T, H, W] as the transformer wants them."""
         with torch.no_grad():
-            return self.conventions.encode(self.foundation.vae, to_model_range(frames))
+            latents = encode_clips(self.foundation.vae, frames)
+        if self.conventions.latents_normalized:
+            return latents
+        return self.conventions.from_normalized(latents, self.foundation.vae)
 
     def _encode_prompt(self, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

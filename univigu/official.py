@@ -82,7 +82,12 @@ def export_official(model: UniViGUTransformer3DModel, path: str | Path, step: in
     Raises:
         CheckpointError: the model has, or lacks, what the official one does not; the option is named.
     """
-    for name, official in (("separate_text_ffn", True), ("text_positions", 0), ("text_rotary", True)):
+    for name, official in (
+        ("separate_text_ffn", True),
+        ("separate_text_attention", False),
+        ("text_positions", 0),
+        ("text_rotary", True),
+    ):
         if model.config[name] != official:
             raise CheckpointError(f"{name}={model.config[name]!r}: the official model has {official!r}")
     if model.config.text_flow == "embedding":

@@ -38,7 +38,14 @@ def workloads_of(args: list[str]) -> list[Workload]:
     foundation = Path(model.foundation)
     transformer, vocab_size, (channels, temporal, spatial) = _sizes(foundation)
     options = {
-        name: model[name] for name in ("text_flow", "clean_video_reads_text", "separate_text_ffn", "text_positions")
+        name: model[name]
+        for name in (
+            "text_flow",
+            "clean_video_reads_text",
+            "separate_text_ffn",
+            "text_positions",
+            "separate_text_attention",
+        )
     }
     transformer |= options | {"text_rotary": model.text_rotary, "vocab_size": vocab_size}
     latents = (channels, (data.num_frames - 1) // temporal + 1, data.height // spatial, data.width // spatial)

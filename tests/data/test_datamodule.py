@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.filters import LengthFilter
@@ -204,3 +204,48 @@ def test_counts_are_logged(world: dict[str, Any], recorder: Any, tmp_path: Path)
     trainer.fit(recorder(), datamodule=make(world, stage=None))
     text = (Path(logger.log_dir) / "metrics.csv").read_text()
     assert "data/train/kept" in text and "13.0" in text
+
+
+def test_length_histograms_are_logged(world: dict[str, Any], recorder: Any, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(str(tmp_path))
+    trainer = Trainer(
+        max_steps=1, accelerator="cpu", logger=logger, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    data = make(world, stage=None)
+    trainer.fit(recorder(), datamodule=data)
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    (histogram,) = events.Histograms("data/train/caption_tokens")
+    lengths = data.text_lengths["train"]["caption"]
+    assert histogram.histogram_value.num == len(lengths) == 13
+    assert histogram.histogram_value.min == min(lengths) >= 128 and histogram.histogram_value.max == max(lengths) <= 256
+
+
+# --------------------------------------------------------------- questions
+
+
+def test_questions_take_the_place_of_texts(
+    world: dict[str, Any], tmp_path: Path, clips: list[dict[str, bytes]], raw_tar: Any
+) -> None:
+    pairs = [{"question": "which color?", "answer": "red"}, {"question": "which shape?", "answer": "circle"}]
+    members = []
+    for number, qa in enumerate((pairs, None, pairs[:1], [])):
+        texts = {**json.loads(clips[number]["json"]), **({} if qa is None else {"qa": qa})}
+        members += [(f"{number}.mp4", clips[number]["mp4"]), (f"{number}.json", json.dumps(texts).encode())]
+    for split in ("train", "val"):
+        raw_tar(tmp_path / split / "a.tar", members)
+    options = {"shards": str(tmp_path), "texts": "qa", "length_filter": LengthFilter(min_caption=0), "batch_size": 1}
+    for precompute in (False, True):
+        data = make(world, stage=None, precompute=precompute, **options)
+        data.prepare_data()
+        data.setup("fit")
+        assert data.filter_counts["train"] == {"kept": 3, "no_question": 2}
+        batches = list(data.val_dataloader())
+        assert [(b["key"][0], b["prompt"][0], b["caption"][0]) for b in batches] == [
+            ("0", "which color?", "red"), ("0", "which shape?", "circle"), ("2", "which color?", "red"),
+        ]  # fmt: skip
+        assert detokenize(data.tokenizer, batches[1]["prompt_ids"]) == ["which shape?"]
+        assert ("latents" in batches[0]) == precompute and "prompt_embeds" not in batches[0]  # they are the prompt's

@@ -29,14 +29,15 @@ def folders(world: dict[str, Any]) -> tuple[Path, Path]:
 
 def test_webdataset_reads_both_kinds_of_shards(world: dict[str, Any]) -> None:
     videos, latents = folders(world)
-    for folder, suffix in ((videos, "mp4"), (latents, "latents.safetensors")):
+    for folder, suffixes in ((videos, {"mp4"}), (latents, {"latents.safetensors", "prompt.safetensors"})):
         paths = [str(path) for path in sorted(folder.glob("*.tar"))]
         samples = list(webdataset.WebDataset(paths, shardshuffle=False))
         assert [sample["__key__"] for sample in samples] == [f"{seed:08d}" for seed in range(13)]
-        assert all({suffix, "json"} == {name for name in sample if not name.startswith("_")} for sample in samples)
+        wanted = suffixes | {"json"}
+        assert all(wanted == {name for name in sample if not name.startswith("_")} for sample in samples)
         refs, errors = index_folder(folder)
         assert not errors
-        assert [ref.read_all() for ref in refs] == [{suffix: s[suffix], "json": s["json"]} for s in samples]
+        assert [ref.read_all() for ref in refs] == [{suffix: s[suffix] for suffix in wanted} for s in samples]
 
 
 def test_samples_are_what_was_rendered(world: dict[str, Any]) -> None:

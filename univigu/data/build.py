@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from univigu.data.sample import DataError
-from univigu.data.shards import Manifest, ShardInfo
+from univigu.data.shards import MANIFEST, Manifest, ShardInfo
+
+PARTS = ".manifest-*.json"
 
 
 def _single_thread() -> None:
@@ -55,61 +59,180 @@ class SpawnPool:
             self._executor.shutdown(cancel_futures=True)
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which of several processes this one is; they divide a folder's shards among themselves without talking."""
+
+    rank: int = 0
+    """Number of this process, from 0."""
+    world_size: int = 1
+    """How many there are."""
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1:
+            raise ValueError(f"world_size={self.world_size}: expected at least 1")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank={self.rank}: expected one in [0, {self.world_size})")
+
+    @classmethod
+    def from_environment(cls, rank: int | None = None, world_size: int | None = None) -> Share:
+        """What is not given is taken from RANK and WORLD_SIZE, as torchrun sets them.
+
+        Raises:
+            ValueError: a variable that is not a number, or a rank outside the world.
+        """
+
+        def number(name: str, default: int) -> int:
+            text = os.environ.get(name, str(default))
+            if not text.isdecimal():
+                raise ValueError(f"{name}={text!r}: expected a number")
+            return int(text)
+
+        return cls(
+            number("RANK", 0) if rank is None else rank,
+            number("WORLD_SIZE", 1) if world_size is None else world_size,
+        )
+
+    def of(self, names: Iterable[str]) -> list[str]:
+        """This process's part of the names."""
+        return sorted(names)[self.rank :: self.world_size]
+
+    @property
+    def manifest(self) -> str:
+        """Name of the file in which this process lists its finished shards."""
+        return MANIFEST if self.world_size == 1 else f".manifest-{self.rank:05d}.json"
+
+
+def this_device() -> str:
+    """The GPU that belongs to this process by LOCAL_RANK, or the CPU where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+
+
+def progress_bar() -> Progress:
+    """A bar on standard error with counts and the time that is left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
 def build_folder(
     folder: Path,
     manifest: Manifest,
     jobs: Mapping[str, Any],
     work: Callable[[Path, Any], ShardInfo],
-    pool: SpawnPool,
+    pool: SpawnPool | None,
     description: str,
+    share: Share = Share(),
+    progress: Progress | None = None,
 ) -> Manifest:
     """Write one shard a job and keep the manifest up to date; what is already there and whole stays.
+
+    It can be killed anywhere: a shard and a manifest appear under their names only when they are whole, and what no
+    manifest lists is made again.  Several processes each list their shards in a file of their own, and whichever
+    finds all of them done writes ``manifest.json``; a later run may have another number of processes.
 
     Args:
         folder: where; made if need be.
         manifest: kind and parameters of the result.
-        jobs: by the shard's file name, what ``work`` makes it of.
-        work: writes one shard, in another process: a module-level function.
-        pool: the processes.
+        jobs: by the shard's file name, what ``work`` makes it of; the same in all processes.
+        work: writes one shard; a module-level function, if there is a pool.
+        pool: runs ``work`` in other processes; None runs it in this one.
         description: shown beside the progress bar.
+        share: which part of the jobs is this process's.
+        progress: a bar to use instead of a new one; ``work`` may show more on it.
 
     Returns:
-        the complete manifest.
+        the manifest; complete unless other processes have shards left to write.
 
     Raises:
         DataError: the folder holds shards of other parameters, or shards without a manifest.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    existing = Manifest.load(folder)
-    if existing is None:
-        strangers = sorted(path.name for path in folder.glob("*.tar"))
-        if strangers:
-            raise DataError(f"{folder}: holds shards of unknown origin ({strangers[0]}, ...); choose another folder")
-        existing = manifest
-    _check_parameters(folder, existing, manifest)
-    wrong = set(existing.check_files(folder))
-    manifest.shards = [shard for shard in existing.shards if shard.name not in wrong and shard.name in jobs]
-    missing = sorted(set(jobs) - {shard.name for shard in manifest.shards})
-    if existing.complete and not missing:
+    strangers = sorted(path.name for path in folder.glob("*.tar"))  # before the manifests: others may be writing here
+    existing = _existing(folder, manifest)
+    if strangers and not existing:
+        raise DataError(f"{folder}: holds shards of unknown origin ({strangers[0]}, ...); choose another folder")
+    manifest.shards = _finished(folder, existing, jobs)
+    done = {shard.name for shard in manifest.shards}
+    missing = [name for name in share.of(jobs) if name not in done]
+    if len(done) == len(jobs) and any(other.complete for other in existing):
         manifest.complete = True
         return manifest
-    manifest.save(folder)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(description, total=len(jobs), completed=len(jobs) - len(missing))
-        futures = [pool.submit(work, folder / name, jobs[name]) for name in missing]
-        try:
-            for future in as_completed(futures):
-                manifest.shards.append(future.result())
-                manifest.save(folder)
-                progress.advance(task)
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
-    manifest.complete = True
-    manifest.save(folder)
+    _clean(folder, [*missing, share.manifest])
+    manifest.save(folder, share.manifest)
+    if not existing:
+        _announce(folder, share.manifest)
+    with progress or progress_bar() as bar:
+        task = bar.add_task(description, total=len(share.of(jobs)), completed=len(share.of(jobs)) - len(missing))
+        for info in _results(work, pool, [(folder / name, jobs[name]) for name in missing]):
+            manifest.shards.append(info)
+            manifest.save(folder, share.manifest)
+            bar.advance(task)
+    return _conclude(folder, manifest, jobs)
+
+
+def _results(
+    work: Callable[[Path, Any], ShardInfo], pool: SpawnPool | None, calls: list[tuple[Path, Any]]
+) -> Iterator[ShardInfo]:
+    """What the calls give, as they finish."""
+    if pool is None:
+        yield from (work(*call) for call in calls)
+        return
+    futures = [pool.submit(work, *call) for call in calls]
+    try:
+        for future in as_completed(futures):
+            yield future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _existing(folder: Path, wanted: Manifest) -> list[Manifest]:
+    """The folder's manifest and those of single processes, found to have the wanted parameters."""
+    found = []
+    for path in (folder / MANIFEST, *sorted(folder.glob(PARTS))):
+        manifest = Manifest.load(folder, path.name)  # None where another process has just put them together
+        if manifest is not None:
+            _check_parameters(folder, manifest, wanted)
+            found.append(manifest)
+    return found
+
+
+def _finished(folder: Path, manifests: list[Manifest], jobs: Mapping[str, Any]) -> list[ShardInfo]:
+    """The shards that the manifests list, the jobs ask for and the folder holds whole."""
+    shards: dict[str, ShardInfo] = {}
+    for manifest in manifests:
+        wrong = set(manifest.check_files(folder))
+        shards |= {shard.name: shard for shard in manifest.shards if shard.name not in wrong and shard.name in jobs}
+    return list(shards.values())
+
+
+def _conclude(folder: Path, manifest: Manifest, jobs: Mapping[str, Any]) -> Manifest:
+    """Write the folder's manifest if all shards are there, whoever made them."""
+    existing = _existing(folder, manifest)
+    manifest.shards = _finished(folder, existing, jobs)
+    manifest.complete = len(manifest.shards) == len(jobs)
+    if manifest.complete:
+        manifest.save(folder)
+        for path in folder.glob(PARTS):
+            path.unlink(missing_ok=True)
     return manifest
+
+
+def _announce(folder: Path, name: str) -> None:
+    """Let everyone see that the folder is not complete, unless another process has got further."""
+    with suppress(FileExistsError):
+        os.link(folder / name, folder / MANIFEST)  # unlike a rename it replaces nothing
+
+
+def _clean(folder: Path, names: list[str]) -> None:
+    """Remove what a killed process has left of these files."""
+    for name in names:
+        for path in folder.glob(f".{name}.*.tmp"):
+            path.unlink(missing_ok=True)
 
 
 def _check_parameters(folder: Path, existing: Manifest, wanted: Manifest) -> None:

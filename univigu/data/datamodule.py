@@ -9,15 +9,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning import LightningDataModule
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from univigu.data.build import SpawnPool
-from univigu.data.encode import encode_shards, source_parameters, vae_parameters
+from univigu.data.encode import encode_shards, prompt_parameters, source_parameters, vae_parameters
 from univigu.data.filters import LengthFilter, select
 from univigu.data.inputs import PromptInputs, VideoInputs, find_videos, read_prompts
 from univigu.data.loader import ErrorLog, EvalOrder, SampleLoader, TrainLoader, TrainOrder, VideoTextDataset
+from univigu.data.remote import fetch_shards, is_remote, local_folder
 from univigu.data.sample import LATENTS_SUFFIX, DataError, SampleError
 from univigu.data.shards import Manifest, SampleRef, check_latents, index_folder
 from univigu.data.synthetic import world_fingerprint, write_shapes
@@ -39,8 +42,8 @@ class VideoTextDataModule(LightningDataModule):
 
     Args:
         foundation: WanPipeline folder that gives the tokenizer, and the VAE for precomputation.
-        root: where the embedded world is written when ``shards`` is not given.
-        shards: folder with train/, val/ and test/ folders of shards; None takes the embedded world.
+        root: where the embedded world is written when ``shards`` is not given, and remote shards are copied to.
+        shards: folder or URL with train/, val/ and test/ folders of shards; None takes the embedded world.
         num_train_clips: size of the embedded world's training split.
         num_val_clips: size of its validation split.
         num_test_clips: size of its test split.
@@ -52,8 +55,10 @@ class VideoTextDataModule(LightningDataModule):
         prompt_length: slot of the prompt in tokens, its end-of-sequence token counted.
         caption_length: slot of the caption in tokens, its end-of-sequence token counted.
         length_filter: which lengths of texts are trained and evaluated on.
-        precompute: encode the videos to latents once, into a folder beside the shards; False decodes them on the fly.
+        precompute: encode videos and prompts once, into a folder beside the shards; False encodes them on the fly.
         strict: raise on the first sample that cannot be used instead of skipping it.
+        texts: "caption" trains on prompt and caption; "qa" on each of a sample's questions as the prompt and its answer
+            as the caption (with ``length_filter`` for short answers).
         seed: seeds the order of the training samples.
         videos: what ``lightning predict`` captions: a video file, a folder, a glob pattern, or a list of these.
         prompts: what ``lightning predict`` generates from: a prompt, a .txt or .jsonl file, or a list of prompts.
@@ -77,6 +82,7 @@ class VideoTextDataModule(LightningDataModule):
         length_filter: LengthFilter = LengthFilter(),  # noqa: B008
         precompute: bool = True,
         strict: bool = False,
+        texts: Literal["caption", "qa"] = "caption",
         seed: int = 0,
         videos: str | list[str] | None = None,
         prompts: str | list[str] | None = None,
@@ -89,11 +95,14 @@ class VideoTextDataModule(LightningDataModule):
         self.prompt_length, self.caption_length = prompt_length, caption_length
         self.length_filter = length_filter
         self.precompute, self.strict, self.seed = precompute, strict, seed
+        self.texts = texts
         self.videos, self.prompts = videos, prompts
         self.filter_counts: dict[str, dict[str, int]] = {}
         """By split: how many samples are "kept", and how many are not by reason.  Known after ``setup``."""
         self.errors = ErrorLog(strict)
         """What the loaders met since: samples that could not be read, counted by reason."""
+        self.text_lengths: dict[str, dict[str, list[int]]] = {}
+        """By split: tokens of the kept samples' prompts and captions, their closing token counted."""
         self._refs: dict[Split, list[SampleRef]] = {}
         self._inputs: VideoInputs | PromptInputs | None = None
         self._tokenizer: Any = None
@@ -122,6 +131,9 @@ class VideoTextDataModule(LightningDataModule):
         if not splits:
             return
         self._check_size()
+        if is_remote(self.shards):
+            for split in splits:
+                fetch_shards(f"{self.shards}/{split}", self._videos_folder(split))
         with SpawnPool() as pool:
             if self.shards is None:
                 size = {"height": self.height, "width": self.width, "num_frames": self.num_frames}
@@ -137,7 +149,7 @@ class VideoTextDataModule(LightningDataModule):
 
     def _base(self) -> Path:
         if self.shards is not None:
-            return Path(self.shards)
+            return local_folder(self.shards, self.root) if is_remote(self.shards) else Path(self.shards)
         # Other clips go to another folder: nothing is overwritten that a running training reads.
         sizes = (self.height, self.width, self.num_frames), tuple(self.num_clips.values())
         return Path(self.root) / "-".join(["x".join(map(str, part)) for part in sizes] + [world_fingerprint()])
@@ -150,8 +162,9 @@ class VideoTextDataModule(LightningDataModule):
         videos = self._videos_folder(split)
         if not self.precompute or self._holds_latents(videos):
             return videos
-        vae = vae_parameters(self.foundation)["vae"]
-        return self._base() / f"latents-{vae}-{self.height}x{self.width}x{self.num_frames}" / split
+        encoders = vae_parameters(self.foundation)["vae"], prompt_parameters(self.foundation)["text_encoder"]
+        size = f"{self.height}x{self.width}x{self.num_frames}"
+        return self._base() / "-".join(("latents", *encoders, size)) / split
 
     def _holds_latents(self, folder: Path) -> bool:
         manifest = Manifest.load(folder)
@@ -211,7 +224,11 @@ class VideoTextDataModule(LightningDataModule):
         errors = self._check_manifest(folder, split)
         refs, damage = index_folder(folder)
         errors += damage
-        selection = select(refs, self.tokenizer, self.length_filter, self.prompt_length, self.caption_length)
+        if Manifest.load(folder) is None and any(LATENTS_SUFFIX in ref.members for ref in refs):
+            raise DataError(f"{folder}: holds latents but no manifest.json, so nothing says which VAE made them")
+        slots = self.prompt_length, self.caption_length
+        selection = select(refs, self.tokenizer, self.length_filter, *slots, questions=self.texts == "qa")
+        self.text_lengths[split] = selection.lengths
         self.errors.add(errors + selection.errors)
         counts = selection.counts + Counter(error.reason for error in errors)
         self.filter_counts[split] = {"kept": len(selection.kept), **dict(sorted(counts.items()))}
@@ -230,6 +247,8 @@ class VideoTextDataModule(LightningDataModule):
             return []
         size = {"height": self.height, "width": self.width, "num_frames": self.num_frames}
         expected = {**vae_parameters(self.foundation), **size}
+        if "text_encoder" in manifest.parameters:  # else there are latents alone, and prompts are encoded in training
+            expected |= prompt_parameters(self.foundation)
         if folder != self._videos_folder(split):
             expected["source"] = source_parameters(self._videos_folder(split))
         check_latents(folder, manifest, expected)
@@ -242,6 +261,12 @@ class VideoTextDataModule(LightningDataModule):
         metrics = {f"data/{split}/{name}": float(n) for split, counts in splits for name, n in counts.items()}
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step=0)
+            if not isinstance(logger, TensorBoardLogger):
+                continue
+            for split, lengths in self.text_lengths.items():
+                for name, values in lengths.items():
+                    if values:
+                        logger.experiment.add_histogram(f"data/{split}/{name}_tokens", torch.tensor(values), 0)
 
     def _find_inputs(self) -> VideoInputs | PromptInputs:
         if (self.videos is None) == (self.prompts is None):

@@ -1,4 +1,8 @@
-"""Precomputation: video shards to shards of normalised latents, once, so that training never runs the VAE."""
+"""Precomputation: video shards to shards of latents and prompt embeddings, once, so that training runs neither encoder.
+
+What is stored is bit for bit what training would encode itself (float32): both go through :func:`encode_clips` and
+:func:`encode_prompts`, which treat every sample alone, so that nothing depends on the batch it comes in.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +15,57 @@ from typing import Any, Literal
 
 import torch
 
-from univigu.data.build import SpawnPool, build_folder
-from univigu.data.sample import LATENTS_SUFFIX, TEXT_SUFFIX, DataError, SampleError, parse_sample
+from univigu.data.build import Share, SpawnPool, build_folder
+from univigu.data.fingerprint import folder_fingerprint
+from univigu.data.sample import (
+    LATENTS_SUFFIX,
+    PROMPT_SUFFIX,
+    TEXT_SUFFIX,
+    DataError,
+    Sample,
+    SampleError,
+    parse_sample,
+)
 from univigu.data.shards import Manifest, SampleRef, ShardInfo, list_shards, scan_shard, write_shard
 from univigu.data.video import VideoError, read_video, to_model_range
 
 LatentDtype = Literal["float32", "bfloat16", "float16"]
-BATCH_SIZE = 16
+MAX_PROMPT = 512
+"""Tokens that Wan's text encoder is given at most; longer prompts are left out."""
 
 
 @dataclass(frozen=True)
 class _Job:
     source: str
-    vae: str
+    foundation: str
+    prompts: bool
     dtype: LatentDtype
+    device: str
     height: int
     width: int
     num_frames: int
     strict: bool
+
+
+def encode_clips(vae: Any, frames: torch.Tensor) -> torch.Tensor:
+    """Frames uint8 [B, F, C, H, W] -> normalised float32 latents [B, C, T, H, W], each clip encoded alone."""
+    from univigu.models.foundation import encode_video
+
+    return torch.cat([encode_video(vae, to_model_range(clip)) for clip in frames.split(1)])
+
+
+def encode_prompts(text_encoder: Any, ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
+    """Token ids [B, S] -> prompt embeddings [B, S, text_dim], zero past each end; each encoded alone, without padding.
+
+    Padding is masked out of the encoder's attention, so that leaving it out changes rounding only.
+    """
+    from univigu.models.foundation import encode_prompt
+
+    rows = []
+    for row, length in zip(ids, (ids != pad_token_id).sum(1).tolist(), strict=True):
+        embeds = encode_prompt(text_encoder, row[None, :length], pad_token_id)
+        rows.append(torch.nn.functional.pad(embeds, (0, 0, 0, ids.shape[1] - length)))
+    return torch.cat(rows)
 
 
 def vae_parameters(foundation_path: str | Path) -> dict[str, Any]:
@@ -48,6 +85,18 @@ def vae_parameters(foundation_path: str | Path) -> dict[str, Any]:
     return {"vae": component_fingerprint(folder), "normalization": normalization}
 
 
+def prompt_parameters(foundation_path: str | Path) -> dict[str, Any]:
+    """What identifies the prompt embeddings a foundation makes: the fingerprints of text encoder and tokenizer.
+
+    Raises:
+        DataError: the folder lacks one of them.
+    """
+    for name in ("text_encoder", "tokenizer"):
+        if not (Path(foundation_path) / name).is_dir():
+            raise DataError(f"foundation={str(foundation_path)!r}: it holds no {name} folder")
+    return {name: folder_fingerprint(Path(foundation_path) / name) for name in ("text_encoder", "tokenizer")}
+
+
 def encode_shards(
     source: str | Path,
     target: str | Path,
@@ -59,21 +108,27 @@ def encode_shards(
     num_frames: int = 9,
     strict: bool = False,
     pool: SpawnPool | None = None,
+    prompts: bool = True,
+    device: str = "cpu",
+    share: Share = Share(),  # noqa: B008
 ) -> Manifest:
-    """Encode a folder of video shards, shard by shard; what is already encoded stays.
-
-    The latents are the posterior's mode, normalised as the transformer wants them; the json members are kept as
-    they are.  Samples that cannot be encoded are left out and counted in the manifest by reason.
+    """Encode every shard of a folder; a folder that is already whole is left alone, a half-written one completed.
 
     Args:
         source: folder of video shards.
-        target: where the latent shards and their manifest go, under the same file names.
-        foundation_path: WanPipeline folder whose ``vae/`` encodes.
-        dtype: how the latents are stored.
-        workers: processes of one thread each; None takes one for every usable core.
-        height, width, num_frames: size that the videos are brought to.
-        strict: raise on the first sample that cannot be encoded.
+        target: where the encoded shards go, one for each of the source, with the same names, keys and texts.
+        foundation_path: WanPipeline folder whose VAE and text encoder are used.
+        dtype: how latents and embeddings are stored; they are computed in float32.
+        workers: processes; None takes one for every usable core.  On another device than the CPU this one works.
+        height, width, num_frames: what videos are brought to, see :func:`univigu.data.video.read_video`.
+        strict: raise for the first sample that cannot be encoded instead of noting it in the manifest.
         pool: processes to use instead of new ones.
+        prompts: whether to store the prompts' embeddings too.
+        device: where the encoders run.
+        share: which of several such runs this one is; each encodes its part of the shards.
+
+    Returns:
+        the manifest; ``skipped`` of its shards tells which samples are missing and why.
 
     Raises:
         DataError: the source holds no shard, or the target holds latents of something else.
@@ -85,11 +140,16 @@ def encode_shards(
     shards = list_shards(source)
     size = {"height": height, "width": width, "num_frames": num_frames}
     parameters = {**vae_parameters(foundation_path), "dtype": dtype, **size, "source": source_parameters(source)}
-    vae = str(Path(foundation_path) / "vae")
-    jobs = {path.name: _Job(str(path), vae, dtype, height, width, num_frames, strict) for path in shards}
+    if prompts:
+        parameters |= prompt_parameters(foundation_path)
+    place = str(foundation_path)
+    jobs = {
+        path.name: _Job(str(path), place, prompts, dtype, device, height, width, num_frames, strict) for path in shards
+    }
     manifest = Manifest("latents", parameters)
     with SpawnPool(workers) as own:
-        return build_folder(target, manifest, jobs, _write, pool or own, f"encoding {source.name} shards")
+        processes = (pool or own) if device == "cpu" else None
+        return build_folder(target, manifest, jobs, _write, processes, f"encoding {source.name} shards", share)
 
 
 def source_parameters(source: Path) -> list[list[Any]]:
@@ -107,10 +167,10 @@ def source_parameters(source: Path) -> list[list[Any]]:
 
 
 @lru_cache(maxsize=1)
-def _vae(folder: str) -> Any:
-    from diffusers import AutoencoderKLWan
+def _foundation(path: str) -> Any:
+    from univigu.models.foundation import Foundation
 
-    return AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).requires_grad_(False).eval()
+    return Foundation(path)
 
 
 def _write(path: Path, job: _Job) -> ShardInfo:
@@ -123,33 +183,56 @@ def _write(path: Path, job: _Job) -> ShardInfo:
 
 
 def _encoded(refs: list[SampleRef], job: _Job, errors: list[SampleError]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    for ref in refs:
+        try:
+            sample, frames = decode_sample(ref, job.num_frames, job.height, job.width)
+            members = _encode(sample, frames, job)
+        except SampleError as error:
+            if job.strict:
+                raise
+            errors.append(error)
+            continue
+        texts = ref.read(TEXT_SUFFIX)
+        assert texts is not None  # decode_sample has parsed it
+        yield ref.key, {**members, TEXT_SUFFIX: texts}
+
+
+def _encode(sample: Sample, frames: torch.Tensor, job: _Job) -> dict[str, bytes]:
+    """A sample's encoded members by suffix."""
     from safetensors.torch import save
 
-    from univigu.models.foundation import encode_video
+    foundation, dtype = _foundation(job.foundation), getattr(torch, job.dtype)
 
-    dtype = getattr(torch, job.dtype)
-    for start in range(0, len(refs), BATCH_SIZE):
-        ready: list[tuple[SampleRef, torch.Tensor]] = []
-        for ref in refs[start : start + BATCH_SIZE]:
-            try:
-                ready.append((ref, decode_sample(ref, job.num_frames, job.height, job.width)))
-            except SampleError as error:
-                if job.strict:
-                    raise
-                errors.append(error)
-        if not ready:
-            continue
-        with torch.inference_mode():
-            batch = encode_video(_vae(job.vae), to_model_range(torch.stack([frames for _, frames in ready])))
-        for (ref, _), latents in zip(ready, batch.to(dtype), strict=True):
-            texts = ref.read(TEXT_SUFFIX)
-            assert texts is not None  # decode_sample has parsed it
-            # numpy-free, and without tensors that share memory: one contiguous tensor a file
-            yield ref.key, {LATENTS_SUFFIX: save({"latents": latents.clone().contiguous()}), TEXT_SUFFIX: texts}
+    def packed(**tensors: torch.Tensor) -> bytes:
+        return save({name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()})
+
+    with torch.inference_mode():
+        members = {}
+        if job.prompts:
+            members[PROMPT_SUFFIX] = packed(**_prompt(sample, foundation, job.device))
+        latents = encode_clips(foundation.vae.to(job.device), frames[None].to(job.device))
+        members[LATENTS_SUFFIX] = packed(latents=latents[0])
+    return members
 
 
-def decode_sample(ref: SampleRef, num_frames: int, height: int, width: int) -> torch.Tensor:
-    """A sample's frames uint8 [F, C, H, W], once its texts have been found sound.
+def _prompt(sample: Sample, foundation: Any, device: str) -> dict[str, torch.Tensor]:
+    """Embeddings [S, text_dim] of the sample's prompt and of the empty one, which stands in where it is dropped."""
+    from univigu.models.foundation import TextTooLongError, tokenize
+
+    found = {}
+    for name, text in (("prompt", sample.texts.prompt), ("null", "")):
+        try:
+            ids = tokenize(foundation.tokenizer, [text], MAX_PROMPT)
+        except TextTooLongError as error:
+            raise SampleError("text_over_slot", sample.shard, sample.key, "prompt", str(error)) from error
+        ids = ids[:, : int((ids != foundation.pad_token_id).sum())].to(device)
+        encoder = foundation.text_encoder.to(device)
+        found[name] = encode_prompts(encoder, ids, foundation.pad_token_id)[0]
+    return found
+
+
+def decode_sample(ref: SampleRef, num_frames: int, height: int, width: int) -> tuple[Sample, torch.Tensor]:
+    """A sample whose texts have been found sound, and its frames uint8 [F, C, H, W].
 
     Raises:
         SampleError: the sample is not sound, or its video cannot be read.
@@ -157,7 +240,7 @@ def decode_sample(ref: SampleRef, num_frames: int, height: int, width: int) -> t
     sample = parse_sample(ref.read_all(), ref.shard, ref.key)
     if sample.video is None:
         raise SampleError("missing_field", ref.shard, ref.key, "video", "the sample holds latents")
-    return decode_video(sample.video, ref, num_frames, height, width)
+    return sample, decode_video(sample.video, ref, num_frames, height, width)
 
 
 def decode_video(video: bytes, ref: SampleRef, num_frames: int, height: int, width: int) -> torch.Tensor:

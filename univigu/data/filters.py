@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from univigu.data.sample import TEXT_SUFFIX, SampleError, parse_texts
+from univigu.data.sample import TEXT_SUFFIX, SampleError, Texts, parse_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +64,8 @@ class Selection:
     """Numbers of samples by what became of them: "kept", a filter's reason, or a sample error's reason."""
     errors: list[SampleError]
     """One for every sample that could not be used (filtered ones are not errors)."""
+    lengths: dict[str, list[int]]
+    """Tokens of the kept samples' prompts and captions."""
 
 
 def select(
@@ -72,6 +74,7 @@ def select(
     length_filter: LengthFilter,
     prompt_length: int,
     caption_length: int,
+    questions: bool = False,
 ) -> Selection:
     """Read every sample's json once and keep those that are sound, pass the filter and fit their slots.
 
@@ -81,24 +84,44 @@ def select(
         length_filter: bounds on the lengths.
         prompt_length, caption_length: slots in tokens.  A text that passes the filter but not its slot is an error
             with reason "text_over_slot": texts are never cut off.
+        questions: take each of a sample's questions, with its answer for the caption, instead of its own texts.
+            A sample without questions is counted as "no_question".
     """
     from univigu.models.foundation import token_count
 
-    selection = Selection([], Counter(), [])
+    selection = Selection([], Counter(), [], {"prompt": [], "caption": []})
+    slots = {"prompt": prompt_length, "caption": caption_length}
+
+    def judge(ref: SampleRef, texts: Texts) -> str | None:
+        """Why the texts are not trained on, or None, and then they are."""
+        lengths = {"prompt": token_count(tokenizer, texts.prompt), "caption": token_count(tokenizer, texts.caption)}
+        reason = length_filter.reason(lengths["prompt"], lengths["caption"])
+        for name, slot in slots.items():
+            if reason is None and lengths[name] > slot:
+                value = f"{lengths[name]} tokens, {name}_length={slot}"
+                raise SampleError("text_over_slot", ref.shard, ref.key, name, value)
+        if reason is None:
+            selection.kept.append(ref)
+            for name, length in lengths.items():
+                selection.lengths[name].append(length)
+        return reason
+
     for ref in refs:
         try:
             texts = parse_texts(ref.read(TEXT_SUFFIX), ref.shard, ref.key)
             ref.check_media()
-            lengths = {"prompt": token_count(tokenizer, texts.prompt), "caption": token_count(tokenizer, texts.caption)}
-            reason: str | None = length_filter.reason(lengths["prompt"], lengths["caption"])
-            for name, slot in (("prompt", prompt_length), ("caption", caption_length)):
-                if reason is None and lengths[name] > slot:
-                    value = f"{lengths[name]} tokens, {name}_length={slot}"
-                    raise SampleError("text_over_slot", ref.shard, ref.key, name, value)
         except SampleError as error:
             selection.errors.append(error)
-            reason = error.reason
-        if reason is None:
-            selection.kept.append(ref)
-        selection.counts[reason or "kept"] += 1
+            selection.counts[error.reason] += 1
+            continue
+        numbers: list[int | None] = [*range(len(texts.qa or []))] if questions else [None]
+        if not numbers:
+            selection.counts["no_question"] += 1
+        for number in numbers:
+            try:
+                reason = judge(replace(ref, question=number), texts.question(number))
+            except SampleError as error:
+                selection.errors.append(error)
+                reason = error.reason
+            selection.counts[reason or "kept"] += 1
     return selection

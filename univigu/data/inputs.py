@@ -45,22 +45,28 @@ def find_videos(value: str | list[str]) -> list[str]:
     return list(paths)
 
 
-def read_prompts(value: str | list[str]) -> list[tuple[str, str | None]]:
-    """(prompt, error) of each prompt of a .txt file (one a line), a .jsonl file (its "prompt"), or a list.
+def read_prompts(value: str | list[str], name: str = "data.prompts") -> list[tuple[str, str | None]]:
+    """(prompt, error) of each prompt of a .txt file (one a line), a .jsonl or .parquet file ("prompt"), or a list.
 
-    Any other string is itself a prompt.  Blank lines are passed over; a line that is not what a .jsonl file
-    should hold comes through as an error.
+    Any other string is itself a prompt.  Blank lines are passed over; a row that is not what a .jsonl or .parquet
+    file should hold comes through as an error.
+
+    Args:
+        value: see above.
+        name: the option that errors are reported under.
 
     Raises:
-        DataError: the file is missing or not text, or there is no prompt at all.
+        DataError: the file is missing or not of its kind, or there is no prompt at all.
     """
     if isinstance(value, list):
         rows: list[tuple[str, str | None]] = [(prompt, None) for prompt in value]
+    elif value.endswith(".parquet"):
+        rows = _parquet_prompts(value, name)
     elif value.endswith((".txt", ".jsonl")):
         try:
             lines = Path(value).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"data.prompts={value!r}: cannot be read ({error})") from error
+            raise DataError(f"{name}={value!r}: cannot be read ({error})") from error
         numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
         if value.endswith(".txt"):
             rows = [(line, None) for _, line in numbered]
@@ -69,7 +75,7 @@ def read_prompts(value: str | list[str]) -> list[tuple[str, str | None]]:
     else:
         rows = [(value, None)]
     if not rows:
-        raise DataError(f"data.prompts={value!r}: holds no prompt")
+        raise DataError(f"{name}={value!r}: holds no prompt")
     return rows
 
 
@@ -81,6 +87,20 @@ def _json_prompt(line: str, where: str) -> tuple[str, str | None]:
     if not isinstance(data, dict) or not isinstance(data.get("prompt"), str):
         return "", f'{where}: expected an object with a string "prompt", got {line[:80]}'
     return data["prompt"], None
+
+
+def _parquet_prompts(path: str, name: str) -> list[tuple[str, str | None]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{name}={path!r}: reading parquet needs pyarrow: pip install pyarrow") from error
+    try:
+        values = pyarrow.parquet.read_table(path, columns=["prompt"])["prompt"].to_pylist()
+    except (OSError, KeyError, pyarrow.ArrowException) as error:
+        raise DataError(f'{name}={path!r}: no parquet file with a column "prompt" ({error})') from error
+    wrong = 'row {} of {}: expected a string "prompt", got {!r}'
+    return [(v, None) if isinstance(v, str) else ("", wrong.format(i, path, v)) for i, v in enumerate(values, 1)]
 
 
 class VideoInputs(Dataset[dict[str, Any]]):

@@ -19,7 +19,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from univigu.data.encode import decode_video
-from univigu.data.sample import DataError, SampleError, SampleReason, parse_sample
+from univigu.data.sample import (
+    LATENTS_SUFFIX,
+    PROMPT_SUFFIX,
+    DataError,
+    Sample,
+    SampleError,
+    SampleReason,
+    parse_sample,
+)
 from univigu.data.shards import SampleRef
 from univigu.models.foundation import TextTooLongError, tokenize
 
@@ -158,6 +166,11 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
         self.size = size
         self.latents_shape = latents_shape
         self.replace = replace
+        # What is stored is the prompt's embedding, not a question's.
+        self.stored_prompts = all(
+            {PROMPT_SUFFIX, LATENTS_SUFFIX} <= ref.members.keys() and ref.question is None for ref in refs
+        )
+        """Whether the batches bring the prompts' embeddings along."""
 
     def __len__(self) -> int:
         return len(self.refs)
@@ -184,7 +197,7 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
             SampleError: naming shard, key and what is wrong.
         """
         sample = parse_sample(ref.read_all(), ref.shard, ref.key)
-        texts = sample.texts
+        texts = sample.texts.question(ref.question)
         item: dict[str, Any] = {"key": ref.key, "prompt": texts.prompt, "caption": texts.caption, "scene": texts.scene}
         if sample.latents is not None:
             if tuple(sample.latents.shape[1:]) != self.latents_shape:
@@ -199,7 +212,20 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
                 item[f"{name}_ids"] = tokenize(self.tokenizer, [item[name]], self.lengths[name], name)[0]
             except TextTooLongError as error:
                 raise SampleError("text_over_slot", ref.shard, ref.key, name, str(error)) from error
+        if self.stored_prompts:
+            item |= self._stored_prompt(sample, item["prompt_ids"])
         return item
+
+    def _stored_prompt(self, sample: Sample, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The sample's prompt embeddings and the empty prompt's, zero-padded to the prompt's slot: [S, text_dim]."""
+        assert sample.prompt_embeds is not None and sample.null_embeds is not None
+        tokens = int((ids != self.tokenizer.pad_token_id).sum())
+        if len(sample.prompt_embeds) != tokens:
+            value = f"embeddings of {len(sample.prompt_embeds)} tokens, the prompt has {tokens}"
+            raise SampleError("wrong_shape", sample.shard, sample.key, "prompt", value)
+        both = {"prompt_embeds": sample.prompt_embeds, "null_embeds": sample.null_embeds}
+        slot = self.lengths["prompt"]
+        return {name: torch.nn.functional.pad(value, (0, 0, 0, slot - len(value))) for name, value in both.items()}
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -207,12 +233,15 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
     Given samples of :meth:`VideoTextDataset.load`, that is ``key``, ``prompt``, ``caption``: list[str]; ``scene``:
     list[dict | None]; ``prompt_ids``, ``caption_ids``: int64 [B, L]; and either ``latents``: float32 [B, C, T, H, W]
-    or ``video``: uint8 [B, F, C, H, W].
+    or ``video``: uint8 [B, F, C, H, W].  Where prompts are precomputed also ``prompt_embeds``: float32
+    [B, S, text_dim], and ``null_embeds``, the empty prompt's, [1, S, text_dim].
     """
     batch: dict[str, Any] = {}
     for name, first in items[0].items():
         values = [item[name] for item in items]
         batch[name] = torch.stack(values) if isinstance(first, torch.Tensor) else values
+    if "null_embeds" in batch:
+        batch["null_embeds"] = batch["null_embeds"][:1]  # all samples bring the same
     return batch
 
 
@@ -230,15 +259,16 @@ class ErrorLog:
         self.strict = strict
         self.counts: Counter[SampleReason] = Counter()
         """Numbers of unusable samples by reason; one that is met in every epoch counts once."""
-        self._seen: set[tuple[str, str | None, str]] = set()
+        self.seen: set[tuple[str, str | None, str]] = set()
+        """(shard, key, reason) of each of them; the key is None where a shard is meant."""
 
     def add(self, errors: list[SampleError]) -> None:
         for error in errors:
             if self.strict:
                 raise error
             identity = (error.shard, error.key, error.reason)
-            if identity not in self._seen:
-                self._seen.add(identity)
+            if identity not in self.seen:
+                self.seen.add(identity)
                 self.counts[error.reason] += 1
                 log.warning("skipped: %s", error)
 
@@ -295,6 +325,10 @@ class SampleLoader:
         self._loader._iterator = value
 
 
+def _suffix(ref: SampleRef) -> str:
+    return "" if ref.question is None else f"?{ref.question}"
+
+
 class TrainLoader(SampleLoader):
     """An endless sequence of training batches, handed out ``len(self)`` (an epoch's worth) a pass.
 
@@ -318,7 +352,7 @@ class TrainLoader(SampleLoader):
     ) -> None:
         super().__init__(dataset, order, errors, num_workers, spawn)
         self.position = 0
-        names = "\n".join(f"{ref.shard.rpartition('/')[2]}/{ref.key}" for ref in dataset.refs)
+        names = "\n".join(f"{ref.shard.rpartition('/')[2]}/{ref.key}{_suffix(ref)}" for ref in dataset.refs)
         self._fingerprint = hashlib.sha256(names.encode()).hexdigest()[:16]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

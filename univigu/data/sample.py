@@ -4,6 +4,7 @@ A sample is a group of consecutive tar members that share a key (the name up to 
 
     00000012.mp4                    the video, or
     00000012.latents.safetensors    its normalised latents (precomputed shards)
+    00000012.prompt.safetensors     its prompt's embeddings (likewise)
     00000012.json                   {"prompt": str, "caption": str, "scene": {...}?, "qa": [{"question", "answer"}]?}
 
 The ``webdataset`` library groups these as ``mp4``, ``latents.safetensors`` and ``json`` of one ``__key__``.
@@ -20,6 +21,7 @@ import torch
 
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov", "avi", "m4v")
 LATENTS_SUFFIX = "latents.safetensors"
+PROMPT_SUFFIX = "prompt.safetensors"
 TEXT_SUFFIX = "json"
 
 SampleReason = Literal[
@@ -28,7 +30,8 @@ SampleReason = Literal[
     "corrupt_json",  # the json member is not UTF-8 JSON
     "unreadable_video",  # the video member does not decode to at least one frame
     "corrupt_latents",  # the latents member is not a safetensors file with a finite "latents" tensor
-    "wrong_shape",  # the latents are not of the size that was asked for
+    "corrupt_embeds",  # the prompt member is not a safetensors file with finite "prompt" and "null" tensors
+    "wrong_shape",  # the latents or embeddings are not of the size that was asked for
     "duplicate_member",  # two members of a shard have the same name, or a key comes back after another
     "damaged_shard",  # the tar file is empty, cut off, or not a tar file
     "text_over_slot",  # a text needs more tokens than its slot has
@@ -76,6 +79,13 @@ class Texts:
     qa: list[dict[str, str]] | None = None
     """Pairs {"question", "answer"} about the clip, where there are any."""
 
+    def question(self, number: int | None) -> Texts:
+        """The texts where a question is the condition and its answer the target; None leaves them as they are."""
+        if number is None or self.qa is None:
+            return self
+        pair = self.qa[number]
+        return Texts(pair["question"], pair["answer"], self.scene, self.qa)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -88,6 +98,10 @@ class Sample:
     """The video file's bytes, not decoded yet."""
     latents: torch.Tensor | None = None
     """Normalised latents float32 [C, T, H, W]."""
+    prompt_embeds: torch.Tensor | None = None
+    """The encoded prompt float32 [S, text_dim], S its tokens; may come with latents."""
+    null_embeds: torch.Tensor | None = None
+    """The encoded empty prompt, likewise; both are there or neither."""
 
 
 def parse_texts(raw: bytes | None, shard: str, key: str) -> Texts:
@@ -132,7 +146,13 @@ def parse_sample(members: Mapping[str, bytes], shard: str, key: str) -> Sample:
     """
     texts = parse_texts(members.get(TEXT_SUFFIX), shard, key)
     if LATENTS_SUFFIX in members:
-        return Sample(key, shard, texts, latents=_parse_latents(members[LATENTS_SUFFIX], shard, key))
+        raw = members[LATENTS_SUFFIX]
+        (latents,) = _parse_tensors(raw, ("latents",), 4, "[C, T, H, W]", shard, key, "corrupt_latents")
+        if PROMPT_SUFFIX not in members:
+            return Sample(key, shard, texts, latents=latents)
+        raw = members[PROMPT_SUFFIX]
+        embeds = _parse_tensors(raw, ("prompt", "null"), 2, "[S, text_dim]", shard, key, "corrupt_embeds")
+        return Sample(key, shard, texts, latents=latents, prompt_embeds=embeds[0], null_embeds=embeds[1])
     suffix = media_suffix(members)
     if suffix is None:
         found = f"expected {LATENTS_SUFFIX} or one of {', '.join(VIDEO_SUFFIXES)}; the sample holds {sorted(members)}"
@@ -145,19 +165,24 @@ def media_suffix(suffixes: Mapping[str, object]) -> str | None:
     return next((suffix for suffix in (LATENTS_SUFFIX, *VIDEO_SUFFIXES) if suffix in suffixes), None)
 
 
-def _parse_latents(raw: bytes, shard: str, key: str) -> torch.Tensor:
+def _parse_tensors(
+    raw: bytes, names: tuple[str, ...], ndim: int, layout: str, shard: str, key: str, reason: SampleReason
+) -> list[torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
         tensors = load(raw)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise SampleError("corrupt_latents", shard, key, LATENTS_SUFFIX, str(error)) from error
-    if "latents" not in tensors:
-        raise SampleError("corrupt_latents", shard, key, "latents", f"the file holds {sorted(tensors)}")
-    latents = tensors["latents"].float()
-    if latents.ndim != 4:
-        raise SampleError("wrong_shape", shard, key, "latents", f"expected [C, T, H, W], got {list(latents.shape)}")
-    if not torch.isfinite(latents).all():
-        raise SampleError("corrupt_latents", shard, key, "latents", "not all values are finite")
-    return latents
+        raise SampleError(reason, shard, key, names[0], str(error)) from error
+    found = []
+    for name in names:
+        if name not in tensors:
+            raise SampleError(reason, shard, key, name, f"the file holds {sorted(tensors)}")
+        tensor = tensors[name].float()
+        if tensor.ndim != ndim:
+            raise SampleError("wrong_shape", shard, key, name, f"expected {layout}, got {list(tensor.shape)}")
+        if not torch.isfinite(tensor).all():
+            raise SampleError(reason, shard, key, name, "not all values are finite")
+        found.append(tensor)
+    return found

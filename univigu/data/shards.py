@@ -17,6 +17,7 @@ import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,6 +38,8 @@ class SampleRef:
     key: str
     members: dict[str, tuple[int, int]]
     """(offset, size) in bytes of each member, by suffix."""
+    question: int | None = None
+    """Which of the sample's questions is meant; None for its prompt and caption."""
 
     def read(self, suffix: str) -> bytes | None:
         """A member's bytes, or None if the sample has no such member."""
@@ -218,26 +221,34 @@ class Manifest:
         """What of the source is not here; ``folder`` is where the source's shards lie, for the messages."""
         return [SampleError(shard=str(Path(folder) / s.name), **row) for s in self.shards for row in s.skipped]
 
-    def save(self, folder: Path) -> None:
-        """Write ``manifest.json``, replacing an older one in one step."""
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many samples of the source are "kept", and how many are not, by reason."""
+        reasons = Counter(row["reason"] for shard in self.shards for row in shard.skipped)
+        return {"kept": self.num_samples, **dict(sorted(reasons.items()))}
+
+    def save(self, folder: Path, name: str = MANIFEST) -> None:
+        """Write the manifest, replacing an older one in one step."""
         self.shards.sort(key=lambda shard: shard.name)
-        data = {**asdict(self), "num_samples": self.num_samples}
-        temporary = folder / f".{MANIFEST}.{os.getpid()}.tmp"
+        data = {**asdict(self), "num_samples": self.num_samples, "counts": self.counts}
+        temporary = folder / f".{name}.{os.getpid()}.tmp"
         temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
-        os.replace(temporary, folder / MANIFEST)
+        os.replace(temporary, folder / name)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Manifest | None:
+    def load(cls, folder: str | Path, name: str = MANIFEST) -> Manifest | None:
         """The folder's manifest, or None if it has none.
 
         Raises:
             DataError: the file is damaged or of a format this version does not know.
         """
-        path = Path(folder) / MANIFEST
-        if not path.exists():
+        path = Path(folder) / name
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError:
             return None
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(text)
             if data["format"] != FORMAT:
                 raise DataError(f"{path}: format={data['format']!r}: this version reads format {FORMAT}")
             shards = [ShardInfo(**shard) for shard in data["shards"]]

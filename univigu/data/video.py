@@ -7,12 +7,18 @@ nothing here is called at import time or from ``prepare_data``'s parent before w
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from fractions import Fraction
 from os import PathLike
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+MAX_PIXELS = 8192 * 4320
+"""Pixels a frame may have: 8K.  A few damaged or hostile files of larger frames would take all memory."""
+CHUNK_BYTES = 1 << 26
+"""Decoded frames that are held at full size at once, at most (but always one)."""
 
 
 class VideoError(ValueError):
@@ -42,11 +48,12 @@ def read_video(source: str | PathLike[str] | bytes, num_frames: int, height: int
     Raises:
         VideoError: the source is missing, empty, or not a video with at least one frame.
     """
-    frames = _decode(source, num_frames)  # [F, h, w, C]
-    return resize_and_crop(frames.permute(0, 3, 1, 2), height, width)
+    chunks = _decode(source, num_frames)  # [f, h, w, C] each
+    return torch.cat([resize_and_crop(chunk.permute(0, 3, 1, 2), height, width) for chunk in chunks])
 
 
-def _decode(source: str | PathLike[str] | bytes, num_frames: int) -> torch.Tensor:
+def _decode(source: str | PathLike[str] | bytes, num_frames: int) -> Iterator[torch.Tensor]:
+    """The frames in turn, as few at a time as their size demands."""
     import decord  # here, not above: importing it loads ffmpeg, which `lightning --help` need not wait for
 
     name = "<bytes>" if isinstance(source, bytes) else str(source)
@@ -61,7 +68,14 @@ def _decode(source: str | PathLike[str] | bytes, num_frames: int) -> torch.Tenso
         reader = decord.VideoReader(handle, num_threads=1)
         if len(reader) == 0:
             raise VideoError(f"{name}: holds no video frame")
-        return torch.from_numpy(reader.get_batch(even_indices(len(reader), num_frames)).asnumpy())
+        indices = even_indices(len(reader), num_frames)
+        first = torch.from_numpy(reader.get_batch(indices[:1]).asnumpy())  # its size is known only now
+        if first.shape[1] * first.shape[2] > MAX_PIXELS:
+            raise VideoError(f"{name}: frames of {first.shape[2]}x{first.shape[1]} pixels, over {MAX_PIXELS}")
+        yield first
+        step = max(1, CHUNK_BYTES // first.nbytes)
+        for start in range(1, len(indices), step):
+            yield torch.from_numpy(reader.get_batch(indices[start : start + step]).asnumpy())
 
 
 class _named:

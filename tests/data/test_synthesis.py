@@ -1,0 +1,275 @@
+"""Synthesis with real components: the shipped foundation, and a tiny random language model that sees images."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
+from transformers import AutoTokenizer
+
+from tests.conftest import REPO
+from univigu.data import shapes
+from univigu.data.build import Share
+from univigu.data.datamodule import VideoTextDataModule
+from univigu.data.filters import LengthFilter
+from univigu.data.sample import DataError
+from univigu.data.shards import Manifest, index_folder, sha256_of
+from univigu.data.synthesis.captioners import ModelCaptioner, make_captioner
+from univigu.data.synthesis.options import CaptionOptions, Clip, VideoOptions, derived_seed
+from univigu.data.synthesis.sources import PromptSource
+from univigu.data.video import read_video
+from univigu.models.foundation import token_count
+
+main = runpy.run_path(str(REPO / "tools" / "synthesize.py"))["main"]
+write_captioner = runpy.run_path(str(REPO / "tests" / "tiny_captioner.py"))["write_captioner"]
+
+PROMPTS = [shapes.prompt_of(shapes.sample_scene(seed)) for seed in range(5)]
+FAST = ["--steps", "2", "--guidance-scale", "1", "--shard-size", "2", "--batch-size", "2"]
+Tool = Callable[..., Manifest]
+
+
+@pytest.fixture(scope="session")
+def captioner_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_captioner(tmp_path_factory.mktemp("captioner"))
+
+
+@pytest.fixture
+def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
+    """Run the command on a file of prompts and give the manifest that it left."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+
+    def run(folder: str, *args: Any, prompts: str = "prompts.txt") -> Manifest:
+        words = ["--prompts", str(tmp_path / prompts), "--output", str(tmp_path / folder), *FAST, *map(str, args)]
+        assert main(words) == 0
+        manifest = Manifest.load(tmp_path / folder)
+        assert manifest is not None and manifest.check_files(tmp_path / folder, checksums=True) == []
+        return manifest
+
+    return run
+
+
+def texts_of(folder: Path) -> list[dict[str, Any]]:
+    refs, errors = index_folder(folder)
+    assert not errors
+    return [{"key": ref.key, **json.loads(ref.read("json") or b"")} for ref in refs]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, hidden ones too."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_clips_are_what_the_pipeline_makes_of_prompt_and_seed(tool: Tool, tmp_path: Path, foundation: str) -> None:
+    manifest = tool("made", "--seed", 7, "--videos-per-prompt", 2, "--crf", 1)
+    assert manifest.complete and manifest.counts == {"kept": 10} and len(manifest.shards) == 5
+    texts = texts_of(tmp_path / "made")
+    assert [text["key"] for text in texts] == [f"{i:08d}" for i in range(10)]
+    assert [text["seed"] for text in texts] == list(range(7, 17))
+    assert [text["prompt"] for text in texts] == [prompt for prompt in PROMPTS for _ in range(2)]
+    tokenizer = AutoTokenizer.from_pretrained(f"{foundation}/tokenizer")
+    assert all(128 <= token_count(tokenizer, text["caption"]) <= 256 for text in texts)
+    pipeline = DiffusionPipeline.from_pretrained(foundation)
+    refs, _ = index_folder(tmp_path / "made")
+    for number in (0, 5):  # each alone, without the batch it was made in
+        video = pipeline(
+            texts[number]["prompt"], height=64, width=64, num_frames=9, num_inference_steps=2, guidance_scale=1.0,
+            generator=torch.Generator().manual_seed(7 + number), output_type="pt",
+        ).frames[0]  # fmt: skip
+        written = read_video(refs[number].read("mp4") or b"", 9, 64, 64)
+        assert (written.float() / 255 - video).abs().mean() < 0.02  # 4:2:0 chroma and compression
+        assert (written.float() / 255 - video.flip(-1)).abs().mean() > 0.02
+    recorded = manifest.parameters
+    assert recorded["prompts"] == {"file": "prompts.txt", "rows": 5, "sha256": sha256_of(tmp_path / "prompts.txt")}
+    assert recorded["generator"]["fingerprint"] and recorded["tokenizer"] and recorded["video"]["seed"] == 7
+
+
+def test_a_made_folder_trains(tool: Tool, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        tool(f"data/{split}")
+    data = VideoTextDataModule(shards=str(tmp_path / "data"), batch_size=2, num_workers=0, precompute=False)
+    data.prepare_data()
+    data.setup("fit")
+    assert data.filter_counts == {"train": {"kept": 5}, "val": {"kept": 5}}
+    batch = next(iter(data.train_dataloader()))
+    assert batch["video"].shape == (2, 9, 3, 64, 64) and set(batch["prompt"]) <= set(PROMPTS)
+
+
+def test_unusable_prompts_are_counted(tool: Tool, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    rows: list[Any] = [PROMPTS[0], None, "red " * 200, PROMPTS[1]]
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": rows}), tmp_path / "p.parquet")
+    lines = [json.dumps({"prompt": row}) for row in rows]
+    (tmp_path / "p.jsonl").write_text("\n".join([lines[0], "{", lines[2], lines[3]]))
+    for suffix in ("jsonl", "parquet"):
+        manifest = tool(suffix, prompts=f"p.{suffix}")
+        assert manifest.counts == {"kept": 2, "invalid_prompt": 1, "prompt_long": 1}
+        assert [row["key"] for shard in manifest.shards for row in shard.skipped] == ["00000001", "00000002"]
+        assert [text["key"] for text in texts_of(tmp_path / suffix)] == ["00000000", "00000003"]
+    assert content(tmp_path / "jsonl")["clips-000001.tar"] == content(tmp_path / "parquet")["clips-000001.tar"]
+
+
+def test_the_embedded_world_is_a_source_like_others(tool: Tool, tmp_path: Path) -> None:
+    manifest = tool("world", "--source", "shapes", "--num-clips", 3, "--split", "val", "--seed", 4)
+    assert manifest.counts == {"kept": 3} and manifest.parameters["split"] == "val"
+    for seed, text in zip((4, 5, 6), texts_of(tmp_path / "world"), strict=True):
+        scene = shapes.sample_scene(seed, "val")
+        assert (text["prompt"], text["caption"]) == (shapes.prompt_of(scene), shapes.caption_of(scene))
+        assert text["scene"]["background"] == scene.background and text["seed"] == seed
+
+
+def test_without_a_captioner_no_window_applies(tool: Tool, tmp_path: Path) -> None:
+    assert tool("bare", "--captioner", "none").counts == {"kept": 5}
+    assert {text["caption"] for text in texts_of(tmp_path / "bare")} == {""}
+
+
+# ------------------------------------------------------------------ captions
+
+
+def test_captions_are_asked_for_again_until_they_fit(tool: Tool, tmp_path: Path, captioner_folder: Path) -> None:
+    window = ["--min-caption", "60", "--max-caption", "200", "--tokenizer", str(captioner_folder)]
+    asked = ["--captioner", str(captioner_folder), "--temperature", "1.2", "--top-p", "1", "--max-new-tokens", "190"]
+    manifest = tool("captioned", *asked, *window, "--tries", 3, "--frames", 2, "--videos-per-prompt", 4)
+    texts = texts_of(tmp_path / "captioned")
+    assert manifest.counts["kept"] == len(texts) and sum(manifest.counts.values()) == 20
+    tries = Counter([derived_seed(t["seed"], i) for i in range(3)].index(t["caption_seed"]) for t in texts)
+    assert tries[0] and tries[1] + tries[2], tries  # some fitted at once, others after another seed
+    assert manifest.counts["caption_short"], manifest.counts  # and some not at all
+    tokenizer = AutoTokenizer.from_pretrained(captioner_folder)
+    assert all(60 <= token_count(tokenizer, text["caption"]) <= 200 for text in texts)
+    rejected = [row for shard in manifest.shards for row in shard.skipped]
+    assert all(row["field"] == "caption" and int(row["value"].split()[0]) < 60 for row in rejected)
+    assert manifest.parameters["captioner"]["tries"] == 3 and manifest.parameters["captioner"]["fingerprint"]
+
+
+def test_the_model_sees_frames_and_prompt(captioner_folder: Path) -> None:
+    def describe(prompt: str, frames: torch.Tensor, seed: int = 3, attempt: int = 0, **options: Any) -> str:
+        settings = CaptionOptions(frames=3, max_new_tokens=40, **options)
+        captioner = ModelCaptioner(str(captioner_folder), settings, LengthFilter())
+        clip = Clip("0", prompt, seed, frames)
+        captioner.describe([clip], attempt)
+        return clip.caption
+
+    red, blue = (shapes.render(shapes.sample_scene(seed)) for seed in (0, 1))
+    first = describe("a red circle", red)
+    assert first == describe("a red circle", red)
+    others = [describe("a blue ring", red), describe("a red circle", blue), describe("a red circle", red, attempt=1)]
+    assert len({first, *others, describe("a red circle", red, seed=4)}) == 5
+    greedy = describe("a red circle", red, temperature=0)
+    assert greedy == describe("a red circle", red, seed=9, attempt=2, temperature=0)
+    captioner = ModelCaptioner(str(captioner_folder), CaptionOptions(frames=3, temperature=0), LengthFilter())
+    assert captioner.tries == 1  # nothing would change
+    clip = Clip("0", "a <image> of it", 0, red)
+    assert [image.size for image in captioner.images(clip)] == [(64, 64)] * 3
+    parts = captioner.messages(clip, 3)[0]["content"]
+    assert [part["type"] for part in parts] == ["image"] * 3 + ["text"]
+    assert "a   of it" in parts[-1]["text"] and "144 words" in parts[-1]["text"]
+    captioner.describe([clip, Clip("1", "red", 1, blue)], 0)  # in one batch, questions of two lengths
+
+
+# ----------------------------------------------------------- parallel, resumed
+
+
+def test_processes_share_the_work_and_end_with_the_same_bytes(
+    tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool("alone")
+    alone = content(tmp_path / "alone")
+    assert sorted(alone) == ["clips-000000.tar", "clips-000001.tar", "clips-000002.tar", "manifest.json"]
+    manifest = tool("shared", "--rank", 0, "--world-size", 2)
+    assert not manifest.complete and manifest.shards == []
+    assert sorted(p.name for p in (tmp_path / "shared").glob("*.tar")) == ["clips-000000.tar", "clips-000002.tar"]
+    # The other process never comes back; three new ones go on, and only one of them has something to do.
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").glob("*.tar")}
+        tool("shared")
+        assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert content(tmp_path / "shared") == alone
+    tool("last-first", "--rank", 1, "--world-size", 2)
+    tool("last-first", "--rank", 0, "--world-size", 2)
+    assert content(tmp_path / "last-first") == alone
+
+
+def test_damage_is_repaired_and_leftovers_go(tool: Tool, tmp_path: Path) -> None:
+    tool("made")
+    folder = tmp_path / "made"
+    whole = content(folder)
+    (folder / "clips-000001.tar").write_bytes(whole["clips-000001.tar"][:1000])
+    (folder / "clips-000002.tar").unlink()
+    for name in ("clips-000002.tar", "manifest.json"):
+        (folder / f".{name}.12345.tmp").write_bytes(b"what a killed process leaves")
+    tool("made")
+    assert content(folder) == whole
+
+
+# --------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--prompts", "gone.txt"], "--prompts='gone.txt': cannot be read"),
+        (["--prompts", "prompts.csv"], "--prompts='prompts.csv': expected a .txt, .jsonl or .parquet file"),
+        ([], "--prompts: expected a file of prompts"),
+        (["--prompts", "p.txt", "--pipeline", "gone"], "--pipeline='gone': no folder of a diffusers pipeline"),
+        (["--prompts", "p.txt", "--captioner", "gone"], "--captioner='gone': expected 'none', 'template', or"),
+        (["--prompts", "p.txt", "--tokenizer", "gone"], "--tokenizer='gone': cannot be loaded"),
+        (["--prompts", "p.txt", "--height", "63"], "video.height=63: expected an even number"),
+        (["--prompts", "p.txt", "--steps", "0"], "video.steps=0: expected at least 1"),
+        (["--prompts", "p.txt", "--dtype", "int8"], "video.dtype='int8'"),
+        (["--prompts", "p.txt", "--top-p", "0"], "caption.top_p=0.0"),
+        (["--prompts", "p.txt", "--instruction", "{clip}"], "caption.instruction: expected only the fields"),
+        (["--prompts", "p.txt", "--rank", "2", "--world-size", "2"], r"rank=2: expected one in [0, 2)"),
+        (["--prompts", "p.txt", "--shard-size", "0"], "shard_size=0"),
+        (["--source", "shapes", "--num-clips", "0"], "--num-clips=0"),
+    ],
+)
+def test_mistakes_are_named(
+    args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("red")
+    assert main(["--output", "made", *args]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
+
+
+def test_another_run_does_not_mix_in(tool: Tool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tool("made")
+    args = ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "made"), *FAST]
+    assert main([*args, "--seed", "1"]) == 2
+    assert "was made with video=" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="RANK='x': expected a number"):
+        pytest.MonkeyPatch().setenv("RANK", "x")
+        Share.from_environment()
+
+
+def test_a_pipeline_for_something_else_is_refused(tool: Tool, tmp_path: Path, foundation: str) -> None:
+    unet = UNet2DModel(sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",),
+                       up_block_types=("UpBlock2D",), layers_per_block=1)  # fmt: skip
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path / "images")
+    source = PromptSource(str(tmp_path / "prompts.txt"), str(tmp_path / "images"), VideoOptions())
+    with pytest.raises(DataError, match=r"DDIMPipeline makes no video of a text; it takes no \['height'"):
+        source.render([source.clip(0)])
+    (tmp_path / "images" / "model_index.json").write_text("{}")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        _ = PromptSource(str(tmp_path / "prompts.txt"), str(tmp_path / "images"), VideoOptions()).pipeline
+
+
+def test_negative_seeds_and_the_plainest_captioner() -> None:
+    assert make_captioner("none", CaptionOptions(), LengthFilter(), 8).tries == 1
+    with pytest.raises(ValueError, match=r"video.seed=-1: expected at least 0"):
+        VideoOptions(seed=-1)

@@ -1,0 +1,34 @@
+"""Jobs that are killed and taken up again come to the same; a few points here, twenty by the command's default."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.conftest import REPO
+
+tool = SimpleNamespace(**runpy.run_path(str(REPO / "tools" / "check_resume.py")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["fit", "synthesize", "encode"])
+def test_killed_jobs_come_to_the_same(job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = [job, "--points", "2", "--keep", str(tmp_path), "--seed", "3"]
+    assert tool.main(args) == 0, (tmp_path / job / "log.txt").read_text()[-3000:]
+    assert f"{job}: 2 of 2 killed runs came to the same" in capsys.readouterr().out
+
+
+def test_a_difference_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("one")
+    before = tool.files(tmp_path)
+    (tmp_path / ".hidden").write_text("left behind")
+    assert set(tool.files(tmp_path)) - set(before) == {".hidden"}
+    with pytest.raises(SystemExit):
+        tool.main(["nothing"])
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        tool.run(["python3", "-c", "raise SystemExit(3)"], tmp_path / "log.txt")
+    ended, seconds = tool.run(["sleep", "60"], tmp_path / "log.txt", kill_after=0.2)
+    assert not ended and seconds < 10

@@ -1,0 +1,76 @@
+"""Encode shards of videos once: latents and prompt embeddings, so that training runs neither VAE nor text encoder.
+
+    python tools/encode.py --source runs/data/mine --output runs/data/mine-encoded
+    lightning fit --config configs/recall.yaml --data.shards runs/data/mine-encoded
+    torchrun --nproc-per-node 8 tools/encode.py ...         # shards are divided among the processes
+
+The source is a folder of shards, or of train/, val/ and test/ folders of shards.  The same command again goes on where
+it was cut off.  Training checks that the encoders, the normalisation and the size are its own; docs/DATA.md tells more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from univigu.data.build import Share, this_device
+from univigu.models.foundation import EMBEDDED_FOUNDATION
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--source", type=Path, required=True, help="folder of video shards, or of such folders")
+    top.add_argument("--output", type=Path, required=True)
+    top.add_argument("--foundation", default=EMBEDDED_FOUNDATION, help="WanPipeline folder with the encoders")
+    top.add_argument("--dtype", default="float32", help="how results are stored: float32, bfloat16 or float16")
+    top.add_argument("--height", type=int, default=64, help="pixels; videos are scaled and cropped")
+    top.add_argument("--width", type=int, default=64, help="pixels")
+    top.add_argument("--num-frames", type=int, default=9, help="4k+1 for Wan, spread evenly over the clip")
+    top.add_argument("--no-prompts", action="store_true", help="latents alone; prompts are then encoded in training")
+    top.add_argument("--strict", action="store_true", help="stop at the first sample that cannot be encoded")
+    top.add_argument("--workers", type=int, help="processes on the CPU; default: one a core")
+    top.add_argument("--rank", type=int, help="number of this process; default: RANK")
+    top.add_argument("--world-size", type=int, help="number of processes; default: WORLD_SIZE")
+    top.add_argument("--device", help="default: this process's GPU if there is one, else cpu")
+    return top
+
+
+def folders(source: Path) -> list[str]:
+    """Which folders below the source hold shards: itself ("."), or its train, val and test."""
+    splits = [name for name in ("train", "val", "test") if (source / name).is_dir()]
+    return splits if splits and not any(source.glob("*.tar")) else ["."]
+
+
+def run(options: argparse.Namespace) -> None:
+    from univigu.data.encode import encode_shards
+
+    share = Share.from_environment(options.rank, options.world_size)
+    for name in folders(options.source):
+        manifest = encode_shards(
+            options.source / name, options.output / name, options.foundation, options.dtype, options.workers,
+            options.height, options.width, options.num_frames, options.strict, prompts=not options.no_prompts,
+            device=options.device or this_device(), share=share,
+        )  # fmt: skip
+        state = "complete" if manifest.complete else "this process is done, others are not"
+        print(f"{options.output / name}: {state}: {len(manifest.shards)} shards, {manifest.counts}")
+
+
+def main(args: list[str] | None = None) -> int:
+    options = parser().parse_args(args)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        run(options)
+    except (OSError, ValueError) as error:  # DataError is a ValueError
+        if os.environ.get("UNIVIGU_DEBUG"):
+            raise
+        print(f"error: {error}\n(UNIVIGU_DEBUG=1 shows where)", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Who describes the clips: nobody, a template, or a language model that sees frames and prompt."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from univigu.data import shapes
+from univigu.data.filters import LengthFilter
+from univigu.data.fingerprint import folder_fingerprint
+from univigu.data.sample import DataError
+from univigu.data.synthesis.options import Captioner, CaptionOptions, Clip, check_dtype, derived_seed
+from univigu.data.video import even_indices
+
+
+class NoCaptioner:
+    """Leaves the captions empty: enough for stages whose target is the prompt."""
+
+    tries, filtered = 1, False
+
+    def parameters(self) -> dict[str, Any]:
+        return {"captioner": "none"}
+
+    def describe(self, clips: list[Clip], attempt: int) -> None:
+        """The captions stay as they are."""
+
+
+class TemplateCaptioner:
+    """Fills a template in; clips of the embedded world get the description that world writes of them.
+
+    Args:
+        options: holds the template.
+        fps: the clips' frames a second.
+    """
+
+    tries, filtered = 1, True
+
+    def __init__(self, options: CaptionOptions, fps: int) -> None:
+        self.template, self.fps = options.template, fps
+
+    def parameters(self) -> dict[str, Any]:
+        return {"captioner": "template", "template": self.template}
+
+    def describe(self, clips: list[Clip], attempt: int) -> None:
+        for clip in clips:
+            if clip.scene is not None:
+                clip.caption = shapes.caption_of(shapes.Scene.from_dict(clip.scene))
+                continue
+            assert clip.frames is not None
+            num_frames, _, height, width = clip.frames.shape
+            clip.caption = self.template.format(
+                prompt=clip.prompt.strip(" ."), num_frames=num_frames, height=height, width=width, fps=self.fps
+            )
+
+
+class ModelCaptioner:
+    """A transformers image-text-to-text model that is shown frames and told the prompt.
+
+    The frames go in as images of one message, which every such model with a chat template understands, those made
+    for video too.
+
+    Args:
+        folder: model and processor, as ``save_pretrained`` writes them.
+        options: frames, draws and instruction.
+        window: lengths of captions that the instruction asks for.
+        device: where it runs.
+
+    Raises:
+        DataError: the folder is missing.
+    """
+
+    filtered = True
+
+    def __init__(
+        self, folder: str, options: CaptionOptions, window: LengthFilter, device: torch.device | str = "cpu"
+    ) -> None:
+        self.folder, self.options, self.device = Path(folder), options, device
+        self.words = round(0.375 * (window.min_caption + window.max_caption))  # three words make about four tokens
+        # The likeliest tokens are the same every time.
+        self.tries = options.tries if options.temperature > 0 else 1
+        if not (self.folder / "config.json").is_file():
+            raise DataError(
+                f"--captioner={folder!r}: expected 'none', 'template', or the folder of a transformers model "
+                "(there is no such config.json)"
+            )
+
+    def parameters(self) -> dict[str, Any]:
+        options = asdict(self.options)
+        del options["template"]
+        name, fingerprint = self.folder.resolve().name, folder_fingerprint(self.folder)
+        return {"captioner": {"folder": name, "fingerprint": fingerprint, "words": self.words, **options}}
+
+    @cached_property
+    def processor(self) -> Any:
+        from transformers import AutoProcessor
+
+        processor = self._load(AutoProcessor)
+        if getattr(processor, "chat_template", None) is None:
+            raise DataError(f"--captioner={str(self.folder)!r}: its processor has no chat template")
+        processor.tokenizer.padding_side = "left"  # the answers begin where the questions end
+        return processor
+
+    @cached_property
+    def model(self) -> Any:
+        from transformers import AutoModelForImageTextToText
+
+        model = self._load(AutoModelForImageTextToText, dtype=check_dtype(self.options.dtype, "caption.dtype"))
+        return model.requires_grad_(False).eval().to(self.device)
+
+    def _load(self, auto: Any, **kwargs: Any) -> Any:
+        try:
+            return auto.from_pretrained(self.folder, **kwargs)
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise DataError(f"--captioner={str(self.folder)!r}: cannot be loaded ({error})") from error
+
+    def describe(self, clips: list[Clip], attempt: int) -> None:
+        for start in range(0, len(clips), self.options.batch_size):
+            self._describe(clips[start : start + self.options.batch_size], attempt)
+
+    def _describe(self, clips: list[Clip], attempt: int) -> None:
+        o, seed = self.options, derived_seed(clips[0].seed, attempt)
+        images = [self.images(clip) for clip in clips]
+        questions = [
+            self.processor.apply_chat_template(self.messages(clip, len(shown)), add_generation_prompt=True)
+            for clip, shown in zip(clips, images, strict=True)
+        ]
+        # The chat template has written the special tokens.
+        inputs = self.processor(
+            text=questions, images=images, padding=True, return_tensors="pt", add_special_tokens=False
+        ).to(self.device, dtype=self.model.dtype)
+        draw: dict[str, float] = {"do_sample": o.temperature > 0}
+        if o.temperature > 0:
+            draw |= {"temperature": o.temperature, "top_p": o.top_p, "top_k": 0}
+        with torch.random.fork_rng(), torch.inference_mode():
+            torch.manual_seed(seed)
+            tokens = self.model.generate(**inputs, max_new_tokens=o.max_new_tokens, **draw)
+        answers = tokens[:, inputs["input_ids"].shape[1] :]
+        for clip, text in zip(clips, self.processor.batch_decode(answers, skip_special_tokens=True), strict=True):
+            clip.caption, clip.caption_seed = text.strip(), seed
+
+    def images(self, clip: Clip) -> list[Image.Image]:
+        """The frames that are shown, spread evenly over the clip."""
+        assert clip.frames is not None
+        chosen = sorted(set(even_indices(len(clip.frames), self.options.frames)))
+        return [Image.fromarray(clip.frames[i].permute(1, 2, 0).numpy()) for i in chosen]
+
+    def messages(self, clip: Clip, num_images: int) -> list[dict[str, Any]]:
+        """What the model is told: the places of the frames, then the instruction with the prompt."""
+        prompt = clip.prompt
+        for token in self.processor.tokenizer.all_special_tokens:  # "<image>" would ask for one frame more
+            prompt = prompt.replace(token, " ")
+        text = self.options.instruction.format(prompt=prompt, num_frames=num_images, words=self.words)
+        content: list[dict[str, Any]] = [{"type": "image"} for _ in range(num_images)]
+        return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+
+
+def make_captioner(
+    name: str, options: CaptionOptions, window: LengthFilter, fps: int, device: torch.device | str = "cpu"
+) -> Captioner:
+    """The captioner of that name: "none", "template", or a folder.
+
+    Raises:
+        DataError: it is none of these.
+    """
+    if name == "none":
+        return NoCaptioner()
+    if name == "template":
+        return TemplateCaptioner(options, fps)
+    return ModelCaptioner(name, options, window, device)
