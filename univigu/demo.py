@@ -12,7 +12,7 @@ import torch
 
 from univigu.data.shapes import CANVAS, FPS, NUM_FRAMES
 from univigu.data.video import VideoError, encode_mp4, read_video
-from univigu.pipeline import UniViGUPipeline
+from univigu.pipeline import UniViGUOutput, UniViGUPipeline
 from univigu.viewer import TrajectoryRecorder
 
 EXAMPLE = "a large red circle moving left slowly, on a black background"
@@ -61,10 +61,8 @@ class Demo:
         """Video from a prompt: path of an mp4 file, and the trajectory."""
         recorder = TrajectoryRecorder(self.pipe)
         frames = self.pipe(
-            _filled(prompt, "prompt"), **self._size(), guidance_scale=guidance, output_type="pt", **self._common(
-                steps, seed, recorder
-            ),
-        ).frames  # fmt: skip
+            _filled(prompt, "prompt"), **self._size(), guidance_scale=guidance, **self._common(steps, seed, recorder)
+        ).frames
         return self._write(frames), _framed(recorder)
 
     def caption(self, video: str | None, question: str, steps: int, seed: int) -> tuple[str, str]:
@@ -78,17 +76,15 @@ class Demo:
             max_sequence_length=self.options.max_sequence_length,
             callback_on_step_end=recorder,
         )
-        return made.text[0], _framed(recorder)
+        return _first(made), _framed(recorder)
 
     def joint(self, prompt: str, steps: int, guidance: float, seed: int) -> tuple[str, str, str]:
         """Video and its text together: path of an mp4 file, the text, and the trajectory."""
         recorder = TrajectoryRecorder(self.pipe)
         made = self.pipe.joint(
-            _filled(prompt, "prompt"), **self._size(), guidance_scale=guidance, output_type="pt", **self._common(
-                steps, seed, recorder
-            ),
-        )  # fmt: skip
-        return self._write(made.frames), made.text[0], _framed(recorder)
+            _filled(prompt, "prompt"), **self._size(), guidance_scale=guidance, **self._common(steps, seed, recorder)
+        )
+        return self._write(made.frames), _first(made), _framed(recorder)
 
     def edit(
         self, video: str | None, prompt: str, strength: float, steps: int, guidance: float, seed: int
@@ -96,12 +92,15 @@ class Demo:
         """A video file made anew under another prompt: path of an mp4 file, and the trajectory."""
         recorder = TrajectoryRecorder(self.pipe)
         made = self.pipe.edit(
-            self._read(video), _filled(prompt, "prompt"), strength, guidance_scale=guidance, output_type="pt",
+            self._read(video),
+            _filled(prompt, "prompt"),
+            strength,
+            guidance_scale=guidance,
             **self._common(steps, seed, recorder),
-        )  # fmt: skip
+        )
         return self._write(made.frames), _framed(recorder)
 
-    def _size(self) -> dict[str, int]:
+    def _size(self) -> dict[str, Any]:
         return {name: getattr(self.options, name) for name in ("height", "width", "num_frames")}
 
     def _common(self, steps: int, seed: int, recorder: TrajectoryRecorder) -> dict[str, Any]:
@@ -110,6 +109,7 @@ class Demo:
             "generator": torch.Generator().manual_seed(int(seed)),
             "max_sequence_length": self.options.max_sequence_length,
             "callback_on_step_end": recorder,
+            "output_type": "pt",
         }
 
     def _read(self, video: str | None) -> torch.Tensor:
@@ -133,6 +133,11 @@ class Demo:
 
 class DemoError(ValueError):
     """What a visitor can mend; shown on the page."""
+
+
+def _first(made: UniViGUOutput) -> str:
+    assert made.text is not None
+    return made.text[0]
 
 
 def _filled(text: str, name: str) -> str:
