@@ -235,7 +235,7 @@ def test_questions_take_the_place_of_texts(
     for number, qa in enumerate((pairs, None, pairs[:1], [])):
         texts = {**json.loads(clips[number]["json"]), **({} if qa is None else {"qa": qa})}
         members += [(f"{number}.mp4", clips[number]["mp4"]), (f"{number}.json", json.dumps(texts).encode())]
-    for split in ("train", "val"):
+    for split in ("train", "val", "test"):
         raw_tar(tmp_path / split / "a.tar", members)
     options = {"shards": str(tmp_path), "texts": "qa", "length_filter": LengthFilter(min_caption=0), "batch_size": 1}
     for precompute in (False, True):

@@ -247,13 +247,15 @@ def test_mistakes_are_named(
     assert not (tmp_path / "made").exists()
 
 
-def test_another_run_does_not_mix_in(tool: Tool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_run_does_not_mix_in(
+    tool: Tool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tool("made")
     args = ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "made"), *FAST]
     assert main([*args, "--seed", "1"]) == 2
     assert "was made with video=" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "x")
     with pytest.raises(ValueError, match="RANK='x': expected a number"):
-        pytest.MonkeyPatch().setenv("RANK", "x")
         Share.from_environment()
 
 

@@ -69,7 +69,7 @@ class PromptSource:
         try:
             dtype = check_dtype(self.options.dtype, "video.dtype")
             pipeline = DiffusionPipeline.from_pretrained(self.folder, torch_dtype=dtype).to(self.device)
-        except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
             raise DataError(f"--pipeline={str(self.folder)!r}: cannot be loaded ({error})") from error
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
