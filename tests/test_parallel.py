@@ -235,6 +235,34 @@ def test_a_sharded_checkpoint_becomes_a_folder(plain: SimpleNamespace, two: Simp
         torch.testing.assert_close(made.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_shipped_overlay_runs_with_its_callbacks(small_data: list[str], tmp_path: Path, optimizer: str) -> None:
+    """Recall, sharded over two processes: held-out samples, the mean of the weights, the report, the checkpoint."""
+    configs = [f"--config={HERE.parent}/configs/{name}.yaml" for name in ("recall", "fsdp")]
+    (tmp_path / "mine.yaml").write_text(
+        "overrides:\n  callbacks: {MediaLogger: {every_n_steps: 2, num_samples: 2}, FinalReport: {num_samples: 2}}\n"
+    )
+    args = ["fit", *configs, f"--config={tmp_path}/mine.yaml", *small_data, "--trainer.devices=2",
+            "--trainer.accelerator=cpu", "--trainer.max_steps=3", "--trainer.val_check_interval=2",
+            "--trainer.callbacks+=univigu.callbacks.WeightEMA",
+            "--trainer.callbacks+=univigu.callbacks.ThroughputLogger", "--trainer.callbacks.every_n_steps=2",
+            f"--model.optimizer.name={optimizer}", "--data.batch_size=2",
+            "--model.sampling.num_inference_steps=2", "--model.sampling.caption_steps=2"]  # fmt: skip
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    result = subprocess.run(
+        [sys.executable, *launcher, "-m", "univigu.cli", *args],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    assert result.stdout.count("captioned from the video alone") == 1  # rank 0 alone prints
+    path = tmp_path / "runs/recall/checkpoints/last.ckpt"
+    assert path.is_dir() and [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+    model = load_weights(path)
+    assert model.config.text_length == 32 and model.text_head.linear.weight.abs().sum() > 0
+
+
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match=r"parallel\.compute_dtype='float16'"):
         ParallelOptions("float16")  # type: ignore[arg-type]

@@ -222,7 +222,7 @@ class EmbeddingFlow(TextFlow):
     @staticmethod
     def _similarity(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """``x E^T / sqrt(D)``: float32 [B, L, V], also inside autocast, where the product would become bfloat16."""
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             return F.linear(x.float(), table) / math.sqrt(table.shape[1])
 
 
