@@ -113,4 +113,4 @@ class _Means(nn.Module):
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()  # type: ignore[attr-defined]
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
