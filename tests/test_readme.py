@@ -65,4 +65,5 @@ def _check_tool(args: list[str]) -> None:
     text = (REPO / args[0]).read_text()
     for word in args[1:]:
         if word.startswith("--"):
-            assert f'"{word}"' in text, f"{args[0]} has no option {word}"
+            passed_on = "parse_known_args" in text or "workloads_of" in text  # to lightning fit
+            assert f'"{word}"' in text or (passed_on and word == "--config"), f"{args[0]} has no option {word}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -31,26 +31,11 @@ from univigu.models.lora import LoraOptions, add_lora
 from univigu.models.transformer import TextFlowName, UniViGUTransformer3DModel
 from univigu.optim import OptimizerOptions, make_optimizer
 from univigu.parallel import ParallelOptions, build_sharded, is_sharded, trained_weights_changed
+from univigu.prediction import Prediction
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.tasks import Sampler
 from univigu.stages import Stage
 from univigu.trained import Trains, check_stage, parameter_groups, train_only
-
-
-@dataclass
-class Prediction:
-    """One predicted item: what it was made of, and the text, the video, or the error."""
-
-    index: int
-    """Position in the list of inputs."""
-    source: str
-    """Path of the video, or the prompt."""
-    text: str | None = None
-    video: torch.Tensor | None = None
-    """uint8 [F, C, H, W]."""
-    error: str | None = None
-    seconds: float = 0.0
-    seed: int = field(default=0)
 
 
 class UniViGU(LightningModule):

@@ -14,7 +14,7 @@ import torch
 
 from univigu.flow.random import rand, randn
 from univigu.flow.score import TextScore
-from univigu.flow.text import TextFlow
+from univigu.flow.text import CorruptedText, TextFlow
 from univigu.flow.time import TextTimeSampling, VideoTimeSampling, to_timestep
 from univigu.flow.video import flow_matching_loss, interpolate
 
@@ -219,7 +219,7 @@ class UniFlowObjective:
             if not count:
                 continue
             rows, start = slice(start, start + count), start + count
-            part = corrupted.part(rows)
+            part = CorruptedText(*(None if value is None else value[rows] for value in corrupted))  # type: ignore[arg-type]
             score = TextScore(self.text_flow, part, t_text[rows], table, text_loss, self.options.max_logits)
             times = to_timestep(t_video[rows]), to_timestep(t_text[rows])
             output = model(noisy[rows], times[0], embeds[rows], part.x_t, times[1], **score.inputs)

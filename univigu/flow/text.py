@@ -57,11 +57,6 @@ class CorruptedText(NamedTuple):
     noise: torch.Tensor | None = None
     """The noise z_0, float32 [B, L, D]; the embedding flow only."""
 
-    def part(self, rows: slice) -> CorruptedText:
-        """Some of the samples."""
-        noise = None if self.noise is None else self.noise[rows]
-        return CorruptedText(self.x_t[rows], self.tokens[rows], noise)
-
 
 @dataclass(frozen=True)
 class TextFlow(ABC):
