@@ -156,6 +156,14 @@ def trained_weights_changed(model: nn.Module) -> None:
                 group._init_mp_dtypes()
 
 
+def reshard(model: nn.Module) -> None:
+    """Give back what a sharded model keeps gathered after a forward without a backward, so that its parameters are the
+    float32 shares again; a model that is not sharded is left alone."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether a model is split over processes, which then have to run it together."""
     return isinstance(model, FSDPModule)

@@ -9,6 +9,8 @@ from lightning import Callback, LightningModule, Trainer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from univigu.parallel import reshard
+
 
 class WeightEMA(Callback):
     r"""Keeps :math:`\bar\theta \leftarrow d \bar\theta + (1 - d) \theta` of what is trained, after every step.
@@ -77,6 +79,7 @@ class _Means(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        reshard(model)
         for name, parameter in model.named_parameters():
             owner: nn.Module = self
             *path, last = name.split(".")
@@ -87,6 +90,7 @@ class _Means(nn.Module):
             owner.register_parameter(last, nn.Parameter(parameter.detach().clone(), requires_grad=False))
 
     def _pairs(self, model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        reshard(model)
         names = dict(model.named_parameters())
         means = [_local(mean) for mean in self.parameters()]
         return means, [_local(names[name]) for name, _ in self.named_parameters()]
