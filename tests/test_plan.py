@@ -186,10 +186,11 @@ def test_memory_is_what_a_run_takes(checkpointing: bool) -> None:
     What a busy machine adds to it (buffers of threads that wait) is no part of the plan: the least of three counts.
     """
     planned, measured = make_plan(small()).total(checkpointing), float("inf")
+    clean = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG")}
     for _ in range(3):
         result = subprocess.run(
             [sys.executable, "-c", MEASURE, __file__, str(checkpointing)], capture_output=True, text=True, check=False,
-            cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO), "MALLOC_MMAP_THRESHOLD_": "16384"},
+            cwd=REPO, env=clean | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "16384"},
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         measured = min(measured, int(result.stdout.split()[-1]) * 1024)
