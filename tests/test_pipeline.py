@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_named(pipe: UniViGUPipeline, videos: np.ndarray, t
     wan.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="vocab_embed"):
         UniViGUPipeline.from_pretrained(tmp_path)
-    with pytest.raises(TypeError, match="expected a UniViGUTransformer3DModel, got WanTransformer3DModel"):
+    with pytest.raises(ValueError, match="expected a UniViGUTransformer3DModel, got WanTransformer3DModel"):
         UniViGUPipeline(wan.tokenizer, wan.text_encoder, wan.vae, wan.scheduler, wan.transformer)
 
 

@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 from univigu.checkpoint import (
-    CheckpointError,
     export_foundation,
     export_official,
     export_pipeline,
@@ -26,6 +25,7 @@ from univigu.checkpoint import (
     import_wan,
     load_weights,
 )
+from univigu.cli import exit_code
 from univigu.models.conventions import OFFICIAL, Conventions
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 
@@ -71,17 +71,12 @@ def convert(options: argparse.Namespace) -> None:
         import_wan(options.checkpoint, options.config).save_pretrained(options.output)
     else:
         load_weights(options.checkpoint).save_pretrained(options.output)
+    print(f"wrote {options.output}")
 
 
 def main(args: list[str] | None = None) -> int:
     options = make_parser().parse_args(args)
-    try:
-        convert(options)
-    except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {options.output}")
-    return 0
+    return exit_code(lambda: convert(options))
 
 
 if __name__ == "__main__":

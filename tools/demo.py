@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from univigu.cli import exit_code
 from univigu.demo import Demo, DemoOptions, build
 from univigu.pipeline import UniViGUPipeline
 
@@ -30,22 +31,21 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
-def main(args: list[str] | None = None) -> int:
-    options = parse(args)
+def run(options: argparse.Namespace) -> None:
+    demo_options = DemoOptions(**{field.name: getattr(options, field.name) for field in fields(DemoOptions)})
+    pipe = UniViGUPipeline.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype))
+    demo = Demo(pipe.to(options.device), demo_options)
+    pipe.latents_shape(options.height, options.width, options.num_frames)  # a wrong size is told before the page opens
     try:
-        demo_options = DemoOptions(**{field.name: getattr(options, field.name) for field in fields(DemoOptions)})
-        pipe = UniViGUPipeline.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype))
-        demo = Demo(pipe.to(options.device), demo_options)
-        pipe._latents_shape(options.height, options.width, options.num_frames)
         page = build(demo)
     except ModuleNotFoundError as error:
-        print(f'error: {error}; run pip install -e ".[demo]"', file=sys.stderr)
-        return 2
-    except (OSError, ValueError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise ValueError(f'{error}; run pip install -e ".[demo]"') from error
     page.launch(server_name=options.host, server_port=options.port, allowed_paths=[str(demo.folder)])
-    return 0
+
+
+def main(args: list[str] | None = None) -> int:
+    options = parse(args)
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

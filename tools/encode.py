@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 
+from univigu.cli import exit_code
 from univigu.data.build import Share, this_device
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 
@@ -61,15 +61,7 @@ def run(options: argparse.Namespace) -> None:
 def main(args: list[str] | None = None) -> int:
     options = parser().parse_args(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        run(options)
-    except (OSError, ValueError) as error:  # DataError is a ValueError
-        if os.environ.get("UNIVIGU_DEBUG"):
-            raise
-        print(f"error: {error}\n(UNIVIGU_DEBUG=1 shows where)", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
+from univigu.cli import exit_code
 from univigu.plan import Plan, added_parameters, make_plan
 from univigu.published import workloads_of
 
@@ -49,6 +50,20 @@ def show_plan(title: str, plan: Plan, options: argparse.Namespace, console: Cons
     console.print(table)
 
 
+def run(options: argparse.Namespace, rest: list[str]) -> None:
+    console = Console(width=100)
+    if not 0 < options.utilisation <= 1:
+        raise ValueError(f"--utilisation {options.utilisation}: expected a share over 0 and at most 1")
+    for work in workloads_of(rest):
+        if options.modules:
+            show_modules(f"stage {work.stage.name}, trains {work.trains}", work, console)
+        else:
+            title = f"stage {work.stage.name}, batch {work.batch_size} on each of {options.world_size}"
+            show_plan(title, make_plan(work, options.world_size), options, console)
+    if not options.modules:
+        console.print("Not counted: the frozen text encoder and VAE, the libraries' own memory, fragmentation.")
+
+
 def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world-size", type=int, default=1, help="processes the transformer is sharded over")
@@ -56,22 +71,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--utilisation", type=float, default=0.45, help="share of its operations that are of use")
     parser.add_argument("--modules", action="store_true", help="parameters added and trained, per module")
     options, rest = parser.parse_known_args(args)
-    console = Console(width=100)
-    try:
-        if not 0 < options.utilisation <= 1:
-            raise ValueError(f"--utilisation {options.utilisation}: expected a share over 0 and at most 1")
-        for work in workloads_of(rest):
-            if options.modules:
-                show_modules(f"stage {work.stage.name}, trains {work.trains}", work, console)
-            else:
-                title = f"stage {work.stage.name}, batch {work.batch_size} on each of {options.world_size}"
-                show_plan(title, make_plan(work, options.world_size), options, console)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if not options.modules:
-        console.print("Not counted: the frozen text encoder and VAE, the libraries' own memory, fragmentation.")
-    return 0
+    return exit_code(lambda: run(options, rest))
 
 
 def show_modules(title: str, work: object, console: Console) -> None:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from univigu.cli import exit_code
 from univigu.data import shapes
 from univigu.data.shapes import Scene
 from univigu.metrics import ShapesTextAccuracy, detect
@@ -160,18 +161,17 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def run(options: argparse.Namespace) -> None:
+    pipe = UniViGUPipeline.from_pretrained(options.model).to(options.device)
+    pipe.set_progress_bar_config(disable=True)
+    scenes = [shapes.sample_scene(seed, "test") for seed in range(options.clips)]
+    table = {"steps": steps, "edit": edit}[options.command](options, pipe, scenes)
+    Console(width=110).print(table)
+
+
 def main(args: list[str] | None = None) -> int:
     options = parse(args)
-    try:
-        pipe = UniViGUPipeline.from_pretrained(options.model).to(options.device)
-        pipe.set_progress_bar_config(disable=True)
-        scenes = [shapes.sample_scene(seed, "test") for seed in range(options.clips)]
-        table = {"steps": steps, "edit": edit}[options.command](options, pipe, scenes)
-    except (OSError, ValueError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    Console(width=110).print(table)
-    return 0
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

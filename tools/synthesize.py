@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 
+from univigu.cli import exit_code
 from univigu.data.build import Share, this_device
 from univigu.data.filters import LengthFilter
 from univigu.data.synthesis.options import CaptionOptions, Source, VideoOptions
@@ -103,21 +103,13 @@ def run(o: argparse.Namespace) -> str:
         o.output, source, captioner, tokenizer, lengths, o.shard_size, video.batch_size, video.fps, video.crf, share
     )
     state = "complete" if manifest.complete else "this process is done, others are not"
-    return f"{o.output}: {state}: {len(manifest.shards)} shards, {manifest.counts}"
+    print(f"{o.output}: {state}: {len(manifest.shards)} shards, {manifest.counts}")
 
 
 def main(args: list[str] | None = None) -> int:
     options = parser().parse_args(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        print(run(options))
-    except (OSError, ValueError) as error:  # DataError is a ValueError
-        if os.environ.get("UNIVIGU_DEBUG"):
-            raise
-        print(f"error: {error}\n(UNIVIGU_DEBUG=1 shows where)", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

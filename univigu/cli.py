@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 
 
 def main(args: list[str] | None = None) -> None:
@@ -18,22 +19,30 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: arguments without the program's name; None takes ``sys.argv``.
     """
-    # Everything heavy is imported here, so that importing this module costs nothing.
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from univigu.command import UniViGUCLI  # heavy, so that importing this module costs nothing
 
-    from univigu.checkpoint import CheckpointError
-    from univigu.command import UniViGUCLI
-    from univigu.data import DataError
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet_known_warnings()
+    if code := exit_code(lambda: UniViGUCLI(args=args)):
+        sys.exit(code)
+
+
+def exit_code(run: Callable[[], object]) -> int:
+    """Run a command: 0, or 2 after a user's mistake, which is told in one line on standard error.
+
+    Mistakes are the errors of files (OSError) and of values (ValueError, which ours all are, and Lightning's
+    MisconfigurationException); all others are faults of the program and keep their traceback.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        UniViGUCLI(args=args)
-    except (CheckpointError, DataError, MisconfigurationException, FileNotFoundError, ValueError) as error:
-        if os.environ.get("UNIVIGU_DEBUG"):
+        run()
+    except Exception as error:
+        from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+        if os.environ.get("UNIVIGU_DEBUG") or not isinstance(error, (OSError, ValueError, MisconfigurationException)):
             raise
         print(f"error: {error}\n(UNIVIGU_DEBUG=1 shows where)", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
 
 
 def _quiet_known_warnings() -> None:

@@ -253,10 +253,7 @@ class UniViGU(LightningModule):
     def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
         """Frames uint8 [B, F, C, H, W] -> latents [B, C, T, H, W] as the transformer wants them."""
         with torch.no_grad():
-            latents = encode_clips(self.foundation.vae, frames)
-        if self.conventions.latents_normalized:
-            return latents
-        return self.conventions.from_normalized(latents, self.foundation.vae)
+            return self.conventions.from_normalized(encode_clips(self.foundation.vae, frames), self.foundation.vae)
 
     def _encode_prompt(self, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

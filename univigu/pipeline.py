@@ -56,7 +56,7 @@ class UniViGUPipeline(WanPipeline):
         transformer_2, boundary_ratio, expand_timesteps: WanPipeline's, for Wan2.2; not used by the tasks.
 
     Raises:
-        TypeError: another transformer; a plain Wan one has no text stream.
+        ValueError: another transformer; a plain Wan one has no text stream.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class UniViGUPipeline(WanPipeline):
         expand_timesteps: bool = False,
     ) -> None:
         if not isinstance(transformer, UniViGUTransformer3DModel):
-            raise TypeError(
+            raise ValueError(
                 f"transformer: expected a UniViGUTransformer3DModel, got {type(transformer).__name__}; train its text "
                 "stream with `lightning fit --config configs/recall.yaml --model.foundation FOLDER`"
             )
@@ -172,7 +172,7 @@ class UniViGUPipeline(WanPipeline):
         Raises:
             ValueError: a size that does not fit, an option out of range.
         """
-        shape = self._latents_shape(height, width, num_frames)
+        shape = self.latents_shape(height, width, num_frames)
         embeds, null = self._prompt_embeds(prompt, None, max_sequence_length)
         sampler = self._sampler(options, overrides)
         length = self.transformer.config.text_length
@@ -270,7 +270,8 @@ class UniViGUPipeline(WanPipeline):
         pixels = pixels[:, :, :frames, :rows, :columns].to(self._execution_device)
         return self._conventions.encode(self.vae, pixels)
 
-    def _latents_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
+    def latents_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
+        """Latents' (C, T, H, W) of a video of that size; raises ValueError where none has it."""
         down, right = self._patch_pixels()
         for name, value, step, rest in (
             ("height", height, down, 0),

@@ -45,9 +45,10 @@ def workloads_of(args: list[str]) -> list[Workload]:
             "separate_text_ffn",
             "text_positions",
             "separate_text_attention",
+            "text_rotary",
         )
     }
-    transformer |= options | {"text_rotary": model.text_rotary, "vocab_size": vocab_size}
+    transformer |= options | {"vocab_size": vocab_size}
     latents = (channels, (data.num_frames - 1) // temporal + 1, data.height // spatial, data.width // spatial)
     sharded = "Sharded" in str(cli.strategy)
     return [
