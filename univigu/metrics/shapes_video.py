@@ -25,6 +25,7 @@ QUICK_FROM = 24.0
 MIN_COVER = 0.2  # of a pixel; less is noise
 MIN_CORE_AREA = 20.0  # a frame; the least of all objects, the small triangle, has over three times that
 MIN_SHAPE_IOU = 0.6
+SHAPE_BLURS = (0, 1, 2)  # times 3x3 pixels are averaged in the ideal shapes: a VAE's edges are soft, and thin arms all edge
 # Canvas pixels by which boxes may overlap and still lie left of or above each other; more where only one can hold.
 MAX_BOX_OVERLAP = 2.0
 MAX_BLUR_OVERLAP = 8.0
@@ -280,9 +281,23 @@ def _shape(track: _Track, radius: float) -> str | None:
         fine = shape_mask(shape, at - offset[:, :1, None], at[:, None] - offset[:, 1:, None], radius)
         rows_two = fine[:, ::2].astype(np.float32) + fine[:, 1::2]
         ideal = (rows_two[:, :, ::2] + rows_two[:, :, 1::2]) / 4
-        overlap[shape] = float((np.minimum(cover, ideal).sum((1, 2)) / np.maximum(cover, ideal).sum((1, 2))).mean())
+        overlap[shape] = max(_overlap(cover, _blur(ideal, times)) for times in SHAPE_BLURS)
     best = max(overlap, key=lambda shape: overlap[shape])
     return best if overlap[best] >= MIN_SHAPE_IOU else None
+
+
+def _overlap(cover: np.ndarray, ideal: np.ndarray) -> float:
+    """Mean intersection over union of two stacks of covers [F, H, W]."""
+    return float((np.minimum(cover, ideal).sum((1, 2)) / np.maximum(cover, ideal).sum((1, 2))).mean())
+
+
+def _blur(cover: np.ndarray, times: int) -> np.ndarray:
+    """Covers [F, H, W] with the mean of 3x3 pixels taken repeatedly; nothing lies beyond the border."""
+    for _ in range(times):
+        for axis in (1, 2):
+            padded = np.pad(cover, [(0, 0)] + [(1, 1) if axis == side else (0, 0) for side in (1, 2)])
+            cover = sum(np.take(padded, range(i, i + cover.shape[axis]), axis) for i in range(3)) / 3
+    return cover
 
 
 def _motion(centers: np.ndarray, frames: np.ndarray) -> tuple[str | None, str | None]:
