@@ -7,6 +7,7 @@ nothing here is called at import time or from ``prepare_data``'s parent before w
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
 from os import PathLike
@@ -69,13 +70,61 @@ def _decode(source: str | PathLike[str] | bytes, num_frames: int) -> Iterator[to
         if len(reader) == 0:
             raise VideoError(f"{name}: holds no video frame")
         indices = even_indices(len(reader), num_frames)
-        first = torch.from_numpy(reader.get_batch(indices[:1]).asnumpy())  # its size is known only now
+        try:
+            first = torch.from_numpy(reader.get_batch(indices[:1]).asnumpy())  # its size is known only now
+        except decord.DECORDError as error:
+            if "size must exactly match" not in str(error):
+                raise
+            # Its scaler pads the rows of narrow frames (2, 4, 6, 8, 12, 16, 24, 48 and 72 pixels wide), and then it
+            # cannot copy them.
+            yield from _decode_narrow(source, indices, name)
+            return
         if first.shape[1] * first.shape[2] > MAX_PIXELS:
             raise VideoError(f"{name}: frames of {first.shape[2]}x{first.shape[1]} pixels, over {MAX_PIXELS}")
         yield first
         step = max(1, CHUNK_BYTES // first.nbytes)
         for start in range(1, len(indices), step):
             yield torch.from_numpy(reader.get_batch(indices[start : start + step]).asnumpy())
+
+
+def _decode_narrow(source: str | PathLike[str] | bytes, indices: list[int], name: str) -> Iterator[torch.Tensor]:
+    """The frames [1, h, w, C] with these (ascending) numbers, by PyAV."""
+    import av
+
+    with av.open(io.BytesIO(source) if isinstance(source, bytes) else name, "r") as container:
+        container.streams.video[0].thread_type = "NONE"  # as few threads as decord
+        wanted = Counter(indices)
+        for number, frame in enumerate(container.decode(video=0)):
+            if frame.width * frame.height > MAX_PIXELS:
+                raise VideoError(f"{name}: frames of {frame.width}x{frame.height} pixels, over {MAX_PIXELS}")
+            image = torch.from_numpy(frame.to_ndarray(format="rgb24"))[None]
+            yield from [image] * wanted.pop(number, 0)
+            if not wanted:
+                return
+        raise VideoError(f"{name}: holds fewer frames than its header says, no frame {min(wanted)}")
+
+
+def probe_video(source: Any) -> tuple[int, int, int]:
+    """(height, width, number of frames) of a video as its headers say; nothing is decoded.
+
+    Args:
+        source: path of a file, or a file object that can seek.
+
+    Raises:
+        VideoError: there is no video with at least one frame.
+    """
+    import av
+
+    name = str(source) if isinstance(source, str | PathLike) else "<bytes>"
+    with _named(name), av.open(source) as container:
+        if not container.streams.video:
+            raise VideoError(f"{name}: holds no video")
+        stream = container.streams.video[0]
+        height, width = stream.codec_context.height, stream.codec_context.width
+        frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)  # webm does not say
+        if min(height, width, frames) < 1:
+            raise VideoError(f"{name}: {frames} frames of {width}x{height} pixels")
+        return height, width, frames
 
 
 class _named:
