@@ -40,6 +40,10 @@ class SampleRef:
     """(offset, size) in bytes of each member, by suffix."""
     question: int | None = None
     """Which of the sample's questions is meant; None for its prompt and caption."""
+    source: int = 0
+    """Which of several sources it is from."""
+    bucket: int = 0
+    """Which of several sizes its video is brought to."""
 
     def read(self, suffix: str) -> bytes | None:
         """A member's bytes, or None if the sample has no such member."""
