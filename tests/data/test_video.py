@@ -52,7 +52,7 @@ def test_narrow_clips_are_read_from_files_and_resized(tmp_path: object) -> None:
 def test_damaged_narrow_clips_are_named() -> None:
     whole = encode_mp4(clip(32, 48, 40))
     for damaged in (whole[: len(whole) // 3], whole[:40], b"x" * 300):
-        with pytest.raises(VideoError, match="not a readable video|no video|fewer frames"):
+        with pytest.raises(VideoError, match=r"not a readable video|no video|fewer frames"):
             read_video(damaged, 9, 32, 48)
 
 

@@ -117,6 +117,9 @@ class VideoTextDataModule(LightningDataModule):
         self._inputs: VideoInputs | PromptInputs | None = None
         self._tokenizer: Any = None
         self._check_arguments()
+        for bucket in buckets or ():
+            if (buckets or []).count(bucket) > 1:
+                raise ValueError(f"data.buckets={list(map(str, buckets or ()))}: {bucket} is there twice")
         self.buckets = buckets or [Bucket(height, width, num_frames)]
         """The sizes that videos are brought to."""
 
