@@ -241,9 +241,11 @@ def decode_sample(ref: SampleRef, num_frames: int, height: int, width: int) -> t
     return sample, decode_video(sample.video, ref, num_frames, height, width)
 
 
-def decode_video(video: bytes, ref: SampleRef, num_frames: int, height: int, width: int) -> torch.Tensor:
+def decode_video(
+    video: bytes, ref: SampleRef, num_frames: int, height: int, width: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """:func:`univigu.data.video.read_video` of a sample's bytes, with its errors as SampleError."""
     try:
-        return read_video(video, num_frames, height, width)
+        return read_video(video, num_frames, height, width, out)
     except VideoError as error:
         raise SampleError("unreadable_video", ref.shard, ref.key, "video", str(error)) from error

@@ -104,7 +104,7 @@ def select(
                 value = f"{lengths[name]} tokens, {name}_length={slot}"
                 raise SampleError("text_over_slot", ref.shard, ref.key, name, value)
         if reason is None:
-            selection.kept.append(ref)
+            selection.kept.append(replace(ref, tokens=(lengths["prompt"], lengths["caption"])))
             for name, length in lengths.items():
                 selection.lengths[name].append(length)
         return reason

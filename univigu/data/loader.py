@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from univigu.data.buckets import Bucket
@@ -30,6 +31,7 @@ from univigu.data.sample import (
     parse_sample,
 )
 from univigu.data.shards import SampleRef
+from univigu.data.video import make_room
 from univigu.models.foundation import TextTooLongError, tokenize
 
 log = logging.getLogger(__name__)
@@ -98,16 +100,37 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
         """The batch of these samples (see :func:`collate`), and what was wrong with those that are not in it."""
         items: list[dict[str, Any]] = []
         errors: list[SampleError] = []
+        frames: torch.Tensor | None = None
         for number in numbers:
             last_chance = not items and number == numbers[-1]
             candidates = self._candidates(number, items) if self.replace or last_chance else [number]
             for candidate in candidates:
+                ref = self.refs[candidate]
+                if not items and LATENTS_SUFFIX not in ref.members:
+                    frames = self._make_room(ref, len(numbers), frames)
                 try:
-                    items.append(self.load(self.refs[candidate]))
+                    items.append(self.load(ref, None if frames is None else frames[len(items)]))
                     break
                 except SampleError as error:
                     errors.append(error)
-        return (collate(items) if items else {}), errors
+        batch = collate([{name: value for name, value in item.items() if name != "video"} for item in items])
+        if items and frames is not None:
+            batch["video"] = frames[: len(items)].permute(0, 1, 4, 2, 3)
+        return batch, errors
+
+    def _make_room(self, ref: SampleRef, count: int, room: torch.Tensor | None) -> torch.Tensor:
+        """Room for the frames of so many clips of the sample's bucket, uint8 [B, F, H, W, C].
+
+        In a worker it is shared with the training process, so that frames are copied once, from the decoder.
+        """
+        bucket = self.buckets[ref.bucket]
+        shape = (count, bucket.num_frames, bucket.height, bucket.width, 3)
+        if room is not None and room.shape == shape:
+            return room
+        if get_worker_info() is None:
+            return make_room(shape)
+        storage = torch.UntypedStorage._new_shared(math.prod(shape))
+        return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
     def _candidates(self, number: int, items: list[dict[str, Any]]) -> Iterator[int]:
         """The sample, then those that may take its place: of its bucket, and if that is of no use, of any other."""
@@ -118,8 +141,12 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
                 if (self.refs[other].bucket == bucket) == same:
                     yield other
 
-    def load(self, ref: SampleRef) -> dict[str, Any]:
+    def load(self, ref: SampleRef, frames: torch.Tensor | None = None) -> dict[str, Any]:
         """One sample, decoded and tokenised, as a batch without the batch dimension.
+
+        Args:
+            ref: the sample.
+            frames: where those of a video go, uint8 [F, H, W, C]; None makes room.
 
         Raises:
             SampleError: naming shard, key and what is wrong.
@@ -136,7 +163,7 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
             item["latents"] = sample.latents
         else:
             assert sample.video is not None
-            item["video"] = decode_video(sample.video, ref, bucket.num_frames, bucket.height, bucket.width)
+            item["video"] = decode_video(sample.video, ref, bucket.num_frames, bucket.height, bucket.width, frames)
         for name in ("prompt", "caption"):
             try:
                 item[f"{name}_ids"] = tokenize(self.tokenizer, [item[name]], self.lengths[name], name)[0]
@@ -163,11 +190,12 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
     Given samples of :meth:`VideoTextDataset.load`, that is ``key``, ``prompt``, ``caption``: list[str]; ``scene``:
     list[dict | None]; ``source``, ``bucket``: list[int]; ``prompt_ids``, ``caption_ids``: int64 [B, L]; and either
-    ``latents``: float32 [B, C, T, H, W] or ``video``: uint8 [B, F, C, H, W].  Where prompts are precomputed also
-    ``prompt_embeds``: float32 [B, S, text_dim], and ``null_embeds``, the empty prompt's, [1, S, text_dim].
+    ``latents``: float32 [B, C, T, H, W] or ``video``: uint8 [B, F, C, H, W] (in memory [B, F, H, W, C]).  Where prompts
+    are precomputed also ``prompt_embeds``: float32 [B, S, text_dim], and ``null_embeds``, the empty prompt's,
+    [1, S, text_dim].
     """
     batch: dict[str, Any] = {}
-    for name, first in items[0].items():
+    for name, first in items[0].items() if items else ():
         values = [item[name] for item in items]
         batch[name] = torch.stack(values) if isinstance(first, torch.Tensor) else values
     if "null_embeds" in batch:
@@ -284,6 +312,7 @@ class TrainLoader(SampleLoader):
     ) -> None:
         super().__init__(dataset, order, errors, num_workers, spawn)
         self.position = 0
+        self._refs = dataset.refs
         names = "\n".join(_identity(ref) for ref in dataset.refs)
         if order.weights is not None:
             names += f"\n{order.weights}"
@@ -294,6 +323,10 @@ class TrainLoader(SampleLoader):
         for batch in super().__iter__():
             self.position += 1
             yield batch
+
+    def samples(self, start: int, stop: int) -> list[SampleRef]:
+        """The samples of all ranks at the positions from ``start`` to before ``stop``."""
+        return [self._refs[number] for at in range(start, stop) for number in self.order.global_numbers(at)]
 
     def state_dict(self) -> dict[str, Any]:
         """The position in samples over all ranks, and what it refers to."""

@@ -44,6 +44,8 @@ class SampleRef:
     """Which of several sources it is from."""
     bucket: int = 0
     """Which of several sizes its video is brought to."""
+    tokens: tuple[int, int] = (0, 0)
+    """Of its prompt and of its caption, once they have been counted."""
 
     def read(self, suffix: str) -> bytes | None:
         """A member's bytes, or None if the sample has no such member."""

@@ -13,8 +13,10 @@ from fractions import Fraction
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.dlpack import from_dlpack
 
 MAX_PIXELS = 8192 * 4320
 """Pixels a frame may have: 8K.  A few damaged or hostile files of larger frames would take all memory."""
@@ -33,7 +35,9 @@ def even_indices(num_available: int, num_frames: int) -> list[int]:
     return [round(i * (num_available - 1) / (num_frames - 1)) for i in range(num_frames)]
 
 
-def read_video(source: str | PathLike[str] | bytes, num_frames: int, height: int, width: int) -> torch.Tensor:
+def read_video(
+    source: str | PathLike[str] | bytes, num_frames: int, height: int, width: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Read a clip of any size, length and frame rate into the model's shape.
 
     Frames are chosen evenly over the whole clip, resized so that the target is covered, and centre-cropped.
@@ -42,19 +46,30 @@ def read_video(source: str | PathLike[str] | bytes, num_frames: int, height: int
         source: path of a video file, or its bytes.
         num_frames: frames wanted, at least 1 (Wan's VAE wants 4k+1).
         height, width: target size in pixels.
+        out: where the frames go, uint8 [F, H, W, C]; None makes room.
 
     Returns:
-        uint8 frames [F, C, H, W].
+        uint8 frames [F, C, H, W], a view of what lies in memory as [F, H, W, C], as decoders write it.
 
     Raises:
         VideoError: the source is missing, empty, or not a video with at least one frame.
     """
-    chunks = _decode(source, num_frames)  # [f, h, w, C] each
-    return torch.cat([resize_and_crop(chunk.permute(0, 3, 1, 2), height, width) for chunk in chunks])
+    if out is None:
+        out = make_room((num_frames, height, width, 3))
+    frames, done = out.permute(0, 3, 1, 2), 0
+    for chunk in _decode(source, num_frames):
+        frames[done : done + len(chunk)] = resize_and_crop(chunk.permute(0, 3, 1, 2), height, width)
+        done += len(chunk)
+    return frames
+
+
+def make_room(shape: tuple[int, ...]) -> torch.Tensor:
+    """Uninitialised uint8 memory for frames; numpy's comes in huge pages, which cost a third of the time to touch."""
+    return torch.from_numpy(np.empty(shape, np.uint8))
 
 
 def _decode(source: str | PathLike[str] | bytes, num_frames: int) -> Iterator[torch.Tensor]:
-    """The frames in turn, as few at a time as their size demands."""
+    """The frames [f, h, w, C] in turn, as few at a time as their size demands."""
     import decord  # here, not above: importing it loads ffmpeg, which `lightning --help` need not wait for
 
     name = "<bytes>" if isinstance(source, bytes) else str(source)
@@ -71,7 +86,7 @@ def _decode(source: str | PathLike[str] | bytes, num_frames: int) -> Iterator[to
             raise VideoError(f"{name}: holds no video frame")
         indices = even_indices(len(reader), num_frames)
         try:
-            first = torch.from_numpy(reader.get_batch(indices[:1]).asnumpy())  # its size is known only now
+            first = from_dlpack(reader.get_batch(indices[:1]).to_dlpack())  # its size is known only now
         except decord.DECORDError as error:
             if "size must exactly match" not in str(error):
                 raise
@@ -84,7 +99,7 @@ def _decode(source: str | PathLike[str] | bytes, num_frames: int) -> Iterator[to
         yield first
         step = max(1, CHUNK_BYTES // first.nbytes)
         for start in range(1, len(indices), step):
-            yield torch.from_numpy(reader.get_batch(indices[start : start + step]).asnumpy())
+            yield from_dlpack(reader.get_batch(indices[start : start + step]).to_dlpack())
 
 
 def _decode_narrow(source: str | PathLike[str] | bytes, indices: list[int], name: str) -> Iterator[torch.Tensor]:
@@ -150,18 +165,18 @@ def resize_and_crop(frames: torch.Tensor, height: int, width: int) -> torch.Tens
     """Scale uint8 frames [F, C, h, w] so that they cover [height, width], then crop the centre."""
     source_height, source_width = frames.shape[-2:]
     if (source_height, source_width) == (height, width):
-        return frames.contiguous()
+        return frames
     scale = max(height / source_height, width / source_width)
     size = (max(height, round(source_height * scale)), max(width, round(source_width * scale)))
-    resized = F.interpolate(frames.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
+    # In bytes, and as they lie in memory: twenty times quicker than in floats, and within one level of them.
+    resized = F.interpolate(frames, size=size, mode="bilinear", antialias=True, align_corners=False)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    cropped = resized[..., top : top + height, left : left + width]
-    return cropped.round().clamp(0, 255).to(torch.uint8).contiguous()
+    return resized[..., top : top + height, left : left + width]
 
 
 def to_model_range(frames: torch.Tensor) -> torch.Tensor:
     """uint8 [..., F, C, H, W] -> float32 [..., C, F, H, W] in [-1, 1], as Wan's VAE wants it."""
-    return frames.transpose(-4, -3).float() / 127.5 - 1.0
+    return frames.transpose(-4, -3).to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1.0
 
 
 def to_frames(video: torch.Tensor) -> torch.Tensor:
