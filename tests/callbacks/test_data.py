@@ -45,7 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     made = [tmp_path_factory.mktemp(name) for name in ("wide", "square")]
     for folder, count, width in ((made[0], 9, 64), (made[1], 5, 32)):
         write_shapes(folder / "train", "train", count, workers=1, height=32, width=width, num_frames=5)
-        write_shapes(folder / "val", "val", 1, workers=1, height=32, width=width, num_frames=5)
+        write_shapes(folder / "val", "val", 6, workers=1, height=32, width=width, num_frames=5)
     return made
 
 

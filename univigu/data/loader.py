@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from univigu.data.buckets import Bucket
 from univigu.data.encode import decode_video
 from univigu.data.order import Order, TrainOrder
+from univigu.data.rooms import SharedRooms
 from univigu.data.sample import (
     LATENTS_SUFFIX,
     PROMPT_SUFFIX,
@@ -37,25 +37,38 @@ from univigu.models.foundation import TextTooLongError, tokenize
 log = logging.getLogger(__name__)
 
 
-class _Window(Sampler[list[int]]):
-    """The batches from ``start`` on, ``len(order)`` of them."""
+class _Window(Sampler[tuple[int, list[int]]]):
+    """The batches from ``start`` on, ``len(order)`` of them, each with the number of the pass that it belongs to."""
 
     def __init__(self, order: Order) -> None:
         self.order = order
         self.start = 0
+        self.passes = 0
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        start = self.start
-        return (self.order.batch(start + i) for i in range(len(self.order)))
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        self.passes += 1
+        start, number = self.start, self.passes
+        return ((number, self.order.batch(start + i)) for i in range(len(self.order)))
 
 
 # ------------------------------------------------------------------ dataset
 
 
-class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
+class LoadedBatch(NamedTuple):
+    """What comes from a worker."""
+
+    batch: dict[str, Any]
+    """See :func:`collate`; empty if no sample could be read."""
+    errors: list[SampleError]
+    """What was wrong with the samples that are not in it."""
+    room: int | None
+    """The shared memory that its video lies in, one of :class:`SharedRooms`."""
+
+
+class VideoTextDataset(Dataset[LoadedBatch]):
     """Whole batches of samples by their numbers.
 
     A sample that cannot be used is reported beside the batch, never raised: exceptions of worker processes lose
@@ -92,22 +105,28 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
             {PROMPT_SUFFIX, LATENTS_SUFFIX} <= ref.members.keys() and ref.question is None for ref in refs
         )
         """Whether the batches bring the prompts' embeddings along."""
+        self.rooms: SharedRooms | None = None
+        """Where workers put decoded videos."""
 
     def __len__(self) -> int:
         return len(self.refs)
 
-    def __getitem__(self, numbers: list[int]) -> tuple[dict[str, Any], list[SampleError]]:
-        """The batch of these samples (see :func:`collate`), and what was wrong with those that are not in it."""
+    def __getitem__(self, request: tuple[int, list[int]]) -> LoadedBatch:
+        """The batch of the samples with these numbers, after the number of the pass over the data."""
+        turn, numbers = request
         items: list[dict[str, Any]] = []
         errors: list[SampleError] = []
         frames: torch.Tensor | None = None
+        room: int | None = None
         for number in numbers:
             last_chance = not items and number == numbers[-1]
             candidates = self._candidates(number, items) if self.replace or last_chance else [number]
             for candidate in candidates:
                 ref = self.refs[candidate]
-                if not items and LATENTS_SUFFIX not in ref.members:
-                    frames = self._make_room(ref, len(numbers), frames)
+                bucket = self.buckets[ref.bucket]
+                shape = (len(numbers), bucket.num_frames, bucket.height, bucket.width, 3)
+                if not items and LATENTS_SUFFIX not in ref.members and (frames is None or frames.shape != shape):
+                    frames, room = self.rooms.take(shape, turn) if self.rooms else (make_room(shape), None)
                 try:
                     items.append(self.load(ref, None if frames is None else frames[len(items)]))
                     break
@@ -116,21 +135,7 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
         batch = collate([{name: value for name, value in item.items() if name != "video"} for item in items])
         if items and frames is not None:
             batch["video"] = frames[: len(items)].permute(0, 1, 4, 2, 3)
-        return batch, errors
-
-    def _make_room(self, ref: SampleRef, count: int, room: torch.Tensor | None) -> torch.Tensor:
-        """Room for the frames of so many clips of the sample's bucket, uint8 [B, F, H, W, C].
-
-        In a worker it is shared with the training process, so that frames are copied once, from the decoder.
-        """
-        bucket = self.buckets[ref.bucket]
-        shape = (count, bucket.num_frames, bucket.height, bucket.width, 3)
-        if room is not None and room.shape == shape:
-            return room
-        if get_worker_info() is None:
-            return make_room(shape)
-        storage = torch.UntypedStorage._new_shared(math.prod(shape))
-        return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+        return LoadedBatch(batch, errors, room)
 
     def _candidates(self, number: int, items: list[dict[str, Any]]) -> Iterator[int]:
         """The sample, then those that may take its place: of its bucket, and if that is of no use, of any other."""
@@ -252,6 +257,7 @@ class SampleLoader:
         self.order = order
         self.errors = errors
         self._window = _Window(order)
+        self._rooms = dataset.rooms = SharedRooms(num_workers) if spawn and num_workers else None
         self._loader = DataLoader(
             dataset,  # type: ignore[arg-type]
             batch_size=None,  # the sampler gives whole batches
@@ -267,11 +273,16 @@ class SampleLoader:
         return len(self.order)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch, errors in self._loader:
+        for batch, errors, room in self._loader:
             self.errors.add(errors)
             if not batch:
                 raise DataError(f"none of {len(self._loader.dataset)} samples can be read: {dict(self.errors.counts)}")  # type: ignore[arg-type]
+            if room is not None and self._rooms is not None:
+                self._rooms.receive(batch["video"], room)
             yield batch
+            del batch  # or its room would not be free
+            if self._rooms is not None:
+                self._rooms.sweep()
 
     # Lightning stops a loader's workers through this attribute when it is done or interrupted.
     @property
@@ -323,6 +334,7 @@ class TrainLoader(SampleLoader):
         for batch in super().__iter__():
             self.position += 1
             yield batch
+            del batch
 
     def samples(self, start: int, stop: int) -> list[SampleRef]:
         """The samples of all ranks at the positions from ``start`` to before ``stop``."""
