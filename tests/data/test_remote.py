@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +15,7 @@ import pytest
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.remote import fetch_shards, is_remote, local_folder
 from univigu.data.sample import DataError
+from univigu.data.sources import Source
 from univigu.data.synthetic import write_shapes
 
 
@@ -96,3 +98,17 @@ def test_damage_on_the_way_and_wrong_places_are_named(served: tuple[Path, str], 
         fetch_shards(f"{url}/gone", tmp_path / "gone")
     with pytest.raises(DataError, match="nothing://here"):
         fetch_shards("nothing://here", tmp_path / "none")
+
+
+def test_sources_behind_urls_may_be_for_training_alone(served: tuple[Path, str], tmp_path: Path) -> None:
+    folder, url = served
+    shutil.copytree(folder / "train", folder / "more" / "train")
+    sources = [Source(url, 1.0), Source(f"{url}/more/", 3.0)]
+    data = VideoTextDataModule(sources=sources, root=str(tmp_path / "r"), batch_size=2, num_workers=0, precompute=False)
+    data.prepare_data()
+    data.setup("fit")
+    assert data.group_counts == {"train": {"source_0": 4, "source_1": 4}, "val": {"source_0": 2, "source_1": 0}}
+    drawn = [source for batch in data.train_dataloader() for source in batch["source"]]
+    assert (drawn.count(0), drawn.count(1)) == (2, 6)
+    with pytest.raises(DataError, match=r"/gone: cannot be read|/gone/train"):
+        VideoTextDataModule(sources=[Source(f"{url}/gone"), Source(url)], root=str(tmp_path / "r")).prepare_data()
