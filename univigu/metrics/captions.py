@@ -22,16 +22,16 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.text import BLEUScore
 from torchmetrics.utilities import dim_zero_cat
 
-_ABBREVIATIONS = "mr mrs ms dr prof st jr sr vs etc fig inc co corp ltd approx".split()
+_ABBREVIATIONS = "mr|mrs|ms|dr|prof|st|jr|sr|vs|etc|fig|inc|co|corp|ltd|approx"
 _SPLIT = {"cannot": "can not", "gonna": "gon na", "wanna": "wan na", "gotta": "got ta", "gimme": "gim me"}
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}  # what coco-caption drops
 _UNICODE = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "--", "—": "--", "…": "..."})
 _TOKEN = re.compile(
-    r"""
+    rf"""
     https?://\S+ | [\w.+-]+@[\w-]+(?:\.[\w-]+)+           # addresses
     | (?:[^\W\d_]\.)+(?=[^\w]|$)                          # a.m., U.S., a single letter with its dot
-    | (?:{abbreviations})\.                               # Mr.
+    | (?:{_ABBREVIATIONS})\.                               # Mr.
     | [#@]\w+                                             # tags, names
     | \d+(?:[.,:/]\d+)+ | \.\d+(?!\w)                     # 3.5  1,000  12:30  1/2
     | \w+(?:[-/.&]\w+)+(?:'\w+)?                          # cross-country, and/or, left.Right
@@ -40,7 +40,7 @@ _TOKEN = re.compile(
     | '(?:s|m|d|re|ve|ll)\b                               # it 's
     | \w+                                                 # a word or number
     | \.{{2,}} | -{{2,}} | [!?]+ | [^\w\s]                # the rest, mark by mark
-    """.format(abbreviations="|".join(_ABBREVIATIONS)),
+    """,
     re.VERBOSE,
 )
 
@@ -182,6 +182,11 @@ class _Corpus(Metric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("texts", [], dist_reduce_fx="cat")
+
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        if not self.texts:  # torchmetrics would send an empty tensor of floats to ranks that expect bytes
+            self.texts = [torch.zeros(0, dtype=torch.uint8, device=self.device)]
+        super()._sync_dist(*args, **kwargs)
 
     def _keep(self, samples: Iterable[Sequence[str]]) -> None:
         lines = ["\t".join(" ".join(tokenize_caption(text)) for text in texts) + "\n" for texts in samples]
