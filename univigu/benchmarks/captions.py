@@ -158,6 +158,8 @@ def read_listing(path: str, field_names: tuple[str, ...]) -> Listing:
     Raises:
         DataError: the file or a row of it is not of that kind.
     """
+    if not path.endswith((".jsonl", ".json", ".tsv")):
+        raise DataError(f"--annotations={path!r}: expected a .jsonl, .json or .tsv file")
     columns = None
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -167,13 +169,9 @@ def read_listing(path: str, field_names: tuple[str, ...]) -> Listing:
             rows, columns = list(table), list(table.fieldnames or [])
         elif path.endswith(".json"):
             rows = json.loads(text)
-        elif path.endswith(".jsonl"):
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         else:
-            raise DataError(f"--annotations={path!r}: expected a .jsonl, .json or .tsv file")
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
     except (OSError, ValueError, csv.Error) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"--annotations={path!r}: cannot be read ({error})") from error
     if not isinstance(rows, list) or not rows:
         raise DataError(f"--annotations={path!r}: holds no list of rows")
