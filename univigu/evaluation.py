@@ -85,7 +85,7 @@ class HeldOutEvaluation(nn.Module):
 
     def __init__(self, kind: str, options: EvaluationOptions = EvaluationOptions()) -> None:  # noqa: B008
         super().__init__()
-        self.kind, self.options = kind, options
+        self.options = options
         metrics: dict[str, nn.Module] = {
             "caption": ShapesTextAccuracy(kind),
             "captions": caption_metrics(),
@@ -112,11 +112,12 @@ class HeldOutEvaluation(nn.Module):
         length, shape = batch["prompt_ids"].shape[1], tuple(inputs.latents.shape[1:])
         # A sample's seed comes from its key: the same whatever the batch size or the number of ranks.
         seeds = [zlib.crc32(key.encode()) for key in batch["key"]]
-        tokens, texts = module.caption_tokens(inputs.latents, length, seeds)
-        self._texts(texts, batch)
-        if inputs.text_ids is not None:
+        texts: list[str] | None = None
+        if inputs.text_ids is not None:  # else the stage trains no text, and what the model writes means nothing
+            tokens, texts = module.caption_tokens(inputs.latents, length, seeds)
             matches = token_matches(tokens, inputs.text_ids, module.foundation.pad_token_id)
-            self._add("tokens", len(texts), matches)
+            self._add("tokens", len(seeds), matches)
+            self._texts(module.stage.target, texts, batch)
         self._videos(module, inputs.latents, texts, batch)
         self._flow(module, foundation_model, inputs, seeds)
         if not self.options.generation:
@@ -124,6 +125,8 @@ class HeldOutEvaluation(nn.Module):
         frames, _ = module.generate(batch["prompt"], length, shape, seeds)
         self._made("generate", frames, batch["prompt"])
         self._add("generate", _known(batch), frames.cpu(), batch["scene"])
+        if texts is None:
+            return
         frames, captions = module.generate(batch["prompt"], length, shape, seeds, joint=True)
         self._made("joint", frames, captions)
         known = [i for i, scene in enumerate(batch["scene"]) if scene is not None]
@@ -134,14 +137,14 @@ class HeldOutEvaluation(nn.Module):
         self.metrics[name].update(*values, **options)
         self.counts.update(name, number)
 
-    def _texts(self, texts: list[str], batch: Mapping[str, Any]) -> None:
+    def _texts(self, kind: str, texts: list[str], batch: Mapping[str, Any]) -> None:
         """Captions, against the scenes where they are known and against the true texts where there are any."""
         self._add("caption", _known(batch), texts, batch["scene"])
-        pairs = [(text, [truth]) for text, truth in zip(texts, batch[self.kind], strict=True) if truth.strip()]
+        pairs = [(text, [truth]) for text, truth in zip(texts, batch[kind], strict=True) if truth.strip()]
         if pairs:
             self._add("captions", len(pairs), [text for text, _ in pairs], [truth for _, truth in pairs])
 
-    def _videos(self, module: Any, latents: torch.Tensor, texts: list[str], batch: Mapping[str, Any]) -> None:
+    def _videos(self, module: Any, latents: torch.Tensor, texts: list[str] | None, batch: Mapping[str, Any]) -> None:
         """The clips themselves: their way through the VAE, the captions beside them, the features of true videos."""
         videos = batch.get("video")
         if videos is None:
@@ -153,9 +156,9 @@ class HeldOutEvaluation(nn.Module):
             return
         videos = videos.to(latents.device)
         back = to_frames(module.conventions.decode(module.foundation.vae, latents))
-        self._add("psnr", len(texts), back.float() / 255, videos.float() / 255)
-        self._add("ssim", len(texts), back.flatten(0, 1).float() / 255, videos.flatten(0, 1).float() / 255)
-        if "caption_clip" in self.metrics:
+        self._add("psnr", len(videos), back.float() / 255, videos.float() / 255)
+        self._add("ssim", len(videos), back.flatten(0, 1).float() / 255, videos.flatten(0, 1).float() / 255)
+        if texts is not None and "caption_clip" in self.metrics:
             self._add("caption_clip", len(texts), videos, texts)
         for name in ("generate_fvd", "joint_fvd"):
             if name in self.metrics:
