@@ -13,7 +13,11 @@ from typing import Any
 import yaml
 
 ACCURACY = "test/"
-SCORES = ("caption", "caption_with_prompt", "generate", "joint")  # groups whose numbers are shares
+SCORES = ("caption", "generate", "joint")  # groups with shares, that is numbers of this kind:
+SHARES = (
+    "count", "background", "size", "color", "shape", "motion", "speed", "relation", "start", "end", "mean", "exact",
+    "exact_text", "tokens", "bleu4", "rouge_l", "unique",
+)  # fmt: skip
 CURVES = {
     "training loss": ("train/loss", "train/text_loss", "train/video_loss"),
     "held-out loss": ("val/text_loss", "val/video_loss"),
@@ -116,11 +120,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def score_rows(scores: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the groups that are shares, in percent."""
-    groups = [group for group in SCORES if group in scores]
-    names = list(dict.fromkeys(name for group in groups for name in scores[group]))
+    """Header and rows of the scores that are shares, in percent."""
+    shares = {group: {n: v for n, v in scores.get(group, {}).items() if n in SHARES} for group in SCORES}
+    groups = [group for group in SCORES if shares[group]]
+    names = list(dict.fromkeys(name for group in groups for name in shares[group]))
     rows = [
-        [group, *(f"{100 * scores[group][name]:.1f}" if name in scores[group] else "" for name in names)]
+        [group, *(f"{100 * shares[group][name]:.1f}" if name in shares[group] else "" for name in names)]
         for group in groups
     ]
     return ["percent", *names], rows
@@ -131,8 +136,8 @@ def other_rows(scores: dict[str, dict[str, float]]) -> list[list[str]]:
     return [
         [f"{group}/{name}", f"{value:.4g}"]
         for group, values in sorted(scores.items())
-        if group not in SCORES
         for name, value in sorted(values.items())
+        if group not in SCORES or name not in SHARES
     ]
 
 
