@@ -2,6 +2,7 @@
 
     python tools/benchmark.py caption     # a caption with and without the cache, and as a plain loop
     python tools/benchmark.py sampler     # one step of the text sampler over a large vocabulary
+    python tools/benchmark.py data        # the loader on videos and on latents, against bare decord
 
 Each prints a table; the ways take turns, and the median of the repeats counts.
 """
@@ -9,12 +10,15 @@ Each prints a table; the ways take turns, and the median of the repeats counts.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +27,17 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from rich.console import Console
 from rich.table import Table
 
+from univigu.data.buckets import Bucket
+from univigu.data.build import SpawnPool
+from univigu.data.datamodule import VideoTextDataModule
+from univigu.data.encode import encode_shards
+from univigu.data.loader import TrainLoader
+from univigu.data.shards import SampleRef, index_folder
+from univigu.data.synthetic import world_fingerprint, write_shapes
 from univigu.flow.text import make_text_flow
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.cache import AttentionCache
+from univigu.models.foundation import EMBEDDED_FOUNDATION
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.tasks import Sampler, uniform_times
 
@@ -198,6 +210,65 @@ def sampler(options: argparse.Namespace) -> dict[str, float]:
     return {"share": share}
 
 
+# ---------------------------------------------------------------------------- data
+
+
+def data(options: argparse.Namespace) -> dict[str, float]:
+    """The loader on video shards and on precomputed ones, beside bare decord: the same clips, as many processes."""
+    if options.clips % (options.batch_size * options.workers):
+        raise SystemExit(f"--clips {options.clips}: expected a multiple of --batch-size times --workers")
+    bucket = Bucket.parse(options.size)
+    folder = Path(options.folder) / f"{bucket}-{options.clips}-{world_fingerprint()}"
+    size = asdict(bucket)
+    for split, count in (("train", options.clips), ("val", 1)):
+        videos = folder / "videos" / split
+        write_shapes(videos, split, count, shard_size=4, workers=options.workers, **size)  # type: ignore[arg-type]
+        encode_shards(videos, folder / "latents" / split, options.foundation, buckets=[bucket], workers=options.workers)
+    loaders = {name: _loader(folder / name, options, size) for name in ("videos", "latents")}
+    refs, errors = index_folder(folder / "videos" / "train")
+    assert len(refs) == options.clips and not errors
+    with SpawnPool(options.workers) as pool:
+
+        def bare() -> None:
+            jobs = [pool.submit(read_bare, refs[i :: options.workers]) for i in range(options.workers)]
+            assert sum(job.result() for job in jobs) == options.clips * bucket.num_frames
+
+        def drain(name: str) -> None:
+            assert sum(len(batch["key"]) for batch in loaders[name]) == options.clips
+
+        ways = {"bare decord": bare, "loader, videos": lambda: drain("videos"),
+                "loader, latents": lambda: drain("latents")}  # fmt: skip
+        seconds = race(ways, options.repeats, torch.device("cpu"))
+    processes = f"{options.workers} process(es) of one thread, batch {options.batch_size}"
+    title = f"a clip of {bucket}, {options.clips} clips, {processes}\n{where(torch.device('cpu'))}"
+    show(title, seconds, "bare decord", options.clips * 1e-3, "ms")
+    video_ratio = seconds["bare decord"] / seconds["loader, videos"]
+    latents_ratio = seconds["loader, videos"] / seconds["loader, latents"]
+    print(f"on videos the loader gives {video_ratio:.0%} of bare decord's clips (aim: 90%)")
+    print(f"on latents it gives {latents_ratio:.0f}x as many as on videos (aim: 20x)")
+    return {"video_ratio": video_ratio, "latents_ratio": latents_ratio}
+
+
+def read_bare(refs: list[SampleRef]) -> int:
+    """All frames of these clips, as decord gives them; the number of frames."""
+    import decord
+
+    frames = 0
+    for ref in refs:
+        reader = decord.VideoReader(io.BytesIO(ref.read("mp4") or b""), num_threads=1)
+        frames += len(reader.get_batch(range(len(reader))).asnumpy())
+    return frames
+
+
+def _loader(shards: Path, options: argparse.Namespace, size: dict[str, int]) -> TrainLoader:
+    module = VideoTextDataModule(
+        foundation=options.foundation, shards=str(shards), precompute=False, batch_size=options.batch_size,
+        num_workers=options.workers, **size,
+    )  # fmt: skip
+    module.setup("fit")
+    return module.train_dataloader()
+
+
 def main(args: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -213,6 +284,14 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     ):  # fmt: skip
         command.add_argument(f"--{option}", type=int, default=default)
     command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    command = commands.add_parser("data", help=data.__doc__)
+    command.add_argument("--size", default="480x832x33", help="of the clips: HEIGHTxWIDTHxFRAMES")
+    command.add_argument("--clips", type=int, default=16)
+    command.add_argument("--batch-size", type=int, default=1)
+    command.add_argument("--workers", type=int, default=1, help="processes that read, in each of the ways")
+    command.add_argument("--repeats", type=int, default=5)
+    command.add_argument("--foundation", default=EMBEDDED_FOUNDATION)
+    command.add_argument("--folder", default="runs/data/benchmark", help="where the clips are written, once")
     options = parser.parse_args(args)
     return globals()[options.command](options)
 

@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--height", type=int, default=64, help="pixels; videos are scaled and cropped")
     top.add_argument("--width", type=int, default=64, help="pixels")
     top.add_argument("--num-frames", type=int, default=9, help="4k+1 for Wan, spread evenly over the clip")
+    top.add_argument("--buckets", nargs="+", metavar="HxWxF", help="several sizes: 480x832x81 832x480x81 ...")
     top.add_argument("--no-prompts", action="store_true", help="latents alone; prompts are then encoded in training")
     top.add_argument("--strict", action="store_true", help="stop at the first sample that cannot be encoded")
     top.add_argument("--workers", type=int, help="processes on the CPU; default: one a core")
@@ -45,13 +46,16 @@ def folders(source: Path) -> list[str]:
 
 
 def run(options: argparse.Namespace) -> None:
+    from univigu.data.buckets import Bucket
     from univigu.data.encode import encode_shards
 
+    buckets = [Bucket.parse(text) for text in options.buckets or ()]
+    buckets = buckets or [Bucket(options.height, options.width, options.num_frames)]
     share = Share.from_environment(options.rank, options.world_size)
     for name in folders(options.source):
         manifest = encode_shards(
             options.source / name, options.output / name, options.foundation, options.dtype, options.workers,
-            options.height, options.width, options.num_frames, options.strict, prompts=not options.no_prompts,
+            buckets, options.strict, prompts=not options.no_prompts,
             device=options.device or this_device(), share=share,
         )  # fmt: skip
         state = "complete" if manifest.complete else "this process is done, others are not"

@@ -171,7 +171,7 @@ def test_nothing_left_is_an_error_with_counts(world: dict[str, Any], faulty_worl
 def test_latents_of_the_wrong_shape_are_skipped(world: dict[str, Any]) -> None:
     data = make(world)
     loader = data.val_dataloader()
-    loader._loader.dataset.latents_shape = (2, 8, 8)  # type: ignore[attr-defined]
+    loader._loader.dataset.latents_shapes = [(2, 8, 8)]  # type: ignore[attr-defined]
     with pytest.raises(DataError, match=r"none of 5 samples can be read: \{'wrong_shape': 5\}"):
         list(loader)
 

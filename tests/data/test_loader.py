@@ -9,7 +9,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.loader import EvalOrder, TrainOrder
+from univigu.data.order import EvalOrder, TrainOrder
 from univigu.data.sample import DataError
 
 
@@ -143,7 +143,7 @@ def test_a_position_survives_another_number_of_ranks(world: dict[str, Any]) -> N
     iterator = iter(one)
     next(iterator)
     state = one.state_dict()
-    assert state == {"epoch": 1, "samples": 4, "seed": 0, "dataset": state["dataset"]}
+    assert state == {"epoch": 1, "samples": 4, "global_batch": 4, "seed": 0, "dataset": state["dataset"]}
     expected = sorted(next(iterator)["key"])
     data.batch_size = 2
     keys = []

@@ -2,6 +2,7 @@
 
 from univigu.callbacks.accuracy import CaptionAccuracy
 from univigu.callbacks.checkpoint import LastCheckpoint
+from univigu.callbacks.data import DataStatistics
 from univigu.callbacks.ema import WeightEMA
 from univigu.callbacks.media import MediaLogger
 from univigu.callbacks.monitor import TrainingMonitor
@@ -12,6 +13,7 @@ from univigu.callbacks.throughput import ThroughputLogger
 
 __all__ = [
     "CaptionAccuracy",
+    "DataStatistics",
     "FinalReport",
     "LastCheckpoint",
     "MediaLogger",

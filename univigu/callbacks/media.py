@@ -109,9 +109,11 @@ def shared_samples(trainer: Trainer, count: int) -> dict[str, Any]:
 
 
 def held_out_samples(trainer: Trainer, count: int) -> dict[str, Any]:
-    """The first ``count`` samples of the validation split, as one batch."""
+    """The first ``count`` samples of the validation split (of its first bucket), as one batch."""
     rows: dict[str, Any] = {}
     for batch in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
+        if rows and batch["bucket"][0] != rows["bucket"][0]:
+            break
         for name, value in batch.items():
             if name in rows:
                 rows[name] = torch.cat([rows[name], value]) if isinstance(value, torch.Tensor) else rows[name] + value

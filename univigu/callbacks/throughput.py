@@ -40,6 +40,8 @@ class ThroughputLogger(Callback):
         self.every_n_steps = every_n_steps
         self.peak_flops = peak_flops
         self._stage = ""
+        self._costs: dict[tuple[int, ...], tuple[float | None, int]] = {}
+        """Operations (where they are counted) and tokens of a clip, by its size."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(trainer, pl_module)
@@ -57,12 +59,15 @@ class ThroughputLogger(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._waited += time.perf_counter() - self._ended
         if pl_module.stage.name != self._stage:
-            self._stage = pl_module.stage.name
+            self._stage, self._costs = pl_module.stage.name, {}
+        size = tuple(batch["latents" if "latents" in batch else "video"].shape[1:])
+        if size not in self._costs:  # once a stage and, where clips are of several sizes, bucket
             work = workload(trainer, pl_module, batch)
             checked = self._window.available_flops is not None  # counting takes seconds: only where it is used
-            self._flops = step_flops(work, checkpointing=False) / work.batch_size if checked else None
-            self._tokens_each = work.video_tokens + work.stage.text_length
+            flops = step_flops(work, checkpointing=False) / work.batch_size if checked else None
+            self._costs[size] = flops, work.video_tokens + work.stage.text_length
             self._begin(trainer, pl_module)
+        self._flops_each, self._tokens_each = self._costs[size]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if pl_module.device.type == "cuda":
@@ -73,7 +78,7 @@ class ThroughputLogger(Callback):
         self._tokens += size * self._tokens_each
         self._window.update(
             time=self._ended - self._started, batches=self._batches, samples=self._samples, lengths=self._tokens,
-            flops=None if self._flops is None else round(self._flops * size),
+            flops=None if self._flops_each is None else round(self._flops_each * size),
         )  # fmt: skip
         if self._batches % self.every_n_steps == 0:
             self._log(trainer, pl_module)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,20 +16,20 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
+from univigu.data.buckets import Bucket, BucketChooser, latents_shape
 from univigu.data.build import SpawnPool
-from univigu.data.encode import encode_shards, prompt_parameters, source_parameters, vae_parameters
-from univigu.data.filters import LengthFilter, select
+from univigu.data.filters import LengthFilter, Selection, select
 from univigu.data.inputs import PromptInputs, VideoInputs, find_videos, read_prompts
-from univigu.data.loader import ErrorLog, EvalOrder, SampleLoader, TrainLoader, TrainOrder, VideoTextDataset
-from univigu.data.remote import fetch_shards, is_remote, local_folder
-from univigu.data.sample import LATENTS_SUFFIX, DataError, SampleError
-from univigu.data.shards import Manifest, SampleRef, check_latents, index_folder
+from univigu.data.loader import ErrorLog, SampleLoader, TrainLoader, VideoTextDataset
+from univigu.data.order import EvalOrder, TrainOrder
+from univigu.data.sample import LATENTS_SUFFIX, DataError
+from univigu.data.shards import SampleRef
+from univigu.data.sources import LatentsOptions, Place, Source, Split, weights_of
 from univigu.data.synthetic import world_fingerprint, write_shapes
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 
 log = logging.getLogger(__name__)
 
-Split = Literal["train", "val", "test"]
 SPLITS: dict[str, tuple[Split, ...]] = {
     TrainerFn.FITTING: ("train", "val"),
     TrainerFn.VALIDATING: ("val",),
@@ -44,6 +45,8 @@ class VideoTextDataModule(LightningDataModule):
         foundation: WanPipeline folder that gives the tokenizer, and the VAE for precomputation.
         root: where the embedded world is written when ``shards`` is not given, and remote shards are copied to.
         shards: folder or URL with train/, val/ and test/ folders of shards; None takes the embedded world.
+        sources: several of these in place of ``shards``, with weights that say how often training draws from each;
+            validation and test take every sample of the sources that have such a folder, once.
         num_train_clips: size of the embedded world's training split.
         num_val_clips: size of its validation split.
         num_test_clips: size of its test split.
@@ -52,6 +55,8 @@ class VideoTextDataModule(LightningDataModule):
         height: of the videos in pixels.
         width: of the videos in pixels.
         num_frames: frames a video, 4k+1 for Wan's VAE.
+        buckets: several sizes in place of the one above: each clip is brought to the one that keeps most of it, and a
+            batch holds clips of one.  The size above stays that of what prediction makes.
         prompt_length: slot of the prompt in tokens, its end-of-sequence token counted.
         caption_length: slot of the caption in tokens, its end-of-sequence token counted.
         length_filter: which lengths of texts are trained and evaluated on.
@@ -69,6 +74,7 @@ class VideoTextDataModule(LightningDataModule):
         foundation: str = EMBEDDED_FOUNDATION,
         root: str = "runs/data/shapes",
         shards: str | None = None,
+        sources: list[Source] | None = None,
         num_train_clips: int = 4000,
         num_val_clips: int = 200,
         num_test_clips: int = 200,
@@ -77,6 +83,7 @@ class VideoTextDataModule(LightningDataModule):
         height: int = 64,
         width: int = 64,
         num_frames: int = 9,
+        buckets: list[Bucket] | None = None,
         prompt_length: int = 128,
         caption_length: int = 256,
         length_filter: LengthFilter = LengthFilter(),  # noqa: B008
@@ -88,7 +95,7 @@ class VideoTextDataModule(LightningDataModule):
         prompts: str | list[str] | None = None,
     ) -> None:
         super().__init__()
-        self.foundation, self.root, self.shards = foundation, root, shards
+        self.foundation, self.root, self.shards, self.sources = foundation, root, shards, sources
         self.num_clips: dict[Split, int] = {"train": num_train_clips, "val": num_val_clips, "test": num_test_clips}
         self.batch_size, self.num_workers = batch_size, num_workers
         self.height, self.width, self.num_frames = height, width, num_frames
@@ -96,6 +103,7 @@ class VideoTextDataModule(LightningDataModule):
         self.length_filter = length_filter
         self.precompute, self.strict, self.seed = precompute, strict, seed
         self.texts = texts
+        self.weights = None if sources is None else weights_of(sources)
         self.videos, self.prompts = videos, prompts
         self.filter_counts: dict[str, dict[str, int]] = {}
         """By split: how many samples are "kept", and how many are not by reason.  Known after ``setup``."""
@@ -103,10 +111,17 @@ class VideoTextDataModule(LightningDataModule):
         """What the loaders met since: samples that could not be read, counted by reason."""
         self.text_lengths: dict[str, dict[str, list[int]]] = {}
         """By split: tokens of the kept samples' prompts and captions, their closing token counted."""
+        self.group_counts: dict[str, dict[str, int]] = {}
+        """By split: kept samples of each source and bucket, where there are several."""
         self._refs: dict[Split, list[SampleRef]] = {}
         self._inputs: VideoInputs | PromptInputs | None = None
         self._tokenizer: Any = None
         self._check_arguments()
+        for bucket in buckets or ():
+            if (buckets or []).count(bucket) > 1:
+                raise ValueError(f"data.buckets={list(map(str, buckets or ()))}: {bucket} is there twice")
+        self.buckets = buckets or [Bucket(height, width, num_frames)]
+        """The sizes that videos are brought to."""
 
     def _check_arguments(self) -> None:
         least = {"batch_size": 1, "num_workers": 0, "height": 2, "width": 2, "num_frames": 1, "prompt_length": 1}
@@ -116,6 +131,8 @@ class VideoTextDataModule(LightningDataModule):
         for split, count in self.num_clips.items():
             if count < 1:
                 raise ValueError(f"data.num_{split}_clips={count}: expected at least 1")
+        if self.shards is not None and self.sources is not None:
+            raise ValueError("data.shards and data.sources: both are given, expected one of them")
 
     # --------------------------------------------------------------- preparing
 
@@ -131,44 +148,39 @@ class VideoTextDataModule(LightningDataModule):
         if not splits:
             return
         self._check_size()
-        if is_remote(self.shards):
+        places = self._places()
+        for place in places:
             for split in splits:
-                fetch_shards(f"{self.shards}/{split}", self._videos_folder(split))
+                place.fetch(split, optional=split != "train" and len(places) > 1)
         with SpawnPool() as pool:
-            if self.shards is None:
+            if self.shards is None and self.sources is None:
                 size = {"height": self.height, "width": self.width, "num_frames": self.num_frames}
                 for split in splits:
-                    write_shapes(self._videos_folder(split), split, self.num_clips[split], pool=pool, **size)
+                    write_shapes(places[0].videos(split), split, self.num_clips[split], pool=pool, **size)
             for split in splits:
-                source, target = self._videos_folder(split), self._folder(split)
-                if source != target:
-                    encode_shards(
-                        source, target, self.foundation, height=self.height, width=self.width,
-                        num_frames=self.num_frames, strict=self.strict, pool=pool,
-                    )  # fmt: skip
+                for _, place in self._having(split):
+                    place.encode(split, self.strict, pool)
 
-    def _base(self) -> Path:
-        if self.shards is not None:
-            return local_folder(self.shards, self.root) if is_remote(self.shards) else Path(self.shards)
+    def _places(self) -> list[Place]:
+        """Where the shards of each source lie."""
+        latents = LatentsOptions(self.foundation, tuple(self.buckets), self.precompute)
+        if self.shards is not None or self.sources is not None:
+            names = [source.shards for source in self.sources or ()] or [str(self.shards)]
+            return [Place.of(name, self.root, latents) for name in names]
         # Other clips go to another folder: nothing is overwritten that a running training reads.
         sizes = (self.height, self.width, self.num_frames), tuple(self.num_clips.values())
-        return Path(self.root) / "-".join(["x".join(map(str, part)) for part in sizes] + [world_fingerprint()])
+        name = "-".join(["x".join(map(str, part)) for part in sizes] + [world_fingerprint()])
+        return [Place(Path(self.root) / name, latents)]
 
-    def _videos_folder(self, split: Split) -> Path:
-        return self._base() / split
-
-    def _folder(self, split: Split) -> Path:
-        """The shards that are trained on: the originals, or the latents made of them."""
-        videos = self._videos_folder(split)
-        if not self.precompute or self._holds_latents(videos):
-            return videos
-        encoders = vae_parameters(self.foundation)["vae"], prompt_parameters(self.foundation)["text_encoder"]
-        size = f"{self.height}x{self.width}x{self.num_frames}"
-        return self._base() / "-".join(("latents", *encoders, size)) / split
-
-    def _holds_latents(self, folder: Path) -> bool:
-        manifest = Manifest.load(folder)
-        return manifest is not None and manifest.kind == "latents"
+    def _having(self, split: Split) -> list[tuple[int, Place]]:
+        """The sources that take part in a split, with their numbers: all in training, else those that have it."""
+        places = list(enumerate(self._places()))
+        if split == "train" or len(places) == 1:
+            return places
+        having = [(number, place) for number, place in places if place.has(split)]
+        if not having:
+            raise DataError(f"data.sources: none of {[str(place.base) for _, place in places]} holds a {split} folder")
+        return having
 
     def _scales(self) -> tuple[int, int]:
         """The VAE's (temporal, spatial) compression."""
@@ -179,15 +191,24 @@ class VideoTextDataModule(LightningDataModule):
             raise DataError(f"foundation={self.foundation!r}: no readable vae/config.json ({error})") from error
         return int(config.get("scale_factor_temporal", 4)), int(config.get("scale_factor_spatial", 8))
 
-    def _check_size(self) -> tuple[int, int, int]:
-        """The latents' (T, H, W); raises DataError for a size that the VAE does not divide."""
+    def _check_size(self) -> list[tuple[int, int, int]]:
+        """Each bucket's latents' (T, H, W); raises DataError for a size that the VAE does not divide."""
         temporal, spatial = self._scales()
-        if (self.num_frames - 1) % temporal:
-            raise DataError(f"data.num_frames={self.num_frames}: expected {temporal}k+1 for this foundation's VAE")
-        for name in ("height", "width"):
-            if getattr(self, name) % spatial:
-                raise DataError(f"data.{name}={getattr(self, name)}: expected a multiple of {spatial} for this VAE")
-        return (self.num_frames - 1) // temporal + 1, self.height // spatial, self.width // spatial
+        for bucket in [Bucket(self.height, self.width, self.num_frames), *self.buckets]:
+            if (bucket.num_frames - 1) % temporal:
+                name = self._option(bucket, "num_frames")
+                raise DataError(f"{name}={bucket.num_frames}: expected {temporal}k+1 for this foundation's VAE")
+            for side in ("height", "width"):
+                if getattr(bucket, side) % spatial:
+                    value = f"{self._option(bucket, side)}={getattr(bucket, side)}"
+                    raise DataError(f"{value}: expected a multiple of {spatial} for this VAE")
+        return [latents_shape(bucket, temporal, spatial) for bucket in self.buckets]
+
+    def _option(self, bucket: Bucket, name: str) -> str:
+        """How a bucket's field is spelt on the command line."""
+        if bucket == Bucket(self.height, self.width, self.num_frames):
+            return f"data.{name}"
+        return f"data.buckets[{self.buckets.index(bucket)}].{name}"
 
     # ------------------------------------------------------------------- setup
 
@@ -220,44 +241,50 @@ class VideoTextDataModule(LightningDataModule):
         return self._tokenizer
 
     def _select(self, split: Split) -> list[SampleRef]:
-        folder = self._folder(split)
-        errors = self._check_manifest(folder, split)
-        refs, damage = index_folder(folder)
-        errors += damage
-        if Manifest.load(folder) is None and any(LATENTS_SUFFIX in ref.members for ref in refs):
-            raise DataError(f"{folder}: holds latents but no manifest.json, so nothing says which VAE made them")
-        slots = self.prompt_length, self.caption_length
-        selection = select(refs, self.tokenizer, self.length_filter, *slots, questions=self.texts == "qa")
-        self.text_lengths[split] = selection.lengths
-        self.errors.add(errors + selection.errors)
-        counts = selection.counts + Counter(error.reason for error in errors)
-        self.filter_counts[split] = {"kept": len(selection.kept), **dict(sorted(counts.items()))}
-        log.info("%s: %s", folder, self.filter_counts[split])
-        if not selection.kept:
-            raise DataError(f"{folder}: no sample is left for {split}: {self.filter_counts[split]}")
-        return selection.kept
+        kept: list[SampleRef] = []
+        counts: Counter[str] = Counter(kept=0)
+        self.text_lengths[split] = {"prompt": [], "caption": []}
+        for number, place in self._having(split):
+            selection = self._select_from(place, split)
+            kept += [replace(ref, source=number) for ref in selection.kept]
+            counts += selection.counts
+            for name, lengths in selection.lengths.items():
+                self.text_lengths[split][name] += lengths
+        self.filter_counts[split] = dict(sorted(counts.items(), key=lambda item: (item[0] != "kept", item)))
+        self.group_counts[split] = self._group_counts(kept)
+        if self.group_counts[split]:
+            log.info("%s: %s", split, self.group_counts[split])
+        return kept
 
-    def _check_manifest(self, folder: Path, split: Split) -> list[SampleError]:
-        """Check that precomputed latents are the right ones; returns what had to be left out of them."""
-        self._check_size()
-        manifest = Manifest.load(folder)
-        if manifest is None or manifest.kind == "video":
-            if folder != self._videos_folder(split):
-                raise DataError(f"{folder}: has not been encoded; run prepare_data first")
-            return []
-        size = {"height": self.height, "width": self.width, "num_frames": self.num_frames}
-        expected = {**vae_parameters(self.foundation), **size}
-        if "text_encoder" in manifest.parameters:  # else there are latents alone, and prompts are encoded in training
-            expected |= prompt_parameters(self.foundation)
-        if folder != self._videos_folder(split):
-            expected["source"] = source_parameters(self._videos_folder(split))
-        check_latents(folder, manifest, expected)
-        return manifest.skipped(self._videos_folder(split))
+    def _select_from(self, place: Place, split: Split) -> Selection:
+        """The samples of one source, and why the rest of it is left out."""
+        shapes = self._check_size()
+        refs, errors = place.index(split)
+        slots = self.prompt_length, self.caption_length
+        selection = select(
+            refs, self.tokenizer, self.length_filter, *slots, questions=self.texts == "qa",
+            bucket_of=BucketChooser(self.buckets, shapes),
+        )  # fmt: skip
+        self.errors.add(errors + selection.errors)
+        selection.counts += Counter(error.reason for error in errors)
+        counts = {"kept": len(selection.kept), **dict(sorted(selection.counts.items()))}
+        log.info("%s: %s", place.folder(split), counts)
+        if not selection.kept:
+            raise DataError(f"{place.folder(split)}: no sample is left for {split}: {counts}")
+        return selection
+
+    def _group_counts(self, refs: list[SampleRef]) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        if len(self.sources or ()) > 1:
+            counts |= {f"source_{i}": sum(ref.source == i for ref in refs) for i in range(len(self.sources or ()))}
+        if len(self.buckets) > 1:
+            counts |= {f"bucket_{b}": sum(ref.bucket == i for ref in refs) for i, b in enumerate(self.buckets)}
+        return counts
 
     def _log_counts(self) -> None:
         if self.trainer is None or not self.trainer.is_global_zero:
             return
-        splits = self.filter_counts.items()
+        splits = [*self.filter_counts.items(), *self.group_counts.items()]
         metrics = {f"data/{split}/{name}": float(n) for split, counts in splits for name, n in counts.items()}
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step=0)
@@ -294,8 +321,8 @@ class VideoTextDataModule(LightningDataModule):
             self.tokenizer,
             self.prompt_length,
             self.caption_length,
-            size=(self.num_frames, self.height, self.width),
-            latents_shape=self._check_size(),
+            buckets=self.buckets,
+            latents_shapes=self._check_size(),
             replace=split == "train",
         )
 
@@ -306,13 +333,25 @@ class VideoTextDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         """Shuffled full batches; its position is saved in checkpoints and restored."""
         refs, ranks = self._refs["train"], self._ranks()
+        order = self._train_order(refs, self.weights, **ranks)
         amount: int | float = getattr(self.trainer, "overfit_batches", 0)
         if amount > 0:
-            whole = self.batch_size * ranks["world_size"]
-            wanted = amount if isinstance(amount, int) else max(1, int(amount * (len(refs) // whole)))
-            refs = refs[: wanted * whole]
-        order = TrainOrder(len(refs), self.batch_size, seed=self.seed, **ranks)
+            wanted = amount if isinstance(amount, int) else max(1, int(amount * len(order)))
+            refs = self._first_batches(refs, wanted, order)
+            order = self._train_order(refs, None, **ranks)
         return TrainLoader(self._dataset("train", refs), order, self.errors, **self._worker_options(refs))
+
+    def _train_order(self, refs: list[SampleRef], weights: list[float] | None, **ranks: int) -> TrainOrder:
+        buckets, sources = [ref.bucket for ref in refs], [ref.source for ref in refs]
+        return TrainOrder(
+            len(refs), self.batch_size, seed=self.seed, weights=weights, sources=sources, buckets=buckets, **ranks
+        )
+
+    def _first_batches(self, refs: list[SampleRef], count: int, order: TrainOrder) -> list[SampleRef]:
+        """The samples of so many batches, for overfitting: the set's first, or whole batches of a bucket or mixture."""
+        if len(self.buckets) == 1 and self.weights is None:
+            return refs[: count * order.global_batch]
+        return [refs[number] for batch in range(min(count, len(order))) for number in order.global_numbers(batch)]
 
     def val_dataloader(self) -> SampleLoader:
         """All validation samples, in order."""
@@ -324,7 +363,7 @@ class VideoTextDataModule(LightningDataModule):
 
     def _eval_dataloader(self, split: Split) -> SampleLoader:
         refs = self._refs[split]
-        order = EvalOrder(len(refs), self.batch_size, **self._ranks())
+        order = EvalOrder(len(refs), self.batch_size, buckets=[ref.bucket for ref in refs], **self._ranks())
         return SampleLoader(self._dataset(split, refs), order, self.errors, **self._worker_options(refs))
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:

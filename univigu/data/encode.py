@@ -7,7 +7,7 @@ What is stored is bit for bit what training would encode itself (float32): both 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from univigu.data.buckets import Bucket, BucketChooser, size_parameters
 from univigu.data.build import Share, SpawnPool, build_folder
 from univigu.data.fingerprint import folder_fingerprint
 from univigu.data.sample import (
@@ -43,9 +44,7 @@ class _Job:
     prompts: bool
     dtype: LatentDtype
     device: str
-    height: int
-    width: int
-    num_frames: int
+    buckets: tuple[Bucket, ...]
     strict: bool
 
 
@@ -123,9 +122,7 @@ def encode_shards(
     foundation_path: str | Path,
     dtype: LatentDtype = "float32",
     workers: int | None = None,
-    height: int = 64,
-    width: int = 64,
-    num_frames: int = 9,
+    buckets: Sequence[Bucket] = (Bucket(64, 64, 9),),
     strict: bool = False,
     pool: SpawnPool | None = None,
     prompts: bool = True,
@@ -140,7 +137,7 @@ def encode_shards(
         foundation_path: WanPipeline folder whose VAE and text encoder are used.
         dtype: how latents and embeddings are stored; they are computed in float32.
         workers: processes; None takes one for every usable core.  On another device than the CPU this one works.
-        height, width, num_frames: what videos are brought to, see :func:`univigu.data.video.read_video`.
+        buckets: what videos are brought to, each to the one that fits it best; see :mod:`univigu.data.buckets`.
         strict: raise for the first sample that cannot be encoded instead of noting it in the manifest.
         pool: processes to use instead of new ones.
         prompts: whether to store the prompts' embeddings too.
@@ -158,14 +155,13 @@ def encode_shards(
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={dtype!r}: expected 'float32', 'bfloat16' or 'float16'")
     shards = list_shards(source)
-    size = {"height": height, "width": width, "num_frames": num_frames}
-    parameters = {**vae_parameters(foundation_path), "dtype": dtype, **size, "source": source_parameters(source)}
+    parameters = {**vae_parameters(foundation_path), "dtype": dtype, "source": source_parameters(source)}
+    parameters |= size_parameters(buckets)
     if prompts:
         parameters |= prompt_parameters(foundation_path)
     place = str(foundation_path)
-    jobs = {
-        path.name: _Job(str(path), place, prompts, dtype, device, height, width, num_frames, strict) for path in shards
-    }
+    sizes = tuple(buckets)
+    jobs = {path.name: _Job(str(path), place, prompts, dtype, device, sizes, strict) for path in shards}
     manifest = Manifest("latents", parameters)
     with SpawnPool(workers) as own:
         processes = (pool or own) if device == "cpu" else None
@@ -203,21 +199,23 @@ def _write(path: Path, job: _Job) -> ShardInfo:
 
 
 def _encoded(refs: list[SampleRef], job: _Job, errors: list[SampleError]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
-    size = clips_at_once(job.num_frames, job.height, job.width)
-    waiting: list[tuple[SampleRef, dict[str, bytes], torch.Tensor]] = []
+    choose = BucketChooser(job.buckets)
+    waiting: dict[int, list[tuple[SampleRef, dict[str, bytes], torch.Tensor]]] = {}  # clips of a size, not yet enough
     for ref in refs:
         try:
-            sample, frames = decode_sample(ref, job.num_frames, job.height, job.width)
-            waiting.append((ref, _texts(sample, ref, job), frames))
+            number = choose(ref)
+            bucket = job.buckets[number]
+            sample, frames = decode_sample(ref, bucket.num_frames, bucket.height, bucket.width)
+            waiting.setdefault(number, []).append((ref, _texts(sample, ref, job), frames))
         except SampleError as error:
             if job.strict:
                 raise
             errors.append(error)
-        if len(waiting) == size:
-            yield from _with_latents(waiting, job)
-            waiting = []
-    if waiting:
-        yield from _with_latents(waiting, job)
+            continue
+        if len(waiting[number]) == clips_at_once(bucket.num_frames, bucket.height, bucket.width):
+            yield from _with_latents(waiting.pop(number), job)
+    for samples in waiting.values():
+        yield from _with_latents(samples, job)
 
 
 def _with_latents(
@@ -282,9 +280,11 @@ def decode_sample(ref: SampleRef, num_frames: int, height: int, width: int) -> t
     return sample, decode_video(sample.video, ref, num_frames, height, width)
 
 
-def decode_video(video: bytes, ref: SampleRef, num_frames: int, height: int, width: int) -> torch.Tensor:
+def decode_video(
+    video: bytes, ref: SampleRef, num_frames: int, height: int, width: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """:func:`univigu.data.video.read_video` of a sample's bytes, with its errors as SampleError."""
     try:
-        return read_video(video, num_frames, height, width)
+        return read_video(video, num_frames, height, width, out)
     except VideoError as error:
         raise SampleError("unreadable_video", ref.shard, ref.key, "video", str(error)) from error

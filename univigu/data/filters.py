@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -75,6 +76,7 @@ def select(
     prompt_length: int,
     caption_length: int,
     questions: bool = False,
+    bucket_of: Callable[[SampleRef], int] = lambda ref: 0,
 ) -> Selection:
     """Read every sample's json once and keep those that are sound, pass the filter and fit their slots.
 
@@ -86,6 +88,7 @@ def select(
             with reason "text_over_slot": texts are never cut off.
         questions: take each of a sample's questions, with its answer for the caption, instead of its own texts.
             A sample without questions is counted as "no_question".
+        bucket_of: which bucket a sample belongs to; its SampleErrors count like all others.
     """
     from univigu.models.foundation import token_count
 
@@ -101,7 +104,7 @@ def select(
                 value = f"{lengths[name]} tokens, {name}_length={slot}"
                 raise SampleError("text_over_slot", ref.shard, ref.key, name, value)
         if reason is None:
-            selection.kept.append(ref)
+            selection.kept.append(replace(ref, tokens=(lengths["prompt"], lengths["caption"])))
             for name, length in lengths.items():
                 selection.lengths[name].append(length)
         return reason
@@ -110,6 +113,7 @@ def select(
         try:
             texts = parse_texts(ref.read(TEXT_SUFFIX), ref.shard, ref.key)
             ref.check_media()
+            ref = replace(ref, bucket=bucket_of(ref))
         except SampleError as error:
             selection.errors.append(error)
             selection.counts[error.reason] += 1

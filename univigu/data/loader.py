@@ -1,4 +1,4 @@
-"""Batches in a deterministic order that can be taken up again anywhere.
+"""Batches in a deterministic order (:mod:`univigu.data.order`) that can be taken up again anywhere.
 
 Which samples make up a batch is a pure function of its position in the endless sequence of training batches, so
 the state of a training loader is a position.  torchdata's StatefulDataLoader was weighed and left: its state is
@@ -10,15 +10,17 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from functools import lru_cache
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from univigu.data.buckets import Bucket
 from univigu.data.encode import decode_video
+from univigu.data.order import Order, TrainOrder
+from univigu.data.rooms import SharedRooms
 from univigu.data.sample import (
     LATENTS_SUFFIX,
     PROMPT_SUFFIX,
@@ -29,112 +31,44 @@ from univigu.data.sample import (
     parse_sample,
 )
 from univigu.data.shards import SampleRef
+from univigu.data.video import make_room
 from univigu.models.foundation import TextTooLongError, tokenize
 
 log = logging.getLogger(__name__)
 
 
-# -------------------------------------------------------------------- order
-
-
-class Order(Protocol):
-    """Which samples make up the batch at a position."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, position: int) -> list[int]: ...
-
-
-class TrainOrder:
-    """Shuffled epochs of full batches, split by rank without gap or duplicate.
-
-    The ``G = batch_size * world_size`` samples of a global batch are consecutive in the epoch's permutation, and
-    rank r takes every ``world_size``-th of them from r on; what does not fill a global batch at the end of an epoch is
-    left out of it.
-
-    Args:
-        num_samples: samples in the set.
-        batch_size: samples a rank and batch.
-        rank, world_size: this process among those that share the batches.
-        seed: seeds the permutations, together with the epoch.
-    """
-
-    def __init__(self, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank}: expected one in [0, {world_size})")
-        if num_samples < batch_size * world_size:
-            raise DataError(
-                f"batch_size={batch_size} on {world_size} rank(s): {num_samples} training samples do not fill one batch"
-            )
-        self.num_samples, self.batch_size = num_samples, batch_size
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self._permutation = lru_cache(maxsize=1)(self._draw)
-
-    @property
-    def global_batch(self) -> int:
-        """Samples a batch, all ranks together."""
-        return self.batch_size * self.world_size
-
-    def __len__(self) -> int:
-        """Batches an epoch."""
-        return self.num_samples // self.global_batch
-
-    def batch(self, position: int) -> list[int]:
-        """Samples of this rank at a position counted from the start of training, over all epochs."""
-        epoch, number = divmod(position, len(self))
-        start = number * self.global_batch
-        return self._permutation(epoch)[start + self.rank : start + self.global_batch : self.world_size].tolist()
-
-    def _draw(self, epoch: int) -> torch.Tensor:
-        digest = hashlib.sha256(f"{self.seed}/{epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        return torch.randperm(self.num_samples, generator=generator)
-
-
-class EvalOrder:
-    """All samples once, in order, split by rank without gap or duplicate and with equally many batches a rank.
-
-    Equally many, because sharded models wait for each other in every forward pass: a rank that is a batch short
-    cuts one in two.  Only where it has too few samples for that (batch size 1, or fewer samples than ranks) does
-    it repeat one.
-    """
-
-    def __init__(self, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        longest = -(-num_samples // world_size)
-        own = list(range(rank, num_samples, world_size)) or [rank % num_samples]
-        batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
-        while len(batches) < -(-longest // batch_size):
-            last = batches.pop()
-            half = -(-len(last) // 2)
-            batches += [last[:half], last[half:] or last]
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def batch(self, position: int) -> list[int]:
-        return self._batches[position]
-
-
-class _Window(Sampler[list[int]]):
-    """The batches from ``start`` on, ``len(order)`` of them."""
+class _Window(Sampler[tuple[int, list[int]]]):
+    """The batches from ``start`` on, ``len(order)`` of them, each with the number of the pass that it belongs to."""
 
     def __init__(self, order: Order) -> None:
         self.order = order
         self.start = 0
+        self.passes = 0
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        start = self.start
-        return (self.order.batch(start + i) for i in range(len(self.order)))
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        self.passes += 1
+        start, number = self.start, self.passes
+        return ((number, self.order.batch(start + i)) for i in range(len(self.order)))
 
 
 # ------------------------------------------------------------------ dataset
 
 
-class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
+class LoadedBatch(NamedTuple):
+    """What comes from a worker."""
+
+    batch: dict[str, Any]
+    """See :func:`collate`; empty if no sample could be read."""
+    errors: list[SampleError]
+    """What was wrong with the samples that are not in it."""
+    room: int | None
+    """The shared memory that its video lies in, one of :class:`SharedRooms`."""
+
+
+class VideoTextDataset(Dataset[LoadedBatch]):
     """Whole batches of samples by their numbers.
 
     A sample that cannot be used is reported beside the batch, never raised: exceptions of worker processes lose
@@ -145,8 +79,8 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
         refs: the samples.
         tokenizer: of the foundation.
         prompt_length, caption_length: slots in tokens.
-        size: (num_frames, height, width) videos are brought to.
-        latents_shape: (T, H, W) of precomputed latents.
+        buckets: sizes that videos are brought to; each sample knows its own.
+        latents_shapes: (T, H, W) of each bucket's precomputed latents.
         replace: see above.
     """
 
@@ -156,45 +90,70 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
         tokenizer: PreTrainedTokenizerBase,
         prompt_length: int,
         caption_length: int,
-        size: tuple[int, int, int],
-        latents_shape: tuple[int, int, int],
+        buckets: Sequence[Bucket],
+        latents_shapes: Sequence[tuple[int, int, int]],
         replace: bool,
     ) -> None:
         self.refs = refs
         self.tokenizer = tokenizer
         self.lengths = {"prompt": prompt_length, "caption": caption_length}
-        self.size = size
-        self.latents_shape = latents_shape
+        self.buckets = buckets
+        self.latents_shapes = latents_shapes
         self.replace = replace
         # What is stored is the prompt's embedding, not a question's.
         self.stored_prompts = all(
             {PROMPT_SUFFIX, LATENTS_SUFFIX} <= ref.members.keys() and ref.question is None for ref in refs
         )
         """Whether the batches bring the prompts' embeddings along."""
+        self.rooms: SharedRooms | None = None
+        """Where workers put decoded videos."""
 
     def __len__(self) -> int:
         return len(self.refs)
 
-    def __getitem__(self, numbers: list[int]) -> tuple[dict[str, Any], list[SampleError]]:
-        """The batch of these samples (see :func:`collate`), and what was wrong with those that are not in it."""
+    def __getitem__(self, request: tuple[int, list[int]]) -> LoadedBatch:
+        """The batch of the samples with these numbers, after the number of the pass over the data."""
+        turn, numbers = request
         items: list[dict[str, Any]] = []
         errors: list[SampleError] = []
+        frames: torch.Tensor | None = None
+        room: int | None = None
         for number in numbers:
             last_chance = not items and number == numbers[-1]
-            tries = len(self.refs) if self.replace or last_chance else 1
-            for offset in range(tries):
+            candidates = self._candidates(number, items) if self.replace or last_chance else [number]
+            for candidate in candidates:
+                ref = self.refs[candidate]
+                bucket = self.buckets[ref.bucket]
+                shape = (len(numbers), bucket.num_frames, bucket.height, bucket.width, 3)
+                if not items and LATENTS_SUFFIX not in ref.members and (frames is None or frames.shape != shape):
+                    frames, room = self.rooms.take(shape, turn) if self.rooms else (make_room(shape), None)
                 try:
-                    found = (number + offset) % len(self.refs)
-                    items.append(self.load(self.refs[found]))
+                    items.append(self.load(ref, None if frames is None else frames[len(items)]))
                     if not self.replace:
-                        items[-1]["number"] = found  # so that evaluation sees what is there twice
+                        items[-1]["number"] = candidate  # so that evaluation sees what is there twice
                     break
                 except SampleError as error:
                     errors.append(error)
-        return (collate(items) if items else {}), errors
+        batch = collate([{name: value for name, value in item.items() if name != "video"} for item in items])
+        if items and frames is not None:
+            batch["video"] = frames[: len(items)].permute(0, 1, 4, 2, 3)
+        return LoadedBatch(batch, errors, room)
 
-    def load(self, ref: SampleRef) -> dict[str, Any]:
+    def _candidates(self, number: int, items: list[dict[str, Any]]) -> Iterator[int]:
+        """The sample, then those that may take its place: of its bucket, and if that is of no use, of any other."""
+        bucket = items[0]["bucket"] if items else self.refs[number].bucket
+        for same in (True,) if items else (True, False):
+            for offset in range(len(self.refs)):
+                other = (number + offset) % len(self.refs)
+                if (self.refs[other].bucket == bucket) == same:
+                    yield other
+
+    def load(self, ref: SampleRef, frames: torch.Tensor | None = None) -> dict[str, Any]:
         """One sample, decoded and tokenised, as a batch without the batch dimension.
+
+        Args:
+            ref: the sample.
+            frames: where those of a video go, uint8 [F, H, W, C]; None makes room.
 
         Raises:
             SampleError: naming shard, key and what is wrong.
@@ -202,14 +161,16 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
         sample = parse_sample(ref.read_all(), ref.shard, ref.key)
         texts = sample.texts.question(ref.question)
         item: dict[str, Any] = {"key": ref.key, "prompt": texts.prompt, "caption": texts.caption, "scene": texts.scene}
+        item |= {"source": ref.source, "bucket": ref.bucket}
+        bucket, shape = self.buckets[ref.bucket], self.latents_shapes[ref.bucket]
         if sample.latents is not None:
-            if tuple(sample.latents.shape[1:]) != self.latents_shape:
-                value = f"[T, H, W] is {list(sample.latents.shape[1:])}, expected {list(self.latents_shape)}"
+            if tuple(sample.latents.shape[1:]) != shape:
+                value = f"[T, H, W] is {list(sample.latents.shape[1:])}, expected {list(shape)}"
                 raise SampleError("wrong_shape", ref.shard, ref.key, "latents", value)
             item["latents"] = sample.latents
         else:
             assert sample.video is not None
-            item["video"] = decode_video(sample.video, ref, *self.size)
+            item["video"] = decode_video(sample.video, ref, bucket.num_frames, bucket.height, bucket.width, frames)
         for name in ("prompt", "caption"):
             try:
                 item[f"{name}_ids"] = tokenize(self.tokenizer, [item[name]], self.lengths[name], name)[0]
@@ -235,13 +196,13 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """One batch: tensors are stacked along a new first dimension, everything else becomes a list.
 
     Given samples of :meth:`VideoTextDataset.load`, that is ``key``, ``prompt``, ``caption``: list[str]; ``scene``:
-    list[dict | None]; ``prompt_ids``, ``caption_ids``: int64 [B, L]; and either ``latents``: float32 [B, C, T, H, W]
-    or ``video``: uint8 [B, F, C, H, W].  Where prompts are precomputed also ``prompt_embeds``: float32
-    [B, S, text_dim], and ``null_embeds``, the empty prompt's, [1, S, text_dim].  Evaluation's batches also say the
-    samples' places in the split, ``number``: list[int].
+    list[dict | None]; ``source``, ``bucket``: list[int]; ``prompt_ids``, ``caption_ids``: int64 [B, L]; and either
+    ``latents``: float32 [B, C, T, H, W] or ``video``: uint8 [B, F, C, H, W] (in memory [B, F, H, W, C]).  Where prompts
+    are precomputed also ``prompt_embeds``: float32 [B, S, text_dim], and ``null_embeds``, the empty prompt's,
+    [1, S, text_dim].  Evaluation's batches also say the samples' places in the split, ``number``: list[int].
     """
     batch: dict[str, Any] = {}
-    for name, first in items[0].items():
+    for name, first in items[0].items() if items else ():
         values = [item[name] for item in items]
         batch[name] = torch.stack(values) if isinstance(first, torch.Tensor) else values
     if "null_embeds" in batch:
@@ -298,6 +259,7 @@ class SampleLoader:
         self.order = order
         self.errors = errors
         self._window = _Window(order)
+        self._rooms = dataset.rooms = SharedRooms(num_workers) if spawn and num_workers else None
         self._loader = DataLoader(
             dataset,  # type: ignore[arg-type]
             batch_size=None,  # the sampler gives whole batches
@@ -313,11 +275,16 @@ class SampleLoader:
         return len(self.order)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch, errors in self._loader:
+        for batch, errors, room in self._loader:
             self.errors.add(errors)
             if not batch:
                 raise DataError(f"none of {len(self._loader.dataset)} samples can be read: {dict(self.errors.counts)}")  # type: ignore[arg-type]
+            if room is not None and self._rooms is not None:
+                self._rooms.receive(batch["video"], room)
             yield batch
+            del batch  # or its room would not be free
+            if self._rooms is not None:
+                self._rooms.sweep()
 
     # Lightning stops a loader's workers through this attribute when it is done or interrupted.
     @property
@@ -329,8 +296,10 @@ class SampleLoader:
         self._loader._iterator = value
 
 
-def _suffix(ref: SampleRef) -> str:
-    return "" if ref.question is None else f"?{ref.question}"
+def _identity(ref: SampleRef) -> str:
+    """A sample's name, and what else the order of samples depends on, where it does."""
+    parts = (("?", ref.question), ("@", ref.source or None), ("#", ref.bucket or None))
+    return f"{ref.shard.rpartition('/')[2]}/{ref.key}" + "".join(f"{s}{n}" for s, n in parts if n is not None)
 
 
 class TrainLoader(SampleLoader):
@@ -356,7 +325,10 @@ class TrainLoader(SampleLoader):
     ) -> None:
         super().__init__(dataset, order, errors, num_workers, spawn)
         self.position = 0
-        names = "\n".join(f"{ref.shard.rpartition('/')[2]}/{ref.key}{_suffix(ref)}" for ref in dataset.refs)
+        self._refs = dataset.refs
+        names = "\n".join(_identity(ref) for ref in dataset.refs)
+        if order.weights is not None:
+            names += f"\n{order.weights}"
         self._fingerprint = hashlib.sha256(names.encode()).hexdigest()[:16]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -364,6 +336,11 @@ class TrainLoader(SampleLoader):
         for batch in super().__iter__():
             self.position += 1
             yield batch
+            del batch
+
+    def samples(self, start: int, stop: int) -> list[SampleRef]:
+        """The samples of all ranks at the positions from ``start`` to before ``stop``."""
+        return [self._refs[number] for at in range(start, stop) for number in self.order.global_numbers(at)]
 
     def state_dict(self) -> dict[str, Any]:
         """The position in samples over all ranks, and what it refers to."""
@@ -371,6 +348,7 @@ class TrainLoader(SampleLoader):
         return {
             "epoch": epoch,
             "samples": number * self.order.global_batch,
+            "global_batch": self.order.global_batch,
             "seed": self.order.seed,
             "dataset": self._fingerprint,
         }
@@ -379,18 +357,23 @@ class TrainLoader(SampleLoader):
         """Go to a saved position.
 
         With another number of ranks or workers the sequence of samples goes on exactly if the global batch is the
-        same; with another global batch it goes on from the beginning of the batch the position falls into.
+        same; with another global batch it goes on from the beginning of the batch the position falls into.  With
+        buckets another global batch means other batches: of the epoch at hand, and no other, some samples come twice
+        and others not at all.
 
         Raises:
-            DataError: the position refers to other samples or another seed.
+            DataError: the position refers to other samples, weights or buckets, or another seed.
         """
         for name, ours in (("seed", self.order.seed), ("dataset", self._fingerprint)):
             if state[name] != ours:
                 raise DataError(
                     f"the checkpoint's data position refers to {name}={state[name]!r}, this run has {ours!r}; resume "
-                    "with the same data, filter and seed, or start from the weights with model.init_from"
+                    "with the same data, sources, buckets, filter and seed, or start from the weights with "
+                    "model.init_from"
                 )
         number, rest = divmod(state["samples"], self.order.global_batch)
-        if rest:
+        if len(self.order.bucket_sizes) > 1 and state["global_batch"] != self.order.global_batch:
+            log.warning("resuming with another global batch and buckets: samples of this epoch may come twice or never")
+        elif rest:
             log.warning("resuming with another global batch: %d samples of this epoch will be seen again", rest)
         self.position = state["epoch"] * len(self) + min(number, len(self))

@@ -23,6 +23,21 @@ def local_folder(url: str, root: str | Path) -> Path:
     return Path(root) / "remote" / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
 
 
+def remote_exists(url: str) -> bool:
+    """Whether there is a remote folder of shards.
+
+    Raises:
+        DataError: it cannot be found out.
+    """
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(url.rstrip("/"))
+        return bool(system.exists(f"{path}/{MANIFEST}") or system.exists(path))
+    except (OSError, ImportError, ValueError) as error:
+        raise DataError(f"{url}: cannot be read ({type(error).__name__}: {error})") from error
+
+
 def fetch_shards(url: str, folder: Path) -> None:
     """Copy a remote folder of shards; shards that are here already and whole are not copied again.
 

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from univigu.data.sample import VIDEO_SUFFIXES, DataError, SampleError, media_suffix
 
@@ -40,22 +40,32 @@ class SampleRef:
     """(offset, size) in bytes of each member, by suffix."""
     question: int | None = None
     """Which of the sample's questions is meant; None for its prompt and caption."""
+    source: int = 0
+    """Which of several sources it is from."""
+    bucket: int = 0
+    """Which of several sizes its video is brought to."""
+    tokens: tuple[int, int] = (0, 0)
+    """Of its prompt and of its caption, once they have been counted."""
 
     def read(self, suffix: str) -> bytes | None:
         """A member's bytes, or None if the sample has no such member."""
         if suffix not in self.members:
             return None
-        offset, size = self.members[suffix]
         with open(self.shard, "rb") as file:
-            file.seek(offset)
-            data = file.read(size)
+            return self._read(file, suffix)
+
+    def _read(self, file: BinaryIO, suffix: str) -> bytes:
+        offset, size = self.members[suffix]
+        file.seek(offset)
+        data = file.read(size)
         if len(data) < size:  # the shard was cut off since it was scanned
             raise SampleError("damaged_shard", self.shard, self.key, suffix, f"{len(data)} of {size} bytes are there")
         return data
 
     def read_all(self) -> dict[str, bytes]:
         """All members' bytes by suffix."""
-        return {suffix: self.read(suffix) or b"" for suffix in self.members}
+        with open(self.shard, "rb") as file:
+            return {suffix: self._read(file, suffix) for suffix in self.members}
 
     def check_media(self) -> None:
         """Raise SampleError (missing_field) if there is neither a video nor latents."""

@@ -1,0 +1,149 @@
+"""Buckets: the few sizes that videos of many sizes are brought to, so that a batch can hold several of them."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, BinaryIO
+
+from univigu.data.sample import LATENTS_SUFFIX, SampleError, media_suffix
+from univigu.data.shards import SampleRef
+from univigu.data.video import VideoError, probe_video
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A size that videos are brought to."""
+
+    height: int
+    """Pixels."""
+    width: int
+    """Pixels."""
+    num_frames: int
+    """Frames; 4k+1 for Wan's VAE."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("height", 2), ("width", 2), ("num_frames", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"data.buckets: {name}={getattr(self, name)}: expected at least {least}")
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}x{self.num_frames}"
+
+    @classmethod
+    def parse(cls, text: str) -> Bucket:
+        """The inverse of ``str``: HEIGHTxWIDTHxFRAMES; raises ValueError."""
+        parts = text.split("x")
+        if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+            raise ValueError(f"bucket {text!r}: expected HEIGHTxWIDTHxFRAMES, such as 480x832x81")
+        return cls(*map(int, parts))
+
+    def kept(self, height: int, width: int, num_frames: int) -> float:
+        """Share of a clip that is left in this bucket: of its area after the crop, times of its length.
+
+        A clip that is shorter than the bucket repeats frames, which counts like the frames that a longer one loses.
+        """
+        aspect = abs(math.log(width / height) - math.log(self.width / self.height))
+        return math.exp(-aspect - abs(math.log(num_frames / self.num_frames)))
+
+
+def best_bucket(buckets: Sequence[Bucket], height: int, width: int, num_frames: int) -> int:
+    """Number of the bucket that keeps most of a clip; of equals the one nearest in area, then the first.
+
+    Args:
+        buckets: to choose among.
+        height, width, num_frames: the clip's.
+    """
+
+    def badness(number: int) -> tuple[float, float]:
+        bucket = buckets[number]
+        area = abs(math.log(height * width) - math.log(bucket.height * bucket.width))
+        return round(-bucket.kept(height, width, num_frames), 6), round(area, 6)
+
+    return min(range(len(buckets)), key=badness)
+
+
+def size_parameters(buckets: Sequence[Bucket]) -> dict[str, Any]:
+    """What a manifest of latents records of the sizes that videos were brought to."""
+    return asdict(buckets[0]) if len(buckets) == 1 else {"buckets": [str(bucket) for bucket in buckets]}
+
+
+def latents_shape(bucket: Bucket, temporal: int, spatial: int) -> tuple[int, int, int]:
+    """(T, H, W) of a bucket's latents under a VAE of that compression."""
+    return (bucket.num_frames - 1) // temporal + 1, bucket.height // spatial, bucket.width // spatial
+
+
+class BucketChooser:
+    """Finds out which bucket a sample belongs to, from the headers of its video or latents; nothing is decoded.
+
+    Args:
+        buckets: to choose among; of a single one no header is read.
+        shapes: (T, H, W) of each bucket's latents, where samples may be latents.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], shapes: Sequence[tuple[int, int, int]] = ()) -> None:
+        self.buckets, self.shapes = buckets, list(shapes)
+
+    def __call__(self, ref: SampleRef) -> int:
+        """The bucket's number.
+
+        Raises:
+            SampleError: unreadable_video, corrupt_latents, or wrong_shape where latents fit no bucket.
+        """
+        if len(self.buckets) == 1:
+            return 0
+        ref.check_media()
+        suffix = media_suffix(ref.members) or ""
+        if suffix == LATENTS_SUFFIX:
+            return self._of_latents(ref)
+        with open(ref.shard, "rb") as shard:
+            try:
+                size = probe_video(_Part(shard, *ref.members[suffix]))
+            except VideoError as error:
+                raise SampleError("unreadable_video", ref.shard, ref.key, "video", str(error)) from error
+        return best_bucket(self.buckets, *size)
+
+    def _of_latents(self, ref: SampleRef) -> int:
+        """By the header of the safetensors file: its length in 8 bytes, then JSON."""
+        offset, size = ref.members[LATENTS_SUFFIX]
+        with open(ref.shard, "rb") as shard:
+            part = _Part(shard, offset, size)
+            try:
+                header = json.loads(part.read(min(int.from_bytes(part.read(8), "little"), size)))
+                shape = tuple(header["latents"]["shape"][1:])
+            except (ValueError, KeyError, TypeError) as error:
+                raise SampleError("corrupt_latents", ref.shard, ref.key, "latents", repr(error)) from error
+        if shape not in self.shapes:
+            value = f"[T, H, W] is {list(shape)}, the buckets' are {self.shapes}"
+            raise SampleError("wrong_shape", ref.shard, ref.key, "latents", value)
+        return self.shapes.index(shape)
+
+
+class _Part(io.RawIOBase):
+    """A member of a tar file as a file of its own."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
+        self._file, self._offset, self._size, self._at = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._at)
+        data = self._file.read(max(0, min(len(buffer), self._size - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)

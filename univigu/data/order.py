@@ -1,0 +1,186 @@
+"""Which samples make up the batch at a position: pure functions, so that training can be taken up again anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+
+from univigu.data.sample import DataError
+
+
+class Order(Protocol):
+    """Which samples make up the batch at a position."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, position: int) -> list[int]: ...
+
+
+class TrainOrder:
+    """Shuffled epochs of full batches, split by rank without gap or duplicate.
+
+    **Epoch.** Without ``weights`` an epoch holds every sample once.  With them it holds as many samples as there are
+    (but for rounding), of which source s has the share ``weights[s] / sum(weights)``, spread over its buckets as its
+    samples are.  Of n samples that an epoch takes q from, each comes floor(q/n) or ceil(q/n) times: at most once where
+    q <= n.  The next epoch goes on where this one stopped, so that a sample comes again only after all others of its
+    source and bucket.
+
+    **Batch.** The ``G = batch_size * world_size`` samples of a global batch are consecutive in the epoch's permutation
+    (in what it holds of one bucket), and rank r takes every ``world_size``-th of them from r on.  What does not fill
+    a global batch at the end of an epoch, in each bucket, is left out of it; which samples these are is drawn anew
+    every epoch.  Batches of the buckets are shuffled among each other.
+
+    Args:
+        num_samples: samples in the set.
+        batch_size: samples a rank and batch.
+        rank, world_size: this process among those that share the batches.
+        seed: seeds the permutations, together with the epoch.
+        weights: of the sources, each over 0; None takes every sample once.
+        sources: each sample's source, an index into ``weights``; None where there is one.
+        buckets: each sample's bucket; None where there is one.
+
+    Raises:
+        DataError: there are not enough samples (of a bucket) for one global batch.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        weights: Sequence[float] | None = None,
+        sources: Sequence[int] | None = None,
+        buckets: Sequence[int] | None = None,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank}: expected one in [0, {world_size})")
+        self.num_samples, self.batch_size = num_samples, batch_size
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.weights = None if weights is None else [weight / sum(weights) for weight in weights]
+        self._buckets = torch.tensor(buckets or [0] * num_samples)
+        self._cells = [] if self.weights is None else self._make_cells(self.weights, torch.tensor(sources))
+        self.bucket_sizes = self._count()
+        """Samples that an epoch draws of each bucket, by its number; whole global batches of them are used."""
+        for bucket, size in self.bucket_sizes.items():
+            if size < self.global_batch:
+                of = f" of data.buckets[{bucket}]" if buckets and any(buckets) else ""
+                raise DataError(
+                    f"batch_size={batch_size} on {world_size} rank(s): "
+                    f"{size} training samples{of} do not fill one batch"
+                )
+        self._epoch = lru_cache(maxsize=1)(self._draw)
+
+    def _make_cells(self, shares: list[float], sources: torch.Tensor) -> list[_Cell]:
+        cells = []
+        for source, share in enumerate(shares):
+            size = int((sources == source).sum())
+            for bucket in self._buckets.unique().tolist():
+                numbers = ((sources == source) & (self._buckets == bucket)).nonzero().flatten()
+                if len(numbers):
+                    quota = max(1, round(share * self.num_samples * len(numbers) / size))
+                    cells.append(_Cell(numbers, quota, f"{self.seed}/source {source}/bucket {bucket}"))
+        return cells
+
+    def _count(self) -> dict[int, int]:
+        values, counts = self._buckets[self._members(0)].unique(return_counts=True)
+        return dict(zip(values.tolist(), counts.tolist(), strict=True)) or {0: 0}
+
+    @property
+    def global_batch(self) -> int:
+        """Samples a batch, all ranks together."""
+        return self.batch_size * self.world_size
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return sum(size // self.global_batch for size in self.bucket_sizes.values())
+
+    def batch(self, position: int) -> list[int]:
+        """Samples of this rank at a position counted from the start of training, over all epochs."""
+        return self.global_numbers(position)[self.rank :: self.world_size]
+
+    def global_numbers(self, position: int) -> list[int]:
+        """Samples of all ranks at a position."""
+        epoch, number = divmod(position, len(self))
+        return self._epoch(epoch)[number].tolist()
+
+    def _members(self, epoch: int) -> torch.Tensor:
+        """The samples that an epoch draws from, with repetitions where sources are oversampled."""
+        if not self._cells:
+            return torch.arange(self.num_samples)
+        return torch.cat([cell.members(epoch) for cell in self._cells])
+
+    def _draw(self, epoch: int) -> torch.Tensor:
+        """An epoch's global batches [len(self), G]."""
+        generator, members = _generator(f"{self.seed}/{epoch}"), self._members(epoch)
+        shuffled = members[torch.randperm(len(members), generator=generator)]
+        parts = [shuffled[self._buckets[shuffled] == bucket] for bucket in self.bucket_sizes]
+        batches = torch.cat([part[: len(part) // self.global_batch * self.global_batch] for part in parts])
+        batches = batches.view(-1, self.global_batch)
+        if len(parts) > 1:
+            batches = batches[torch.randperm(len(batches), generator=generator)]
+        return batches
+
+
+class _Cell:
+    """The samples of one source and bucket, of which every epoch takes the next ``quota`` in a fixed cyclic order."""
+
+    def __init__(self, numbers: torch.Tensor, quota: int, seed: str) -> None:
+        self.numbers = numbers[torch.randperm(len(numbers), generator=_generator(seed))]
+        self.quota = quota
+
+    def members(self, epoch: int) -> torch.Tensor:
+        return self.numbers[(torch.arange(self.quota) + epoch * self.quota) % len(self.numbers)]
+
+
+def _generator(seed: str) -> torch.Generator:
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "little"))
+
+
+class EvalOrder:
+    """All samples once, in order (bucket after bucket), split by rank without gap or duplicate.
+
+    All ranks have equally many batches, because sharded models wait for each other in every forward pass: a rank that
+    is a batch short cuts one of its own in two.  Only where it has too few samples (of a bucket) for that (batch size
+    1, or fewer samples than ranks) does it repeat one.
+
+    Args:
+        num_samples: samples in the set.
+        batch_size: samples a rank and batch, at most.
+        rank, world_size: this process among those that share the batches.
+        buckets: each sample's bucket; None where there is one.  A batch holds one bucket, at a position the same on
+            all ranks.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        buckets: Sequence[int] | None = None,
+    ) -> None:
+        by_bucket: dict[int, list[int]] = {}
+        for number, bucket in enumerate(buckets or [0] * num_samples):
+            by_bucket.setdefault(bucket, []).append(number)
+        self._batches: list[list[int]] = []
+        for _, numbers in sorted(by_bucket.items()):
+            own = numbers[rank::world_size] or [numbers[rank % len(numbers)]]
+            batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
+            longest = -(-len(numbers) // world_size)
+            while len(batches) < -(-longest // batch_size):
+                last = batches.pop()
+                half = -(-len(last) // 2)
+                batches += [last[:half], last[half:] or last]
+            self._batches += batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def batch(self, position: int) -> list[int]:
+        return self._batches[position]
