@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import REPO
 
-DOCS = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+DOCS = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
 
 
 def commands() -> list[tuple[str, str]]:
@@ -44,7 +44,7 @@ def test_commands_parse(where: str, line: str, monkeypatch: pytest.MonkeyPatch) 
         elif program.startswith("python") and args and args[0].startswith("tools/"):
             _check_tool(args)
         else:
-            assert program in ("python3", "python", "pip", "tensorboard", "source")
+            assert program in ("python3", "python", "pip", "tensorboard", "source", "hf")
 
 
 def _check_lightning(args: list[str]) -> None:

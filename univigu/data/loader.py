@@ -100,8 +100,10 @@ class EvalOrder:
     """
 
     def __init__(self, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.own = frozenset(range(rank, num_samples, world_size))
+        """What this rank has to count; what else is in its batches is another's, or a repetition."""
         longest = -(-num_samples // world_size)
-        own = list(range(rank, num_samples, world_size)) or [rank % num_samples]
+        own = sorted(self.own) or [rank % num_samples]
         batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
         while len(batches) < -(-longest // batch_size):
             last = batches.pop()

@@ -297,7 +297,7 @@ def _blur(cover: np.ndarray, times: int) -> np.ndarray:
     for _ in range(times):
         for axis in (1, 2):
             padded = np.pad(cover, [(0, 0)] + [(1, 1) if axis == side else (0, 0) for side in (1, 2)])
-            cover = sum(np.take(padded, range(i, i + cover.shape[axis]), axis) for i in range(3)) / 3
+            cover = np.add.reduce([np.take(padded, range(i, i + cover.shape[axis]), axis) for i in range(3)]) / 3
     return cover
 
 
