@@ -231,8 +231,7 @@ class UniViGU(EvaluatedModule):
         """Embeddings [B, S, text_dim] of a batch's prompts, [1, S, text_dim] of none, encoded if need be."""
         zero_padding = self.conventions.prompt_padding == "zeros"  # what shards hold
         if "prompt_embeds" in batch and zero_padding:
-            embeds, null = batch["prompt_embeds"].to(self.device), batch["null_embeds"].to(self.device)
-            return embeds, self.conventions.null(null)
+            return batch["prompt_embeds"].to(self.device), self.conventions.null(batch["null_embeds"].to(self.device))
         self.foundation.to(self.device)
         ids = torch.cat([batch["prompt_ids"], self._null_ids(batch["prompt_ids"].shape[1])])
         if zero_padding:
@@ -255,6 +254,10 @@ class UniViGU(EvaluatedModule):
         """Frames uint8 [B, F, C, H, W] -> latents [B, C, T, H, W] as the transformer wants them."""
         with torch.no_grad():
             return self.conventions.from_normalized(encode_clips(self.foundation.vae, frames), self.foundation.vae)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The transformer's latents [B, C, T, H, W] -> frames uint8 [B, F, C, H, W]."""
+        return to_frames(self.conventions.decode(self.foundation.vae, latents))
 
     def _encode_prompt(self, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -358,8 +361,8 @@ class UniViGU(EvaluatedModule):
         else:
             samples = self.sampler.generate(embeds, null, shape, generators)
         assert samples.latents is not None
-        frames = to_frames(self.conventions.decode(self.foundation.vae, samples.latents))
-        return frames, None if samples.tokens is None else detokenize(self.foundation.tokenizer, samples.tokens)
+        texts = None if samples.tokens is None else detokenize(self.foundation.tokenizer, samples.tokens)
+        return self.decode(samples.latents), texts
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
         """Predict a batch of the prediction loader; items it could not read come through as errors."""
