@@ -146,7 +146,16 @@ def test_held_out_evaluation(
     Path("runs/recall/checkpoints/last.ckpt").symlink_to(checkpoint)
     cli = UniViGUCLI(["test", "--config=configs/recall.yaml", *small_data, *QUICK])
     results = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
-    for name in ("caption/shape", "caption/tokens", "caption/exact_text", "generate/color", "joint/mean", "flow/loss"):
+    for name in (
+        "caption/shape",
+        "caption/cider",
+        "caption/unique",
+        "caption/tokens",
+        "caption/exact_text",
+        "generate/color",
+        "joint/mean",
+        "flow/loss",
+    ):
         assert results[f"test/{name}"] >= 0, name
     assert results["test/flow/ratio"] == 1.0  # recall leaves the generator's weights as they are
     assert "test/generate/start" not in results  # no prompt says where
@@ -160,6 +169,26 @@ def test_a_checkpoint_is_evaluated_with_another_stages_configuration(
 
     cli = UniViGUCLI(["validate", "--config=configs/refine.yaml", *small_data, *QUICK, f"--ckpt_path={checkpoint}"])
     assert cli.trainer.callback_metrics["val/text_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    "option,message",
+    [
+        ("clip=/nowhere", "evaluation.clip='/nowhere': no such folder"),
+        ("video_features=/nowhere", "evaluation.video_features='/nowhere': no such file or folder"),
+        ("clip_frames=0", "evaluation.clip_frames=0: expected at least 1"),
+    ],
+)
+def test_evaluation_with_models_that_are_not_there(
+    in_tmp: Path,
+    small_data: list[str],
+    checkpoint: Path,
+    failing: Callable[[list[str]], str],
+    option: str,
+    message: str,
+) -> None:
+    arguments = [*small_data, *QUICK, f"--ckpt_path={checkpoint}", f"--model.evaluation.{option}"]
+    assert message in failing(["test", "--config=configs/recall.yaml", *arguments])
 
 
 def test_evaluation_without_a_run_names_the_command(

@@ -126,12 +126,14 @@ def test_two_processes_measure_as_one(
 def test_samples_that_are_repeated_count_once() -> None:
     batch = {"number": [1, 3, 3, 4], "key": list("abcd"), "latents": torch.arange(4), "null_embeds": torch.ones(1, 2)}
     seen: set[int] = set()
-    first = own_samples(batch, 1, 2, seen)
+    first = own_samples(batch, {1, 3}, seen)
     assert first is not None and first["key"] == ["a", "b"] and first["latents"].tolist() == [0, 1]
     assert first["null_embeds"].shape == (1, 2)
-    assert own_samples(batch, 1, 2, seen) is None and seen == {1, 3}
-    other = own_samples(batch, 0, 2, set())
+    assert own_samples(batch, {1, 3}, seen) is None and seen == {1, 3}
+    other = own_samples(batch, {2, 4}, set())
     assert other is not None and other["key"] == ["d"]
+    whole = own_samples(batch, None, set())  # a loader of one's own
+    assert whole is not None and whole["key"] == list("abcd")
 
 
 def test_frechet_distance_without_videos_says_what_to_do(folder: Path) -> None:

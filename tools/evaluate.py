@@ -94,7 +94,8 @@ def run(o: argparse.Namespace) -> None:
     failed = [row for row in rows if row["error"] is not None]
     print(f"{o.output}: complete: {len(rows)} rows, {len(failed)} of them errors")
     for row in failed[:10]:
-        print(f"  {row.get('key', row.get('video'))}: {row['error']}", file=sys.stderr)
+        line = f"  {row.get('key', row.get('video'))}: {row['error']}"
+        print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)  # names of files may be no text
 
 
 def main(args: list[str] | None = None) -> int:

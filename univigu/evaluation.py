@@ -12,7 +12,7 @@ docs/EVALUATION.md lists every name that is logged.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -233,25 +233,26 @@ def token_matches(tokens: torch.Tensor, truth: torch.Tensor, pad_token_id: int) 
     return (tokens[:, :length] == truth[:, :length])[real].float()
 
 
-def own_samples(batch: Mapping[str, Any], rank: int, world_size: int, seen: set[int]) -> dict[str, Any] | None:
+def own_samples(batch: Mapping[str, Any], own: Collection[int] | None, seen: set[int]) -> dict[str, Any] | None:
     """A batch without the samples that are repeated, here or by other ranks, so that all count once.
 
     The loader repeats samples where ranks need equally many batches, or where a batch would be empty because its
-    samples are damaged.  Sample n is that of rank n modulo ``world_size``.
+    samples are damaged.
 
     Args:
         batch: of an evaluation loader; ``number`` holds the samples' places in the split.
+        own: the numbers that are this rank's to count; None counts all.
         seen: the numbers that have been counted; this batch's are added.
 
     Returns:
         None where nothing is left.
     """
     numbers = batch.get("number")
-    if numbers is None:
+    if numbers is None or own is None:
         return dict(batch)
     keep = []
     for i, number in enumerate(numbers):
-        if number % world_size == rank and number not in seen:
+        if number in own and number not in seen:
             seen.add(number)
             keep.append(i)
     if len(keep) == len(numbers):
@@ -284,9 +285,12 @@ class EvaluatedModule(LightningModule):
 
     def _evaluate(self, batch: Mapping[str, Any]) -> None:
         assert self._evaluation is not None
-        own = own_samples(batch, self.trainer.global_rank, self.trainer.world_size, self._counted)
-        if own is not None:
-            self._evaluation[0].update(self, self._evaluation[1], own)
+        testing = self.trainer.state.fn == TrainerFn.TESTING
+        loader: Any = self.trainer.test_dataloaders if testing else self.trainer.val_dataloaders
+        share = getattr(getattr(loader, "order", None), "own", None)
+        counted = own_samples(batch, share, self._counted)
+        if counted is not None:
+            self._evaluation[0].update(self, self._evaluation[1], counted)
 
     def _log_evaluation(self, prefix: str) -> None:
         assert self._evaluation is not None

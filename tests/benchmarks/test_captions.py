@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,26 @@ def test_vdc_without_a_list_for_aurora(model: str, clips: Path, tmp_path: Path, 
     ours = captions(output)
     assert found == {"1": ours["1"]["caption"], "2": "", "3": ours["3"]["caption"]}
     assert not (output / "lmms-eval").exists()  # without its order nothing says which document is which
+
+
+def test_a_hundred_clips_half_of_them_broken(
+    model: str, clips: Path, tmp_path: Path, evaluate: Evaluate, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every file has its row; names may be of any kind, even bytes that are no text."""
+    good, folder, output = (clips / "1.mp4").read_bytes(), tmp_path / "clips", tmp_path / "run"
+    folder.mkdir()
+    damages = (b"", b"no video", good[: len(good) // 3], b"\0" * 4000, bytes(range(256)) * 20)
+    for i in range(100):
+        name = os.fsencode(folder) + f"/clip {i} ü\u2028".encode() + (b"\x80" if i % 7 == 0 else b"") + b".mp4"
+        Path(os.fsdecode(name)).write_bytes(good if i % 2 else damages[i // 2 % 5])
+    assert evaluate(command("vdc", model, folder, output, "--caption-steps=1", "--batch-size=8")) == 0
+    assert "complete: 100 rows, 57 of them errors" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (output / "captions.jsonl").read_text().split("\n")[:-1]]
+    assert len({row["key"] for row in rows}) == 100
+    for row in rows:
+        number = int(row["key"].split()[1])
+        assert (row["error"] is None) == bool(number % 2 and number % 7)  # decord opens no name that is no text
+    assert len(json.loads((output / "aurora" / "detailed.json").read_text())) == 100
 
 
 @pytest.mark.parametrize("form", ["lmms-eval", "aurora"])

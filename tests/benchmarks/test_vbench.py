@@ -136,12 +136,13 @@ def test_rows_that_are_no_prompts_become_errors(
     model: str, tmp_path: Path, evaluate: Evaluate, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, output = tmp_path / "prompts.jsonl", tmp_path / "run"
-    path.write_text('{"prompt": "a circle"}\nnot json\n{"prompt": "  "}\n{"text": 1}\n')
+    path.write_text('{"prompt": "a circle"}\nnot json\n{"prompt": "  "}\n{"text": 1}\n{"prompt": "\\ud800"}\n')
     assert evaluate(command(str(path), model, output, "--samples=2")) == 0
-    assert "8 rows, 6 of them errors" in capsys.readouterr().out
+    assert "10 rows, 8 of them errors" in capsys.readouterr().out
     rows = [json.loads(line) for line in (output / "videos.jsonl").read_text().splitlines()]
-    assert [row["error"] is None for row in rows] == 2 * [True] + 6 * [False]
+    assert [row["error"] is None for row in rows] == 2 * [True] + 8 * [False]
     assert "prompts.jsonl:2: not JSON" in rows[2]["error"] and rows[4]["error"] == "an empty prompt"
+    assert rows[8]["error"] == "a prompt that is no valid Unicode"
     assert list(json.loads((output / "prompts.json").read_text())) == ["a circle-0.mp4", "a circle-1.mp4"]
 
 
@@ -198,10 +199,11 @@ def test_mistakes_are_told_in_a_line(
 def test_rows_that_a_kill_cut_off_do_not_count(tmp_path: Path) -> None:
     first = Ledger(tmp_path, {"a": 1})
     first.add("x")
-    first.add("y", "broken")
+    first.add("y", "broken", text="a\u2028b\x85c\r\nd \udc80")  # line ends of all kinds, and a byte that is no text
     with (tmp_path / ".rows-00000.jsonl").open("a") as file:
         file.write('{"key": "z", "error": nu')
     again = Ledger(tmp_path, {"a": 1}, Share(0, 1))
+    assert again.rows()["y"]["text"] == "a\u2028b\x85c\r\nd \udc80"
     assert again.missing(["x", "y", "z"]) == ["y", "z"]  # what failed is tried again
     assert again.results(["x", "y", "z"]) is None
     again.add("z", None)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from univigu.benchmarks.ledger import ALONE, Ledger, write_whole
+from univigu.benchmarks.ledger import ALONE, Ledger, to_json, write_whole
 from univigu.benchmarks.vbench import load_pipeline, pipeline_class
 from univigu.data.build import Share, progress_bar
 from univigu.data.fingerprint import folder_fingerprint
@@ -112,7 +112,7 @@ def caption_videos(
             bar.advance(task, len(batch))
     rows = ledger.results(list(videos))
     if rows is not None:
-        ledger.write("captions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        ledger.write("captions.jsonl", "".join(to_json(row) + "\n" for row in rows))
     return rows
 
 
@@ -245,7 +245,7 @@ def export_dream1k(
     write_whole(
         output,
         "tarsier/predictions.jsonl",
-        "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines),
+        "".join(to_json(x) + "\n" for x in lines),
         share.rank,
     )
     return rows
@@ -300,12 +300,12 @@ def export_vdc(
     answers = [texts[name] or "" for name in listing.names]
     records = [{"doc_id": i, "doc": {"video_id": Path(name).stem, "video_name": name}, "resps": [[text]]}
                for i, (name, text) in enumerate(zip(listing.names, answers, strict=True))]  # fmt: skip
-    write_whole(output, f"aurora/{category}.json", json.dumps(records, indent=1, ensure_ascii=False) + "\n", share.rank)
+    write_whole(output, f"aurora/{category}.json", to_json(records, 1) + "\n", share.rank)
     if annotations is not None:
         name = task or f"vdc_{category}"
         arguments = {"model": "univigu", "model_args": f"pretrained={model}", "limit": None}
         log = {"args": arguments, "model_configs": {"task": name}, "time": "0101_0000", "logs": records}
-        write_whole(output, f"lmms-eval/{name}.json", json.dumps(log, indent=1, ensure_ascii=False) + "\n", share.rank)
+        write_whole(output, f"lmms-eval/{name}.json", to_json(log, 1) + "\n", share.rank)
     return rows
 
 

@@ -44,7 +44,7 @@ class Ledger:
     def _check(self, parameters: dict[str, Any]) -> None:
         path = self.folder / PARAMETERS
         temporary = self.folder / f".run.{os.getpid()}.{self.share.rank}.tmp"
-        temporary.write_text(json.dumps(parameters, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(parameters, indent=1, sort_keys=True) + "\n")
         with suppress(FileExistsError):
             os.link(temporary, path)  # unlike a rename it replaces nothing
         temporary.unlink()
@@ -53,7 +53,7 @@ class Ledger:
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be read ({error}); delete the folder or choose another") from error
         if parameters != there and not self.rows():  # a run that failed at once, say for a size that does not fit
-            self.write(PARAMETERS, json.dumps(parameters, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+            self.write(PARAMETERS, json.dumps(parameters, indent=1, sort_keys=True) + "\n")
             return
         for name in sorted(parameters | there):
             if parameters.get(name) != there.get(name):
@@ -104,8 +104,18 @@ def write_whole(folder: Path, name: str, data: str | bytes, rank: int = 0) -> No
     os.replace(temporary, path)
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that people can read, in UTF-8; escaped where a file's name holds bytes that are no text."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent)
+    return text
+
+
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(row) + "\n"  # all escaped: nothing in it is a line's end to anyone
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -115,9 +125,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     rows = []
-    for line in text.splitlines(keepends=True):
+    for line in text.split("\n")[:-1]:  # what comes after the last line's end was cut off
         with suppress(ValueError):
             row = json.loads(line)
-            if line.endswith("\n") and isinstance(row, dict) and "key" in row and "error" in row:
+            if isinstance(row, dict) and "key" in row and "error" in row:
                 rows.append(row)
     return rows

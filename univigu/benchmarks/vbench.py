@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from univigu.benchmarks.ledger import ALONE, Ledger
+from univigu.benchmarks.ledger import ALONE, Ledger, to_json
 from univigu.data.build import Share, progress_bar
 from univigu.data.fingerprint import folder_fingerprint
 from univigu.data.inputs import read_prompts
@@ -139,12 +139,23 @@ def plan(prompts: str, augmented: str | None, options: VBenchOptions) -> list[Vi
         raise DataError(f"--augmented={augmented!r}: {len(texts)} rows for {len(rows)} prompts")
     videos: dict[tuple[str, int], Video] = {}
     for (prompt, problem), (text, other) in zip(rows, texts, strict=True):
-        error = problem or other or (None if prompt.strip() and text.strip() else "an empty prompt")
-        label = prompt if problem is None and prompt.strip() else f"row {len(videos) // options.samples + 1}"
+        error = problem or other or _wrong(prompt) or _wrong(text)
+        label = prompt if problem is None and _wrong(prompt) is None else f"row {len(videos) // options.samples + 1}"
         for index in range(options.samples):
             if (label, index) not in videos:
-                videos[label, index] = Video(label, text, index, options.seed + len(videos), error)
+                videos[label, index] = Video(
+                    label, text if error is None else "", index, options.seed + len(videos), error
+                )
     return list(videos.values())
+
+
+def _wrong(prompt: str) -> str | None:
+    """Why a string is no prompt, if it is none."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        return "a prompt that is no valid Unicode"
+    return None if prompt.strip() else "an empty prompt"
 
 
 def pipeline_class(folder: str) -> str:
@@ -234,9 +245,9 @@ def export_vbench(
     rows = ledger.results(list(videos))
     if rows is not None:
         made = {row["key"]: row["prompt"] for row in rows if row["error"] is None}
-        ledger.write("prompts.json", json.dumps(made, indent=1, ensure_ascii=False) + "\n")
+        ledger.write("prompts.json", to_json(made, 1) + "\n")
         rows = [{"video": row["key"], **{name: row[name] for name in row if name != "key"}} for row in rows]
-        ledger.write("videos.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        ledger.write("videos.jsonl", "".join(to_json(row) + "\n" for row in rows))
     return rows
 
 
@@ -247,7 +258,7 @@ def _row(video: Video, cut: int = 0) -> dict[str, Any]:
 def _cut(pipe: Any, text: str, length: int) -> int:
     """Tokens of a prompt that its slot has no room for, which the pipeline leaves out."""
     tokenizer = getattr(pipe, "tokenizer", None)
-    return 0 if tokenizer is None else max(0, len(tokenizer(text)["input_ids"]) - length)
+    return 0 if tokenizer is None else max(0, len(tokenizer(text, verbose=False)["input_ids"]) - length)
 
 
 def _make(pipe: Any, videos: list[Video], options: VBenchOptions) -> Iterator[torch.Tensor | None]:

@@ -213,7 +213,7 @@ class CaptionCIDEr(_Corpus):
 
     def compute(self) -> torch.Tensor:
         scores = cider([(texts[0], texts[1:]) for texts in self._kept()])
-        return torch.tensor(math.fsum(scores) / max(len(scores), 1))
+        return torch.tensor(math.fsum(scores) / max(len(scores), 1), device=self.device)
 
 
 class CaptionStatistics(_Corpus):
@@ -242,7 +242,7 @@ class CaptionStatistics(_Corpus):
             "distinct_2": _distinct(captions, 2),
             "unique": len({tuple(tokens) for tokens in captions}) / max(len(captions), 1),
         }
-        return {name: torch.tensor(value) for name, value in values.items()}
+        return {name: torch.tensor(value, device=self.device) for name, value in values.items()}
 
 
 def _mean(values: Iterable[float]) -> float:
