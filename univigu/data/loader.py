@@ -275,6 +275,8 @@ class SampleLoader:
         return len(self.order)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self._rooms is not None:
+            self._rooms.sweep()  # of what was left when the last pass was broken off
         for batch, errors, room in self._loader:
             self.errors.add(errors)
             if not batch:
