@@ -35,6 +35,7 @@ class UniViGUCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(Overrides, "overrides")
         parser.link_arguments("model.foundation", "data.foundation")
+        parser.link_arguments("model.predict_task", "data.predict_task")
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -31,7 +30,7 @@ from univigu.models.lora import LoraOptions, add_lora
 from univigu.models.transformer import TextFlowName, UniViGUTransformer3DModel
 from univigu.optim import OptimizerOptions, make_optimizer
 from univigu.parallel import ParallelOptions, build_sharded, is_sharded, trained_weights_changed
-from univigu.prediction import Prediction
+from univigu.prediction import Prediction, PredictTask, predict_batch
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.tasks import Sampler
 from univigu.stages import Stage
@@ -52,7 +51,7 @@ class UniViGU(LightningModule):
         flow: distributions of the times.
         optimizer: which optimizer, and its constants.
         sampling: how samples are drawn in validation and prediction.
-        predict_task: what ``lightning predict`` makes: "caption", "generate" or "joint".
+        predict_task: what ``lightning predict`` makes: "caption", "generate", "joint", "edit" or "qa".
         prompt_slots: longer slots that prompts are padded to now and then in training (every 16th step, in turn),
             so that a generator made from nothing does not depend on the length of its prompts' padding.
         text_encoder_dtype: type of the (frozen) text encoder's weights.
@@ -78,7 +77,7 @@ class UniViGU(LightningModule):
         flow: FlowOptions = FlowOptions(),  # noqa: B008
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008
         sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
-        predict_task: Literal["caption", "generate", "joint"] = "caption",
+        predict_task: PredictTask = "caption",
         prompt_slots: tuple[int, ...] = (),
         text_encoder_dtype: Literal["float32", "bfloat16"] = "float32",
         gradient_checkpointing: bool = False,
@@ -149,6 +148,8 @@ class UniViGU(LightningModule):
         return model
 
     def _build_transformer(self) -> UniViGUTransformer3DModel:
+        if self.init_from is not None and self._trainer is not None and self.trainer.state.fn == "predict":
+            return load_weights(self.init_from)  # brings its own architecture, as a checkpoint does
         torch.manual_seed(self.seed)  # the text stream's new weights
         model = UniViGUTransformer3DModel.from_wan(
             self.foundation.path,
@@ -371,39 +372,19 @@ class UniViGU(LightningModule):
         frames = to_frames(self.conventions.decode(self.foundation.vae, samples.latents))
         return frames, None if samples.tokens is None else detokenize(self.foundation.tokenizer, samples.tokens)
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
-        """Predict a batch of the prediction loader; items it could not read come through as errors."""
-        start = time.perf_counter()
-        name = "path" if "path" in batch else "prompt"
-        if (name == "path") != (self.predict_task == "caption"):
-            needed = "data.videos" if self.predict_task == "caption" else "data.prompts"
-            raise MisconfigurationException(f"model.predict_task={self.predict_task!r} needs {needed}")
-        results = [
-            Prediction(index, source, error=error, seed=self.seed + index)
-            for index, source, error in zip(batch["index"], batch[name], batch["error"], strict=True)
-        ]
-        good = [result for result in results if result.error is None]
-        if good:
-            self._predict(good, batch)
-        for result in good:
-            result.seconds = (time.perf_counter() - start) / len(good)
-        return results
+    @torch.no_grad()
+    def edit(
+        self, latents: torch.Tensor, strength: float, prompts: list[str], prompt_length: int, seeds: list[int]
+    ) -> torch.Tensor:
+        """Frames uint8 [B, F, C, H, W] of clean latents [B, C, T, H, W] made anew under other prompts."""
+        embeds, null = self.encode_prompts(prompts, prompt_length)
+        samples = self.sampler.edit(latents, strength, embeds, null, self._sample_generators(seeds))
+        assert samples.latents is not None
+        return to_frames(self.conventions.decode(self.foundation.vae, samples.latents))
 
-    def _predict(self, good: list[Prediction], batch: dict[str, Any]) -> None:
-        self.foundation.to(self.device)
-        seeds = [result.seed for result in good]
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self.predict_task == "caption":
-            texts = self.caption(self.encode_frames(batch["video"]), data.prompt_length, seeds)
-        else:
-            shape = self.latents_shape(data.num_frames, data.height, data.width)
-            prompts = [result.source for result in good]
-            frames, made = self.generate(prompts, data.prompt_length, shape, seeds, self.predict_task == "joint")
-            for result, video in zip(good, frames, strict=True):
-                result.video = video.cpu()
-            texts = made or []
-        for result, text in zip(good, texts, strict=bool(texts)):
-            result.text = text
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
+        """Predict a batch of the prediction loader; see :func:`univigu.prediction.predict_batch`."""
+        return predict_batch(self, batch, self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def latents_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Latents' (C, T, H, W) of a video of that size; frames are 4k+1."""
