@@ -116,11 +116,22 @@ class Browser:
         button = "left" if down or kind == "mouseReleased" else "none"
         self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, buttons=int(down), clickCount=1)
 
-    def click(self, element: str) -> None:
-        """Click the middle of an element with the mouse."""
-        left, top, width, height = self.box(element)
-        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
-            self.mouse(kind, left + width / 2, top + height / 2)
+    def click(self, element: str, until: str = "true") -> None:
+        """Bring an element into view and click its middle with the mouse.
+
+        Args:
+            until: a JavaScript condition; a page whose scripts are still starting may miss the first clicks.
+        """
+        end = time.monotonic() + self.timeout
+        while time.monotonic() < end:
+            self.read(f"({element}).scrollIntoView({{block: 'center', behavior: 'instant'}})")
+            left, top, width, height = self.box(element)
+            for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+                self.mouse(kind, left + width / 2, top + height / 2)
+            if until == "true" or self.read(f"Boolean({until})"):
+                return
+            time.sleep(0.5)
+        raise TimeoutError(f"{until}: not in {self.timeout} s of clicking {element}")
 
     def drag(self, x: float, y: float, to_x: float, pieces: int = 8) -> None:
         """Press the mouse at a place, move it sideways in pieces, and let go."""

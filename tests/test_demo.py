@@ -77,20 +77,20 @@ def test_every_task(client: Any, clip: Any) -> None:
 def test_a_visitor_drags_the_trajectorys_slider(client: Any, tmp_path: Path) -> None:
     """In a real browser: make both, then move the slider of the page inside the page."""
 
-    def named(text: str) -> str:
-        buttons = f"[...document.querySelectorAll('button')].filter(b => b.textContent.trim() === '{text}')"
-        return f"{buttons}.find(b => b.offsetParent)"  # the one that is on screen
+    def named(text: str, kind: str) -> str:
+        return (
+            f"[...document.querySelectorAll('{kind}')].find(b => b.textContent.trim() === '{text}' && b.offsetParent)"
+        )
 
     frame = "document.querySelector('iframe[srcdoc]')"
     inside = frame + ".contentDocument.getElementById('{}')"
     with Browser(tmp_path / "profile") as browser:
         browser.open(client.src)
-        browser.wait(named("Joint"))
-        browser.click(named("Joint"))
-        browser.wait(named("Make both"))
-        browser.click(named("Make both"))
+        browser.wait(named("Joint", "button[role=tab]"))
+        browser.click(named("Joint", "button[role=tab]"), until=named("Make both", "button"))
+        browser.click(named("Make both", "button"))
         browser.wait(f"{frame} && {inside.format('step')} && {inside.format('step')}.textContent")
-        browser.read(f"{frame}.scrollIntoView()")
+        browser.read(f"{frame}.scrollIntoView({{behavior: 'instant'}})")
         assert browser.read(f"{inside.format('step')}.textContent") == "step 1 of 20"
         before = browser.read(f"{inside.format('video')}.src"), browser.read(f"{inside.format('text')}.textContent")
         left, top, width, height = browser.box(inside.format("slider"), frame)
