@@ -320,7 +320,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         """Tokens of width D [B, L, D], their rotary table if any, the text's time [B, D] and modulation [B, 6, D]."""
         text = self.vocab_embed(text_tokens) if text_tokens.ndim == 2 else text_tokens
         if self.text_position_embed is not None:
-            text = text + self.text_position_embed.weight[: text.shape[1]]
+            text = text + self.text_position_embed(torch.arange(text.shape[1], device=text.device))
         rotary = None
         if self.config.text_rotary:
             rotary = text_rotary_table(text.shape[1], self.config.attention_head_dim, text.device)
