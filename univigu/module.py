@@ -11,6 +11,7 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from univigu.checkpoint import load_weights, plain, usable_weights
+from univigu.compute import ComputeOptions
 from univigu.data.encode import encode_clips, encode_prompts
 from univigu.data.video import to_frames
 from univigu.evaluation import HeldOutEvaluation
@@ -57,6 +58,7 @@ class UniViGU(LightningModule):
         text_encoder_dtype: type of the (frozen) text encoder's weights.
         gradient_checkpointing: recompute activations in the backward pass.
         parallel: how the transformer computes if the trainer's strategy shards it.
+        compute: compiling, and the VAE's memory.
         trains: "all" weights, where a stage's rate is over 0; the "text" stream's own alone; or the text stream's and,
             in place of the pretrained weights, low-rank adapters on the shared attention ("lora").
         lora: size of the adapters.
@@ -82,13 +84,15 @@ class UniViGU(LightningModule):
         text_encoder_dtype: Literal["float32", "bfloat16"] = "float32",
         gradient_checkpointing: bool = False,
         parallel: ParallelOptions = ParallelOptions(),  # noqa: B008
+        compute: ComputeOptions = ComputeOptions(),  # noqa: B008
         trains: Trains = "all",
         lora: LoraOptions = LoraOptions(),  # noqa: B008
         seed: int = 0,
     ) -> None:
         super().__init__()
         # Frozen components stay outside the module tree: they belong to the foundation, not to our checkpoints.
-        self._foundation = (Foundation(foundation, getattr(torch, text_encoder_dtype)),)
+        dtype, memory = getattr(torch, text_encoder_dtype), (compute.vae_slicing, compute.vae_tiling)
+        self._foundation = (Foundation(foundation, dtype, *memory),)
         self.init_from = init_from
         self.random_init = random_init
         self.text_flow_name = text_flow
@@ -103,6 +107,7 @@ class UniViGU(LightningModule):
         self.predict_task = predict_task
         self.gradient_checkpointing = gradient_checkpointing
         self.parallel = parallel
+        self.compute = compute
         self.trains = trains
         self.lora = lora
         self.prompt_slots = prompt_slots
@@ -170,6 +175,7 @@ class UniViGU(LightningModule):
     def _set_transformer(self, model: UniViGUTransformer3DModel) -> None:
         if self.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        self.compute.compile(model)
         self.transformer = model
         options = self.sampling.text_flow_options(model.config.text_flow)
         self.text_flow: TextFlow = make_text_flow(model.config.text_flow, model.config.vocab_size, **options)

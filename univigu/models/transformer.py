@@ -27,7 +27,7 @@ from univigu.models.block import UniViGUTransformerBlock, modulate
 from univigu.models.cache import AttentionCache
 from univigu.models.conventions import Conventions, NullCondition, PromptPadding
 from univigu.models.text import TextHead, TextReader, TextTimeEmbedding, text_rotary_table
-from univigu.models.weights import cast_like, check_complete, gathered, transformer_folder
+from univigu.models.weights import cast_like, check_complete, embedding_rows, transformer_folder
 
 TextFlowName = Literal["embedding", "uniform", "mask"]
 TEXT_FLOWS = ("embedding", "uniform", "mask")
@@ -343,7 +343,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
 
     def token_table(self) -> torch.Tensor:
         """The token embeddings with rows of RMS 1, float32 [V, D]: the data points of the ``embedding`` flow."""
-        table = gathered(self.vocab_embed.weight)[: self.config.vocab_size].float()
+        table = embedding_rows(self.vocab_embed, self.config.vocab_size).float()
         return table * torch.rsqrt(table.square().mean(-1, keepdim=True) + 1e-8)
 
     def _check_text(
