@@ -23,6 +23,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from rich.console import Console
 from rich.table import Table
 
+from univigu.compute import ComputeOptions
 from univigu.flow.text import make_text_flow
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.cache import AttentionCache
@@ -107,6 +108,7 @@ def caption(options: argparse.Namespace) -> dict[str, float]:
         freq_dim=64, ffn_dim=options.ffn_dim, num_layers=options.layers, vocab_size=options.vocab_size,
         text_flow="uniform", clean_video_reads_text=False,
     ).to(device, getattr(torch, options.dtype)).eval()  # fmt: skip
+    ComputeOptions(compile_blocks=options.compile).compile(model)
     torch.nn.init.normal_(model.text_head.linear.weight, std=0.2)  # it starts at zero, and draws would be all alike
     frames = options.video_tokens // 256
     if frames * 256 != options.video_tokens:
@@ -206,6 +208,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         command.add_argument("--vocab-size", type=int, default=vocab_size)
         command.add_argument("--text-tokens", type=int, default=text_tokens)
         command.add_argument("--repeats", type=int, default=3)
+        command.add_argument("--threads", type=int, help="default: torch's, one a core")
         command.add_argument("--device", default="cpu")
     command = commands.choices["caption"]
     for option, default in (
@@ -213,7 +216,10 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     ):  # fmt: skip
         command.add_argument(f"--{option}", type=int, default=default)
     command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    command.add_argument("--compile", action="store_true", help="compile the blocks, for every way")
     options = parser.parse_args(args)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     return globals()[options.command](options)
 
 
