@@ -6,15 +6,13 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from diffusers import WanTransformer3DModel
-from lightning import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from univigu.checkpoint import load_weights, plain, usable_weights
 from univigu.compute import ComputeOptions
 from univigu.data.encode import encode_clips, encode_prompts
 from univigu.data.video import to_frames
-from univigu.evaluation import HeldOutEvaluation
+from univigu.evaluation import EvaluatedModule, EvaluationOptions
 from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowLosses, UniFlowObjective, by_noise_level
 from univigu.flow.random import make_generator
 from univigu.flow.text import TextFlow, make_text_flow
@@ -38,7 +36,7 @@ from univigu.stages import Stage
 from univigu.trained import Trains, check_stage, parameter_groups, train_only
 
 
-class UniViGU(LightningModule):
+class UniViGU(EvaluatedModule):
     """A unified video generator and captioner in training.
 
     Args:
@@ -62,6 +60,7 @@ class UniViGU(LightningModule):
         trains: "all" weights, where a stage's rate is over 0; the "text" stream's own alone; or the text stream's and,
             in place of the pretrained weights, low-rank adapters on the shared attention ("lora").
         lora: size of the adapters.
+        evaluation: what ``lightning test`` and ``lightning validate`` measure.
         seed: seeds noise, times, dropout and samples.
     """
 
@@ -87,6 +86,7 @@ class UniViGU(LightningModule):
         compute: ComputeOptions = ComputeOptions(),  # noqa: B008
         trains: Trains = "all",
         lora: LoraOptions = LoraOptions(),  # noqa: B008
+        evaluation: EvaluationOptions = EvaluationOptions(),  # noqa: B008
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -110,6 +110,7 @@ class UniViGU(LightningModule):
         self.compute = compute
         self.trains = trains
         self.lora = lora
+        self.evaluation_options = evaluation
         self.prompt_slots = prompt_slots
         self.seed = seed
         self.stage = Stage()
@@ -237,8 +238,7 @@ class UniViGU(LightningModule):
         """Embeddings [B, S, text_dim] of a batch's prompts, [1, S, text_dim] of none, encoded if need be."""
         zero_padding = self.conventions.prompt_padding == "zeros"  # what shards hold
         if "prompt_embeds" in batch and zero_padding:
-            embeds, null = batch["prompt_embeds"].to(self.device), batch["null_embeds"].to(self.device)
-            return embeds, self.conventions.null(null)
+            return batch["prompt_embeds"].to(self.device), self.conventions.null(batch["null_embeds"].to(self.device))
         self.foundation.to(self.device)
         ids = torch.cat([batch["prompt_ids"], self._null_ids(batch["prompt_ids"].shape[1])])
         if zero_padding:
@@ -261,6 +261,10 @@ class UniViGU(LightningModule):
         """Frames uint8 [B, F, C, H, W] -> latents [B, C, T, H, W] as the transformer wants them."""
         with torch.no_grad():
             return self.conventions.from_normalized(encode_clips(self.foundation.vae, frames), self.foundation.vae)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The transformer's latents [B, C, T, H, W] -> frames uint8 [B, F, C, H, W]."""
+        return to_frames(self.conventions.decode(self.foundation.vae, latents))
 
     def _encode_prompt(self, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -300,7 +304,8 @@ class UniViGU(LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Held-out losses with noise and times that are the same at every validation.
 
-        The text is read off the clean video without its prompt; the video is denoised under the prompt.
+        The text is read off the clean video without its prompt; the video is denoised under the prompt.  In
+        ``lightning validate`` all of :mod:`univigu.evaluation` follows, as in ``lightning test``.
         """
         size, inputs = len(batch["key"]), self.prepare(batch)
         for counts in ((0, size, 0), (0, 0, size)):
@@ -313,18 +318,6 @@ class UniViGU(LightningModule):
             for modality, values in (("video", losses.video), ("text", losses.text)):
                 if values.numel():
                     self.log(f"val/{modality}_loss", values.mean(), prog_bar=True, batch_size=size, sync_dist=True)
-
-    def on_test_start(self) -> None:
-        self.evaluation = HeldOutEvaluation(self.stage.target).to(self.device)
-        path = self.foundation.path / "transformer"
-        self._foundation_model = (WanTransformer3DModel.from_pretrained(path).to(self.device).eval(),)
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Held-out evaluation in both directions; see :mod:`univigu.evaluation`."""
-        self.evaluation.update(self, self._foundation_model[0], batch)
-
-    def on_test_epoch_end(self) -> None:
-        self.log_dict({f"test/{name}": value for name, value in self.evaluation.compute().items()})
 
     # -------------------------------------------------------------- prediction
 
@@ -375,8 +368,8 @@ class UniViGU(LightningModule):
         else:
             samples = self.sampler.generate(embeds, null, shape, generators)
         assert samples.latents is not None
-        frames = to_frames(self.conventions.decode(self.foundation.vae, samples.latents))
-        return frames, None if samples.tokens is None else detokenize(self.foundation.tokenizer, samples.tokens)
+        texts = None if samples.tokens is None else detokenize(self.foundation.tokenizer, samples.tokens)
+        return self.decode(samples.latents), texts
 
     @torch.no_grad()
     def edit(

@@ -184,7 +184,10 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
             tries = len(self.refs) if self.replace or last_chance else 1
             for offset in range(tries):
                 try:
-                    items.append(self.load(self.refs[(number + offset) % len(self.refs)]))
+                    found = (number + offset) % len(self.refs)
+                    items.append(self.load(self.refs[found]))
+                    if not self.replace:
+                        items[-1]["number"] = found  # so that evaluation sees what is there twice
                     break
                 except SampleError as error:
                     errors.append(error)
@@ -234,7 +237,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     Given samples of :meth:`VideoTextDataset.load`, that is ``key``, ``prompt``, ``caption``: list[str]; ``scene``:
     list[dict | None]; ``prompt_ids``, ``caption_ids``: int64 [B, L]; and either ``latents``: float32 [B, C, T, H, W]
     or ``video``: uint8 [B, F, C, H, W].  Where prompts are precomputed also ``prompt_embeds``: float32
-    [B, S, text_dim], and ``null_embeds``, the empty prompt's, [1, S, text_dim].
+    [B, S, text_dim], and ``null_embeds``, the empty prompt's, [1, S, text_dim].  Evaluation's batches also say the
+    samples' places in the split, ``number``: list[int].
     """
     batch: dict[str, Any] = {}
     for name, first in items[0].items():
