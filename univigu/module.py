@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from univigu.checkpoint import load_weights, plain, usable_weights
+from univigu.compute import ComputeOptions
 from univigu.data.encode import encode_clips, encode_prompts
 from univigu.data.video import to_frames
 from univigu.evaluation import EvaluatedModule, EvaluationOptions
@@ -29,7 +29,7 @@ from univigu.models.lora import LoraOptions, add_lora
 from univigu.models.transformer import TextFlowName, UniViGUTransformer3DModel
 from univigu.optim import OptimizerOptions, make_optimizer
 from univigu.parallel import ParallelOptions, build_sharded, is_sharded, trained_weights_changed
-from univigu.prediction import Prediction
+from univigu.prediction import Prediction, PredictTask, predict_batch
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.tasks import Sampler
 from univigu.stages import Stage
@@ -50,12 +50,13 @@ class UniViGU(EvaluatedModule):
         flow: distributions of the times.
         optimizer: which optimizer, and its constants.
         sampling: how samples are drawn in validation and prediction.
-        predict_task: what ``lightning predict`` makes: "caption", "generate" or "joint".
+        predict_task: what ``lightning predict`` makes: "caption", "generate", "joint", "edit" or "qa".
         prompt_slots: longer slots that prompts are padded to now and then in training (every 16th step, in turn),
             so that a generator made from nothing does not depend on the length of its prompts' padding.
         text_encoder_dtype: type of the (frozen) text encoder's weights.
         gradient_checkpointing: recompute activations in the backward pass.
         parallel: how the transformer computes if the trainer's strategy shards it.
+        compute: compiling, and the VAE's memory.
         trains: "all" weights, where a stage's rate is over 0; the "text" stream's own alone; or the text stream's and,
             in place of the pretrained weights, low-rank adapters on the shared attention ("lora").
         lora: size of the adapters.
@@ -77,11 +78,12 @@ class UniViGU(EvaluatedModule):
         flow: FlowOptions = FlowOptions(),  # noqa: B008
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008
         sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
-        predict_task: Literal["caption", "generate", "joint"] = "caption",
+        predict_task: PredictTask = "caption",
         prompt_slots: tuple[int, ...] = (),
         text_encoder_dtype: Literal["float32", "bfloat16"] = "float32",
         gradient_checkpointing: bool = False,
         parallel: ParallelOptions = ParallelOptions(),  # noqa: B008
+        compute: ComputeOptions = ComputeOptions(),  # noqa: B008
         trains: Trains = "all",
         lora: LoraOptions = LoraOptions(),  # noqa: B008
         evaluation: EvaluationOptions = EvaluationOptions(),  # noqa: B008
@@ -89,7 +91,8 @@ class UniViGU(EvaluatedModule):
     ) -> None:
         super().__init__()
         # Frozen components stay outside the module tree: they belong to the foundation, not to our checkpoints.
-        self._foundation = (Foundation(foundation, getattr(torch, text_encoder_dtype)),)
+        dtype, memory = getattr(torch, text_encoder_dtype), (compute.vae_slicing, compute.vae_tiling)
+        self._foundation = (Foundation(foundation, dtype, *memory),)
         self.init_from = init_from
         self.random_init = random_init
         self.text_flow_name = text_flow
@@ -104,6 +107,7 @@ class UniViGU(EvaluatedModule):
         self.predict_task = predict_task
         self.gradient_checkpointing = gradient_checkpointing
         self.parallel = parallel
+        self.compute = compute
         self.trains = trains
         self.lora = lora
         self.evaluation_options = evaluation
@@ -150,6 +154,8 @@ class UniViGU(EvaluatedModule):
         return model
 
     def _build_transformer(self) -> UniViGUTransformer3DModel:
+        if self.init_from is not None and self._trainer is not None and self.trainer.state.fn == "predict":
+            return load_weights(self.init_from)  # brings its own architecture, as a checkpoint does
         torch.manual_seed(self.seed)  # the text stream's new weights
         model = UniViGUTransformer3DModel.from_wan(
             self.foundation.path,
@@ -170,6 +176,7 @@ class UniViGU(EvaluatedModule):
     def _set_transformer(self, model: UniViGUTransformer3DModel) -> None:
         if self.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        self.compute.compile(model)
         self.transformer = model
         options = self.sampling.text_flow_options(model.config.text_flow)
         self.text_flow: TextFlow = make_text_flow(model.config.text_flow, model.config.vocab_size, **options)
@@ -364,39 +371,19 @@ class UniViGU(EvaluatedModule):
         texts = None if samples.tokens is None else detokenize(self.foundation.tokenizer, samples.tokens)
         return self.decode(samples.latents), texts
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
-        """Predict a batch of the prediction loader; items it could not read come through as errors."""
-        start = time.perf_counter()
-        name = "path" if "path" in batch else "prompt"
-        if (name == "path") != (self.predict_task == "caption"):
-            needed = "data.videos" if self.predict_task == "caption" else "data.prompts"
-            raise MisconfigurationException(f"model.predict_task={self.predict_task!r} needs {needed}")
-        results = [
-            Prediction(index, source, error=error, seed=self.seed + index)
-            for index, source, error in zip(batch["index"], batch[name], batch["error"], strict=True)
-        ]
-        good = [result for result in results if result.error is None]
-        if good:
-            self._predict(good, batch)
-        for result in good:
-            result.seconds = (time.perf_counter() - start) / len(good)
-        return results
+    @torch.no_grad()
+    def edit(
+        self, latents: torch.Tensor, strength: float, prompts: list[str], prompt_length: int, seeds: list[int]
+    ) -> torch.Tensor:
+        """Frames uint8 [B, F, C, H, W] of clean latents [B, C, T, H, W] made anew under other prompts."""
+        embeds, null = self.encode_prompts(prompts, prompt_length)
+        samples = self.sampler.edit(latents, strength, embeds, null, self._sample_generators(seeds))
+        assert samples.latents is not None
+        return to_frames(self.conventions.decode(self.foundation.vae, samples.latents))
 
-    def _predict(self, good: list[Prediction], batch: dict[str, Any]) -> None:
-        self.foundation.to(self.device)
-        seeds = [result.seed for result in good]
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self.predict_task == "caption":
-            texts = self.caption(self.encode_frames(batch["video"]), data.prompt_length, seeds)
-        else:
-            shape = self.latents_shape(data.num_frames, data.height, data.width)
-            prompts = [result.source for result in good]
-            frames, made = self.generate(prompts, data.prompt_length, shape, seeds, self.predict_task == "joint")
-            for result, video in zip(good, frames, strict=True):
-                result.video = video.cpu()
-            texts = made or []
-        for result, text in zip(good, texts, strict=bool(texts)):
-            result.text = text
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
+        """Predict a batch of the prediction loader; see :func:`univigu.prediction.predict_batch`."""
+        return predict_batch(self, batch, self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def latents_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Latents' (C, T, H, W) of a video of that size; frames are 4k+1."""

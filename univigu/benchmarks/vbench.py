@@ -24,7 +24,7 @@ from univigu.data.fingerprint import folder_fingerprint
 from univigu.data.inputs import read_prompts
 from univigu.data.sample import DataError
 from univigu.data.synthesis.options import check_dtype
-from univigu.data.video import encode_mp4
+from univigu.data.video import encode_mp4, to_uint8
 
 MAX_NAME = 255
 """Bytes that a file name may have on the usual file systems."""
@@ -282,6 +282,6 @@ def _make(pipe: Any, videos: list[Video], options: VBenchOptions) -> Iterator[to
         raise DataError(f"--model: {type(pipe).__name__} makes no video of a text; it takes no {unknown}")
     for frames in pipe(**arguments).frames:  # [F, C, H, W] in [0, 1]
         if torch.isfinite(frames).all():
-            yield (frames.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+            yield to_uint8(frames).cpu()
         else:
             yield None
