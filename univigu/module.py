@@ -379,7 +379,7 @@ class UniViGU(EvaluatedModule):
         embeds, null = self.encode_prompts(prompts, prompt_length)
         samples = self.sampler.edit(latents, strength, embeds, null, self._sample_generators(seeds))
         assert samples.latents is not None
-        return to_frames(self.conventions.decode(self.foundation.vae, samples.latents))
+        return self.decode(samples.latents)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
         """Predict a batch of the prediction loader; see :func:`univigu.prediction.predict_batch`."""
