@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,7 +68,17 @@ def test_batches_that_are_thrown_away_free_their_rooms(loader: TrainLoader) -> N
     assert states(loader).count(FREE) >= 4
 
 
-def test_latents_need_no_rooms(world: dict[str, Any], tmp_path: Path) -> None:
-    module = VideoTextDataModule(**{**world, "num_workers": 1})
-    module.setup("fit")
-    assert module.train_dataloader()._rooms is None
+def test_latents_lie_in_rooms_too(world: dict[str, Any]) -> None:
+    loaders = []
+    for workers in (0, 1):
+        module = VideoTextDataModule(**{**world, "num_workers": workers})
+        module.setup("fit")
+        loaders.append(module.train_dataloader())
+    assert loaders[0]._rooms is None
+    held = [batch for _ in range(2) for batch in loaders[1]]
+    for ours, theirs in zip(held, [batch for _ in range(2) for batch in loaders[0]], strict=True):
+        assert ours["key"] == theirs["key"]
+        for name in ("latents", "prompt_ids", "caption_ids", "prompt_embeds", "null_embeds"):
+            assert ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name])
+    del held, ours
+    assert len({fds(batch["latents"]) for _ in range(3) for batch in loaders[1]}) <= 5

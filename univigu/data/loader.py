@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from univigu.data.buckets import Bucket
@@ -61,11 +62,11 @@ class LoadedBatch(NamedTuple):
     """What comes from a worker."""
 
     batch: dict[str, Any]
-    """See :func:`collate`; empty if no sample could be read."""
+    """See :func:`collate`; empty if no sample could be read.  From a worker small tensors come as numpy arrays."""
     errors: list[SampleError]
     """What was wrong with the samples that are not in it."""
     room: int | None
-    """The shared memory that its video lies in, one of :class:`SharedRooms`."""
+    """The shared memory that its video or latents lie in, one of :class:`SharedRooms`."""
 
 
 class VideoTextDataset(Dataset[LoadedBatch]):
@@ -106,7 +107,7 @@ class VideoTextDataset(Dataset[LoadedBatch]):
         )
         """Whether the batches bring the prompts' embeddings along."""
         self.rooms: SharedRooms | None = None
-        """Where workers put decoded videos."""
+        """Where workers put videos and latents."""
 
     def __len__(self) -> int:
         return len(self.refs)
@@ -137,6 +138,12 @@ class VideoTextDataset(Dataset[LoadedBatch]):
         batch = collate([{name: value for name, value in item.items() if name != "video"} for item in items])
         if items and frames is not None:
             batch["video"] = frames[: len(items)].permute(0, 1, 4, 2, 3)
+        if self.rooms and "latents" in batch:
+            memory, room = self.rooms.take((batch["latents"].nbytes,), turn)
+            batch["latents"] = memory.view(torch.float32).view(batch["latents"].shape).copy_(batch["latents"])
+        if get_worker_info() is not None:
+            large = ("video", "latents")
+            batch = {n: v if n in large or not _is_small(v) else v.numpy() for n, v in batch.items()}
         return LoadedBatch(batch, errors, room)
 
     def _candidates(self, number: int, items: list[dict[str, Any]]) -> Iterator[int]:
@@ -210,6 +217,11 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+def _is_small(value: Any) -> bool:
+    """Whether it is quicker to send a tensor through the workers' pipe than to share its memory: 128 KB."""
+    return isinstance(value, torch.Tensor) and value.nbytes <= 1 << 17
+
+
 def _unchanged(batch: Any) -> Any:
     return batch
 
@@ -259,7 +271,7 @@ class SampleLoader:
         self.order = order
         self.errors = errors
         self._window = _Window(order)
-        self._rooms = dataset.rooms = SharedRooms(num_workers) if spawn and num_workers else None
+        self._rooms = dataset.rooms = SharedRooms(num_workers) if num_workers else None
         self._loader = DataLoader(
             dataset,  # type: ignore[arg-type]
             batch_size=None,  # the sampler gives whole batches
@@ -282,7 +294,8 @@ class SampleLoader:
             if not batch:
                 raise DataError(f"none of {len(self._loader.dataset)} samples can be read: {dict(self.errors.counts)}")  # type: ignore[arg-type]
             if room is not None and self._rooms is not None:
-                self._rooms.receive(batch["video"], room)
+                self._rooms.receive(batch["video" if "video" in batch else "latents"], room)
+            batch = {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in batch.items()}
             yield batch
             del batch  # or its room would not be free
             if self._rooms is not None:

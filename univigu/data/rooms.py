@@ -1,6 +1,6 @@
 """Memory that workers share with the training process, used again when that has let go of it.
 
-A batch of decoded videos is large, and new shared memory costs a page fault every 4 KB: on the machine of
+A batch of videos is large, and new shared memory costs a page fault every 4 KB: on the machine of
 docs/BENCHMARKS.md a fifth of the time that decoding takes.  DataLoader knows only new memory.
 """
 
