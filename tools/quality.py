@@ -115,7 +115,8 @@ def refresh(options: argparse.Namespace, pipe: UniViGUPipeline, scenes: list[Sce
         shares = (same[counted].float().mean(), same.all(dim=1).float().mean())
         values = {name: value.item() for name, value in accuracy.compute().items()}
         shown = (100 * float(share) for share in (*shares, values["mean"], values["exact"]))
-        table.add_row(str(k), *(f"{value:.1f}" for value in shown), f"{seconds:.3f}")
+        first, *rest = shown
+        table.add_row(str(k), f"{first:.2f}", *(f"{value:.1f}" for value in rest), f"{seconds:.3f}")
     return table
 
 
