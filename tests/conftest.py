@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,3 +82,16 @@ def failing(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
         return printed
 
     return run
+
+
+def run_processes(script: Path, args: list[str], processes: int = 2) -> None:
+    """Run a file as a script in several processes that know each other by torch.distributed, on the CPU."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    result = subprocess.run(
+        [sys.executable, *launcher, str(script), *args], capture_output=True, text=True, check=False, cwd=REPO,
+        env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]

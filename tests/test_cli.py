@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from tests.conftest import REPO
 from univigu.cli import main
 from univigu.command import parse_fit
 from univigu.data.shapes import render, sample_scene
-from univigu.data.video import encode_mp4
+from univigu.data.video import encode_mp4, read_video
+from univigu.prediction import predict_batch
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
 FIT = ("recall", "refine", "two_stage", "foundation")
@@ -54,8 +57,12 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_every_configuration_is_covered() -> None:
-    assert {path.stem for path in CONFIGS} == {*FIT, *OVERLAYS, "caption", "generate", "joint"}
+    assert {path.stem for path in CONFIGS} == {*FIT, *OVERLAYS, "caption", "generate", "joint", "edit", "qa"}
 
 
 @pytest.mark.parametrize("name", FIT)
@@ -76,7 +83,7 @@ def test_caption_writes_a_row_for_every_file(
     main(args)
     path = in_tmp / "runs/caption/captions.jsonl"
     assert str(path.relative_to(in_tmp)) in capsys.readouterr().out
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = rows_of(path)
     assert [Path(row["video"]).stem for row in rows] == sorted(p.stem for p in clips.iterdir())
     for row in rows:
         assert set(row) == {"video", "caption", "error", "seconds", "seed"}
@@ -85,8 +92,22 @@ def test_caption_writes_a_row_for_every_file(
         assert not broken or Path(row["video"]).name in row["error"]
     # The same seed gives the same captions, whatever the batch.
     main([*args[:-3], "--data.batch_size=1", *QUICK])
-    again = [json.loads(line) for line in path.read_text().splitlines()]
+    again = rows_of(path)
     assert [row["caption"] for row in again] == [row["caption"] for row in rows]
+
+
+def test_weights_to_predict_with_bring_their_architecture(
+    in_tmp: Path, foundation: str, checkpoint: Path, clips: Path
+) -> None:
+    """What refine wrote is where caption.yaml looks for it, and caption.yaml does not say what model that is."""
+    Path("runs/refine/checkpoints").mkdir(parents=True)
+    Path("runs/refine/checkpoints/last.ckpt").symlink_to(checkpoint)
+    args = ["predict", "--config=configs/caption.yaml", f"--model.foundation={foundation}", "--data.num_workers=0"]
+    captions = []
+    for given in ([], [f"--ckpt_path={checkpoint}"]):
+        main([*args, f"--data.videos={clips}/good0.mp4", *QUICK, *given])
+        captions.append([row["caption"] for row in rows_of(in_tmp / "runs/caption/captions.jsonl")])
+    assert captions[0] == captions[1] and captions[0][0] is not None
 
 
 @pytest.mark.parametrize("name", ["generate", "joint"])
@@ -99,11 +120,90 @@ def test_generation_writes_videos_and_a_manifest(name: str, in_tmp: Path, founda
             f"--ckpt_path={checkpoint}", "--data.prompts=prompts.txt", *QUICK,
         ]
     )  # fmt: skip
-    rows = [json.loads(line) for line in (in_tmp / f"runs/{name}/manifest.jsonl").read_text().splitlines()]
+    rows = rows_of(in_tmp / f"runs/{name}/manifest.jsonl")
     assert len(rows) == 2
     assert Path(rows[0]["video"]).is_file() and rows[0]["error"] is None
     assert (rows[0]["caption"] is not None) == (name == "joint")
     assert rows[1]["video"] is None and "over the limit of 128" in rows[1]["error"]
+
+
+def test_edits_write_videos_and_a_manifest(in_tmp: Path, foundation: str, checkpoint: Path, clips: Path) -> None:
+    prompt = "a small red circle moving left slowly, on a black background"
+    edits = [
+        {"video": str(clips / "good0.mp4"), "prompt": prompt, "strength": 1.0},
+        {"video": str(clips / "broken_text.mp4"), "prompt": prompt},
+        {"video": str(clips / "good1.mp4"), "prompt": prompt},
+        {"video": str(clips / "good0.mp4"), "prompt": prompt, "strength": 2},
+        {"video": str(clips / "good0.mp4"), "prompt": prompt, "strength": 0.25},
+    ]
+    (in_tmp / "edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in edits))
+    args = [
+        "predict", "--config=configs/edit.yaml", f"--model.foundation={foundation}", "--data.num_workers=0",
+        f"--ckpt_path={checkpoint}", *QUICK[1:], "--model.sampling.num_inference_steps=4",
+    ]  # fmt: skip
+    main([*args, "--data.pairs=edits.jsonl", "--data.strength=0.5"])
+    folder = in_tmp / "runs/edit"
+    rows = rows_of(folder / "manifest.jsonl")
+    assert [row["strength"] for row in rows] == [1.0, 0.5, 0.5, None, 0.25]
+    assert [row["source"] for row in rows] == [edit["video"] for edit in edits]
+    assert [row["error"] is None for row in rows] == [True, False, True, False, True]
+    assert "broken_text.mp4" in rows[1]["error"] and "edits.jsonl:4: strength=2" in rows[3]["error"]
+    made = {i: Path(rows[i]["video"]).read_bytes() for i in (0, 2, 4)}
+    # The less strength, the nearer to its source.
+    source = render(sample_scene(0), 64, 64, 9).float()
+    distance = {i: (read_video(made[i], 9, 64, 64).float() - source).abs().mean() for i in (0, 4)}
+    assert distance[4] < distance[0]
+    # The same seed makes the same video, whatever is in the batch.
+    main([*args, "--data.pairs=edits.jsonl", "--data.strength=0.5", "--data.batch_size=1"])
+    assert [row["seed"] for row in rows_of(folder / "manifest.jsonl")] == [row["seed"] for row in rows]
+    for i, video in made.items():
+        again = read_video((folder / f"videos/{i:05d}.mp4").read_bytes(), 9, 64, 64)
+        assert (again.float() - read_video(video, 9, 64, 64).float()).abs().mean() < 0.5
+
+
+def test_questions_are_answered(in_tmp: Path, foundation: str, checkpoint: Path, clips: Path) -> None:
+    args = [
+        "predict", "--config=configs/qa.yaml", f"--model.foundation={foundation}", f"--ckpt_path={checkpoint}",
+        "--data.num_workers=0", *QUICK,
+    ]  # fmt: skip
+    questions = [
+        {"video": f"{clips}/*.mp4", "question": "what colour is the circle?"},
+        {"video": str(clips / "good0.mp4"), "question": "where is the ring?"},
+        {"video": str(clips / "good0.mp4"), "prompt": "not a question"},
+    ]
+    main([*args, f"--data.pairs={json.dumps(questions)}"])
+    path = in_tmp / "runs/qa/answers.jsonl"
+    rows = rows_of(path)
+    assert len(rows) == 8
+    for row in rows[:7]:
+        assert set(row) == {"video", "question", "answer", "error", "seconds", "seed"}
+        broken = "broken" in row["video"]
+        assert (row["error"] is not None) == broken and (row["answer"] is None) == broken
+    assert "data.pairs[2]: expected a non-empty string 'question'" in rows[7]["error"]
+    main([*args, f"--data.pairs={json.dumps(questions)}", "--data.batch_size=1"])
+    assert [row["answer"] for row in rows_of(path)] == [row["answer"] for row in rows]
+
+
+def test_a_question_is_a_condition(foundation: str) -> None:
+    """What is asked reaches the model: the logits under it are others than under the empty prompt."""
+    from univigu.module import UniViGU
+
+    module = UniViGU(foundation, predict_task="qa")
+    seen: list[torch.Tensor] = []
+    module.configure_model()
+    assert module.transformer is not None
+    module.transformer.text_head.register_forward_hook(lambda _, __, output: seen.append(output))
+    torch.nn.init.normal_(module.transformer.text_head.linear.weight)
+    batch = {
+        "index": [0], "path": ["a"], "error": [None], "text": ["a red circle"], "strength": [None],
+        "video": render(sample_scene(0), 64, 64, 9)[None],
+    }  # fmt: skip
+    module.sampling.caption_steps = 1
+    data = SimpleNamespace(prompt_length=16)
+    predict_batch(module, batch, data)
+    predict_batch(module, {**batch, "text": ["where is the blue ring"]}, data)
+    predict_batch(module, batch, data)
+    assert torch.equal(seen[0], seen[2]) and (seen[0] - seen[1]).abs().max() > 1e-4
 
 
 def test_refine_takes_recalls_weights(in_tmp: Path, small_data: list[str], checkpoint: Path) -> None:
@@ -146,7 +246,16 @@ def test_held_out_evaluation(
     Path("runs/recall/checkpoints/last.ckpt").symlink_to(checkpoint)
     cli = UniViGUCLI(["test", "--config=configs/recall.yaml", *small_data, *QUICK])
     results = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
-    for name in ("caption/shape", "caption/tokens", "caption/exact_text", "generate/color", "joint/mean", "flow/loss"):
+    for name in (
+        "caption/shape",
+        "caption/cider",
+        "caption/unique",
+        "caption/tokens",
+        "caption/exact_text",
+        "generate/color",
+        "joint/mean",
+        "flow/loss",
+    ):
         assert results[f"test/{name}"] >= 0, name
     assert results["test/flow/ratio"] == 1.0  # recall leaves the generator's weights as they are
     assert "test/generate/start" not in results  # no prompt says where
@@ -160,6 +269,26 @@ def test_a_checkpoint_is_evaluated_with_another_stages_configuration(
 
     cli = UniViGUCLI(["validate", "--config=configs/refine.yaml", *small_data, *QUICK, f"--ckpt_path={checkpoint}"])
     assert cli.trainer.callback_metrics["val/text_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    "option,message",
+    [
+        ("clip=/nowhere", "evaluation.clip='/nowhere': no such folder"),
+        ("video_features=/nowhere", "evaluation.video_features='/nowhere': no such file or folder"),
+        ("clip_frames=0", "evaluation.clip_frames=0: expected at least 1"),
+    ],
+)
+def test_evaluation_with_models_that_are_not_there(
+    in_tmp: Path,
+    small_data: list[str],
+    checkpoint: Path,
+    failing: Callable[[list[str]], str],
+    option: str,
+    message: str,
+) -> None:
+    arguments = [*small_data, *QUICK, f"--ckpt_path={checkpoint}", f"--model.evaluation.{option}"]
+    assert message in failing(["test", "--config=configs/recall.yaml", *arguments])
 
 
 def test_evaluation_without_a_run_names_the_command(
@@ -289,4 +418,5 @@ def test_prompts_given_to_captioning(
     in_tmp: Path, foundation: str, checkpoint: Path, failing: Callable[[list[str]], str]
 ) -> None:
     args = ["predict", "--config=configs/caption.yaml", f"--model.foundation={foundation}", f"--ckpt_path={checkpoint}"]
-    assert "data.videos" in failing([*args, "--data.prompts=a red circle", "--data.num_workers=0"])
+    printed = failing([*args, "--data.prompts=a red circle", "--data.num_workers=0"])
+    assert "model.predict_task='caption' needs data.videos, not data.prompts" in printed

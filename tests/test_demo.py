@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.browser import COMMAND, Browser
 from univigu.data.video import encode_mp4, read_video
 from univigu.demo import Demo, DemoOptions, build
 from univigu.pipeline import UniViGUPipeline
@@ -70,6 +71,34 @@ def test_every_task(client: Any, clip: Any) -> None:
     assert isinstance(text, str) and read_video(path_of(video), 5, 48, 32).shape == (5, 3, 48, 32)
     video, page = client.predict(clip, "two", 0.5, 2, 2.0, 0, api_name="/edit")
     assert read_video(path_of(video), 5, 48, 32).shape == (5, 3, 48, 32)
+
+
+@pytest.mark.skipif(COMMAND is None, reason="needs the command chromium")
+def test_a_visitor_drags_the_trajectorys_slider(client: Any, tmp_path: Path) -> None:
+    """In a real browser: make both, then move the slider of the page inside the page."""
+
+    def named(text: str, kind: str) -> str:
+        return (
+            f"[...document.querySelectorAll('{kind}')].find(b => b.textContent.trim() === '{text}' && b.offsetParent)"
+        )
+
+    frame = "document.querySelector('iframe[srcdoc]')"
+    inside = frame + ".contentDocument.getElementById('{}')"
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(client.src)
+        browser.wait(named("Joint", "button[role=tab]"))
+        browser.click(named("Joint", "button[role=tab]"), until=named("Make both", "button"))
+        browser.click(named("Make both", "button"))
+        browser.wait(f"{frame} && {inside.format('step')} && {inside.format('step')}.textContent")
+        browser.read(f"{frame}.scrollIntoView({{behavior: 'instant'}})")
+        assert browser.read(f"{inside.format('step')}.textContent") == "step 1 of 20"
+        before = browser.read(f"{inside.format('video')}.src"), browser.read(f"{inside.format('text')}.textContent")
+        left, top, width, height = browser.box(inside.format("slider"), frame)
+        browser.drag(left + 8, top + height / 2, left + width - 8)
+        assert browser.read(f"{inside.format('step')}.textContent") == "step 20 of 20"
+        after = browser.read(f"{inside.format('video')}.src"), browser.read(f"{inside.format('text')}.textContent")
+        assert before[0] != after[0] and before[1] != after[1]
+        assert "·" in before[1] and "·" not in after[1]
 
 
 def test_a_visitors_mistakes_are_named(client: Any, pipe: UniViGUPipeline, tmp_path: Path) -> None:

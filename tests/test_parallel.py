@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from univigu.callbacks import StageSwitch
 from univigu.checkpoint import load_weights
+from univigu.compute import ComputeOptions
 from univigu.flow.objective import FlowOptions, TaskMixture
 from univigu.flow.random import make_generator
 from univigu.models import UniViGUTransformer3DModel
@@ -90,12 +91,14 @@ class Diary(Callback):
 
 def train(
     folder: str, root: str, *, processes: int, sharded: bool = True, ckpt_path: str | None = None, steps: int = 20,
-    compute_dtype: str = "float32", **options: Any,
+    compute_dtype: str = "float32", compile_backend: str | None = None, **options: Any,
 ) -> Diary:  # fmt: skip
     """A run of this process's share; one process stands for two."""
     torch.set_num_threads(1)
     kind = UniViGU if processes == 2 else AsTwo
     options = {"text_flow": "mask", "gradient_checkpointing": True} | options
+    if compile_backend is not None:
+        options["compute"] = ComputeOptions(compile_blocks=True, compile_backend=compile_backend)
     module = kind(folder, seed=3, flow=FlowOptions(max_logits=500), parallel=ParallelOptions(compute_dtype), **options)  # type: ignore[arg-type]
     diary = Diary()
     saver = ModelCheckpoint(root, filename="{step}", every_n_train_steps=2, save_top_k=-1)
@@ -163,6 +166,7 @@ def two(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespa
         {"root": str(root)},
         {"root": str(root / "embedding"), "text_flow": "embedding", "steps": 12},
         {"root": str(root / "bfloat16"), "compute_dtype": "bfloat16", "steps": 12, "separate_text_ffn": False},
+        {"root": str(root / "compiled"), "compile_backend": "aot_eager", "steps": 12},
     )
     return SimpleNamespace(diaries=launch(2, folder, *jobs), root=root)
 
@@ -199,6 +203,14 @@ def test_bfloat16_trains_past_a_stage_that_freezes_whole_blocks(two: SimpleNames
         losses, moved = diaries[2].losses, diaries[2].moved
         assert len(losses) == 12 and all(torch.tensor(list(losses.values())).isfinite())
         assert moved[10] and moved[11] and not moved[9]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_as_others(plain: SimpleNamespace, two: SimpleNamespace) -> None:
+    losses = mean([diaries[3] for diaries in two.diaries])
+    assert list(losses) == list(range(12))
+    for step, loss in losses.items():
+        assert loss == pytest.approx(plain.losses[step], rel=1e-4, abs=1e-4), step
 
 
 @pytest.mark.slow

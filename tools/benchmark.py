@@ -27,6 +27,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from rich.console import Console
 from rich.table import Table
 
+from univigu.compute import ComputeOptions
 from univigu.data.buckets import Bucket
 from univigu.data.build import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
@@ -119,6 +120,7 @@ def caption(options: argparse.Namespace) -> dict[str, float]:
         freq_dim=64, ffn_dim=options.ffn_dim, num_layers=options.layers, vocab_size=options.vocab_size,
         text_flow="uniform", clean_video_reads_text=False,
     ).to(device, getattr(torch, options.dtype)).eval()  # fmt: skip
+    ComputeOptions(compile_blocks=options.compile).compile(model)
     torch.nn.init.normal_(model.text_head.linear.weight, std=0.2)  # it starts at zero, and draws would be all alike
     frames = options.video_tokens // 256
     if frames * 256 != options.video_tokens:
@@ -277,6 +279,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         command.add_argument("--vocab-size", type=int, default=vocab_size)
         command.add_argument("--text-tokens", type=int, default=text_tokens)
         command.add_argument("--repeats", type=int, default=3)
+        command.add_argument("--threads", type=int, help="default: torch's, one a core")
         command.add_argument("--device", default="cpu")
     command = commands.choices["caption"]
     for option, default in (
@@ -284,6 +287,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     ):  # fmt: skip
         command.add_argument(f"--{option}", type=int, default=default)
     command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    command.add_argument("--compile", action="store_true", help="compile the blocks, for every way")
     command = commands.add_parser("data", help=data.__doc__)
     command.add_argument("--size", default="480x832x33", help="of the clips: HEIGHTxWIDTHxFRAMES")
     command.add_argument("--clips", type=int, default=16)
@@ -293,6 +297,8 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     command.add_argument("--foundation", default=EMBEDDED_FOUNDATION)
     command.add_argument("--folder", default="runs/data/benchmark", help="where the clips are written, once")
     options = parser.parse_args(args)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     return globals()[options.command](options)
 
 

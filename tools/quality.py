@@ -1,6 +1,7 @@
 """What a trained model's samples are worth on the embedded world, by the checkers.
 
     python tools/quality.py steps --model my_model   # captions: how few denoising steps are enough
+    python tools/quality.py refresh --model my_model # captions: how rarely the video may be computed anew
     python tools/quality.py edit --model my_model    # edits: what changes, what stays
 
 ``--model`` is a UniViGUPipeline folder (tools/convert.py pipeline) trained by the shipped configurations; the clips
@@ -25,6 +26,7 @@ from rich.table import Table
 from univigu.cli import exit_code
 from univigu.data import shapes
 from univigu.data.shapes import Scene
+from univigu.data.video import to_uint8
 from univigu.metrics import ShapesTextAccuracy, detect
 from univigu.metrics.shapes import score
 from univigu.pipeline import UniViGUPipeline
@@ -70,8 +72,13 @@ def caption_accuracy(
     return {name: value.item() for name, value in accuracy.compute().items()}, sum(taken) / len(taken)
 
 
+def kind_of(pipe: UniViGUPipeline) -> str:
+    """Which text the model was last trained to write, by the slot it has for it."""
+    return "prompt" if pipe.transformer.config.text_length < 128 else "caption"
+
+
 def steps(options: argparse.Namespace, pipe: UniViGUPipeline, scenes: list[Scene]) -> Table:
-    kind = "prompt" if pipe.transformer.config.text_length < 128 else "caption"
+    kind = kind_of(pipe)
     table = Table("order", "steps allowed", "taken", "mean", "exact", "seconds a clip", title=f"captions ({kind})")
     rows = [(way, count) for way in WAYS for count in options.steps]
     for way, count in track(rows, description="captions", console=Console(stderr=True)):
@@ -81,6 +88,35 @@ def steps(options: argparse.Namespace, pipe: UniViGUPipeline, scenes: list[Scene
         seconds = (time.perf_counter() - start) / len(scenes)
         shown = (f"{100 * accuracy[name]:.1f}" for name in ("mean", "exact"))
         table.add_row(way, str(count), f"{taken:.1f}", *shown, f"{seconds:.3f}")
+    return table
+
+
+# -------------------------------------------------------------------- refresh
+
+
+def refresh(options: argparse.Namespace, pipe: UniViGUPipeline, scenes: list[Scene]) -> Table:
+    """Captions whose video is computed anew at every k-th step, beside those of k = 1 from the same random numbers."""
+    reads_text = pipe.transformer.config.clean_video_reads_text
+    kept = "reads text" if reads_text else "does not read text: kept once, exactly, whatever k"
+    title = f"captions, {options.caption_steps} steps; clean video {kept}"
+    table = Table("k", "tokens as with k = 1", "captions as with k = 1", "mean", "exact", "seconds a clip", title=title)
+    kind, pad, exact = kind_of(pipe), pipe.tokenizer.pad_token_id, None
+    for k in track([1, *options.refresh], description="captions", console=Console(stderr=True)):
+        start = time.perf_counter()
+        sampling = SamplingOptions(caption_steps=options.caption_steps, caption_refresh=k)
+        tokens, accuracy = [], ShapesTextAccuracy(kind)
+        for number, (part, video) in enumerate(clips(scenes, options.batch_size)):
+            made = pipe.caption(video, generator=seeds(number * options.batch_size, len(part)), options=sampling)
+            accuracy.update(made.text or [], part)
+            tokens.append(made.tokens.cpu())  # type: ignore[union-attr]
+        seconds, ids = (time.perf_counter() - start) / len(scenes), torch.cat(tokens)
+        exact = ids if exact is None else exact
+        same, counted = ids == exact, (ids != pad) | (exact != pad)  # padding agrees by itself
+        shares = (same[counted].float().mean(), same.all(dim=1).float().mean())
+        values = {name: value.item() for name, value in accuracy.compute().items()}
+        shown = (100 * float(share) for share in (*shares, values["mean"], values["exact"]))
+        first, *rest = shown
+        table.add_row(str(k), f"{first:.2f}", *(f"{value:.1f}" for value in rest), f"{seconds:.3f}")
     return table
 
 
@@ -118,8 +154,7 @@ def edit_row(
             video, [shapes.prompt_of(target) for target in targets], strength, seeds(start, len(part)),
             num_inference_steps=options.num_inference_steps, guidance_scale=options.guidance_scale, output_type="pt",
         )  # fmt: skip
-        frames = (made.frames.float() * 255).round().to(torch.uint8)
-        for clip, target in zip(frames, targets, strict=True):
+        for clip, target in zip(to_uint8(made.frames), targets, strict=True):
             result = score(detect(clip), target)
             hits.append(result[attribute])
             kept += [value for name, value in result.items() if name not in (attribute, "start", "end", "exact")]
@@ -145,11 +180,14 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     curve = commands.add_parser("steps", help="caption accuracy by denoising steps")
     curve.add_argument("--steps", type=int, nargs="+", default=[4, 6, 8, 10, 16, 50])
+    stale = commands.add_parser("refresh", help="captions by how often the clean video is computed anew")
+    stale.add_argument("--refresh", type=int, nargs="+", default=[2, 5, 10, 25, 50])
+    stale.add_argument("--caption-steps", type=int, default=50)
     edits = commands.add_parser("edit", help="edits of one property")
     edits.add_argument("--strength", type=float, nargs="+", default=[0.8, 0.9])
     edits.add_argument("--num-inference-steps", type=int, default=20)
     edits.add_argument("--guidance-scale", type=float, default=2.0)
-    for command in (curve, edits):
+    for command in (curve, stale, edits):
         command.add_argument("--model", type=Path, required=True, help="UniViGUPipeline folder")
         command.add_argument("--clips", type=int, default=64)
         command.add_argument("--batch-size", type=int, default=32)
@@ -165,7 +203,7 @@ def run(options: argparse.Namespace) -> None:
     pipe = UniViGUPipeline.from_pretrained(options.model).to(options.device)
     pipe.set_progress_bar_config(disable=True)
     scenes = [shapes.sample_scene(seed, "test") for seed in range(options.clips)]
-    table = {"steps": steps, "edit": edit}[options.command](options, pipe, scenes)
+    table = {"steps": steps, "refresh": refresh, "edit": edit}[options.command](options, pipe, scenes)
     Console(width=110).print(table)
 
 

@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from univigu.checkpoint import check_checkpoint_file, missing_checkpoint
+from univigu.compute import ComputeOptions
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.flow.objective import FlowOptions
 from univigu.models.lora import LoraOptions
@@ -35,6 +36,7 @@ class UniViGUCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(Overrides, "overrides")
         parser.link_arguments("model.foundation", "data.foundation")
+        parser.link_arguments("model.predict_task", "data.predict_task")
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
 
@@ -90,7 +92,7 @@ def parse_fit(args: list[str]) -> ParsedFit:
         raise ValueError("trainer.callbacks: no StageSwitch, so there are no stages")
     model = Namespace(**vars(config.model))
     for name, kind in (("flow", FlowOptions), ("optimizer", OptimizerOptions), ("lora", LoraOptions),
-                       ("parallel", ParallelOptions)):  # fmt: skip
+                       ("parallel", ParallelOptions), ("compute", ComputeOptions)):  # fmt: skip
         model[name] = _make(kind, config.model[name])
     stages = [_make(Stage, stage) for stage in switches[0].init_args.stages]
     names = [callback.class_path.rpartition(".")[2] for callback in callbacks]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from univigu.data.shapes import CANVAS, FPS, NUM_FRAMES
-from univigu.data.video import VideoError, encode_mp4, read_video
+from univigu.data.video import encode_mp4, read_video, to_uint8
 from univigu.pipeline import UniViGUOutput, UniViGUPipeline
 from univigu.viewer import TrajectoryRecorder
 
@@ -117,17 +117,13 @@ class Demo:
         if not video:
             raise DemoError("video: none was given")
         size = self.options
-        try:
-            frames = read_video(video, size.num_frames, size.height, size.width)
-        except VideoError as error:
-            raise DemoError(str(error)) from error
-        return frames[None].float() / 255
+        return read_video(video, size.num_frames, size.height, size.width)[None].float() / 255
 
     def _write(self, frames: torch.Tensor) -> str:
         self.count += 1
         path = self.folder / f"{self.count:06d}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode_mp4((frames[0].float() * 255).round().to(torch.uint8).cpu(), self.options.fps))
+        path.write_bytes(encode_mp4(to_uint8(frames[0]).cpu(), self.options.fps))
         return str(path)
 
 

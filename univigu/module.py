@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from diffusers import WanTransformer3DModel
-from lightning import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from univigu.checkpoint import load_weights, plain, usable_weights
+from univigu.compute import ComputeOptions
 from univigu.data.encode import encode_clips, encode_prompts
 from univigu.data.video import to_frames
-from univigu.evaluation import HeldOutEvaluation
+from univigu.evaluation import EvaluatedModule, EvaluationOptions
 from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowLosses, UniFlowObjective, by_noise_level
 from univigu.flow.random import make_generator
 from univigu.flow.text import TextFlow, make_text_flow
@@ -31,14 +29,14 @@ from univigu.models.lora import LoraOptions, add_lora
 from univigu.models.transformer import TextFlowName, UniViGUTransformer3DModel
 from univigu.optim import OptimizerOptions, make_optimizer
 from univigu.parallel import ParallelOptions, build_sharded, is_sharded, trained_weights_changed
-from univigu.prediction import Prediction
+from univigu.prediction import Prediction, PredictTask, predict_batch
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.tasks import Sampler
 from univigu.stages import Stage
 from univigu.trained import Trains, check_stage, parameter_groups, train_only
 
 
-class UniViGU(LightningModule):
+class UniViGU(EvaluatedModule):
     """A unified video generator and captioner in training.
 
     Args:
@@ -52,15 +50,17 @@ class UniViGU(LightningModule):
         flow: distributions of the times.
         optimizer: which optimizer, and its constants.
         sampling: how samples are drawn in validation and prediction.
-        predict_task: what ``lightning predict`` makes: "caption", "generate" or "joint".
+        predict_task: what ``lightning predict`` makes: "caption", "generate", "joint", "edit" or "qa".
         prompt_slots: longer slots that prompts are padded to now and then in training (every 16th step, in turn),
             so that a generator made from nothing does not depend on the length of its prompts' padding.
         text_encoder_dtype: type of the (frozen) text encoder's weights.
         gradient_checkpointing: recompute activations in the backward pass.
         parallel: how the transformer computes if the trainer's strategy shards it.
+        compute: compiling, and the VAE's memory.
         trains: "all" weights, where a stage's rate is over 0; the "text" stream's own alone; or the text stream's and,
             in place of the pretrained weights, low-rank adapters on the shared attention ("lora").
         lora: size of the adapters.
+        evaluation: what ``lightning test`` and ``lightning validate`` measure.
         seed: seeds noise, times, dropout and samples.
     """
 
@@ -78,18 +78,21 @@ class UniViGU(LightningModule):
         flow: FlowOptions = FlowOptions(),  # noqa: B008
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008
         sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
-        predict_task: Literal["caption", "generate", "joint"] = "caption",
+        predict_task: PredictTask = "caption",
         prompt_slots: tuple[int, ...] = (),
         text_encoder_dtype: Literal["float32", "bfloat16"] = "float32",
         gradient_checkpointing: bool = False,
         parallel: ParallelOptions = ParallelOptions(),  # noqa: B008
+        compute: ComputeOptions = ComputeOptions(),  # noqa: B008
         trains: Trains = "all",
         lora: LoraOptions = LoraOptions(),  # noqa: B008
+        evaluation: EvaluationOptions = EvaluationOptions(),  # noqa: B008
         seed: int = 0,
     ) -> None:
         super().__init__()
         # Frozen components stay outside the module tree: they belong to the foundation, not to our checkpoints.
-        self._foundation = (Foundation(foundation, getattr(torch, text_encoder_dtype)),)
+        dtype, memory = getattr(torch, text_encoder_dtype), (compute.vae_slicing, compute.vae_tiling)
+        self._foundation = (Foundation(foundation, dtype, *memory),)
         self.init_from = init_from
         self.random_init = random_init
         self.text_flow_name = text_flow
@@ -104,8 +107,10 @@ class UniViGU(LightningModule):
         self.predict_task = predict_task
         self.gradient_checkpointing = gradient_checkpointing
         self.parallel = parallel
+        self.compute = compute
         self.trains = trains
         self.lora = lora
+        self.evaluation_options = evaluation
         self.prompt_slots = prompt_slots
         self.seed = seed
         self.stage = Stage()
@@ -149,6 +154,8 @@ class UniViGU(LightningModule):
         return model
 
     def _build_transformer(self) -> UniViGUTransformer3DModel:
+        if self.init_from is not None and self._trainer is not None and self.trainer.state.fn == "predict":
+            return load_weights(self.init_from)  # brings its own architecture, as a checkpoint does
         torch.manual_seed(self.seed)  # the text stream's new weights
         model = UniViGUTransformer3DModel.from_wan(
             self.foundation.path,
@@ -169,6 +176,7 @@ class UniViGU(LightningModule):
     def _set_transformer(self, model: UniViGUTransformer3DModel) -> None:
         if self.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        self.compute.compile(model)
         self.transformer = model
         options = self.sampling.text_flow_options(model.config.text_flow)
         self.text_flow: TextFlow = make_text_flow(model.config.text_flow, model.config.vocab_size, **options)
@@ -230,8 +238,7 @@ class UniViGU(LightningModule):
         """Embeddings [B, S, text_dim] of a batch's prompts, [1, S, text_dim] of none, encoded if need be."""
         zero_padding = self.conventions.prompt_padding == "zeros"  # what shards hold
         if "prompt_embeds" in batch and zero_padding:
-            embeds, null = batch["prompt_embeds"].to(self.device), batch["null_embeds"].to(self.device)
-            return embeds, self.conventions.null(null)
+            return batch["prompt_embeds"].to(self.device), self.conventions.null(batch["null_embeds"].to(self.device))
         self.foundation.to(self.device)
         ids = torch.cat([batch["prompt_ids"], self._null_ids(batch["prompt_ids"].shape[1])])
         if zero_padding:
@@ -254,6 +261,10 @@ class UniViGU(LightningModule):
         """Frames uint8 [B, F, C, H, W] -> latents [B, C, T, H, W] as the transformer wants them."""
         with torch.no_grad():
             return self.conventions.from_normalized(encode_clips(self.foundation.vae, frames), self.foundation.vae)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The transformer's latents [B, C, T, H, W] -> frames uint8 [B, F, C, H, W]."""
+        return to_frames(self.conventions.decode(self.foundation.vae, latents))
 
     def _encode_prompt(self, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -293,7 +304,8 @@ class UniViGU(LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Held-out losses with noise and times that are the same at every validation.
 
-        The text is read off the clean video without its prompt; the video is denoised under the prompt.
+        The text is read off the clean video without its prompt; the video is denoised under the prompt.  In
+        ``lightning validate`` all of :mod:`univigu.evaluation` follows, as in ``lightning test``.
         """
         size, inputs = len(batch["key"]), self.prepare(batch)
         for counts in ((0, size, 0), (0, 0, size)):
@@ -306,18 +318,6 @@ class UniViGU(LightningModule):
             for modality, values in (("video", losses.video), ("text", losses.text)):
                 if values.numel():
                     self.log(f"val/{modality}_loss", values.mean(), prog_bar=True, batch_size=size, sync_dist=True)
-
-    def on_test_start(self) -> None:
-        self.evaluation = HeldOutEvaluation(self.stage.target).to(self.device)
-        path = self.foundation.path / "transformer"
-        self._foundation_model = (WanTransformer3DModel.from_pretrained(path).to(self.device).eval(),)
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Held-out evaluation in both directions; see :mod:`univigu.evaluation`."""
-        self.evaluation.update(self, self._foundation_model[0], batch)
-
-    def on_test_epoch_end(self) -> None:
-        self.log_dict({f"test/{name}": value for name, value in self.evaluation.compute().items()})
 
     # -------------------------------------------------------------- prediction
 
@@ -368,42 +368,22 @@ class UniViGU(LightningModule):
         else:
             samples = self.sampler.generate(embeds, null, shape, generators)
         assert samples.latents is not None
-        frames = to_frames(self.conventions.decode(self.foundation.vae, samples.latents))
-        return frames, None if samples.tokens is None else detokenize(self.foundation.tokenizer, samples.tokens)
+        texts = None if samples.tokens is None else detokenize(self.foundation.tokenizer, samples.tokens)
+        return self.decode(samples.latents), texts
+
+    @torch.no_grad()
+    def edit(
+        self, latents: torch.Tensor, strength: float, prompts: list[str], prompt_length: int, seeds: list[int]
+    ) -> torch.Tensor:
+        """Frames uint8 [B, F, C, H, W] of clean latents [B, C, T, H, W] made anew under other prompts."""
+        embeds, null = self.encode_prompts(prompts, prompt_length)
+        samples = self.sampler.edit(latents, strength, embeds, null, self._sample_generators(seeds))
+        assert samples.latents is not None
+        return self.decode(samples.latents)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
-        """Predict a batch of the prediction loader; items it could not read come through as errors."""
-        start = time.perf_counter()
-        name = "path" if "path" in batch else "prompt"
-        if (name == "path") != (self.predict_task == "caption"):
-            needed = "data.videos" if self.predict_task == "caption" else "data.prompts"
-            raise MisconfigurationException(f"model.predict_task={self.predict_task!r} needs {needed}")
-        results = [
-            Prediction(index, source, error=error, seed=self.seed + index)
-            for index, source, error in zip(batch["index"], batch[name], batch["error"], strict=True)
-        ]
-        good = [result for result in results if result.error is None]
-        if good:
-            self._predict(good, batch)
-        for result in good:
-            result.seconds = (time.perf_counter() - start) / len(good)
-        return results
-
-    def _predict(self, good: list[Prediction], batch: dict[str, Any]) -> None:
-        self.foundation.to(self.device)
-        seeds = [result.seed for result in good]
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self.predict_task == "caption":
-            texts = self.caption(self.encode_frames(batch["video"]), data.prompt_length, seeds)
-        else:
-            shape = self.latents_shape(data.num_frames, data.height, data.width)
-            prompts = [result.source for result in good]
-            frames, made = self.generate(prompts, data.prompt_length, shape, seeds, self.predict_task == "joint")
-            for result, video in zip(good, frames, strict=True):
-                result.video = video.cpu()
-            texts = made or []
-        for result, text in zip(good, texts, strict=bool(texts)):
-            result.text = text
+        """Predict a batch of the prediction loader; see :func:`univigu.prediction.predict_batch`."""
+        return predict_batch(self, batch, self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def latents_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Latents' (C, T, H, W) of a video of that size; frames are 4k+1."""

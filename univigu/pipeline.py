@@ -2,7 +2,7 @@
 
 pipe = UniViGUPipeline.from_pretrained("my_model").to("cuda")
 frames = pipe("a red circle moving left").frames
-text = pipe.caption("clip.mp4").text[0]
+text = pipe.caption(frames).text[0]
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from univigu.flow.time import NUM_TRAIN_TIMESTEPS
 from univigu.models.conventions import Conventions
 from univigu.models.foundation import detokenize, encode_prompt, tokenize
 from univigu.models.transformer import UniViGUTransformer3DModel
+from univigu.models.weights import compute_device
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.tasks import Sampler, Samples, StepCallback, StepState
 
@@ -138,9 +139,8 @@ class UniViGUPipeline(WanPipeline):
         """
         latents = self._latents_of(video, height, width)
         embeds, null = self._prompt_embeds(prompt or "", len(latents), max_sequence_length)
-        sampler = self._sampler(options, overrides)
+        sampler, on_step = self._sampler(options, overrides), self._on_step(callback_on_step_end)
         length = self.transformer.config.text_length
-        on_step = self._on_step(callback_on_step_end)
         return self._output(sampler.caption(latents, embeds, length, generator, on_step, null), "latent", video=False)
 
     def answer(self, video: Any, question: str | list[str], **kwargs: Any) -> UniViGUOutput:
@@ -174,9 +174,8 @@ class UniViGUPipeline(WanPipeline):
         """
         shape = self.latents_shape(height, width, num_frames)
         embeds, null = self._prompt_embeds(prompt, None, max_sequence_length)
-        sampler = self._sampler(options, overrides)
+        sampler, on_step = self._sampler(options, overrides), self._on_step(callback_on_step_end)
         length = self.transformer.config.text_length
-        on_step = self._on_step(callback_on_step_end)
         return self._output(sampler.joint(embeds, null, shape, length, generator, on_step), output_type)
 
     @torch.no_grad()
@@ -208,8 +207,7 @@ class UniViGUPipeline(WanPipeline):
         """
         latents = self._latents_of(video, height, width)
         embeds, null = self._prompt_embeds(prompt, len(latents), max_sequence_length)
-        sampler = self._sampler(options, overrides)
-        on_step = self._on_step(callback_on_step_end)
+        sampler, on_step = self._sampler(options, overrides), self._on_step(callback_on_step_end)
         return self._output(sampler.edit(latents, strength, embeds, null, generator, on_step), output_type)
 
     # ---------------------------------------------------------------------- parts
@@ -232,7 +230,7 @@ class UniViGUPipeline(WanPipeline):
         if self._conventions.prompt_padding == "zeros":
             return super()._get_t5_prompt_embeds(prompt, num_videos_per_prompt, max_sequence_length, device, dtype)
         texts = [prompt] if isinstance(prompt, str) else prompt
-        ids = tokenize(self.tokenizer, texts, max_sequence_length).to(self.text_encoder.device)
+        ids = tokenize(self.tokenizer, texts, max_sequence_length).to(compute_device(self.text_encoder))
         embeds = encode_prompt(self.text_encoder, ids, self.tokenizer.pad_token_id, zero_padding=False)
         embeds = embeds.to(device or self._execution_device, dtype or self.text_encoder.dtype)
         return embeds.repeat_interleave(num_videos_per_prompt, dim=0)

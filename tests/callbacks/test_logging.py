@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
+from tests.conftest import REPO
 from univigu.callbacks import MediaLogger, TrainingMonitor
 from univigu.cli import main
 
@@ -32,14 +35,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path, foundation:
     import contextlib
 
     folder = tmp_path_factory.mktemp("logged")
-    repo = Path(__file__).resolve().parents[2]
     (folder / "callbacks.yaml").write_text(CALLBACKS)
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.chdir(folder)
         main(
             [
-                "fit", f"--config={repo}/configs/recall.yaml", "--config=callbacks.yaml",
+                "fit", f"--config={REPO}/configs/recall.yaml", "--config=callbacks.yaml",
                 f"--model.foundation={foundation}", f"--data.root={shapes_root}", "--data.num_train_clips=8",
                 "--data.num_val_clips=4", "--data.num_test_clips=4", "--data.batch_size=4", "--data.num_workers=0",
                 "--model.sampling.num_inference_steps=2", "--model.sampling.caption_steps=2",
@@ -73,6 +75,8 @@ def test_captions_are_logged_beside_the_truth(run: tuple[EventAccumulator, str])
 
 
 def test_videos_are_logged_as_moving_pictures(run: tuple[EventAccumulator, str]) -> None:
+    (event,) = run[0].Images("held_out/clips")
+    assert Image.open(io.BytesIO(event.encoded_image_string)).n_frames == 9  # type: ignore[attr-defined]
     (event,) = run[0].Images("held_out/generated")
     image = Image.open(io.BytesIO(event.encoded_image_string))
     assert image.format == "GIF" and image.n_frames == 9
@@ -134,3 +138,28 @@ def test_frames_stay_what_they_are(tmp_path: Path) -> None:
         image.seek(i)
         picture = image.convert("L")
         assert abs(picture.getpixel((3, 3)) - 60 * i) < 4 and abs(picture.getpixel((11, 3)) - (255 - 60 * i)) < 4
+
+
+def test_a_report_shows_the_run(run: tuple[EventAccumulator, str], tmp_path: Path) -> None:
+    tool = runpy.run_path(str(REPO / "tools" / "report.py"))["main"]
+    folder, page, document = Path(run[0].path).parent, tmp_path / "new" / "report.html", tmp_path / "RESULTS.md"
+    begin, end = "<!-- runs: written by tools/report.py -->", "<!-- end of runs -->"
+    document.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    with SummaryWriter(str(folder / "tensorboard")) as writer:  # as `lightning test` does
+        writer.add_scalar("test/caption/shape", 0.875, 3)
+        writer.add_scalar("test/flow/ratio", 1.0625, 3)
+    arguments = ["--run", str(folder), "--output", str(page), "--document", str(document)]
+    assert tool(arguments) == 0
+    text = page.read_text()
+    assert text.count("data:image/gif;base64,") == 2 and text.count("data:image/png;base64,") == 1
+    for part in ("<td>recall</td>", ">87.5</td>", ">1.062</td>", "Learning curves", "00000002", "optimizer steps"):
+        assert part in text
+    assert "http" not in text and "src=" in text  # no other file, no network
+    assert "| caption | 87.5 |" in document.read_text() and "old" not in document.read_text()
+    assert document.read_text().startswith("before\n") and document.read_text().endswith("after\n")
+
+
+def test_mistakes_in_a_report_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tool, page = runpy.run_path(str(REPO / "tools" / "report.py"))["main"], tmp_path / "report.html"
+    assert tool(["--run", str(tmp_path), "--output", str(page)]) == 2
+    assert f"{tmp_path}: no TensorBoard events" in capsys.readouterr().err and not page.exists()

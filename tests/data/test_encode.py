@@ -14,8 +14,9 @@ import webdataset
 
 from tests.conftest import REPO
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.encode import encode_prompts
+from univigu.data.encode import clips_at_once, encode_clips, encode_prompts
 from univigu.data.sample import DataError, SampleError, parse_sample
+from univigu.data.shapes import render, sample_scene
 from univigu.data.shards import Manifest, index_folder
 from univigu.data.synthetic import write_shapes
 from univigu.models.foundation import Foundation, encode_prompt, tokenize
@@ -130,6 +131,17 @@ def test_the_manifest_says_what_made_them(encoded: dict[str, Path], videos: Path
     paths = [str(path) for path in sorted((encoded["float32"] / "train").glob("*.tar"))]
     samples = list(webdataset.WebDataset(paths, shardshuffle=False))
     assert {name for name in samples[0] if name[0] != "_"} == {"json", "latents.safetensors", "prompt.safetensors"}
+
+
+def test_a_clip_is_encoded_alike_in_any_company(foundation: str) -> None:
+    frames = torch.stack([render(sample_scene(seed, "train")) for seed in range(7)])
+    vae = Foundation(foundation).vae
+    with torch.no_grad():
+        latents = encode_clips(vae, frames)
+        assert clips_at_once(9, 64, 64) == 4 and len(latents) == 7
+        for order in ([3], [6, 0, 2, 5, 1], [4, 3]):
+            assert torch.equal(encode_clips(vae, frames[order]), latents[order])
+    assert clips_at_once(81, 480, 832) == 1
 
 
 def test_padding_does_not_matter() -> None:

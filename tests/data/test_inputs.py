@@ -105,7 +105,7 @@ def test_where_prompts_come_from(tmp_path: Path) -> None:
             read_prompts(value)
 
 
-@pytest.mark.parametrize("options", [{}, {"videos": "a.mp4", "prompts": "a"}])
+@pytest.mark.parametrize("options", [{}, {"videos": "a.mp4", "prompts": "a"}, {"prompts": "a", "pairs": []}])
 def test_prediction_needs_one_kind_of_input(foundation: str, options: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match=r"data\.videos and data\.prompts: prediction needs one of them"):
+    with pytest.raises(DataError, match=r"data\.videos, data\.prompts, data\.pairs: prediction needs one of them"):
         VideoTextDataModule(foundation=foundation, **options).setup("predict")

@@ -44,6 +44,8 @@ def test_evaluation_sees_everything_once(size: int, batch: int, world_size: int)
     assert all(1 <= len(b) <= batch for b in batches)
     seen = [n for b in batches for n in b]
     assert set(seen) == set(range(size))
+    assert sorted(n for order in orders for n in order.own) == list(range(size))
+    assert all(order.own <= {n for i in range(len(order)) for n in order.batch(i)} for order in orders)
     if batch > 1 and size >= world_size:
         assert len(seen) == size
 

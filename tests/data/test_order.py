@@ -115,5 +115,6 @@ def test_evaluation_sees_everything_once_in_buckets(batch: int, world_size: int)
         assert len({BUCKETS[n] for b in batches for n in b}) == 1
         seen += [n for b in batches for n in b]
     assert set(seen) == set(range(100))
+    assert sorted(n for order in made for n in order.own) == list(range(100))
     if batch > 1:
         assert len(seen) == 100

@@ -130,7 +130,8 @@ def test_misuse_is_named() -> None:
             model(None, None, None, text, times(1.0), cache=cache)
         model(latents, clean, prompt, text, times(1.0), cache=cache)
         with pytest.raises(ValueError, match="another prompt's embeddings"):
-            model(latents, clean, prompt.clone(), text, times(1.0), cache=cache)
+            model(latents, clean, prompt + 1e-3, text, times(1.0), cache=cache)
+        model(latents, clean, prompt.clone(), text, times(1.0), cache=cache)  # a copy is no other prompt
         with pytest.raises(ValueError, match=r"shape \[3, 5\]: the cache was filled with \[3, 7\]"):
             model(None, None, None, text[:, :5], times(1.0), cache=cache)
         deeper = tiny.make_unified(tiny.make_wan(num_layers=3), VOCAB)

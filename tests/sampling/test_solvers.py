@@ -199,7 +199,7 @@ def test_many_neighbouring_steps_stay_apart() -> None:
         (lambda: EulerSolver(4, 0.0), "shift: must be a positive finite number, got 0.0"),
         (lambda: EulerSolver(4, 3.0, 1.0), r"start: must lie in \[0, 1\), got 1.0"),
         (lambda: DiffusersSolver(unipc(), 4, -0.1), r"start: must lie in \[0, 1\), got -0.1"),
-        (lambda: make_video_solver("rk4", 4), "solver: must be 'euler', 'heun' or a diffusers scheduler, got 'rk4'"),
+        (lambda: make_video_solver("rk4", 4), "solver: must be 'euler', 'heun', 'unipc', 'dpm' or a diffusers"),
         (lambda: DiffusersSolver(ddim(), 4), "DDIMScheduler: prediction_type is 'epsilon'"),
         (
             lambda: DiffusersSolver(unipc_without_flow(), 4),
@@ -227,3 +227,22 @@ def test_steps_out_of_order_or_shape_are_refused() -> None:
         x = solver.step(x, i, x)
     with pytest.raises(ValueError, match="expected evaluation 2 of 2, got 2; one solver, one run"):
         solver.step(x, 2, x)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("unipc", UniPCMultistepScheduler), ("dpm", DPMSolverMultistepScheduler)])
+def test_schedulers_by_name_are_wans(name: str, kind: type) -> None:
+    """The same states as with the scheduler itself, at the shift asked for and at no other."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, 1, 2, 2, generator=generator)
+    targets = [torch.randn(1, 2, 1, 2, 2, generator=generator) for _ in range(6)]
+    ends = []
+    for solver, shift in ((name, 5.0), (flow_scheduler(kind, 5.0), 1.0), (name, 3.0)):
+        run, state = make_video_solver(solver, 6, shift), x
+        for i, target in enumerate(targets):
+            state = run.step(target, i, state)
+        ends.append(state)
+    assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
+
+
+def flow_scheduler(kind: type, shift: float) -> Any:
+    return kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)

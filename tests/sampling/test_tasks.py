@@ -211,7 +211,7 @@ def test_the_scheduler_given_is_only_a_template(embeds: Any) -> None:
         ({"num_inference_steps": 0}, r"sampling\.num_inference_steps=0"),
         ({"caption_steps": -1}, r"sampling\.caption_steps=-1"),
         ({"temperature": -0.5}, r"sampling\.temperature=-0\.5"),
-        ({"solver": "dpm"}, r"sampling\.solver='dpm'"),
+        ({"solver": "rk4"}, r"sampling\.solver='rk4'"),
         ({"caption_refresh": 0}, r"sampling\.caption_refresh=0"),
         ({"caption_guidance": "text"}, r"sampling\.caption_guidance='text'"),
         ({"text_order": "left"}, r"sampling\.text_order='left'"),

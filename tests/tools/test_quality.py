@@ -62,6 +62,25 @@ def test_it_runs(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert none < 0.5  # too weak to change anything
 
 
+def test_what_a_kept_video_costs(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = UniViGUPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(pipe.transformer.text_head.linear.weight, std=0.5)
+    for block in pipe.transformer.blocks:
+        torch.nn.init.normal_(block.attn1.to_v.weight, std=0.5)  # so that the video does read text
+    options = SimpleNamespace(batch_size=2, caption_steps=6, refresh=[1, 6])
+    scenes = [shapes.sample_scene(seed, "test") for seed in range(3)]
+    for reads_text in (True, False):
+        pipe.transformer.register_to_config(clean_video_reads_text=reads_text)
+        table = quality.refresh(options, pipe, scenes)
+        columns = {str(column.header): list(column.cells) for column in table.columns}
+        assert columns["k"] == ["1", "1", "6"]
+        same = [float(value) for value in columns["tokens as with k = 1"]]
+        assert same[:2] == [100.0, 100.0] and (same[2] < 100) == reads_text
+        assert ("exactly" in str(table.title)) != reads_text
+
+
 def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert quality.main(["steps", "--model", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err

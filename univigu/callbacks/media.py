@@ -53,7 +53,9 @@ class HeldOutCallback(Callback):
 
 
 class MediaLogger(HeldOutCallback):
-    """Logs captions of held-out clips beside the truth, and videos generated from their prompts, to TensorBoard.
+    """Logs held-out clips, their captions beside the truth, and videos generated from their prompts, to TensorBoard.
+
+    The clips themselves are logged once, out of their latents: what the model sees of them.
 
     Args:
         every_n_steps: how often, in optimizer steps; 0 switches it off.
@@ -68,6 +70,7 @@ class MediaLogger(HeldOutCallback):
         super().__init__(every_n_steps, num_samples)
         self.scale = scale
         self.fps = fps
+        self._shown = False  # the clips themselves stay the same
 
     def look(self, trainer: Trainer, pl_module: Any) -> None:
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
@@ -79,6 +82,11 @@ class MediaLogger(HeldOutCallback):
         latents = pl_module.latents_of(samples)
         if pl_module.stage.tasks.joint + pl_module.stage.tasks.understand > 0:
             captions = pl_module.caption(latents, length, seeds)
+            if not self._shown:
+                clips = pl_module.decode(latents)
+                for writer in writers:
+                    add_video(writer, "held_out/clips", clips, step, self.fps, self.scale)
+                self._shown = True
             table = caption_table(samples["key"], samples[pl_module.stage.target], captions)
             for writer in writers:
                 writer.add_text("held_out/captions", table, step)

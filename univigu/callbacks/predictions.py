@@ -14,12 +14,15 @@ from rich.console import Console
 
 from univigu.data.video import encode_mp4
 
+NAMES = {"caption": "captions.jsonl", "qa": "answers.jsonl"}  # tasks that make text alone
+
 
 class PredictionWriter(BasePredictionWriter):
     """One JSON object a line for every input, in the order of the inputs, failed ones included.
 
-    Captions go to ``captions.jsonl`` (video, caption, error, seconds, seed).  Generated videos go to
-    ``videos/00000.mp4`` and so on, with ``manifest.jsonl`` (prompt, video, caption, error, seconds, seed).
+    Captions go to ``captions.jsonl`` (video, caption, error, seconds, seed), answers to ``answers.jsonl`` (with the
+    question).  Made videos go to ``videos/00000.mp4`` and so on, with ``manifest.jsonl`` (prompt, video, caption,
+    error, seconds, seed; of edits: source, prompt, strength, video, error, seconds, seed).
     The file appears under its name when it is whole.
 
     Args:
@@ -61,14 +64,21 @@ class PredictionWriter(BasePredictionWriter):
         rest = {"error": item.error, "seconds": round(item.seconds, 4), "seed": item.seed}
         if pl_module.predict_task == "caption":
             return {"video": item.source, "caption": item.text, **rest}
+        if pl_module.predict_task == "qa":
+            return {"video": item.source, "question": item.condition, "answer": item.text, **rest}
         path = None
         if item.video is not None:
             path = self._folder(trainer) / "videos" / f"{item.index:05d}.mp4"
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(encode_mp4(item.video, self.fps))
-        return {"prompt": item.source, "video": path and str(path), "caption": item.text, **rest}
+        made = path and str(path)
+        if pl_module.predict_task == "edit":
+            return {
+                "source": item.source, "prompt": item.condition, "strength": item.strength, "video": made, **rest
+            }  # fmt: skip
+        return {"prompt": item.source, "video": made, "caption": item.text, **rest}
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         trainer.strategy.barrier("predictions written")
         if not trainer.is_global_zero:
             return
@@ -78,8 +88,7 @@ class PredictionWriter(BasePredictionWriter):
             for line in part.read_text().splitlines():
                 row = json.loads(line)
                 rows[row.pop("index")] = row
-        name = "captions.jsonl" if pl_module.predict_task == "caption" else "manifest.jsonl"
-        target = self._folder(trainer) / name
+        target = self._folder(trainer) / NAMES.get(pl_module.predict_task, "manifest.jsonl")
         whole = target.with_suffix(".tmp")
         whole.write_text("".join(json.dumps(rows[i], ensure_ascii=False) + "\n" for i in sorted(rows)))
         os.replace(whole, target)

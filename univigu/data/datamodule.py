@@ -22,11 +22,13 @@ from univigu.data.filters import LengthFilter, Selection, select
 from univigu.data.inputs import PromptInputs, VideoInputs, find_videos, read_prompts
 from univigu.data.loader import ErrorLog, SampleLoader, TrainLoader, VideoTextDataset
 from univigu.data.order import EvalOrder, TrainOrder
+from univigu.data.pairs import PairInputs, TextField, check_strength, read_pairs
 from univigu.data.sample import LATENTS_SUFFIX, DataError
 from univigu.data.shards import SampleRef
 from univigu.data.sources import LatentsOptions, Place, Source, Split, weights_of
 from univigu.data.synthetic import world_fingerprint, write_shapes
 from univigu.models.foundation import EMBEDDED_FOUNDATION
+from univigu.prediction import INPUTS, PredictTask
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,10 @@ class VideoTextDataModule(LightningDataModule):
         seed: seeds the order of the training samples.
         videos: what ``lightning predict`` captions: a video file, a folder, a glob pattern, or a list of these.
         prompts: what ``lightning predict`` generates from: a prompt, a .txt or .jsonl file, or a list of prompts.
+        pairs: what ``lightning predict`` edits or answers: a .jsonl or .csv file of ``{video, prompt, strength}`` or
+            ``{video, question}``, or such objects themselves; see :func:`univigu.data.pairs.read_pairs`.
+        strength: of edits that name none: how far back towards noise they start, in (0, 1].
+        predict_task: what ``lightning predict`` makes; the model's.
     """
 
     def __init__(
@@ -93,6 +99,9 @@ class VideoTextDataModule(LightningDataModule):
         seed: int = 0,
         videos: str | list[str] | None = None,
         prompts: str | list[str] | None = None,
+        pairs: dict[str, Any] | list[dict[str, Any]] | str | None = None,
+        strength: float = 0.8,
+        predict_task: PredictTask | None = None,
     ) -> None:
         super().__init__()
         self.foundation, self.root, self.shards, self.sources = foundation, root, shards, sources
@@ -104,7 +113,8 @@ class VideoTextDataModule(LightningDataModule):
         self.precompute, self.strict, self.seed = precompute, strict, seed
         self.texts = texts
         self.weights = None if sources is None else weights_of(sources)
-        self.videos, self.prompts = videos, prompts
+        self.videos, self.prompts, self.pairs = videos, prompts, pairs
+        self.strength, self.predict_task = strength, predict_task
         self.filter_counts: dict[str, dict[str, int]] = {}
         """By split: how many samples are "kept", and how many are not by reason.  Known after ``setup``."""
         self.errors = ErrorLog(strict)
@@ -133,6 +143,7 @@ class VideoTextDataModule(LightningDataModule):
                 raise ValueError(f"data.num_{split}_clips={count}: expected at least 1")
         if self.shards is not None and self.sources is not None:
             raise ValueError("data.shards and data.sources: both are given, expected one of them")
+        check_strength(self.strength, "data")
 
     # --------------------------------------------------------------- preparing
 
@@ -296,11 +307,21 @@ class VideoTextDataModule(LightningDataModule):
                         logger.experiment.add_histogram(f"data/{split}/{name}_tokens", torch.tensor(values), 0)
 
     def _find_inputs(self) -> VideoInputs | PromptInputs:
-        if (self.videos is None) == (self.prompts is None):
-            given = "both are given" if self.videos is not None else "neither is given"
-            raise DataError(f"data.videos and data.prompts: prediction needs one of them, {given}")
+        given = [name for name in ("videos", "prompts", "pairs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) + " are" if given else "none is"
+            raise DataError(f"data.videos, data.prompts, data.pairs: prediction needs one of them, {found} given")
+        if self.predict_task is not None and given[0] != INPUTS[self.predict_task]:
+            needed = INPUTS[self.predict_task]
+            raise DataError(f"model.predict_task={self.predict_task!r} needs data.{needed}, not data.{given[0]}")
+        size = self.num_frames, self.height, self.width
         if self.videos is not None:
-            return VideoInputs(find_videos(self.videos), self.num_frames, self.height, self.width)
+            return VideoInputs(find_videos(self.videos), *size)
+        if self.pairs is not None:
+            field: TextField = "question" if self.predict_task == "qa" else "prompt"
+            return PairInputs(
+                read_pairs(self.pairs, field, self.strength), *size, self.tokenizer, self.prompt_length
+            )  # fmt: skip
         assert self.prompts is not None
         return PromptInputs(read_prompts(self.prompts), self.tokenizer, self.prompt_length)
 

@@ -31,6 +31,8 @@ from univigu.data.shards import Manifest, SampleRef, ShardInfo, list_shards, sca
 from univigu.data.video import VideoError, read_video, to_model_range
 
 LatentDtype = Literal["float32", "bfloat16", "float16"]
+MOST_CLIPS, MOST_PIXELS = 4, 2**18
+"""Limits of what is encoded together: clips, and pixels of all their frames."""
 MAX_PROMPT = 512
 """Tokens that Wan's text encoder is given at most; longer prompts are left out."""
 
@@ -47,10 +49,28 @@ class _Job:
 
 
 def encode_clips(vae: Any, frames: torch.Tensor) -> torch.Tensor:
-    """Frames uint8 [B, F, C, H, W] -> normalised float32 latents [B, C, T, H, W], each clip encoded alone."""
+    """Frames uint8 [B, F, C, H, W] -> normalised float32 latents [B, C, T, H, W], a few clips at a time.
+
+    A clip's last bits depend on how many are encoded beside it, not on which: so each group holds the same number,
+    the last one filled up with copies. On a CPU they depend on the number of threads, too: it is one.
+    """
     from univigu.models.foundation import encode_video
 
-    return torch.cat([encode_video(vae, to_model_range(clip)) for clip in frames.split(1)])
+    size = clips_at_once(frames.shape[1], *frames.shape[-2:])
+    filled = torch.cat([frames, frames[-1:].expand(-len(frames) % size, *frames.shape[1:])])
+    threads = torch.get_num_threads()
+    if size > 1 and frames.device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        latents = torch.cat([encode_video(vae, to_model_range(clips)) for clips in filled.split(size)])
+    finally:
+        torch.set_num_threads(threads)
+    return latents[: len(frames)]
+
+
+def clips_at_once(num_frames: int, height: int, width: int) -> int:
+    """How many clips of that size are encoded together: one of real size, some of small ones, whose calls cost most."""
+    return max(1, min(MOST_CLIPS, MOST_PIXELS // (num_frames * height * width)))
 
 
 def encode_prompts(text_encoder: Any, ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
@@ -180,53 +200,72 @@ def _write(path: Path, job: _Job) -> ShardInfo:
 
 def _encoded(refs: list[SampleRef], job: _Job, errors: list[SampleError]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
     choose = BucketChooser(job.buckets)
+    waiting: dict[int, list[tuple[SampleRef, dict[str, bytes], torch.Tensor]]] = {}  # clips of a size, not yet enough
     for ref in refs:
         try:
-            bucket = job.buckets[choose(ref)]
+            number = choose(ref)
+            bucket = job.buckets[number]
             sample, frames = decode_sample(ref, bucket.num_frames, bucket.height, bucket.width)
-            members = _encode(sample, frames, job)
+            waiting.setdefault(number, []).append((ref, _texts(sample, ref, job), frames))
         except SampleError as error:
             if job.strict:
                 raise
             errors.append(error)
             continue
-        texts = ref.read(TEXT_SUFFIX)
-        assert texts is not None  # decode_sample has parsed it
-        yield ref.key, {**members, TEXT_SUFFIX: texts}
+        if len(waiting[number]) == clips_at_once(bucket.num_frames, bucket.height, bucket.width):
+            yield from _with_latents(waiting.pop(number), job)
+    for samples in waiting.values():
+        yield from _with_latents(samples, job)
 
 
-def _encode(sample: Sample, frames: torch.Tensor, job: _Job) -> dict[str, bytes]:
-    """A sample's encoded members by suffix."""
+def _with_latents(
+    samples: list[tuple[SampleRef, dict[str, bytes], torch.Tensor]], job: _Job
+) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    """Keys and members of samples whose clips are encoded together."""
+    vae, clips = _foundation(job.foundation).vae.to(job.device), torch.stack([frames for _, _, frames in samples])
+    with torch.inference_mode():
+        latents = encode_clips(vae, clips.to(job.device))
+    for (ref, texts, _), of_clip in zip(samples, latents, strict=True):
+        yield ref.key, {LATENTS_SUFFIX: _packed(job, latents=of_clip), **texts}
+
+
+def _packed(job: _Job, **tensors: torch.Tensor) -> bytes:
     from safetensors.torch import save
 
-    foundation, dtype = _foundation(job.foundation), getattr(torch, job.dtype)
-
-    def packed(**tensors: torch.Tensor) -> bytes:
-        return save({name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()})
-
-    with torch.inference_mode():
-        members = {}
-        if job.prompts:
-            members[PROMPT_SUFFIX] = packed(**_prompt(sample, foundation, job.device))
-        latents = encode_clips(foundation.vae.to(job.device), frames[None].to(job.device))
-        members[LATENTS_SUFFIX] = packed(latents=latents[0])
-    return members
+    return save({name: tensor.to("cpu", getattr(torch, job.dtype)).contiguous() for name, tensor in tensors.items()})
 
 
-def _prompt(sample: Sample, foundation: Any, device: str) -> dict[str, torch.Tensor]:
-    """Embeddings [S, text_dim] of the sample's prompt and of the empty one, which stands in where it is dropped."""
-    from univigu.models.foundation import TextTooLongError, tokenize
+def _texts(sample: Sample, ref: SampleRef, job: _Job) -> dict[str, bytes]:
+    """A sample's members that hold its texts: the prompt's embeddings, if they are asked for, and the texts."""
+    from univigu.models.foundation import TextTooLongError
 
-    found = {}
-    for name, text in (("prompt", sample.texts.prompt), ("null", "")):
+    members = {}
+    if job.prompts:
         try:
-            ids = tokenize(foundation.tokenizer, [text], MAX_PROMPT)
+            embeds = _prompt_embeds(sample.texts.prompt, job)
         except TextTooLongError as error:
             raise SampleError("text_over_slot", sample.shard, sample.key, "prompt", str(error)) from error
-        ids = ids[:, : int((ids != foundation.pad_token_id).sum())].to(device)
-        encoder = foundation.text_encoder.to(device)
-        found[name] = encode_prompts(encoder, ids, foundation.pad_token_id)[0]
-    return found
+        members[PROMPT_SUFFIX] = _packed(job, prompt=embeds, null=_null_embeds(job))
+    texts = ref.read(TEXT_SUFFIX)
+    assert texts is not None  # decode_sample has parsed it
+    return {**members, TEXT_SUFFIX: texts}
+
+
+def _prompt_embeds(prompt: str, job: _Job) -> torch.Tensor:
+    """Embeddings [S, text_dim] of a prompt, as many as it has tokens."""
+    from univigu.models.foundation import tokenize
+
+    foundation = _foundation(job.foundation)
+    ids = tokenize(foundation.tokenizer, [prompt], MAX_PROMPT)
+    ids = ids[:, : int((ids != foundation.pad_token_id).sum())].to(job.device)
+    with torch.inference_mode():
+        return encode_prompts(foundation.text_encoder.to(job.device), ids, foundation.pad_token_id)[0]
+
+
+@lru_cache(maxsize=1)
+def _null_embeds(job: _Job) -> torch.Tensor:
+    """The empty prompt's embeddings [S, text_dim], which stand in where a prompt is dropped."""
+    return _prompt_embeds("", job)
 
 
 def decode_sample(ref: SampleRef, num_frames: int, height: int, width: int) -> tuple[Sample, torch.Tensor]:

@@ -130,6 +130,8 @@ class VideoTextDataset(Dataset[LoadedBatch]):
                     frames, room = self.rooms.take(shape, turn) if self.rooms else (make_room(shape), None)
                 try:
                     items.append(self.load(ref, None if frames is None else frames[len(items)]))
+                    if not self.replace:
+                        items[-1]["number"] = candidate  # so that evaluation sees what is there twice
                     break
                 except SampleError as error:
                     errors.append(error)
@@ -204,7 +206,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     list[dict | None]; ``source``, ``bucket``: list[int]; ``prompt_ids``, ``caption_ids``: int64 [B, L]; and either
     ``latents``: float32 [B, C, T, H, W] or ``video``: uint8 [B, F, C, H, W] (in memory [B, F, H, W, C]).  Where prompts
     are precomputed also ``prompt_embeds``: float32 [B, S, text_dim], and ``null_embeds``, the empty prompt's,
-    [1, S, text_dim].
+    [1, S, text_dim].  Evaluation's batches also say the samples' places in the split, ``number``: list[int].
     """
     batch: dict[str, Any] = {}
     for name, first in items[0].items() if items else ():

@@ -168,8 +168,11 @@ class EvalOrder:
         by_bucket: dict[int, list[int]] = {}
         for number, bucket in enumerate(buckets or [0] * num_samples):
             by_bucket.setdefault(bucket, []).append(number)
+        self.own: frozenset[int] = frozenset()
+        """What this rank has to count; what else is in its batches is another's, or a repetition."""
         self._batches: list[list[int]] = []
         for _, numbers in sorted(by_bucket.items()):
+            self.own |= frozenset(numbers[rank::world_size])
             own = numbers[rank::world_size] or [numbers[rank % len(numbers)]]
             batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
             longest = -(-len(numbers) // world_size)

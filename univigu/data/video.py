@@ -184,6 +184,11 @@ def to_frames(video: torch.Tensor) -> torch.Tensor:
     return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).transpose(-4, -3)
 
 
+def to_uint8(frames: torch.Tensor) -> torch.Tensor:
+    """Frames as a pipeline gives them, float in [0, 1], of any shape -> uint8."""
+    return (frames.float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 def encode_mp4(frames: torch.Tensor, fps: int = 8, crf: int = 12) -> bytes:
     """H.264 mp4 bytes of uint8 frames [F, C, H, W] (even H and W); deterministic for given frames and version.
 

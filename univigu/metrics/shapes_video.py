@@ -25,7 +25,8 @@ QUICK_FROM = 24.0
 MIN_COVER = 0.2  # of a pixel; less is noise
 MIN_CORE_AREA = 20.0  # a frame; the least of all objects, the small triangle, has over three times that
 MIN_SHAPE_IOU = 0.6
-SHAPE_BLURS = (0, 1, 2)  # times 3x3 pixels are averaged in the ideal shapes: a VAE's edges are soft, and thin arms all edge
+# Times the mean of 3x3 pixels is taken of the ideal shapes: edges out of a VAE are soft, and thin arms all edge.
+SHAPE_BLURS = (0, 1)
 # Canvas pixels by which boxes may overlap and still lie left of or above each other; more where only one can hold.
 MAX_BOX_OVERLAP = 2.0
 MAX_BLUR_OVERLAP = 8.0
@@ -296,7 +297,7 @@ def _blur(cover: np.ndarray, times: int) -> np.ndarray:
     for _ in range(times):
         for axis in (1, 2):
             padded = np.pad(cover, [(0, 0)] + [(1, 1) if axis == side else (0, 0) for side in (1, 2)])
-            cover = sum(np.take(padded, range(i, i + cover.shape[axis]), axis) for i in range(3)) / 3
+            cover = np.add.reduce([np.take(padded, range(i, i + cover.shape[axis]), axis) for i in range(3)]) / 3
     return cover
 
 

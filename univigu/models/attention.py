@@ -159,7 +159,8 @@ def _project_prompt(attn: WanAttention, context: torch.Tensor) -> KeyValue:
 
 
 def _project_out(attn: WanAttention, heads: torch.Tensor) -> torch.Tensor:
-    return attn.to_out[1](attn.to_out[0](heads.flatten(2, 3)))
+    out = attn.to_out[0](heads.flatten(2, 3))
+    return attn.to_out[1](out) if attn.training else out  # the dropout; calling it for nothing takes its time
 
 
 def _key_mask(text_mask: torch.Tensor | None, length_v: int) -> torch.Tensor | None:

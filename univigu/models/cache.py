@@ -56,7 +56,8 @@ class AttentionCache:
         """
         if self.prompt_embeds is None:
             self.prompt_embeds, self.layers = prompt_embeds, [LayerCache(self.keep_video) for _ in range(num_layers)]
-        if self.prompt_embeds is not prompt_embeds:
+        # Hooks that move a model's inputs may hand on a copy.
+        if self.prompt_embeds is not prompt_embeds and not torch.equal(self.prompt_embeds, prompt_embeds):
             raise ValueError("cache: filled with another prompt's embeddings; take a new cache for each tensor of them")
         self.check_layers(num_layers)
 

@@ -18,6 +18,8 @@ from diffusers import AutoencoderKLWan
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
+from univigu.models.weights import compute_device
+
 EMBEDDED_FOUNDATION = str(Path(__file__).resolve().parents[1] / "assets" / "foundation")
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
 
@@ -89,13 +91,13 @@ def denormalize_latents(latents: torch.Tensor, vae: AutoencoderKLWan) -> torch.T
 
 def encode_video(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
     """Video [B, C, F, H, W] in [-1, 1] -> normalised float32 latents [B, C, T, H, W], the mode and not a sample."""
-    latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode()
+    latents = vae.encode(video.to(compute_device(vae), vae.dtype)).latent_dist.mode()
     return normalize_latents(latents.float(), vae)
 
 
 def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     """Normalised latents [B, C, T, H, W] -> video [B, C, F, H, W], roughly in [-1, 1]."""
-    latents = latents.to(vae.device, vae.dtype)
+    latents = latents.to(compute_device(vae), vae.dtype)
     return vae.decode(denormalize_latents(latents, vae)).sample
 
 
@@ -132,14 +134,22 @@ class Foundation:
     Args:
         path: folder with tokenizer/, text_encoder/, vae/, transformer/ and scheduler/.
         text_encoder_dtype: type of the text encoder's weights; Wan2.1's has 5.7 billion of them.
+        vae_slicing, vae_tiling: see :class:`univigu.compute.ComputeOptions`.
 
     Raises:
         FileNotFoundError: the folder or one of its components is missing, by name.
     """
 
-    def __init__(self, path: str | Path = EMBEDDED_FOUNDATION, text_encoder_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        path: str | Path = EMBEDDED_FOUNDATION,
+        text_encoder_dtype: torch.dtype = torch.float32,
+        vae_slicing: bool = False,
+        vae_tiling: bool = False,
+    ) -> None:
         self.path = Path(path)
         self._text_encoder_dtype = text_encoder_dtype
+        self._vae_slicing, self._vae_tiling = vae_slicing, vae_tiling
         self._device = torch.device("cpu")
         missing = [name for name in COMPONENTS if not (self.path / name).is_dir()]
         if missing:
@@ -161,6 +171,10 @@ class Foundation:
     @cached_property
     def vae(self) -> AutoencoderKLWan:
         model = AutoencoderKLWan.from_pretrained(self.path / "vae", torch_dtype=torch.float32)
+        if self._vae_slicing:
+            model.enable_slicing()
+        if self._vae_tiling:
+            model.enable_tiling()
         return model.requires_grad_(False).eval().to(self._device)
 
     @property

@@ -27,7 +27,7 @@ from univigu.models.block import UniViGUTransformerBlock, modulate
 from univigu.models.cache import AttentionCache
 from univigu.models.conventions import Conventions, NullCondition, PromptPadding
 from univigu.models.text import TextHead, TextReader, TextTimeEmbedding, text_rotary_table
-from univigu.models.weights import cast_like, check_complete, gathered, transformer_folder
+from univigu.models.weights import cast_like, check_complete, embedding_rows, transformer_folder
 
 TextFlowName = Literal["embedding", "uniform", "mask"]
 TEXT_FLOWS = ("embedding", "uniform", "mask")
@@ -320,7 +320,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         """Tokens of width D [B, L, D], their rotary table if any, the text's time [B, D] and modulation [B, 6, D]."""
         text = self.vocab_embed(text_tokens) if text_tokens.ndim == 2 else text_tokens
         if self.text_position_embed is not None:
-            text = text + self.text_position_embed.weight[: text.shape[1]]
+            text = text + self.text_position_embed(torch.arange(text.shape[1], device=text.device))
         rotary = None
         if self.config.text_rotary:
             rotary = text_rotary_table(text.shape[1], self.config.attention_head_dim, text.device)
@@ -343,7 +343,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
 
     def token_table(self) -> torch.Tensor:
         """The token embeddings with rows of RMS 1, float32 [V, D]: the data points of the ``embedding`` flow."""
-        table = gathered(self.vocab_embed.weight)[: self.config.vocab_size].float()
+        table = embedding_rows(self.vocab_embed, self.config.vocab_size).float()
         return table * torch.rsqrt(table.square().mean(-1, keepdim=True) + 1e-8)
 
     def _check_text(

@@ -41,6 +41,22 @@ def gathered(weight: torch.Tensor) -> torch.Tensor:
     return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
 
 
+def compute_device(component: torch.nn.Module) -> torch.device:
+    """Where a component computes: where it is, or where offloading brings its weights when it is called."""
+    for module in component.modules():
+        place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if place is not None:
+            return torch.device(place)
+    return next(component.parameters()).device
+
+
+def embedding_rows(embedding: torch.nn.Embedding, count: int) -> torch.Tensor:
+    """The first rows of a table, whole also where it is sharded or offloaded."""
+    if embedding.weight.is_meta:  # offloaded: it is there while it is called
+        return embedding(torch.arange(count, device=compute_device(embedding)))
+    return gathered(embedding.weight)[:count]
+
+
 def check_complete(path: Any, info: dict[str, Any]) -> None:
     """Raise ValueError if diffusers' loading report names a missing, unexpected or mismatched key."""
     problems = {name: info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[name]}

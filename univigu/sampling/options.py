@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+Solver = Literal["scheduler", "euler", "heun", "unipc", "dpm"]
 
 
 @dataclass
@@ -19,8 +21,9 @@ class SamplingOptions:
     batch_guidance: bool = False
     """Compute the conditional and the unconditional prediction of ``generate`` and ``edit`` in one batch: faster on an
     idle accelerator, twice the activations.  Tasks with text take them in turn, because the second has no text."""
-    solver: Literal["scheduler", "euler", "heun"] = "scheduler"
-    """"scheduler": the one of the foundation's folder (UniPC, DPM, ...); "euler", "heun": with that one's shift."""
+    solver: Solver = "scheduler"
+    """"scheduler": the one of the foundation's folder; "euler", "heun", and diffusers' "unipc" and "dpm" (DPM++ 2M):
+    with that one's shift."""
     caption_steps: int = 50
     """Denoising steps of the text when the video is clean."""
     caption_refresh: int = 1
@@ -45,7 +48,7 @@ class SamplingOptions:
             if getattr(self, name) < 1:
                 self._refuse(name, "at least 1")
         for name, allowed in (
-            ("solver", ("scheduler", "euler", "heun")),
+            ("solver", get_args(Solver)),
             ("caption_guidance", ("video", "prompt")),
             ("text_order", ("random", "confidence")),
         ):

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS, shift_sigma, time_from_sigma, timestep_from_sigma
@@ -177,18 +178,26 @@ class DiffusersSolver(VideoSolver):
 def make_video_solver(
     solver: str | SchedulerMixin, num_steps: int, shift: float = 3.0, start: float = 0.0
 ) -> VideoSolver:
-    """A solver from "euler", "heun" or a diffusers scheduler (which brings its own shift; ``shift`` is not used).
+    """A solver from "euler", "heun", "unipc", "dpm" or a diffusers scheduler.
+
+    Args:
+        solver: "unipc" and "dpm" are diffusers' ``UniPCMultistepScheduler`` and ``DPMSolverMultistepScheduler``, of
+            order 2, as for Wan; a scheduler brings its own shift.
+        num_steps, shift, start: as for :class:`EulerSolver`.
 
     Raises:
         ValueError: no such solver, or an argument out of range.
     """
+    multistep = {"unipc": UniPCMultistepScheduler, "dpm": DPMSolverMultistepScheduler}
+    if isinstance(solver, str) and solver in multistep:
+        solver = multistep[solver](prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     if isinstance(solver, SchedulerMixin):
         return DiffusersSolver(solver, num_steps, start)
     if solver == "euler":
         return EulerSolver(num_steps, shift, start)
     if solver == "heun":
         return HeunSolver(num_steps, shift, start)
-    raise ValueError(f"solver: must be 'euler', 'heun' or a diffusers scheduler, got {solver!r}")
+    raise ValueError(f"solver: must be 'euler', 'heun', 'unipc', 'dpm' or a diffusers scheduler, got {solver!r}")
 
 
 def _from_start(sigmas: torch.Tensor, start: float) -> torch.Tensor:

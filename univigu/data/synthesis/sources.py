@@ -17,6 +17,7 @@ from univigu.data.sample import DataError
 from univigu.data.shards import sha256_of
 from univigu.data.synthesis.options import Clip, Rejection, VideoOptions, check_dtype
 from univigu.data.synthetic import world_fingerprint
+from univigu.data.video import to_uint8
 
 
 class PromptSource:
@@ -92,7 +93,7 @@ class PromptSource:
         videos = self.pipeline(**arguments).frames  # [B, F, C, H, W] in [0, 1]
         for clip, video in zip(clips, videos, strict=True):
             if torch.isfinite(video).all():
-                clip.frames = (video.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+                clip.frames = to_uint8(video).cpu()
 
 
 class ShapesSource:

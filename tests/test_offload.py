@@ -1,0 +1,95 @@
+"""Components that are elsewhere until they are called: every task makes the same of them."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import cpu_offload
+
+from univigu.models.weights import compute_device
+from univigu.pipeline import UniViGUPipeline
+
+tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parent / "tiny.py")))
+
+SIZE = {"height": 32, "width": 48, "num_frames": 5}
+QUICK = {"num_inference_steps": 2, "caption_steps": 2, "max_sequence_length": 16}
+
+
+def make_pipe(flow: str) -> UniViGUPipeline:
+    wan = tiny.make_pipeline()
+    options = {"text_flow": flow, "text_positions": 12, "clean_video_reads_text": False}
+    model = tiny.make_unified(wan.transformer, len(wan.tokenizer), **options)
+    model.register_to_config(text_length=12)
+    components = {name: wan.components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
+    pipe = UniViGUPipeline(**components, transformer=model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def every_task(pipe: UniViGUPipeline) -> dict[str, np.ndarray]:
+    video = np.random.default_rng(0).random((2, 7, 32, 48, 3), dtype=np.float32)
+
+    def seeds() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(number) for number in (1, 2)]
+
+    joint = pipe.joint(["one", "two"], **SIZE, generator=seeds(), **QUICK)
+    generate = pipe("one", **SIZE, num_inference_steps=2, max_sequence_length=16, generator=seeds()[0])
+    return {
+        "caption": pipe.caption(video, generator=seeds(), **QUICK).tokens.cpu().numpy(),
+        "answer": pipe.answer(video, "two", generator=seeds(), **QUICK).tokens.cpu().numpy(),
+        "joint text": joint.tokens.cpu().numpy(),
+        "joint video": joint.frames,
+        "edit": pipe.edit(video, "two", 0.5, generator=seeds(), **QUICK).frames,
+        "generate": generate.frames,
+    }
+
+
+def offload_whole(pipe: UniViGUPipeline) -> None:
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def offload_layers(pipe: UniViGUPipeline) -> None:
+    """As ``enable_sequential_cpu_offload`` does; that itself refuses a device that is no accelerator."""
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            cpu_offload(component, torch.device("cpu"), offload_buffers=len(component._parameters) > 0)
+    assert all(weight.is_meta for weight in pipe.transformer.parameters())
+    assert pipe.vae.device.type == "meta" and compute_device(pipe.vae).type == "cpu"
+
+
+@pytest.mark.parametrize("flow", ["mask", "embedding"])
+@pytest.mark.parametrize("offload", [offload_whole, offload_layers])
+def test_every_task_is_the_same(offload: Any, flow: str) -> None:
+    expected, pipe = every_task(make_pipe(flow)), make_pipe(flow)
+    offload(pipe)
+    for _ in range(2):  # the second time from where the first left the components
+        for task, made in every_task(pipe).items():
+            assert np.array_equal(made, expected[task]), task
+
+
+def test_components_come_in_the_order_of_their_use() -> None:
+    pipe = make_pipe("mask")
+    offload_whole(pipe)
+    every_task(pipe)
+    names = {id(component): name for name, component in pipe.components.items()}
+    hooks = pipe._all_hooks
+    assert [names[id(hook.model)] for hook in hooks] == ["text_encoder", "transformer", "vae"]
+    # Each sends the one before it away.
+    assert [hook.hook.prev_module_hook for hook in hooks] == [None, *hooks[:-1]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offloading_on_a_gpu(method: str) -> None:
+    expected, pipe = every_task(make_pipe("mask").to("cuda")), make_pipe("mask")
+    getattr(pipe, method)()
+    for task, made in every_task(pipe).items():
+        assert np.allclose(made, expected[task], atol=1e-3), task
+    assert all(weight.device.type in ("cpu", "meta") for weight in pipe.transformer.parameters())

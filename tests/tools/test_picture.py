@@ -1,0 +1,58 @@
+"""The moving picture of joint samples, made by a small untrained text stream beside the shipped generator."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image, ImageFont, ImageSequence
+
+from univigu.models import UniViGUTransformer3DModel
+from univigu.models.foundation import Foundation
+from univigu.pipeline import UniViGUPipeline
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "picture.py"
+picture = SimpleNamespace(**runpy.run_path(str(TOOL)))
+
+
+def test_it_moves_and_shows_text(foundation: str, tmp_path: Path) -> None:
+    parts = Foundation(foundation)
+    torch.manual_seed(0)
+    transformer = UniViGUTransformer3DModel.from_wan(foundation, len(parts.tokenizer), "mask")
+    transformer.register_to_config(text_length=16)
+    pipe = UniViGUPipeline(parts.tokenizer, parts.text_encoder, parts.vae, parts.scheduler(), transformer)
+    pipe.save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "new" / "joint.gif")]
+    assert picture.main([*options, "--steps", "4", "--prompt", "a large red circle staying still", "a ring"]) == 0
+    frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(Image.open(tmp_path / "new" / "joint.gif"))]
+    width = frames[0].width // 2
+    assert len(frames) == 2 * 2 + 2 * 9 and frames[0].height > width  # two steps of noise, the last one played twice
+
+    def text(frame: Image.Image, side: int) -> bytes:
+        return frame.crop((side * width, width, (side + 1) * width, frame.height)).tobytes()
+
+    def video(frame: Image.Image, side: int) -> bytes:
+        return frame.crop((side * width, 0, (side + 1) * width, width)).tobytes()
+
+    for side in (0, 1):
+        assert video(frames[0], side) != video(frames[-1], side)
+        assert text(frames[0], side) != text(frames[-1], side)
+
+
+def test_words_and_masks_are_drawn_and_padding_is_not() -> None:
+    frame, font = Image.new("RGB", (picture.SIDE, picture.SIDE), "white"), ImageFont.load_default(picture.FONT)
+
+    def drawn(*words: str) -> bytes:
+        return picture.panel(frame, {"words": words}, font).tobytes()
+
+    blank = drawn()
+    assert set(blank) == {255} and drawn("\u200b", "■") == blank
+    assert len({blank, drawn(" red"), drawn(""), drawn(" red", ""), drawn(" red", " ring")}) == 5
+
+
+def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert picture.main(["--model", str(tmp_path / "nowhere"), "--output", str(tmp_path / "x.gif")]) == 2
+    assert "nowhere" in capsys.readouterr().err

@@ -1,0 +1,106 @@
+"""A moving picture of videos and their captions as they form together, noise to data (docs/pictures/joint.gif).
+
+    python tools/picture.py --model my_model --output joint.gif
+    python tools/picture.py --model my_model --output joint.gif --prompt "a small blue ring staying still, ..."
+
+``--model`` is a UniViGUPipeline folder (tools/convert.py pipeline).
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageSequence
+
+from univigu.cli import exit_code
+from univigu.pipeline import UniViGUPipeline
+from univigu.viewer import TrajectoryRecorder
+
+PROMPTS = [
+    "a large red circle moving left slowly, on a black background",
+    "a small blue ring moving up quickly, left of a large yellow triangle staying still, on a gray background",
+    "a large green cross moving down slowly, above a small purple square moving right slowly, on a white background",
+]
+SIDE, LINES, MARGIN, FONT = 224, 19, 10, 12  # pixels of a video, lines of text below it, pixels between, points
+
+
+def record(pipe: UniViGUPipeline, prompt: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The steps of a joint sample, see :class:`TrajectoryRecorder`."""
+    size = {"height": options.height, "width": options.width, "num_frames": options.num_frames}
+    recorder = TrajectoryRecorder(pipe, every=options.every, scale=1)
+    generator = torch.Generator(pipe.device).manual_seed(seed)
+    drawn = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
+    pipe.joint(prompt, **size, generator=generator, callback_on_step_end=recorder, **drawn)
+    return recorder.steps
+
+
+def video_of(step: dict[str, Any]) -> list[Image.Image]:
+    """A recorded step's frames, enlarged."""
+    data = base64.b64decode(step["video"].partition(",")[2])
+    frames = ImageSequence.Iterator(Image.open(io.BytesIO(data)))
+    return [frame.convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST) for frame in frames]
+
+
+def panel(frame: Image.Image, step: dict[str, Any], font: Any) -> Image.Image:
+    """One video's frame with its text below; what is still masked is a dot."""
+    image = Image.new("RGB", (SIDE + 2 * MARGIN, SIDE + 3 * MARGIN + LINES * (FONT + 2)), "white")
+    image.paste(frame, (MARGIN, MARGIN))
+    marks = {"": " ·", "\u200b": "", "■": "", "</s>": ""}  # masked, padding, the end, and one before its time
+    text = "".join(marks.get(word.strip(" "), word) for word in step["words"])
+    lines = textwrap.wrap(text, int(SIDE / (0.48 * FONT)))[:LINES]
+    ImageDraw.Draw(image).multiline_text((MARGIN, SIDE + 2 * MARGIN), "\n".join(lines), "black", font, spacing=2)
+    return image
+
+
+def draw(samples: list[list[dict[str, Any]]]) -> list[Image.Image]:
+    """All pictures in order: the samples side by side, each step playing on where the last one stopped."""
+    font, pictures, clock = ImageFont.load_default(FONT), [], 0
+    for steps in zip(*samples, strict=True):
+        videos = [video_of(step) for step in steps]
+        for _ in range(2 * len(videos[0]) if steps[0]["step"] == steps[0]["of"] else 2):
+            panels = [panel(video[clock % len(video)], step, font) for video, step in zip(videos, steps, strict=True)]
+            picture = Image.new("RGB", (sum(p.width for p in panels), panels[0].height), "white")
+            for i, p in enumerate(panels):
+                picture.paste(p, (i * p.width, 0))
+            pictures.append(picture.quantize(48))
+            clock += 1
+    return pictures
+
+
+def run(options: argparse.Namespace) -> None:
+    pipe = UniViGUPipeline.from_pretrained(options.model).to(options.device)
+    samples = [
+        record(pipe, prompt, options.seed + number, options) for number, prompt in enumerate(options.prompt or PROMPTS)
+    ]
+    pictures = draw(samples)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    pictures[0].save(options.output, save_all=True, append_images=pictures[1:], duration=140, loop=0, optimize=True)
+    print(f"wrote {options.output}: {len(pictures)} pictures, {options.output.stat().st_size / 2**20:.1f} MiB")
+
+
+def main(args: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="UniViGUPipeline folder")
+    parser.add_argument("--output", type=Path, required=True, help="the picture, a .gif file")
+    parser.add_argument("--prompt", nargs="+", help="one a video; default: three of the embedded world")
+    parser.add_argument("--height", type=int, default=64)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--num-frames", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
+    parser.add_argument("--every", type=int, default=2, help="show every so many of them")
+    parser.add_argument("--guidance-scale", type=float, default=2.0)
+    parser.add_argument("--seed", type=int, default=0, help="of the first video; the next ones count on")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(args)
+    return exit_code(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Scores of videos by pretrained networks that lie in local folders: CLIPScore and the Frechet video distance.
+
+torchmetrics' own CLIPScore takes models by their hub names only and does not know transformers 5; its Frechet distance
+takes any network of ours.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchmetrics import Metric
+from torchmetrics.image.fid import FrechetInceptionDistance  # the package exports it only beside torch-fidelity
+from transformers import AutoModel, CLIPModel, CLIPProcessor
+
+from univigu.data.video import even_indices
+
+
+class ClipEncoder(nn.Module):
+    """A CLIP of transformers' folder layout: unit vectors of images and of texts.
+
+    Args:
+        folder: holds model, tokenizer and image processor.
+
+    Raises:
+        ValueError: the folder is missing or holds no CLIP.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        _check("clip", folder, Path(folder).is_dir(), "no such folder")
+        try:
+            self.model = CLIPModel.from_pretrained(folder).eval().requires_grad_(False)
+            self.processor = CLIPProcessor.from_pretrained(folder)
+        except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            raise _unreadable("clip", folder, "a CLIP model with its processor", error) from error
+
+    @torch.no_grad()
+    def images(self, frames: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, C, H, W] -> float32 [N, D], of length 1."""
+        pixels = self.processor.image_processor(list(frames.cpu().numpy()), return_tensors="pt")["pixel_values"]
+        return _unit(self.model.get_image_features(pixel_values=pixels.to(self.model.device, self.model.dtype)))
+
+    @torch.no_grad()
+    def texts(self, texts: list[str]) -> torch.Tensor:
+        """Texts -> float32 [N, D], of length 1; what is behind the model's last position (CLIP's 77th) is cut off."""
+        longest = self.model.config.text_config.max_position_embeddings
+        ids = self.processor.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        ids = {name: ids[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        return _unit(self.model.get_text_features(**ids))
+
+
+def _unit(features: Any) -> torch.Tensor:
+    """transformers 5 wraps the projected features, 4 gives them as they are."""
+    tensor: torch.Tensor = getattr(features, "pooler_output", features)
+    return F.normalize(tensor.float(), dim=-1)
+
+
+class VideoCLIPScore(Metric):
+    """How well videos match texts: 100 max(cos, 0), mean over frames and then over videos; in [0, 100].
+
+    Hessel et al., 2021 (arXiv:2104.08718), with a weight of 100 as in torchmetrics, over frames as in CLIPSIM (Wu et
+    al., 2021, arXiv:2104.14806).
+
+    Args:
+        clip: the encoder; several metrics may share one.
+        num_frames: frames of each video that are looked at, spread evenly.
+    """
+
+    is_differentiable, higher_is_better, full_state_update = False, True, False
+    total: torch.Tensor
+    samples: torch.Tensor
+
+    def __init__(self, clip: ClipEncoder, num_frames: int = 8, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.clip, self.num_frames = clip, num_frames
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("samples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, videos: torch.Tensor, texts: list[str]) -> None:
+        """Add uint8 videos [B, F, C, H, W] and a text for each."""
+        chosen = videos[:, even_indices(videos.shape[1], min(self.num_frames, videos.shape[1]))]
+        images = self.clip.images(chosen.flatten(0, 1)).unflatten(0, chosen.shape[:2])  # [B, f, D]
+        cosine = torch.einsum("bfd,bd->bf", images, self.clip.texts(texts))
+        self.total += 100.0 * cosine.clamp_min(0).mean(1).double().sum().to(self.total.device)
+        self.samples += len(texts)
+
+    def compute(self) -> torch.Tensor:
+        return (self.total / self.samples.clamp_min(1)).float()
+
+
+class VideoFeatures(nn.Module):
+    """A network that turns videos into vectors: a TorchScript file, or the folder of a transformers video encoder.
+
+    * a file: called as StyleGAN-V's ``i3d_torchscript.pt``, which papers take for FVD:
+      ``(video [B, C, F, H, W] in 0..255, rescale=True, resize=True, return_features=True)``;
+    * a folder: an encoder whose forward takes ``pixel_values`` [B, F, C, H, W], such as VideoMAE; its last hidden
+      states' mean.  Frames are chosen evenly (``num_frames``), scaled to ``image_size`` and normalised with ImageNet's
+      mean and deviation, as all of these are trained.
+
+    Args:
+        path: of the file or folder.
+
+    Raises:
+        ValueError: there is no such file or folder, or it cannot be read.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        path = Path(path)
+        _check("video_features", path, path.exists(), "no such file or folder")
+        self.scripted = path.is_file()
+        try:
+            network = torch.jit.load(path, map_location="cpu") if self.scripted else AutoModel.from_pretrained(path)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            expected = "a TorchScript file or a transformers folder"
+            raise _unreadable("video_features", path, expected, error) from error
+        self.network = network.eval()
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+        # As long a clip as any: I3D wants ten frames or so.
+        self.num_features = self(torch.zeros(1, 17, 3, 64, 64, dtype=torch.uint8)).shape[-1]
+
+    @torch.no_grad()
+    def forward(self, videos: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, F, C, H, W] -> float32 [B, D]."""
+        videos = videos.to(self.mean.device)
+        if self.scripted:
+            frames = videos.transpose(1, 2).float()
+            features: torch.Tensor = self.network(frames, rescale=True, resize=True, return_features=True)
+            return features.flatten(1).float()
+        config = self.network.config
+        videos = videos[:, even_indices(videos.shape[1], config.num_frames)]
+        size = (config.image_size, config.image_size) if isinstance(config.image_size, int) else config.image_size
+        frames = F.interpolate(videos.flatten(0, 1).float() / 255, tuple(size), mode="bilinear", antialias=True)
+        pixels = ((frames - self.mean) / self.std).unflatten(0, videos.shape[:2])
+        return self.network(pixel_values=pixels).last_hidden_state.mean(1).float()  # type: ignore[no-any-return]
+
+
+class FrechetVideoDistance(FrechetInceptionDistance):
+    """FVD, Unterthiner et al., 2018 (arXiv:1812.01717): torchmetrics' Frechet distance of videos' features.
+
+    It means little under some hundred videos, and depends on their number: compare equal numbers only.
+    """
+
+    def __init__(self, features: VideoFeatures, **kwargs: Any) -> None:
+        super().__init__(feature=features, **kwargs)
+        self.orig_dtype = torch.float32  # else known only where a video has been seen, which not every rank has
+
+
+def _check(name: str, path: str | Path, good: bool, problem: str) -> None:
+    if not good:
+        raise ValueError(f"evaluation.{name}={str(path)!r}: {problem}")
+
+
+def _unreadable(name: str, path: str | Path, expected: str, error: Exception) -> ValueError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ValueError(f"evaluation.{name}={str(path)!r}: expected {expected} ({reason[:160]})")
