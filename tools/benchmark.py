@@ -297,7 +297,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     command.add_argument("--foundation", default=EMBEDDED_FOUNDATION)
     command.add_argument("--folder", default="runs/data/benchmark", help="where the clips are written, once")
     options = parser.parse_args(args)
-    if options.threads is not None:
+    if getattr(options, "threads", None) is not None:
         torch.set_num_threads(options.threads)
     return globals()[options.command](options)
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from univigu.callbacks import StageSwitch, WeightEMA
 from univigu.checkpoint import load_weights
+from univigu.evaluation import EvaluationOptions
 from univigu.module import UniViGU
 
 HERE = Path(__file__).resolve().parent
@@ -89,10 +90,15 @@ def test_the_mean_is_followed_validated_saved_and_resumed(folder: Path, tmp_path
 def test_prediction_takes_the_mean(folder: Path, tmp_path: Path) -> None:
     """A checkpoint with means is evaluated without the callback, on the means."""
     fit(folder, tmp_path)
-    module = UniViGU(str(folder), seed=3)
+    module = UniViGU(str(folder), seed=3, evaluation=EvaluationOptions(generation=False))
     trainer = Trainer(accelerator="cpu", logger=False, callbacks=[StageSwitch([stages.RECALL, stages.REFINE])],
                       enable_progress_bar=False)  # fmt: skip
-    loader = DataLoader(stages.Clips(), batch_size=stages.BATCH)
+
+    def with_texts(items: list[dict[str, Any]]) -> dict[str, Any]:
+        unknown: dict[str, Any] = {"scene": [None] * len(items)}
+        return default_collate(items) | unknown | {name: ["a ring"] * len(items) for name in ("prompt", "caption")}
+
+    loader = DataLoader(stages.Clips(), batch_size=stages.BATCH, collate_fn=with_texts)
     trainer.validate(module, loader, ckpt_path=str(tmp_path / "step=3.ckpt"), weights_only=True)
     expected = load_weights(tmp_path / "step=3.ckpt").state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in module.transformer.state_dict().items())
