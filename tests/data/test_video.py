@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 
 import av
 import decord
 import pytest
 import torch
 
+from tests.conftest import REPO
 from univigu.data import shapes
 from univigu.data.video import VideoError, encode_mp4, even_indices, probe_video, read_video
 
@@ -69,3 +73,37 @@ def test_sizes_are_read_from_headers() -> None:
     for damaged in (b"", b"no video" * 50, encode_mp4(clip(32, 64))[:300]):
         with pytest.raises(VideoError):
             probe_video(io.BytesIO(damaged))
+
+
+READS = """
+import sys
+from univigu.data.shapes import render, sample_scene
+from univigu.data.video import VideoError, encode_mp4, read_video
+
+def resident():  # KiB
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+
+clips = [encode_mp4(render(sample_scene(seed, "train"), 64 + 16 * seed, 64, 9)) for seed in range(3)]
+broken = clips[0][: len(clips[0]) // 2]
+for number in range(int(sys.argv[1])):
+    read_video(clips[number % 3], 9, 64, 64)
+    if number % 10 == 0:
+        try:
+            read_video(broken, 9, 64, 64)
+        except VideoError:
+            pass
+    if number == 299:  # what libraries keep for themselves is there by now
+        before = resident()
+print(resident() - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_many_reads() -> None:
+    """UNIVIGU_READS=10000 reads as often."""
+    count = os.environ.get("UNIVIGU_READS", "1500")
+    command = [sys.executable, "-c", READS, count]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPO)
+    assert result.returncode == 0, result.stderr
+    print(f"{count} reads: {int(result.stdout) / 1024:+.1f} MiB")
+    assert int(result.stdout) < 8 * 1024
