@@ -224,3 +224,15 @@ def test_outside_training_the_last_stage_is_meant(folder: Path) -> None:
     module = UniViGU(str(folder))
     StageSwitch([RECALL, REFINE]).setup(Trainer(accelerator="cpu", logger=False), module, "predict")
     assert module.stage is REFINE
+
+
+def test_a_random_start_has_the_foundations_size_and_not_its_weights(folder: Path) -> None:
+    sizes, weights = [], []
+    for random_init in (False, True):
+        module = UniViGU(str(folder), random_init=random_init, seed=3)
+        module.configure_model()
+        state = module.transformer.state_dict()
+        sizes.append({name: tuple(value.shape) for name, value in state.items()})
+        weights.append(state["blocks.0.attn1.to_q.weight"])
+    assert sizes[0] == sizes[1]
+    assert not torch.equal(*weights)

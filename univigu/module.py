@@ -27,6 +27,7 @@ from univigu.models.foundation import (
 )
 from univigu.models.lora import LoraOptions, add_lora
 from univigu.models.transformer import TextFlowName, UniViGUTransformer3DModel
+from univigu.models.weights import known_options
 from univigu.optim import OptimizerOptions, make_optimizer
 from univigu.parallel import ParallelOptions, build_sharded, is_sharded, trained_weights_changed
 from univigu.prediction import Prediction, PredictTask, predict_batch
@@ -168,7 +169,8 @@ class UniViGU(EvaluatedModule):
             text_rotary=self.text_rotary,
         )
         if self.random_init:
-            model = UniViGUTransformer3DModel.from_config(model.config)
+            # Not from_config, which takes the values that it believes to be defaults for Wan 14B's.
+            model = UniViGUTransformer3DModel(**known_options(UniViGUTransformer3DModel, model.config))
         if self.init_from is not None:
             model = load_weights(self.init_from, like=model)
         return model
