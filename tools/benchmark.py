@@ -2,6 +2,7 @@
 
     python tools/benchmark.py caption     # a caption with and without the cache, and as a plain loop
     python tools/benchmark.py sampler     # one step of the text sampler over a large vocabulary
+    python tools/benchmark.py step        # a training step of both modalities against one of the video alone
     python tools/benchmark.py data        # the loader on videos and on latents, against bare decord
 
 Each prints a table; the ways take turns, and the median of the repeats counts.
@@ -35,12 +36,15 @@ from univigu.data.encode import encode_shards
 from univigu.data.loader import TrainLoader
 from univigu.data.shards import SampleRef, index_folder
 from univigu.data.synthetic import world_fingerprint, write_shapes
+from univigu.flow.objective import TaskMixture, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.cache import AttentionCache
 from univigu.models.foundation import EMBEDDED_FOUNDATION
+from univigu.plan import Workload, step_flops
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.tasks import Sampler, uniform_times
+from univigu.stages import Stage
 
 
 def race(ways: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
@@ -271,6 +275,52 @@ def _loader(shards: Path, options: argparse.Namespace, size: dict[str, int]) -> 
     return module.train_dataloader()
 
 
+def step(options: argparse.Namespace) -> dict[str, float]:
+    """A training step (all weights, AdamW) of both modalities against one of the video alone."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    torch.manual_seed(0)
+    height, width = options.latents
+    shape = (16, options.frames, height, width)
+    config = {
+        "num_attention_heads": options.heads, "attention_head_dim": options.width // options.heads, "text_dim": 64,
+        "ffn_dim": options.ffn_dim, "num_layers": options.layers, "vocab_size": options.vocab_size,
+        "text_flow": "uniform",
+    }  # fmt: skip
+    model = UniViGUTransformer3DModel(**config).to(device).train()
+    if options.checkpointing:
+        model.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    objective = UniFlowObjective(make_text_flow("uniform", options.vocab_size))
+    prompt = torch.randn(1, 64, 64, device=device)
+    text = torch.randint(options.vocab_size, (1, options.text_tokens), device=device)
+    batch = UniFlowBatch(torch.randn(1, *shape, device=device), prompt, torch.zeros_like(prompt), text)
+
+    def train(counts: tuple[int, int, int]) -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            losses = objective(model, batch, counts)
+        losses.total(1.0, 1.0, 1).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    tasks = {"video alone": TaskMixture(0, 0, 1), "video and text": TaskMixture(1, 0, 0)}
+    counts = {"video alone": (0, 0, 1), "video and text": (1, 0, 0)}
+    seconds = race({name: lambda name=name: train(counts[name]) for name in tasks}, options.repeats, device)  # type: ignore[misc]
+    flops = {
+        name: step_flops(Workload(config, shape, 64, Stage(text_length=options.text_tokens, tasks=mixture)),
+                         options.checkpointing)
+        for name, mixture in tasks.items()
+    }  # fmt: skip
+    tokens = options.frames * height * width // 4
+    show(f"a step, {tokens} video and {options.text_tokens} text tokens\n{where(device)}", seconds, "video alone")
+    ratio = seconds["video and text"] / seconds["video alone"]
+    bound = flops["video and text"] / flops["video alone"]
+    print(f"both modalities take {ratio:.3f}x the time of the video alone; by operations {bound:.3f}x")
+    print(f"{flops['video and text'] / seconds['video and text'] / 1e12:.3f} TFLOP/s")
+    if device.type == "cuda":
+        print(f"peak memory: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
+    return {"ratio": ratio, "bound": bound}
+
+
 def main(args: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -288,6 +338,17 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         command.add_argument(f"--{option}", type=int, default=default)
     command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     command.add_argument("--compile", action="store_true", help="compile the blocks, for every way")
+    command = commands.add_parser("step", help=step.__doc__)
+    for option, default in (
+        ("frames", 5), ("width", 256), ("heads", 4), ("ffn-dim", 1024), ("layers", 4), ("text-tokens", 32),
+        ("vocab-size", 4096), ("repeats", 5),
+    ):  # fmt: skip
+        command.add_argument(f"--{option}", type=int, default=default)
+    command.add_argument("--latents", type=int, nargs=2, default=(60, 52), metavar=("HEIGHT", "WIDTH"))
+    command.add_argument("--threads", type=int, help="default: torch's, one a core")
+    command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of autocast")
+    command.add_argument("--checkpointing", action="store_true")
+    command.add_argument("--device", default="cpu")
     command = commands.add_parser("data", help=data.__doc__)
     command.add_argument("--size", default="480x832x33", help="of the clips: HEIGHTxWIDTHxFRAMES")
     command.add_argument("--clips", type=int, default=16)

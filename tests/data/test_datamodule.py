@@ -141,6 +141,14 @@ def test_broken_samples_are_skipped_and_counted(
     assert [batch["key"] for batch in make(faulty_world).train_dataloader()] == first
 
 
+def test_errors_do_not_hold_on_to_videos(faulty_world: dict[str, Any]) -> None:
+    """A traceback would, until the garbage collector comes by: a few frames of 8K are gigabytes."""
+    dataset = make(faulty_world, stage="fit").train_dataloader()._loader.dataset  # type: ignore[attr-defined]
+    found = [error for number in range(len(dataset)) for error in dataset[(0, [number])].errors]
+    assert len(found) >= 3
+    assert all(error.__traceback__ is error.__cause__ is error.__context__ is None for error in found)
+
+
 def test_strict_mode_names_shard_and_key(faulty_world: dict[str, Any], faulty: Path) -> None:
     with pytest.raises(SampleError, match=r"b-empty\.tar: damaged_shard: empty file"):
         make(faulty_world, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -34,3 +35,11 @@ def test_reading_is_measured_side_by_side(tmp_path: Path) -> None:
 def test_batches_must_be_whole(tmp_path: Path) -> None:
     result = run("data", "--clips=5", "--batch-size=2", f"--folder={tmp_path}")
     assert result.returncode and "--clips 5: expected a multiple" in result.stderr and not any(tmp_path.iterdir())
+
+
+def test_a_step_of_both_is_measured_beside_one_of_the_video() -> None:
+    tool = runpy.run_path(str(REPO / "tools" / "benchmark.py"))["main"]
+    size = "--frames 1 --latents 8 8 --width 32 --heads 2 --ffn-dim 64 --layers 2 --text-tokens 4 --vocab-size 50"
+    for checkpointing in ([], ["--checkpointing"]):
+        found = tool(["step", *size.split(), "--repeats", "1", *checkpointing])
+        assert found["ratio"] > 0 and 1 < found["bound"] < 2

@@ -26,6 +26,7 @@ from univigu.data.sample import (
     Sample,
     SampleError,
     parse_sample,
+    without_trace,
 )
 from univigu.data.shards import Manifest, SampleRef, ShardInfo, list_shards, scan_shard, write_shard
 from univigu.data.video import VideoError, read_video, to_model_range
@@ -210,7 +211,7 @@ def _encoded(refs: list[SampleRef], job: _Job, errors: list[SampleError]) -> Ite
         except SampleError as error:
             if job.strict:
                 raise
-            errors.append(error)
+            errors.append(without_trace(error))
             continue
         if len(waiting[number]) == clips_at_once(bucket.num_frames, bucket.height, bucket.width):
             yield from _with_latents(waiting.pop(number), job)

@@ -30,6 +30,7 @@ from univigu.data.sample import (
     SampleError,
     SampleReason,
     parse_sample,
+    without_trace,
 )
 from univigu.data.shards import SampleRef
 from univigu.data.video import make_room
@@ -134,7 +135,7 @@ class VideoTextDataset(Dataset[LoadedBatch]):
                         items[-1]["number"] = candidate  # so that evaluation sees what is there twice
                     break
                 except SampleError as error:
-                    errors.append(error)
+                    errors.append(without_trace(error))
         batch = collate([{name: value for name, value in item.items() if name != "video"} for item in items])
         if items and frames is not None:
             batch["video"] = frames[: len(items)].permute(0, 1, 4, 2, 3)

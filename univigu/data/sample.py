@@ -68,6 +68,12 @@ class SampleError(DataError):
         return SampleError, (self.reason, self.shard, self.key, self.field, self.value)
 
 
+def without_trace(error: SampleError) -> SampleError:
+    """The error alone. Its traceback holds the calls it went through, and they hold decoded frames and the error."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
 @dataclass(frozen=True)
 class Texts:
     """The json member of a sample."""
