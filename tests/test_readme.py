@@ -71,4 +71,6 @@ def _check_tool(args: list[str]) -> None:
     for word in args[1:]:
         if word.startswith("--"):
             passed_on = "parse_known_args" in text or "workloads_of" in text  # to lightning fit
-            assert f'"{word}"' in text or (passed_on and word == "--config"), f"{args[0]} has no option {word}"
+            looped = 'f"--{option}"' in text and f'"{word.removeprefix("--")}"' in text
+            known = f'"{word}"' in text or looped or (passed_on and word == "--config")
+            assert known, f"{args[0]} has no option {word}"
