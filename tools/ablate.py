@@ -26,6 +26,8 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from univigu.report import split_around
+
 BEGIN, END = "<!-- ablations: written by tools/ablate.py -->", "<!-- end of ablations -->"
 GOAL = 0.9  # mean accuracy whose first step is compared
 ATTRIBUTES = ("count", "background", "size", "color", "shape", "motion", "speed", "relation")
@@ -255,13 +257,11 @@ def write_report(groups: dict[str, list[Run]], options: argparse.Namespace) -> N
     """
     document: Path = options.document
     text = document.read_text() if document.exists() else f"# Results\n\n{BEGIN}\n{END}\n"
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{document}: lacks the lines {BEGIN!r} and {END!r} to write between")
+    before, after = split_around(text, BEGIN, END, str(document))
     pictures = plots(groups, document.parent / "results")
     body = [tables(groups, options)] + [f"![{title}](results/{path.name})" for title, path in pictures]
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
     document.parent.mkdir(parents=True, exist_ok=True)
-    document.write_text(before + BEGIN + "\n\n" + "\n\n".join(body) + "\n\n" + END + after)
+    document.write_text("\n\n".join([before, *body, after]))
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:

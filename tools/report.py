@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from univigu.cli import exit_code
-from univigu.report import RunLog, markdown_table, page, replace_between, score_rows
+from univigu.report import RunLog, markdown_table, page, score_rows, split_around
 
 BEGIN, END = "<!-- runs: written by tools/report.py -->", "<!-- end of runs -->"
 
@@ -26,14 +26,11 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--ablations {options.ablations}: no .png files there")
     if options.document:  # first: a wrong one leaves nothing half done
         tables = [f"`{log.folder}`:\n\n{markdown_table(*score_rows(log.scores()))}" for log in logs]
-        try:
-            text = replace_between(options.document.read_text(), BEGIN, END, "\n\n".join(tables))
-        except ValueError as error:
-            raise ValueError(f"{options.document}: {error}") from error
+        before, after = split_around(options.document.read_text(), BEGIN, END, str(options.document))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(page(logs, pictures, options.title))
     if options.document:
-        options.document.write_text(text)
+        options.document.write_text("\n\n".join([before, *tables, after]))
     print(f"wrote {options.output}")
 
 

@@ -25,7 +25,6 @@ from torch import nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from univigu.data.video import to_frames
 from univigu.flow.random import randn
 from univigu.flow.time import shift_sigma, time_from_sigma, to_timestep
 from univigu.flow.video import flow_matching_loss, interpolate
@@ -155,7 +154,7 @@ class HeldOutEvaluation(nn.Module):
                 )
             return
         videos = videos.to(latents.device)
-        back = to_frames(module.conventions.decode(module.foundation.vae, latents))
+        back = module.decode(latents)
         self._add("psnr", len(videos), back.float() / 255, videos.float() / 255)
         self._add("ssim", len(videos), back.flatten(0, 1).float() / 255, videos.flatten(0, 1).float() / 255)
         if texts is not None and "caption_clip" in self.metrics:

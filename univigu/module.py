@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from univigu.checkpoint import load_weights, plain, usable_weights
 from univigu.compute import ComputeOptions
+from univigu.data.buckets import Bucket, latents_shape
 from univigu.data.encode import encode_clips, encode_prompts
 from univigu.data.video import to_frames
 from univigu.evaluation import EvaluatedModule, EvaluationOptions
@@ -390,8 +391,8 @@ class UniViGU(EvaluatedModule):
     def latents_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Latents' (C, T, H, W) of a video of that size; frames are 4k+1."""
         config = self.foundation.vae.config
-        temporal, spatial = config.scale_factor_temporal, config.scale_factor_spatial
-        return config.z_dim, (num_frames - 1) // temporal + 1, height // spatial, width // spatial
+        size = Bucket(height, width, num_frames)
+        return config.z_dim, *latents_shape(size, config.scale_factor_temporal, config.scale_factor_spatial)
 
     def _sample_generators(self, seeds: list[int]) -> list[torch.Generator]:
         return [torch.Generator(self.device).manual_seed(seed) for seed in seeds]

@@ -18,6 +18,7 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from univigu.data.buckets import Bucket, latents_shape
 from univigu.flow.random import Generators
 from univigu.flow.text import make_text_flow
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
@@ -278,9 +279,8 @@ class UniViGUPipeline(WanPipeline):
         ):
             if value < 1 or value % step != rest % step:
                 raise ValueError(f"{name}={value}: expected a multiple of {step}" + (" plus 1" if rest else ""))
-        frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
-        spatial = self.vae_scale_factor_spatial
-        return self.transformer.config.in_channels, frames, height // spatial, width // spatial
+        scales = self.vae_scale_factor_temporal, self.vae_scale_factor_spatial
+        return self.transformer.config.in_channels, *latents_shape(Bucket(height, width, num_frames), *scales)
 
     def _patch_pixels(self) -> tuple[int, int]:
         """Height and width in pixels of one token."""

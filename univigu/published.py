@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from univigu.data.buckets import Bucket, latents_shape
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import known_options
 from univigu.plan import Workload
@@ -49,7 +50,7 @@ def workloads_of(args: list[str]) -> list[Workload]:
         )
     }
     transformer |= options | {"vocab_size": vocab_size}
-    latents = (channels, (data.num_frames - 1) // temporal + 1, data.height // spatial, data.width // spatial)
+    latents = (channels, *latents_shape(Bucket(data.height, data.width, data.num_frames), temporal, spatial))
     sharded = "Sharded" in str(cli.strategy)
     return [
         Workload(

@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-ACCURACY = "test/"
 SCORES = ("caption", "generate", "joint")  # groups with shares, that is numbers of this kind:
 SHARES = (
     "count", "background", "size", "color", "shape", "motion", "speed", "relation", "start", "end", "mean", "exact",
@@ -32,10 +31,6 @@ img { max-width: 100%; image-rendering: pixelated }
 figure { margin: 1rem 0 } figcaption { color: #555; font-size: 13px }
 figure.plot img { image-rendering: auto }
 """
-
-
-class ReportError(ValueError):
-    """A folder that holds no run."""
 
 
 @dataclass
@@ -63,13 +58,13 @@ class RunLog:
         """Read a run's folder, or any folder above its event files.
 
         Raises:
-            ReportError: there are no event files.
+            ValueError: there are no event files.
         """
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         homes = sorted({path.parent for path in folder.rglob("events.out.tfevents.*")})
         if not homes:
-            raise ReportError(f"{folder}: no TensorBoard events (events.out.tfevents.*) in it or below")
+            raise ValueError(f"{folder}: no TensorBoard events (events.out.tfevents.*) in it or below")
         scalars: dict[str, dict[int, float]] = {}
         texts, pictures, times = {}, {}, []
         for home in homes:
@@ -92,9 +87,9 @@ class RunLog:
         """Results of `lightning test` by group, the last of each."""
         found: dict[str, dict[str, float]] = {}
         for tag, values in self.scalars.items():
-            if tag.startswith(ACCURACY) and tag.count("/") == 2:
-                _, group, name = tag.split("/")
-                found.setdefault(group, {})[name] = values[max(values)]
+            prefix, *names = tag.split("/")
+            if prefix == "test" and len(names) == 2:
+                found.setdefault(names[0], {})[names[1]] = values[max(values)]
         return found
 
     def stages(self) -> list[dict[str, Any]]:
@@ -245,13 +240,12 @@ def page(logs: list[RunLog], pictures: list[Path], title: str) -> str:
     return f"<!doctype html><html lang=en><head>{head}</head><body><h1>{html.escape(title)}</h1>{body}</body></html>\n"
 
 
-def replace_between(text: str, begin: str, end: str, body: str) -> str:
-    """The text with what lies between two of its lines replaced.
+def split_around(text: str, begin: str, end: str, name: str) -> tuple[str, str]:
+    """The text (of the file of that name) up to its line ``begin``, and from its line ``end`` on; both lines included.
 
     Raises:
         ValueError: it lacks one of them.
     """
-    for line in (begin, end):
-        if line not in text:
-            raise ValueError(f"lacks the line {line!r} to write between")
-    return f"{text.split(begin)[0]}{begin}\n\n{body}\n\n{end}{text.split(end)[1]}"
+    if begin not in text or end not in text:
+        raise ValueError(f"{name}: lacks the lines {begin!r} and {end!r} to write between")
+    return text.split(begin)[0] + begin, end + text.split(end)[1]

@@ -134,3 +134,12 @@ FAULTS = {
 def faults() -> dict[str, int]:
     """What is wrong with the ``faulty`` folder, by reason."""
     return dict(FAULTS)
+
+
+def ranked(module: VideoTextDataModule, world_size: int) -> list[Any]:
+    """The training loaders of all ranks."""
+    loaders = []
+    for rank in range(world_size):
+        module._ranks = lambda rank=rank: {"rank": rank, "world_size": world_size}  # type: ignore[method-assign, misc]
+        loaders.append(module.train_dataloader())
+    return loaders

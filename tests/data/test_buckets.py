@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import REPO
+from tests.data.conftest import ranked
 from univigu.data import shapes
 from univigu.data.buckets import Bucket, BucketChooser, best_bucket
 from univigu.data.datamodule import VideoTextDataModule
@@ -61,15 +62,6 @@ def data(shards: Path, **changes: Any) -> VideoTextDataModule:
     module.prepare_data()
     module.setup("fit")
     return module
-
-
-def ranked(module: VideoTextDataModule, world_size: int) -> list[Any]:
-    """The training loaders of all ranks."""
-    loaders = []
-    for rank in range(world_size):
-        module._ranks = lambda rank=rank: {"rank": rank, "world_size": world_size}  # type: ignore[method-assign, misc]
-        loaders.append(module.train_dataloader())
-    return loaders
 
 
 @pytest.mark.parametrize(

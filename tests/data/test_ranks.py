@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.data.conftest import ranked
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.synthetic import write_shapes
 
@@ -28,11 +29,7 @@ def loaders(shards: Path, world_size: int) -> list[Any]:
         shards=str(shards), batch_size=BATCH, num_workers=2, prompt_length=32, precompute=False
     )
     module.setup("fit")
-    made = []
-    for rank in range(world_size):
-        module._ranks = lambda rank=rank: {"rank": rank, "world_size": world_size}  # type: ignore[method-assign, misc]
-        made.append(module.train_dataloader())
-    return made
+    return ranked(module, world_size)
 
 
 @pytest.mark.slow

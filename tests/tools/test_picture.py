@@ -7,25 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from PIL import Image, ImageFont, ImageSequence
-
-from univigu.models import UniViGUTransformer3DModel
-from univigu.models.foundation import Foundation
-from univigu.pipeline import UniViGUPipeline
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "picture.py"
 picture = SimpleNamespace(**runpy.run_path(str(TOOL)))
 
 
-def test_it_moves_and_shows_text(foundation: str, tmp_path: Path) -> None:
-    parts = Foundation(foundation)
-    torch.manual_seed(0)
-    transformer = UniViGUTransformer3DModel.from_wan(foundation, len(parts.tokenizer), "mask")
-    transformer.register_to_config(text_length=16)
-    pipe = UniViGUPipeline(parts.tokenizer, parts.text_encoder, parts.vae, parts.scheduler(), transformer)
-    pipe.save_pretrained(tmp_path / "model")
-    options = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "new" / "joint.gif")]
+def test_it_moves_and_shows_text(untrained_model: str, tmp_path: Path) -> None:
+    options = ["--model", untrained_model, "--output", str(tmp_path / "new" / "joint.gif")]
     assert picture.main([*options, "--steps", "4", "--prompt", "a large red circle staying still", "a ring"]) == 0
     frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(Image.open(tmp_path / "new" / "joint.gif"))]
     width = frames[0].width // 2

@@ -10,8 +10,6 @@ import pytest
 import torch
 
 from univigu.data import shapes
-from univigu.models import UniViGUTransformer3DModel
-from univigu.models.foundation import Foundation
 from univigu.pipeline import UniViGUPipeline
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "quality.py"
@@ -34,25 +32,13 @@ def test_one_thing_changes_and_nothing_else() -> None:
             assert len(set(colors)) == len(colors)
 
 
-@pytest.fixture(scope="module")
-def model(foundation: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The shipped generator with an untrained text stream."""
-    folder, parts = tmp_path_factory.mktemp("model"), Foundation(foundation)
-    torch.manual_seed(0)
-    transformer = UniViGUTransformer3DModel.from_wan(foundation, len(parts.tokenizer), "mask")
-    transformer.register_to_config(text_length=16)
-    pipe = UniViGUPipeline(parts.tokenizer, parts.text_encoder, parts.vae, parts.scheduler(), transformer)
-    pipe.save_pretrained(folder)
-    return str(folder)
-
-
-def test_it_runs(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    common = ["--model", model, "--clips", "3", "--batch-size", "2"]
+def test_it_runs(untrained_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--model", untrained_model, "--clips", "3", "--batch-size", "2"]
     assert quality.main(["steps", *common, "--steps", "2"]) == 0
     out = capsys.readouterr().out
     assert out.count(" 2 ") >= 3 and "surest first, all over 0.9" in out
     # the shipped generator does edit: colours and backgrounds of a few clips at full strength
-    pipe = UniViGUPipeline.from_pretrained(model)
+    pipe = UniViGUPipeline.from_pretrained(untrained_model)
     pipe.set_progress_bar_config(disable=True)
     options = SimpleNamespace(batch_size=4, num_inference_steps=12, guidance_scale=2.0)
     scenes = [shapes.sample_scene(seed, "test") for seed in range(4)]
@@ -62,8 +48,8 @@ def test_it_runs(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert none < 0.5  # too weak to change anything
 
 
-def test_what_a_kept_video_costs(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    pipe = UniViGUPipeline.from_pretrained(model)
+def test_what_a_kept_video_costs(untrained_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = UniViGUPipeline.from_pretrained(untrained_model)
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(1)
     torch.nn.init.normal_(pipe.transformer.text_head.linear.weight, std=0.5)
