@@ -84,10 +84,10 @@ def resident():  # KiB
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
 
 clips = [encode_mp4(render(sample_scene(seed, "train"), 64 + 16 * seed, 64, 9)) for seed in range(3)]
-broken = clips[0][: len(clips[0]) // 2]
+broken = clips[0][: len(clips[0]) // 2]  # decord alone would keep a tenth of a MiB of each
 for number in range(int(sys.argv[1])):
     read_video(clips[number % 3], 9, 64, 64)
-    if number % 10 == 0:
+    if number % 5 == 0:
         try:
             read_video(broken, 9, 64, 64)
         except VideoError:
@@ -106,4 +106,4 @@ def test_memory_stays_flat_over_many_reads() -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPO)
     assert result.returncode == 0, result.stderr
     print(f"{count} reads: {int(result.stdout) / 1024:+.1f} MiB")
-    assert int(result.stdout) < 8 * 1024
+    assert int(result.stdout) < 4 * 1024  # with decord alone: 12
