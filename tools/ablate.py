@@ -2,6 +2,7 @@
 
     python tools/ablate.py                         # every variant, three seeds; then tables and plots
     python tools/ablate.py --only recipe random    # some of them
+    python tools/ablate.py --jobs 2                # two runs at once, half the cores each
     python tools/ablate.py --report                # no training, only tables and plots of what is there
 
 Runs lie in ``--output``, one folder each; finished ones are not repeated, so an interrupted sweep goes on where it
@@ -13,10 +14,12 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import os
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -53,11 +56,19 @@ VARIANTS = {
     "uniform": Variant("uniform", "text flow (recipe: mask)", {"text_flow": "uniform"}),
     "embedding": Variant("embedding", "text flow (recipe: mask)", {"text_flow": "embedding"}),
     "random": Variant("random, trained", "initialisation (recipe: foundation)", {"random_init": True}, TRAINED),
+    "random_fast": Variant(
+        "random, trained at the text's rate",
+        "initialisation (recipe: foundation)",
+        {"random_init": True},
+        TRAINED | {"learning_rate": 6.0e-3},
+    ),
+    "random_frozen": Variant("random, frozen", "initialisation (recipe: foundation)", {"random_init": True}),
     "dropout0": Variant("0", "condition dropout (recipe: 0.9)", {}, {"condition_dropout": 0.0}),
     "dropout50": Variant("0.5", "condition dropout (recipe: 0.9)", {}, {"condition_dropout": 0.5}),
     "shared": Variant("shared, trained", "text FFN (recipe: separate)", {"separate_text_ffn": False}, TRAINED),
     "attention": Variant("shared", "text attention (recipe: own)", {"separate_text_attention": False}),
     "rotary": Variant("yes", "rotary positions of the text (recipe: no)", {"text_rotary": True}),
+    "told0": Variant("0", "timestep told of clean video (recipe: 400)", {"clean_video_timestep": 0}),
     "reads": Variant("yes", "clean video reads text (recipe: no)", {"clean_video_reads_text": True}),
 }
 
@@ -123,21 +134,34 @@ def train(run: Run, base: dict[str, Any], options: argparse.Namespace) -> None:
     path, log = run.folder / "config.yaml", run.folder / "log.txt"
     path.write_text(yaml.safe_dump(configuration(base, run, options)))
     command = [sys.executable, "-m", "univigu.cli", "fit", "--config", str(path), *options.overrides]
+    environment = dict(os.environ)
+    if options.jobs > 1:  # threads of several runs that outnumber the cores wait for each other, spinning
+        environment |= {"OMP_NUM_THREADS": str(max(1, cores() // options.jobs)), "OMP_WAIT_POLICY": "passive"}
     start = time.perf_counter()
     with log.open("w") as output:
-        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+        streams: Any = {"stdout": output, "stderr": subprocess.STDOUT}
+        code = subprocess.run(command, **streams, check=False, env=environment).returncode
     if code:
         raise RuntimeError(f"{run.folder.name} failed with exit code {code}: see {log}")
     (run.folder / "done").write_text(f"{time.perf_counter() - start:.0f} seconds\n")
 
 
+def cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def sweep(runs: list[Run], options: argparse.Namespace, console: Console) -> list[str]:
-    """Train what is not done yet; a failed run is reported at the end and does not stop the others."""
+    """Train what is not done yet; a failed run is reported at the end and does not stop the others.
+
+    The first one goes ahead of the others: it makes the data that all share.
+    """
     base, failures = yaml.safe_load(options.config.read_text()), []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("runs", total=len(runs))
-        for run in runs:
+
+        def finish(run: Run) -> None:
             progress.update(task, description=f"{run.variant}, seed {run.seed}")
             if not run.done:
                 try:
@@ -145,6 +169,10 @@ def sweep(runs: list[Run], options: argparse.Namespace, console: Console) -> lis
                 except RuntimeError as error:
                     failures.append(str(error))
             progress.advance(task)
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for part in (runs[:1], runs[1:]):
+                list(pool.map(finish, part))
     return failures
 
 
@@ -208,7 +236,10 @@ def plots(groups: dict[str, list[Run]], folder: Path) -> list[tuple[str, Path]]:
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     figures = {
-        "initialisation": ("Foundation against random initialisation", ("recipe", "trained", "random")),
+        "initialisation": (
+            "Foundation against random initialisation",
+            ("recipe", "trained", "random", "random_fast", "random_frozen"),
+        ),
         "text_flow": ("Text flows", ("recipe", "uniform", "embedding")),
         "condition_dropout": ("Condition dropout, captions without a prompt", ("recipe", "dropout50", "dropout0")),
         "architecture": ("Attention and FFN", ("recipe", "attention", "rotary", "shared", "reads")),
@@ -275,9 +306,10 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=100, help="steps between two measurements")
     parser.add_argument("--clips", type=int, default=128, help="held-out clips measured")
     parser.add_argument("--caption-steps", type=int, default=20, help="denoising steps of a caption")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once; they share the processor's cores")
     parser.add_argument("--report", action="store_true", help="train nothing")
     options, options.overrides = parser.parse_known_args(args)  # the rest goes to `lightning fit`
-    for name in ("seeds", "steps", "every", "caption_steps"):
+    for name in ("seeds", "steps", "every", "caption_steps", "jobs"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
     if not options.config.exists():

@@ -26,7 +26,7 @@ from univigu.official import export_official, import_official, import_wan
 
 PREFIX = "transformer."
 EMA_PREFIX = "ema."  # of callbacks.WeightEMA
-FREE = ("clean_video_reads_text", "text_length", *CONVENTIONS)
+FREE = ("clean_video_reads_text", "clean_video_timestep", "text_length", *CONVENTIONS)
 """Options that shape no weight: attention's reach is each run's choice, the others come with the weights."""
 
 __all__ = [

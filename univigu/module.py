@@ -47,7 +47,7 @@ class UniViGU(EvaluatedModule):
             stage (.ckpt file or sharded folder) or a saved transformer folder.
         random_init: ignore the foundation's transformer weights (for ablations).
         text_flow: the text's process, "embedding", "uniform" or "mask".
-        clean_video_reads_text: see :class:`UniViGUTransformer3DModel`.
+        clean_video_reads_text, clean_video_timestep: see :class:`UniViGUTransformer3DModel`.
         separate_text_ffn, separate_text_attention, text_positions, text_rotary: likewise.
         flow: distributions of the times.
         optimizer: which optimizer, and its constants.
@@ -73,6 +73,7 @@ class UniViGU(EvaluatedModule):
         random_init: bool = False,
         text_flow: TextFlowName = "mask",
         clean_video_reads_text: bool = True,
+        clean_video_timestep: float = 0.0,
         separate_text_ffn: bool = True,
         separate_text_attention: bool = False,
         text_positions: int = 0,
@@ -99,6 +100,7 @@ class UniViGU(EvaluatedModule):
         self.random_init = random_init
         self.text_flow_name = text_flow
         self.clean_video_reads_text = clean_video_reads_text
+        self.clean_video_timestep = clean_video_timestep
         self.separate_text_ffn = separate_text_ffn
         self.separate_text_attention = separate_text_attention
         self.text_positions = text_positions
@@ -164,6 +166,7 @@ class UniViGU(EvaluatedModule):
             vocab_size=self.foundation.vocab_size,
             text_flow=self.text_flow_name,
             clean_video_reads_text=self.clean_video_reads_text,
+            clean_video_timestep=self.clean_video_timestep,
             separate_text_ffn=self.separate_text_ffn,
             separate_text_attention=self.separate_text_attention,
             text_positions=self.text_positions,

@@ -87,6 +87,7 @@ def export_official(model: UniViGUTransformer3DModel, path: str | Path, step: in
         ("separate_text_attention", False),
         ("text_positions", 0),
         ("text_rotary", True),
+        ("clean_video_timestep", 0),
     ):
         if model.config[name] != official:
             raise CheckpointError(f"{name}={model.config[name]!r}: the official model has {official!r}")

@@ -43,6 +43,7 @@ def workloads_of(args: list[str]) -> list[Workload]:
         for name in (
             "text_flow",
             "clean_video_reads_text",
+            "clean_video_timestep",
             "separate_text_ffn",
             "text_positions",
             "separate_text_attention",

@@ -263,7 +263,8 @@ class Reference:
         x = torch.cat([video, text], dim=1)
 
         # Times and prompt
-        temb_v, mod_v = self.times("condition_embedder", inputs["timestep"])
+        told = inputs["timestep"].masked_fill(inputs["timestep"] == 0, self.config.clean_video_timestep)
+        temb_v, mod_v = self.times("condition_embedder", told)
         own = "condition_embedder" if self.fault == "one_time_embedding" else "time_embedding_t"
         temb_t, mod_t = self.times(own, inputs["timestep" if self.fault == "one_time" else "text_timestep"])
         each = [mod_v[:, None].expand(-1, count, -1, -1), mod_t[:, None].expand(-1, length, -1, -1)]
@@ -286,9 +287,12 @@ class Reference:
 
 
 @pytest.mark.parametrize("text_flow", FLOWS)
-@pytest.mark.parametrize("reads", [True, False])
-def test_joint_forward_agrees_with_the_formulas(wan: WanTransformer3DModel, text_flow: str, reads: bool) -> None:
-    model = tiny.make_unified(wan, VOCAB, text_flow=text_flow, clean_video_reads_text=reads)
+@pytest.mark.parametrize(("reads", "told"), [(True, 0.0), (False, 0.0), (True, 300.5), (False, 300.5)])
+def test_joint_forward_agrees_with_the_formulas(
+    wan: WanTransformer3DModel, text_flow: str, reads: bool, told: float
+) -> None:
+    options = {"clean_video_reads_text": reads, "clean_video_timestep": told}
+    model = tiny.make_unified(wan, VOCAB, text_flow=text_flow, **options)
     inputs = make_inputs(width=tiny.HEADS * tiny.HEAD_DIM if text_flow == "embedding" else None)
     inputs["timestep"][1] = 0.0  # a clean row among noisy ones
     inputs["text_mask"] = torch.arange(7) < torch.tensor([7, 3, 5])[:, None]
@@ -298,6 +302,21 @@ def test_joint_forward_agrees_with_the_formulas(wan: WanTransformer3DModel, text
     sample, text = Reference(model)(inputs)
     assert_close(output.sample, sample)
     assert_close(output.text, text)
+
+
+def test_what_the_generator_is_told_of_clean_video(wan: WanTransformer3DModel) -> None:
+    model = tiny.make_unified(wan, VOCAB, clean_video_timestep=300.0)
+    plain = tiny.make_unified(wan, VOCAB)
+    inputs = make_inputs()
+    inputs["timestep"][1] = 0.0
+    told = inputs | {"timestep": torch.where(inputs["timestep"] == 0, 300.0, inputs["timestep"])}
+    assert torch.equal(run(model, inputs).text, run(plain, told).text)  # the others' times stay
+    assert not torch.equal(run(model, inputs).text[1], run(plain, inputs).text[1])
+    video = {name: value for name, value in inputs.items() if "text_t" not in name}
+    assert torch.equal(run(model, video).sample, wan(**video).sample)  # without text nobody is told anything
+    for wrong in (-1.0, 1000.0):
+        with pytest.raises(ValueError, match="clean_video_timestep="):
+            tiny.make_unified(wan, VOCAB, clean_video_timestep=wrong)
 
 
 def test_joint_forward_agrees_for_other_sizes() -> None:

@@ -30,7 +30,7 @@ def test_a_short_sweep_trains_reports_and_is_not_repeated(
 ) -> None:
     arguments = [
         "--only", "recipe", "shared", "--seeds", "1", "--steps", "2", "--every", "2", "--clips", "4",
-        "--caption-steps", "2", *small_data,
+        "--caption-steps", "2", "--jobs", "2", *small_data,
     ]  # fmt: skip
     assert ablate.main(arguments) == 0
     text = Path("docs/RESULTS.md").read_text()

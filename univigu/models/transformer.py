@@ -22,6 +22,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
 
+from univigu.flow.time import NUM_TRAIN_TIMESTEPS
 from univigu.models.attention import Rotary, VideoOnly
 from univigu.models.block import UniViGUTransformerBlock, modulate
 from univigu.models.cache import AttentionCache
@@ -68,6 +69,9 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             logits; "mask" has one more embedding row, id V, for the mask state).
         clean_video_reads_text: whether clean video (timestep 0) attends to text.  False makes the video's
             keys and values independent of the text, so that captioning can compute them once.
+        clean_video_timestep: the timestep, over or equal to 0 and under 1000, that the generator is told of clean
+            video beside text.  At 0 it has nothing to look for; told that there is some noise to be found, it
+            works out more of what the video shows, which is what the text reads.
         text_length: slot of the text in tokens that the model was last trained on; what sampling fills.
         separate_text_ffn: whether text has FFNs of its own; False shares the video's.
         separate_text_attention: whether text has its own query, key, value and output projections in the
@@ -119,6 +123,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         vocab_size: int = 256384,
         text_flow: TextFlowName = "uniform",
         clean_video_reads_text: bool = True,
+        clean_video_timestep: float = 0.0,
         text_length: int = 256,
         separate_text_ffn: bool = True,
         text_positions: int = 0,
@@ -134,6 +139,8 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         for name, value, least in (("vocab_size", vocab_size, 1), ("text_positions", text_positions, 0)):
             if value < least:
                 raise ValueError(f"{name}={value}: expected at least {least}")
+        if not 0 <= clean_video_timestep < NUM_TRAIN_TIMESTEPS:
+            raise ValueError(f"clean_video_timestep={clean_video_timestep}: expected 0 <= it < {NUM_TRAIN_TIMESTEPS}")
         if not (text_rotary or text_positions):
             raise ValueError("text_rotary=False: text_positions=0 leaves the text no positions at all")
         # The parent builds everything but its blocks, which are ours: no block is allocated twice.
@@ -246,7 +253,10 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Video, beside text if there is any."""
         grid = hidden_states.shape[2:]
-        video_only = None if self.config.clean_video_reads_text else VideoOnly.where(timestep == 0)
+        clean = timestep == 0
+        video_only = None if self.config.clean_video_reads_text else VideoOnly.where(clean)
+        if text_tokens is not None and self.config.clean_video_timestep:
+            timestep = timestep.float().masked_fill(clean, self.config.clean_video_timestep)
         if cache is not None:
             cache.begin(encoder_hidden_states, len(self.blocks))
 
@@ -385,19 +395,14 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         wan: str | Path | WanTransformer3DModel,
         vocab_size: int,
         text_flow: TextFlowName = "uniform",
-        clean_video_reads_text: bool = True,
-        separate_text_ffn: bool = True,
-        text_positions: int = 0,
-        text_rotary: bool = True,
-        separate_text_attention: bool = False,
         torch_dtype: torch.dtype = torch.float32,
+        **options: Any,
     ) -> Self:
         """Start from a pretrained Wan2.1 transformer; the text stream's FFNs and time embedding are copies of Wan's.
 
         Args:
             wan: a transformer folder, a pipeline folder with ``transformer/``, or a model in memory (copied).
-            vocab_size, text_flow, clean_video_reads_text, separate_text_ffn, text_positions, text_rotary,
-                separate_text_attention: see the class.
+            vocab_size, text_flow, options: see the class; the sizes are the folder's.
             torch_dtype: dtype a folder's weights are loaded in.
 
         Raises:
@@ -409,12 +414,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             wan, info = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch_dtype, output_loading_info=True)
             check_complete(folder, info)
         config = {name: value for name, value in wan.config.items() if not name.startswith("_")}
-        options = {
-            "vocab_size": vocab_size, "text_flow": text_flow, "clean_video_reads_text": clean_video_reads_text,
-            "separate_text_ffn": separate_text_ffn, "text_positions": text_positions, "text_rotary": text_rotary,
-            "separate_text_attention": separate_text_attention,
-        }  # fmt: skip
-        model = cls(**(config | options))
+        model = cls(**(config | options | {"vocab_size": vocab_size, "text_flow": text_flow}))
         cast_like(model, wan)
         missing, unexpected = model.load_state_dict(wan.state_dict(), strict=False)
         missing = [key for key in missing if not is_text_parameter(key)]
