@@ -68,7 +68,7 @@ VARIANTS = {
     "shared": Variant("shared, trained", "text FFN (recipe: separate)", {"separate_text_ffn": False}, TRAINED),
     "attention": Variant("shared", "text attention (recipe: own)", {"separate_text_attention": False}),
     "rotary": Variant("yes", "rotary positions of the text (recipe: no)", {"text_rotary": True}),
-    "told0": Variant("0", "timestep told of clean video (recipe: 400)", {"clean_video_timestep": 0}),
+    "told0": Variant("0", "timestep told of clean video (recipe: 300)", {"clean_video_timestep": 0}),
     "reads": Variant("yes", "clean video reads text (recipe: no)", {"clean_video_reads_text": True}),
 }
 
