@@ -15,7 +15,7 @@ from univigu.flow.text import make_text_flow
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.foundation import encode_prompt, tokenize
 from univigu.sampling.options import SamplingOptions
-from univigu.sampling.tasks import Sampler, uniform_times
+from univigu.sampling.tasks import Sampler, StepState, uniform_times
 
 tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "tiny.py")))
 
@@ -187,6 +187,23 @@ def test_joint_moves_both_in_parallel(embeds: Any) -> None:
     torch.testing.assert_close(video, (1000 * shifted)[:, None].expand(4, 3))
 
 
+@pytest.mark.parametrize("reads_text", [True, False])
+def test_the_text_of_joint_may_end_after_the_video(embeds: Any, reads_text: bool) -> None:
+    options = {"guidance_scale": 1.0, "num_inference_steps": 3, "text_order": "confidence"}
+    sampler, (prompts, null) = make_sampler(reads_text=reads_text, joint_lag=2, **options), embeds
+    seen: list[StepState] = []
+    samples = sampler.joint(prompts, null, SHAPE, LENGTH, generators(1, 2, 3), seen.append)
+    calls = sampler.model.calls
+    assert [round(float(kwargs["text_timestep"][0])) for _, kwargs in calls] == [1000, 800, 600, 400, 200]
+    # the finished video under the prompt; one that reads no text is computed once
+    for args, _ in calls[3:] if reads_text else calls[3:4]:
+        assert torch.equal(args[0], samples.latents) and not args[1].any() and torch.equal(args[2], prompts)
+    assert reads_text or calls[4][0] == (None, None, None)
+    assert [(state.step, state.num_steps) for state in seen] == [(i, 5) for i in range(5)]
+    assert [state.video_time for state in seen[2:]] == [1.0] * 3 and torch.equal(seen[-1].text, samples.tokens)
+    assert not (samples.tokens == VOCAB).any() and (seen[2].text == VOCAB).any()
+
+
 def test_the_state_stays_float32_beside_a_bfloat16_model(embeds: Any) -> None:
     sampler, (prompts, null) = make_sampler("embedding"), embeds
     sampler.model = Watch(sampler.model.model.to(torch.bfloat16))
@@ -212,6 +229,7 @@ def test_the_scheduler_given_is_only_a_template(embeds: Any) -> None:
         ({"caption_steps": -1}, r"sampling\.caption_steps=-1"),
         ({"temperature": -0.5}, r"sampling\.temperature=-0\.5"),
         ({"solver": "rk4"}, r"sampling\.solver='rk4'"),
+        ({"joint_lag": -1}, r"sampling\.joint_lag=-1"),
         ({"caption_refresh": 0}, r"sampling\.caption_refresh=0"),
         ({"caption_guidance": "text"}, r"sampling\.caption_guidance='text'"),
         ({"text_order": "left"}, r"sampling\.text_order='left'"),

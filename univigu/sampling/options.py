@@ -14,6 +14,9 @@ class SamplingOptions:
 
     num_inference_steps: int = 20
     """Denoising steps of the video (and of both modalities in ``joint``)."""
+    joint_lag: int = 0
+    """Steps by which the text of ``joint`` ends after the video: its last ones are taken beside the finished video, as
+    a caption's are.  0 ends both together; with the surest words first, the least sure are left for then."""
     guidance_scale: float = 3.0
     """Classifier-free guidance on the video; 1 or less switches it off."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -44,9 +47,9 @@ class SamplingOptions:
     """With ``text_order`` "confidence": tokens at least this sure need not wait for their turn; 1 makes all wait."""
 
     def __post_init__(self) -> None:
-        for name in ("num_inference_steps", "caption_steps", "caption_refresh"):
-            if getattr(self, name) < 1:
-                self._refuse(name, "at least 1")
+        for name, least in (("num_inference_steps", 1), ("joint_lag", 0), ("caption_steps", 1), ("caption_refresh", 1)):
+            if getattr(self, name) < least:
+                self._refuse(name, f"at least {least}")
         for name, allowed in (
             ("solver", get_args(Solver)),
             ("caption_guidance", ("video", "prompt")),

@@ -204,9 +204,14 @@ class Sampler:
         """Video and text from noise, in parallel, each reading the other; arguments as in ``generate``."""
         video = self._noise(prompt_embeds, latents_shape, generator)
         text = self._initial_text(video, text_length, generator)
-        solver = self._solver(self.options.num_inference_steps)
-        video, tokens = self._denoise_video(video, solver, prompt_embeds, null_embeds, text, generator, on_step)
-        return Samples(video, self._tokens(tokens))
+        solver, lag = self._solver(self.options.num_inference_steps), self.options.joint_lag
+        both = len(solver.times)
+        times = uniform_times(both + lag)
+        video, text = self._denoise_video(video, solver, prompt_embeds, null_embeds, text, times, generator, on_step)
+        if lag:
+            contexts = self._caption_contexts(video, prompt_embeds, null_embeds, generator)
+            text = self._denoise_text(contexts, text, times[both:], generator, on_step, done=both)
+        return Samples(video, self._tokens(text))
 
     # ---------------------------------------------------------------------- video, with text or without
 
@@ -218,15 +223,18 @@ class Sampler:
         prompt_embeds: torch.Tensor,
         null_embeds: torch.Tensor,
         text: torch.Tensor | None = None,
+        text_times: Sequence[float] = (),
         generator: Generators = None,
         on_step: StepCallback | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The loop over the solver's evaluations; ``text`` None leaves the text stream out."""
-        batch, num_steps = video.shape[0], len(solver.times)
+    ) -> tuple[torch.Tensor, Any]:
+        """The loop over the solver's evaluations; ``text`` None leaves the text stream out.
+
+        ``text_times`` are at least as many as the solver's and one; those past its end are left to others.
+        """
+        batch, num_steps = video.shape[0], max(len(solver.times), len(text_times) - 1)
         embeds, null = self._cast(prompt_embeds), self._cast(null_embeds.expand(batch, -1, -1))
         both = torch.cat([embeds, null]) if self.options.batch_guidance and text is None else None
         caches = {id(e): AttentionCache(keep_video=False) for e in (embeds, null, both) if e is not None}
-        text_times = uniform_times(num_steps)
         low, high = self.options.guidance_interval
 
         def predict(inputs: torch.Tensor, condition: torch.Tensor, **text_inputs: Any) -> Any:
@@ -288,11 +296,12 @@ class Sampler:
         self,
         contexts: list[VideoContext],
         text: torch.Tensor,
-        times: list[float],
+        times: Sequence[float],
         generator: Generators,
         on_step: StepCallback | None,
+        done: int = 0,
     ) -> torch.Tensor:
-        """The loop over the text's times, until they end or every text of the batch does."""
+        """The loop over the text's times, until they end or every text of the batch does, after ``done`` steps."""
         scale = self.options.caption_guidance_scale
         for i in range(len(times) - 1):
             timestep = _timestep(times[i], text)
@@ -301,17 +310,17 @@ class Sampler:
                 output = contrast[0] + scale * (output - contrast[0])
             text = self._text_step(text, output, times, i, generator)
             if on_step is not None:
-                on_step(StepState(i, len(times) - 1, contexts[0].latents, 1.0, text, times[i + 1]))
+                on_step(StepState(done + i, done + len(times) - 1, contexts[0].latents, 1.0, text, times[i + 1]))
             if self.eos_token_id is not None and self.pad_token_id is not None:
-                text, done = self.text_flow.close(text, self.eos_token_id, self.pad_token_id)
-                if done:
+                text, ended = self.text_flow.close(text, self.eos_token_id, self.pad_token_id)
+                if ended:
                     break
         return text
 
     # ---------------------------------------------------------------------- parts
 
     def _text_step(
-        self, text: torch.Tensor, output: torch.Tensor, times: list[float], i: int, generator: Generators
+        self, text: torch.Tensor, output: torch.Tensor, times: Sequence[float], i: int, generator: Generators
     ) -> torch.Tensor:
         return self.text_flow.step(text, output, times[i], times[i + 1], self._table(), generator)
 
