@@ -46,11 +46,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path, foun
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of three good clips of different shapes and three broken ones."""
+    """A folder of four good clips of different shapes and four broken ones."""
     folder = tmp_path_factory.mktemp("clips")
     for i, (height, width, frames) in enumerate([(64, 64, 9), (48, 86, 23), (100, 60, 1)]):
         clip = encode_mp4(render(sample_scene(i), height, width, frames), fps=(8, 25, 3)[i])
         (folder / f"good{i}.mp4").write_bytes(clip)
+    (folder / "good3 \x85\u2028ü.mp4").write_bytes(clip)  # marks that some readers of lines take for an end
+    (folder / "broken\udc80.mp4").write_bytes(clip)  # bytes that are no text, which decoders do not open
     (folder / "broken_empty.mp4").write_bytes(b"")
     (folder / "broken_text.mp4").write_text("not a video")
     (folder / "broken_cut.mp4").write_bytes(clip[: len(clip) // 3])
@@ -112,19 +114,22 @@ def test_weights_to_predict_with_bring_their_architecture(
 
 @pytest.mark.parametrize("name", ["generate", "joint"])
 def test_generation_writes_videos_and_a_manifest(name: str, in_tmp: Path, foundation: str, checkpoint: Path) -> None:
-    long = "a red circle " * 60
-    (in_tmp / "prompts.txt").write_text(f"a small red circle moving left slowly, on a black background\n\n{long}\n")
+    odd = "a small red circle\u2028 moving left slowly,\x85 on a black background"
+    prompts = [{"prompt": odd}, {"prompt": "a red circle " * 60}, {"prompt": "half \ud83d"}]
+    lines = [json.dumps(prompts[0], ensure_ascii=False), *map(json.dumps, prompts[1:])]
+    (in_tmp / "prompts.jsonl").write_text("\n\n".join(lines))
     main(
         [
             "predict", f"--config=configs/{name}.yaml", f"--model.foundation={foundation}", "--data.num_workers=0",
-            f"--ckpt_path={checkpoint}", "--data.prompts=prompts.txt", *QUICK,
+            f"--ckpt_path={checkpoint}", "--data.prompts=prompts.jsonl", *QUICK,
         ]
     )  # fmt: skip
     rows = rows_of(in_tmp / f"runs/{name}/manifest.jsonl")
-    assert len(rows) == 2
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in prompts]
     assert Path(rows[0]["video"]).is_file() and rows[0]["error"] is None
     assert (rows[0]["caption"] is not None) == (name == "joint")
     assert rows[1]["video"] is None and "over the limit of 128" in rows[1]["error"]
+    assert rows[2]["video"] is None and "no valid Unicode" in rows[2]["error"]
 
 
 def test_edits_write_videos_and_a_manifest(in_tmp: Path, foundation: str, checkpoint: Path, clips: Path) -> None:
@@ -174,12 +179,12 @@ def test_questions_are_answered(in_tmp: Path, foundation: str, checkpoint: Path,
     main([*args, f"--data.pairs={json.dumps(questions)}"])
     path = in_tmp / "runs/qa/answers.jsonl"
     rows = rows_of(path)
-    assert len(rows) == 8
-    for row in rows[:7]:
+    assert len(rows) == 10
+    for row in rows[:9]:
         assert set(row) == {"video", "question", "answer", "error", "seconds", "seed"}
         broken = "broken" in row["video"]
         assert (row["error"] is not None) == broken and (row["answer"] is None) == broken
-    assert "data.pairs[2]: expected a non-empty string 'question'" in rows[7]["error"]
+    assert "data.pairs[2]: expected a non-empty string 'question'" in rows[9]["error"]
     main([*args, f"--data.pairs={json.dumps(questions)}", "--data.batch_size=1"])
     assert [row["answer"] for row in rows_of(path)] == [row["answer"] for row in rows]
 

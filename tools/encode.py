@@ -4,8 +4,9 @@
     lightning fit --config configs/recall.yaml --data.shards runs/data/mine-encoded
     torchrun --nproc-per-node 8 tools/encode.py ...         # shards are divided among the processes
 
-The source is a folder of shards, or of train/, val/ and test/ folders of shards.  The same command again goes on where
-it was cut off.  Training checks that the encoders, the normalisation and the size are its own; docs/DATA.md tells more.
+The source is a folder of shards, of videos with their texts, or of lists of these (.csv, .jsonl); or of train, val and
+test, each one of those.  The same command again goes on where it was cut off.  Training checks that the encoders, the
+normalisation and the size are its own; docs/DATA.md tells more.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from univigu.cli import exit_code
 from univigu.data.build import Share, this_device
+from univigu.data.shards import find_split
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 
 
@@ -39,10 +41,11 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def folders(source: Path) -> list[str]:
-    """Which folders below the source hold shards: itself ("."), or its train, val and test."""
-    splits = [name for name in ("train", "val", "test") if (source / name).is_dir()]
-    return splits if splits and not any(source.glob("*.tar")) else ["."]
+def places(source: Path) -> list[tuple[str, Path]]:
+    """What below the source holds samples, and where in the output it goes: train, val and test, or all (".")."""
+    splits = {name: find_split(source, name) for name in ("train", "val", "test")}
+    found = [(name, path) for name, path in splits.items() if path.exists()]
+    return found if found and not any(source.glob("*.tar")) else [(".", source)]
 
 
 def run(options: argparse.Namespace) -> None:
@@ -52,9 +55,9 @@ def run(options: argparse.Namespace) -> None:
     buckets = [Bucket.parse(text) for text in options.buckets or ()]
     buckets = buckets or [Bucket(options.height, options.width, options.num_frames)]
     share = Share.from_environment(options.rank, options.world_size)
-    for name in folders(options.source):
+    for name, source in places(options.source):
         manifest = encode_shards(
-            options.source / name, options.output / name, options.foundation, options.dtype, options.workers,
+            source, options.output / name, options.foundation, options.dtype, options.workers,
             buckets, options.strict, prompts=not options.no_prompts,
             device=options.device or this_device(), share=share,
         )  # fmt: skip

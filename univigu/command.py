@@ -45,8 +45,9 @@ class UniViGUCLI(LightningCLI):
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")
         config = self.config[subcommand] if subcommand else self.config
-        changes = config.get("overrides")
-        apply_overrides(Overrides(changes.stages, changes.callbacks), config.trainer.get("callbacks") or [])
+        changes, callbacks = config.get("overrides"), config.trainer.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]  # one alone needs no list
+        apply_overrides(Overrides(changes.stages, changes.callbacks), callbacks)
         if subcommand in ("validate", "test") and not config.ckpt_path and config.trainer.default_root_dir:
             # Evaluation is of what the configuration trained.
             trained = Path(config.trainer.default_root_dir) / "checkpoints" / "last.ckpt"

@@ -65,8 +65,8 @@ def test_numbers_of_the_tables(in_tmp: Path) -> None:
     text = document.read_text()
     assert text.startswith("# Mine\n\nabove\n\n") and text.endswith("\n\nbelow\n") and "old" not in text
     recipe, random = (line for line in text.splitlines() if "±" in line and "steps" not in line and line.count("|") > 9)
-    assert "95.0 ± 7.1" in recipe and recipe.endswith("| 200, 100 |")
-    assert "30.0 ± 0.0" in random and random.endswith("| never, never |")
+    assert "95.0 ± 7.1" in recipe and recipe.endswith("| 100, 100 | 200, 100 | 200, 100 |")
+    assert "30.0 ± 0.0" in random and random.endswith("| never, never | never, never | never, never |")
     assert Path("results/initialisation.png").stat().st_size > 10_000
 
 

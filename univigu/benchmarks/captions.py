@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from univigu.benchmarks.ledger import ALONE, Ledger, to_json, write_whole
+from univigu.benchmarks.ledger import ALONE, Ledger, write_whole
 from univigu.benchmarks.vbench import load_pipeline, pipeline_class
 from univigu.data.build import Share, progress_bar
 from univigu.data.fingerprint import folder_fingerprint
@@ -26,6 +26,7 @@ from univigu.data.inputs import find_videos
 from univigu.data.sample import VIDEO_SUFFIXES, DataError
 from univigu.data.synthesis.options import check_dtype
 from univigu.data.video import VideoError, read_video
+from univigu.jsonl import split_lines, to_json, to_line
 from univigu.sampling.options import SamplingOptions
 
 Category = Literal["short", "background", "main_object", "camera", "detailed"]
@@ -112,7 +113,7 @@ def caption_videos(
             bar.advance(task, len(batch))
     rows = ledger.results(list(videos))
     if rows is not None:
-        ledger.write("captions.jsonl", "".join(to_json(row) + "\n" for row in rows))
+        ledger.write("captions.jsonl", "".join(to_line(row) for row in rows))
     return rows
 
 
@@ -170,7 +171,7 @@ def read_listing(path: str, field_names: tuple[str, ...]) -> Listing:
         elif path.endswith(".json"):
             rows = json.loads(text)
         else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in split_lines(text) if line.strip()]
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"--annotations={path!r}: cannot be read ({error})") from error
     if not isinstance(rows, list) or not rows:
@@ -245,7 +246,7 @@ def export_dream1k(
     write_whole(
         output,
         "tarsier/predictions.jsonl",
-        "".join(to_json(x) + "\n" for x in lines),
+        "".join(to_line(x) for x in lines),
         share.rank,
     )
     return rows

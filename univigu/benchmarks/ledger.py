@@ -104,16 +104,6 @@ def write_whole(folder: Path, name: str, data: str | bytes, rank: int = 0) -> No
     os.replace(temporary, path)
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON that people can read, in UTF-8; escaped where a file's name holds bytes that are no text."""
-    text = json.dumps(value, indent=indent, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(value, indent=indent)
-    return text
-
-
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row) + "\n"  # all escaped: nothing in it is a line's end to anyone
 

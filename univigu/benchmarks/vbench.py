@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
-from univigu.benchmarks.ledger import ALONE, Ledger, to_json
+from univigu.benchmarks.ledger import ALONE, Ledger
 from univigu.data.build import Share, progress_bar
 from univigu.data.fingerprint import folder_fingerprint
 from univigu.data.inputs import read_prompts
 from univigu.data.sample import DataError
 from univigu.data.synthesis.options import check_dtype
 from univigu.data.video import encode_mp4, to_uint8
+from univigu.jsonl import is_unicode, to_json, to_line
 
 MAX_NAME = 255
 """Bytes that a file name may have on the usual file systems."""
@@ -151,9 +152,7 @@ def plan(prompts: str, augmented: str | None, options: VBenchOptions) -> list[Vi
 
 def _wrong(prompt: str) -> str | None:
     """Why a string is no prompt, if it is none."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
+    if not is_unicode(prompt):
         return "a prompt that is no valid Unicode"
     return None if prompt.strip() else "an empty prompt"
 
@@ -247,7 +246,7 @@ def export_vbench(
         made = {row["key"]: row["prompt"] for row in rows if row["error"] is None}
         ledger.write("prompts.json", to_json(made, 1) + "\n")
         rows = [{"video": row["key"], **{name: row[name] for name in row if name != "key"}} for row in rows]
-        ledger.write("videos.jsonl", "".join(to_json(row) + "\n" for row in rows))
+        ledger.write("videos.jsonl", "".join(to_line(row) for row in rows))
     return rows
 
 

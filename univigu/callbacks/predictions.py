@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 
 from univigu.data.video import encode_mp4
+from univigu.jsonl import split_lines, to_line
 
 NAMES = {"caption": "captions.jsonl", "qa": "answers.jsonl"}  # tasks that make text alone
 
@@ -55,10 +56,10 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        with self._part(trainer, trainer.global_rank).open("a") as file:
+        with self._part(trainer, trainer.global_rank).open("a", encoding="utf-8") as file:
             for item in prediction:
                 row = self._row(trainer, pl_module, item)
-                file.write(json.dumps({"index": item.index, **row}, ensure_ascii=False) + "\n")
+                file.write(to_line({"index": item.index, **row}))
 
     def _row(self, trainer: Trainer, pl_module: Any, item: Any) -> dict[str, Any]:
         rest = {"error": item.error, "seconds": round(item.seconds, 4), "seed": item.seed}
@@ -85,12 +86,12 @@ class PredictionWriter(BasePredictionWriter):
         parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
         rows: dict[int, dict[str, Any]] = {}  # a sampler that evens out the ranks may repeat an item
         for part in parts:
-            for line in part.read_text().splitlines():
+            for line in split_lines(part.read_text(encoding="utf-8"))[:-1]:
                 row = json.loads(line)
                 rows[row.pop("index")] = row
         target = self._folder(trainer) / NAMES.get(pl_module.predict_task, "manifest.jsonl")
         whole = target.with_suffix(".tmp")
-        whole.write_text("".join(json.dumps(rows[i], ensure_ascii=False) + "\n" for i in sorted(rows)))
+        whole.write_text("".join(to_line(rows[i]) for i in sorted(rows)), encoding="utf-8")
         os.replace(whole, target)
         for part in parts:
             part.unlink()

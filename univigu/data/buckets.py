@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
@@ -99,9 +100,9 @@ class BucketChooser:
         suffix = media_suffix(ref.members) or ""
         if suffix == LATENTS_SUFFIX:
             return self._of_latents(ref)
-        with open(ref.shard, "rb") as shard:
+        with ref.open(suffix) as file:
             try:
-                size = probe_video(_Part(shard, *ref.members[suffix]))
+                size = probe_video(_Part(file, *ref.members[suffix]))
             except VideoError as error:
                 raise SampleError("unreadable_video", ref.shard, ref.key, "video", str(error)) from error
         return best_bucket(self.buckets, *size)
@@ -109,8 +110,8 @@ class BucketChooser:
     def _of_latents(self, ref: SampleRef) -> int:
         """By the header of the safetensors file: its length in 8 bytes, then JSON."""
         offset, size = ref.members[LATENTS_SUFFIX]
-        with open(ref.shard, "rb") as shard:
-            part = _Part(shard, offset, size)
+        with ref.open(LATENTS_SUFFIX) as file:
+            part = _Part(file, offset, size)
             try:
                 header = json.loads(part.read(min(int.from_bytes(part.read(8), "little"), size)))
                 shape = tuple(header["latents"]["shape"][1:])
@@ -123,9 +124,11 @@ class BucketChooser:
 
 
 class _Part(io.RawIOBase):
-    """A member of a tar file as a file of its own."""
+    """A part of a file as a file of its own; a size of -1 is all that follows the offset."""
 
     def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
+        if size < 0:
+            size = os.fstat(file.fileno()).st_size - offset
         self._file, self._offset, self._size, self._at = file, offset, size, 0
 
     def readable(self) -> bool:

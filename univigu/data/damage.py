@@ -145,6 +145,7 @@ DAMAGES: dict[str, Callable[[random.Random, Members], Members]] = {
     "json-list": lambda rng, good: {**good, "json": rng.choice([b"[1, 2]", b'"a"', b"3", b"null"])},
     "missing-field": lambda rng, good: _with_texts(good, **{rng.choice(["prompt", "caption"]): ...}),
     "wrong-type": _wrong_type,
+    "half-a-character": lambda rng, good: _with_texts(good, **{rng.choice(["prompt", "caption"]): "red \ud83d circle"}),
 }
 """What makes a sample unusable, by name."""
 

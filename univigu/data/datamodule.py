@@ -46,7 +46,8 @@ class VideoTextDataModule(LightningDataModule):
     Args:
         foundation: WanPipeline folder that gives the tokenizer, and the VAE for precomputation.
         root: where the embedded world is written when ``shards`` is not given, and remote shards are copied to.
-        shards: folder or URL with train/, val/ and test/ folders of shards; None takes the embedded world.
+        shards: folder or URL with train/, val/ and test/ folders of shards; in a folder also plain videos with their
+            texts, or train.csv and so on (docs/DATA.md).  None takes the embedded world.
         sources: several of these in place of ``shards``, with weights that say how often training draws from each;
             validation and test take every sample of the sources that have such a folder, once.
         num_train_clips: size of the embedded world's training split.

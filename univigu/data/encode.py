@@ -17,6 +17,7 @@ import torch
 
 from univigu.data.buckets import Bucket, BucketChooser, size_parameters
 from univigu.data.build import Share, SpawnPool, build_folder
+from univigu.data.files import walk_files
 from univigu.data.fingerprint import folder_fingerprint
 from univigu.data.sample import (
     LATENTS_SUFFIX,
@@ -32,6 +33,7 @@ from univigu.data.shards import Manifest, SampleRef, ShardInfo, list_shards, sca
 from univigu.data.video import VideoError, read_video, to_model_range
 
 LatentDtype = Literal["float32", "bfloat16", "float16"]
+ROWS = 500  # samples of a list or a folder of files that go to one shard
 MOST_CLIPS, MOST_PIXELS = 4, 2**18
 """Limits of what is encoded together: clips, and pixels of all their frames."""
 MAX_PROMPT = 512
@@ -47,6 +49,8 @@ class _Job:
     device: str
     buckets: tuple[Bucket, ...]
     strict: bool
+    rows: tuple[int, int] | None = None
+    """From where to where in the source's samples; None takes all."""
 
 
 def encode_clips(vae: Any, frames: torch.Tensor) -> torch.Tensor:
@@ -162,7 +166,11 @@ def encode_shards(
         parameters |= prompt_parameters(foundation_path)
     place = str(foundation_path)
     sizes = tuple(buckets)
-    jobs = {path.name: _Job(str(path), place, prompts, dtype, device, sizes, strict) for path in shards}
+    jobs = {
+        name: _Job(str(path), place, prompts, dtype, device, sizes, strict, rows)
+        for path in shards
+        for name, rows in _outputs(path)
+    }
     manifest = Manifest("latents", parameters)
     with SpawnPool(workers) as own:
         processes = (pool or own) if device == "cpu" else None
@@ -175,9 +183,24 @@ def source_parameters(source: Path) -> list[list[Any]]:
     known = {shard.name: shard for shard in manifest.shards} if manifest else {}
     rows: list[list[Any]] = []
     for path in list_shards(source):
-        size, info = path.stat().st_size, known.get(path.name)
+        size, info = _size(path), known.get(path.name)
         rows.append([path.name, size, info.sha256 if info and info.num_bytes == size else None])
     return rows
+
+
+def _size(path: Path) -> int:
+    """Bytes of a shard, or of all files of a folder."""
+    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in walk_files(path))
+
+
+def _outputs(path: Path) -> Iterator[tuple[str, tuple[int, int] | None]]:
+    """Names of the shards that are made of one of the source's, and which of its samples go there."""
+    if path.suffix == ".tar" and path.is_file():
+        yield path.name, None
+        return
+    count, name = len(_scan(str(path))[0]), path.name if path.is_file() else "files"
+    for number, start in enumerate(range(0, max(1, count), ROWS)):
+        yield f"{name}-{number:06d}.tar", (start, start + ROWS)
 
 
 # --------------------------------------------------------------- in a worker
@@ -190,8 +213,22 @@ def _foundation(path: str) -> Any:
     return Foundation(path)
 
 
+@lru_cache(maxsize=1)
+def _scan(source: str) -> tuple[list[SampleRef], list[SampleError]]:
+    """As :func:`scan_shard`; a list is in many jobs."""
+    return scan_shard(source)
+
+
+def _part(job: _Job) -> tuple[list[SampleRef], list[SampleError]]:
+    """A job's samples, and what is wrong with others: the source's first job tells of all of them."""
+    if job.rows is None:
+        return scan_shard(job.source)
+    (start, stop), (refs, errors) = job.rows, _scan(job.source)
+    return refs[start:stop], [] if start else list(errors)
+
+
 def _write(path: Path, job: _Job) -> ShardInfo:
-    refs, errors = scan_shard(job.source)
+    refs, errors = _part(job)
     if errors and job.strict:
         raise errors[0]
     info = write_shard(path, _encoded(refs, job, errors))

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from univigu.data.sample import VIDEO_SUFFIXES, DataError
 from univigu.data.video import VideoError, read_video
+from univigu.jsonl import is_unicode, split_lines
 from univigu.models.foundation import TextTooLongError, tokenize
 
 
@@ -64,7 +65,7 @@ def read_prompts(value: str | list[str], name: str = "data.prompts") -> list[tup
         rows = _parquet_prompts(value, name)
     elif value.endswith((".txt", ".jsonl")):
         try:
-            lines = Path(value).read_text(encoding="utf-8").splitlines()
+            lines = split_lines(Path(value).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{name}={value!r}: cannot be read ({error})") from error
         numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
@@ -76,7 +77,9 @@ def read_prompts(value: str | list[str], name: str = "data.prompts") -> list[tup
         rows = [(value, None)]
     if not rows:
         raise DataError(f"{name}={value!r}: holds no prompt")
-    return rows
+    return [
+        (prompt, error or (None if is_unicode(prompt) else f"no valid Unicode: {prompt!r}")) for prompt, error in rows
+    ]
 
 
 def _json_prompt(line: str, where: str) -> tuple[str, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from univigu.data.inputs import VideoInputs, find_videos
 from univigu.data.sample import DataError
+from univigu.jsonl import is_unicode, split_lines
 from univigu.models.foundation import TextTooLongError, tokenize
 
 TextField = Literal["prompt", "question"]
@@ -67,15 +69,15 @@ def _file_rows(path: str, name: str) -> Iterator[tuple[str, Any]]:
     if not path.endswith((".jsonl", ".csv")):
         raise DataError(f"{name}={path!r}: expected a .jsonl or .csv file, or objects with a video and its text")
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{name}={path!r}: cannot be read ({error})") from error
     if path.endswith(".csv"):
-        reader = csv.DictReader(lines)
+        reader = csv.DictReader(io.StringIO(text, newline=""))
         for row in reader:
             yield f"{path}:{reader.line_num}", {key: cell for key, cell in row.items() if cell not in (None, "")}
         return
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(split_lines(text), 1):
         if line.strip():
             where = f"{path}:{number}"
             try:
@@ -95,6 +97,8 @@ def _pairs_of(row: Any, field: TextField, default: float, where: str) -> list[Pa
     for key, value in (("video", video), (field, text)):
         if not isinstance(value, str) or not value.strip():
             return [replace(pair, error=f"{where}: expected a non-empty string {key!r}, got {value!r}")]
+    if not is_unicode(pair.text):
+        return [replace(pair, error=f"{where}: {field!r} is no valid Unicode: {pair.text!r}")]
     allowed = {"video", field} | ({"strength"} if field == "prompt" else set())
     if unknown := sorted(map(str, row.keys() - allowed)):
         return [replace(pair, error=f"{where}: {unknown[0]!r} is no field of it; it has {sorted(allowed)}")]

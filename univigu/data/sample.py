@@ -19,6 +19,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from univigu.jsonl import is_unicode
+
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov", "avi", "m4v")
 LATENTS_SUFFIX = "latents.safetensors"
 PROMPT_SUFFIX = "prompt.safetensors"
@@ -129,6 +131,8 @@ def parse_texts(raw: bytes | None, shard: str, key: str) -> Texts:
             raise SampleError("missing_field", shard, key, name, f"the json holds {sorted(data)}")
         if not isinstance(data[name], str):
             raise SampleError("wrong_type", shard, key, name, f"expected a string, got {data[name]!r}")
+        if not is_unicode(data[name]):
+            raise SampleError("corrupt_json", shard, key, name, f"no valid Unicode: {data[name]!r}")
     scene, qa = data.get("scene"), data.get("qa")
     if scene is not None and not isinstance(scene, dict):
         raise SampleError("wrong_type", shard, key, "scene", f"expected an object, got {scene!r}")
@@ -139,7 +143,8 @@ def parse_texts(raw: bytes | None, shard: str, key: str) -> Texts:
 
 def _is_qa(value: Any) -> bool:
     return isinstance(value, list) and all(
-        isinstance(pair, dict) and all(isinstance(pair.get(name), str) for name in ("question", "answer"))
+        isinstance(pair, dict)
+        and all(isinstance(pair.get(name), str) and is_unicode(pair[name]) for name in ("question", "answer"))
         for pair in value
     )
 

@@ -23,9 +23,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from univigu.data.sample import VIDEO_SUFFIXES, DataError, SampleError, media_suffix
+from univigu.data.sample import TEXT_SUFFIX, VIDEO_SUFFIXES, DataError, SampleError, SampleReason, media_suffix
 
 MANIFEST = "manifest.json"
+LIST_SUFFIXES = (".csv", ".jsonl")
 FORMAT = 1
 _NAME = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$")  # webdataset's rule: the key ends at the first dot of the file name
 
@@ -37,7 +38,7 @@ class SampleRef:
     shard: str
     key: str
     members: dict[str, tuple[int, int]]
-    """(offset, size) in bytes of each member, by suffix."""
+    """(offset, size) in bytes of each member, by suffix; a size of -1 is all that follows."""
     question: int | None = None
     """Which of the sample's questions is meant; None for its prompt and caption."""
     source: int = 0
@@ -46,13 +47,34 @@ class SampleRef:
     """Which of several sizes its video is brought to."""
     tokens: tuple[int, int] = (0, 0)
     """Of its prompt and of its caption, once they have been counted."""
+    files: Mapping[str, str] | None = None
+    """Paths of the members that do not lie in the shard, by suffix."""
+    texts: bytes | None = None
+    """The json member, where it lies nowhere as such."""
 
     def read(self, suffix: str) -> bytes | None:
         """A member's bytes, or None if the sample has no such member."""
         if suffix not in self.members:
             return None
-        with open(self.shard, "rb") as file:
+        if suffix == TEXT_SUFFIX and self.texts is not None:
+            return self.texts
+        with self.open(suffix) as file:
             return self._read(file, suffix)
+
+    def open(self, suffix: str) -> BinaryIO:
+        """The file that a member lies in.
+
+        Raises:
+            SampleError: it is a file of its own, which cannot be opened.
+        """
+        path = (self.files or {}).get(suffix)
+        if path is None:
+            return open(self.shard, "rb")
+        try:
+            return open(path, "rb")
+        except (OSError, ValueError) as error:
+            reason: SampleReason = "missing_field" if suffix == TEXT_SUFFIX else "unreadable_video"
+            raise SampleError(reason, self.shard, self.key, suffix, f"{path}: {error}") from error
 
     def _read(self, file: BinaryIO, suffix: str) -> bytes:
         offset, size = self.members[suffix]
@@ -64,6 +86,8 @@ class SampleRef:
 
     def read_all(self) -> dict[str, bytes]:
         """All members' bytes by suffix."""
+        if self.files is not None:
+            return {suffix: self.read(suffix) or b"" for suffix in self.members}
         with open(self.shard, "rb") as file:
             return {suffix: self._read(file, suffix) for suffix in self.members}
 
@@ -75,26 +99,55 @@ class SampleRef:
 
 
 def list_shards(folder: str | Path) -> list[Path]:
-    """The tar files of a folder, sorted by name.
+    """What a folder holds samples in: tar files and lists, sorted by name, and itself if there are videos in it.
+
+    A list (.csv or .jsonl) stands for itself.
 
     Raises:
-        DataError: the folder is missing or holds none.
+        DataError: the folder is missing or holds nothing of these.
     """
+    from univigu.data.files import is_video, walk_files
+
     folder = Path(folder)
+    if folder.is_file() and folder.suffix in LIST_SUFFIXES:
+        return [folder]
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of shards")
-    shards = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+    kinds = (".tar", *LIST_SUFFIXES)
+    shards = sorted(path for path in folder.iterdir() if path.suffix in kinds and not path.name.startswith("."))
+    if any(is_video(path) for path in walk_files(folder)):
+        shards.append(folder)
     if not shards:
-        raise DataError(f"{folder}: holds no .tar shard")
+        raise DataError(f"{folder}: holds no .tar shard, no .csv or .jsonl list, and no video")
     return shards
 
 
+def find_split(base: Path, split: str) -> Path:
+    """A split's folder, or the list that stands in its place; the folder if there is neither."""
+    lists = [base / f"{split}{suffix}" for suffix in LIST_SUFFIXES]
+    return base / split if (base / split).is_dir() else next((path for path in lists if path.is_file()), base / split)
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, suffix in small letters) of a member's name; None if it has no key or no suffix."""
+    match = _NAME.match(name)
+    return None if match is None else (match.group(1), match.group(2).lower())
+
+
 def scan_shard(path: str | Path) -> tuple[list[SampleRef], list[SampleError]]:
-    """Index one shard by its tar headers.
+    """Index one of the things that :func:`list_shards` lists; a shard by its tar headers.
 
     Returns:
         the samples that lie in it whole, in order, and what is wrong with the rest; never raises for damage.
     """
+    from univigu.data.files import scan_files, scan_list
+
+    if Path(path).is_dir():
+        return scan_files(Path(path))
+    return scan_list(Path(path)) if Path(path).suffix in LIST_SUFFIXES else _scan_tar(path)
+
+
+def _scan_tar(path: str | Path) -> tuple[list[SampleRef], list[SampleError]]:
     shard, refs, errors = str(path), {}, []  # type: str, dict[str, SampleRef], list[SampleError]
     broken: set[str] = set()
     last = None
@@ -102,10 +155,10 @@ def scan_shard(path: str | Path) -> tuple[list[SampleRef], list[SampleError]]:
         if problem is not None and name is None:
             errors.append(SampleError("damaged_shard", shard, None, None, problem))
             continue
-        match = _NAME.match(name or "")
-        if match is None:
-            continue  # no key or no suffix: webdataset ignores such files too
-        key, suffix = match.group(1), match.group(2).lower()
+        parts = split_name(name or "")
+        if parts is None:
+            continue  # webdataset ignores such files too
+        key, suffix = parts
         ref = refs.setdefault(key, SampleRef(shard, key, {}))
         if problem is not None:
             errors.append(SampleError("damaged_shard", shard, key, suffix, problem))
@@ -255,7 +308,7 @@ class Manifest:
         path = Path(folder) / name
         try:
             text = path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         try:
             data = json.loads(text)

@@ -14,7 +14,7 @@ from univigu.data.build import SpawnPool
 from univigu.data.encode import encode_shards, prompt_parameters, source_parameters, vae_parameters
 from univigu.data.remote import fetch_shards, is_remote, local_folder, remote_exists
 from univigu.data.sample import LATENTS_SUFFIX, DataError, SampleError
-from univigu.data.shards import Manifest, SampleRef, check_latents, index_folder
+from univigu.data.shards import Manifest, SampleRef, check_latents, find_split, index_folder
 
 log = logging.getLogger(__name__)
 
@@ -87,15 +87,15 @@ class Place:
         """Copy a remote split to this machine; ``optional``: if there is one."""
         if self.url is None or (optional and not remote_exists(f"{self.url}/{split}")):
             return
-        fetch_shards(f"{self.url}/{split}", self.videos(split))
+        fetch_shards(f"{self.url}/{split}", self.base / split)
 
     def has(self, split: Split) -> bool:
         """Whether there is such a split here."""
-        return self.videos(split).is_dir()
+        return self.videos(split).exists()
 
     def videos(self, split: Split) -> Path:
-        """The original shards."""
-        return self.base / split
+        """The original shards: a folder, or a list of paths."""
+        return find_split(self.base, split)
 
     def folder(self, split: Split) -> Path:
         """The shards that are trained on: the originals, or the latents made of them."""

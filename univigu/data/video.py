@@ -85,6 +85,8 @@ def _decode(source: str | PathLike[str] | bytes, num_frames: int) -> Iterator[to
         with av.open(handle) as container:  # what decord cannot open it never frees: a tenth of a MiB each time
             if not container.streams.video:
                 raise VideoError(f"{name}: holds no video")
+            header = container.streams.video[0].codec_context
+            _check_size(header.height, header.width, name)
         if isinstance(source, bytes):
             handle.seek(0)
         reader = decord.VideoReader(handle, num_threads=1)
@@ -100,12 +102,16 @@ def _decode(source: str | PathLike[str] | bytes, num_frames: int) -> Iterator[to
             # cannot copy them.
             yield from _decode_narrow(source, indices, name)
             return
-        if first.shape[1] * first.shape[2] > MAX_PIXELS:
-            raise VideoError(f"{name}: frames of {first.shape[2]}x{first.shape[1]} pixels, over {MAX_PIXELS}")
+        _check_size(first.shape[1], first.shape[2], name)  # a header may be wrong
         yield first
         step = max(1, CHUNK_BYTES // first.nbytes)
         for start in range(1, len(indices), step):
             yield from_dlpack(reader.get_batch(indices[start : start + step]).to_dlpack())
+
+
+def _check_size(height: int, width: int, name: str) -> None:
+    if height * width > MAX_PIXELS:
+        raise VideoError(f"{name}: frames of {width}x{height} pixels, over {MAX_PIXELS}")
 
 
 def _decode_narrow(source: str | PathLike[str] | bytes, indices: list[int], name: str) -> Iterator[torch.Tensor]:
@@ -116,8 +122,7 @@ def _decode_narrow(source: str | PathLike[str] | bytes, indices: list[int], name
         container.streams.video[0].thread_type = "NONE"  # as few threads as decord
         wanted = Counter(indices)
         for number, frame in enumerate(container.decode(video=0)):
-            if frame.width * frame.height > MAX_PIXELS:
-                raise VideoError(f"{name}: frames of {frame.width}x{frame.height} pixels, over {MAX_PIXELS}")
+            _check_size(frame.height, frame.width, name)
             image = torch.from_numpy(frame.to_ndarray(format="rgb24"))[None]
             yield from [image] * wanted.pop(number, 0)
             if not wanted:

@@ -1,0 +1,183 @@
+"""Plain files and lists of paths in place of shards: the same samples, and damage that is counted."""
+
+from __future__ import annotations
+
+import csv
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import REPO
+from univigu.data import encode as encoding
+from univigu.data.buckets import Bucket
+from univigu.data.damage import good_sample, write_raw
+from univigu.data.datamodule import VideoTextDataModule
+from univigu.data.filters import LengthFilter
+from univigu.data.sample import DataError
+from univigu.data.shards import Manifest, index_folder
+
+COUNT = 5
+QA = [{"question": "what is red?", "answer": "the circle, and nothing else"}]
+
+
+def texts(i: int) -> dict[str, Any]:
+    return {**json.loads(good_sample(i)["json"]), "qa": QA}
+
+
+def write_files(folder: Path, count: int = COUNT) -> Path:
+    """name.mp4 and name.json, some in a folder below."""
+    for i in range(count):
+        home = folder / "more.clips" if i % 2 else folder
+        home.mkdir(parents=True, exist_ok=True)
+        (home / f"clip {i}.mp4").write_bytes(good_sample(i)["mp4"])
+        (home / f"clip {i}.json").write_text(json.dumps(texts(i)))
+    (folder / "README.txt").write_text("no sample")
+    (folder / ".hidden.mp4").write_bytes(b"no sample")
+    return folder
+
+
+def videos(folder: Path, count: int) -> list[str]:
+    """Clips of a folder: named from it, one outright, one without a suffix that is known."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"clips/{i}.mp4" for i in range(count)]
+    names[-1] = "clips/last"
+    (folder / "clips").mkdir()
+    for i, name in enumerate(names):
+        (folder / name).write_bytes(good_sample(i)["mp4"])
+    return [str(folder / names[0]), *names[1:]]
+
+
+def write_jsonl(folder: Path, count: int = COUNT) -> Path:
+    rows = [{"video": video, **texts(i), "more": 1} for i, video in enumerate(videos(folder, count))]
+    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "val.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    return folder / "val.jsonl"
+
+
+def write_csv(folder: Path, count: int = COUNT) -> Path:
+    rows = [{"video": video, **texts(i)} for i, video in enumerate(videos(folder, count))]
+    with (folder / "val.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["caption", "video", "prompt", "scene", "qa"])
+        writer.writeheader()
+        writer.writerows({**row, "scene": json.dumps(row["scene"]), "qa": json.dumps(row["qa"])} for row in rows)
+    return folder / "val.csv"
+
+
+WRITERS = {"files": lambda base: write_files(base / "val"), "jsonl": write_jsonl, "csv": write_csv}
+
+
+def batches(base: Path, **options: Any) -> dict[str, dict[str, Any]]:
+    """Every sample by its prompt, which is another for each."""
+    options = {"batch_size": 1, "num_workers": 0, "precompute": False} | options
+    data = VideoTextDataModule(shards=str(base), **options)
+    data.prepare_data()
+    data.setup("validate")
+    samples = list(data.val_dataloader())
+    return {sample["prompt"][0]: sample for sample in samples}
+
+
+def tar(base: Path, count: int = COUNT) -> Path:
+    (base / "val").mkdir(parents=True)
+    samples = [(f"{i:05d}", {**good_sample(i), "json": json.dumps(texts(i)).encode()}) for i in range(count)]
+    write_raw(base / "val" / "a.tar", samples)
+    return base
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_the_samples_are_those_of_a_shard(kind: str, tmp_path: Path) -> None:
+    WRITERS[kind](tmp_path / "mine")
+    expected, found = batches(tar(tmp_path / "shards")), batches(tmp_path / "mine")
+    assert len(expected) == COUNT and found.keys() == expected.keys()
+    for prompt, sample in found.items():
+        assert torch.equal(sample["video"], expected[prompt]["video"])
+        assert torch.equal(sample["caption_ids"], expected[prompt]["caption_ids"])
+        assert sample["scene"] == expected[prompt]["scene"]
+    answers = batches(tmp_path / "mine", texts="qa", length_filter=LengthFilter(min_caption=0))
+    assert {sample["caption"][0] for sample in answers.values()} == {QA[0]["answer"]}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_latents_are_those_of_a_shard(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "ROWS", 2)
+    WRITERS[kind](tmp_path / "mine")
+    main = runpy.run_path(str(REPO / "tools" / "encode.py"))["main"]
+    for name in ("mine", "shards"):
+        if name == "shards":
+            tar(tmp_path / name)
+        assert main([f"--source={tmp_path / name}", f"--output={tmp_path}/{name}-encoded", "--workers=1"]) == 0
+    manifest = Manifest.load(tmp_path / "mine-encoded" / "val")
+    assert manifest is not None and manifest.complete and [shard.num_samples for shard in manifest.shards] == [2, 2, 1]
+    expected, found = batches(tmp_path / "shards-encoded"), batches(tmp_path / "mine-encoded")
+    for prompt, sample in found.items():
+        assert torch.equal(sample["latents"], expected[prompt]["latents"])
+    assert found.keys() == expected.keys()
+
+
+def test_sizes_are_read_from_files(tmp_path: Path) -> None:
+    write_jsonl(tmp_path)
+    buckets = [Bucket(64, 64, 9), Bucket(32, 128, 9)]
+    assert {tuple(s["video"].shape) for s in batches(tmp_path, buckets=buckets).values()} == {(1, 9, 3, 64, 64)}
+
+
+def counts(path: Path) -> dict[str, int]:
+    data = VideoTextDataModule(shards=str(path), batch_size=2, num_workers=0, precompute=False)
+    data.prepare_data()
+    data.setup("validate")
+    arrived = [key for batch in data.val_dataloader() for key in batch["key"]]
+    reasons: dict[str, int] = {"kept": len(arrived)}
+    for _, _, reason in data.errors.seen:
+        reasons[reason] = reasons.get(reason, 0) + 1
+    return reasons
+
+
+def test_damaged_rows_are_counted(tmp_path: Path) -> None:
+    good = {"video": "clip.mp4", **texts(0)}
+    (tmp_path / "clip.mp4").write_bytes(good_sample(0)["mp4"])
+    (tmp_path / "text.mp4").write_text("no video")
+    rows: list[Any] = [
+        good, {**good, "video": "nowhere.mp4"}, {**good, "video": "text.mp4"}, {**good, "video": 3},
+        {"video": "clip.mp4"}, [1], {**good, "caption": 5}, {**good, "video": "a\0b"}, texts(1),
+        {**good, "prompt": "half \ud83d"}, good,
+    ]  # fmt: skip
+    lines = [json.dumps(row) for row in rows] + ["{", '"cut']
+    (tmp_path / "val.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"video": "\xff"}')
+    assert counts(tmp_path) == {
+        "kept": 2, "unreadable_video": 2, "wrong_type": 4, "missing_field": 2, "corrupt_json": 4,
+    }  # fmt: skip
+    with pytest.raises(DataError, match=r"val\.jsonl: sample '0000000"):
+        data = VideoTextDataModule(shards=str(tmp_path), num_workers=0, precompute=False, strict=True)
+        data.prepare_data()
+        data.setup("validate")
+        list(data.val_dataloader())
+
+
+def test_damaged_tables_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").write_bytes(good_sample(0)["mp4"])
+    caption = texts(0)["caption"]
+    rows = [f"clip.mp4,red,{caption!r},", "clip.mp4,red,,", ",red,x,", "clip.mp4,red,x,[", "clip.mp4,a,b,,d,e"]
+    path = tmp_path / "val.csv"
+    path.write_text("\n".join(["video,prompt,caption,qa", rows[0].replace("'", '"'), *rows[1:]]))
+    assert counts(tmp_path) == {"kept": 1, "missing_field": 2, "corrupt_json": 1, "wrong_type": 1}
+    path.write_bytes(path.read_bytes() + b"\nclip.mp4,\xff\xfe,x,\n")
+    refs, errors = index_folder(path)
+    assert len(refs) <= 2 and errors[-1].reason == "damaged_shard"
+
+
+def test_damaged_files_are_counted(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "val", 2)
+    (folder / "alone.mp4").write_bytes(good_sample(0)["mp4"])
+    (folder / "texts.json").write_text(json.dumps(texts(0)))
+    (folder / "twice.mp4").write_bytes(good_sample(0)["mp4"])
+    (folder / "twice.MP4").write_bytes(good_sample(0)["mp4"])
+    assert counts(tmp_path) == {"kept": 2, "missing_field": 2, "duplicate_member": 1}
+
+
+def test_folders_without_samples_are_named(tmp_path: Path) -> None:
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "notes.txt").write_text("")
+    with pytest.raises(DataError, match=r"val: holds no \.tar shard, no \.csv or \.jsonl list, and no video"):
+        batches(tmp_path)
