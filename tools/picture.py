@@ -25,8 +25,8 @@ from univigu.viewer import TrajectoryRecorder
 
 PROMPTS = [
     "a large red circle moving left slowly, on a black background",
-    "a small blue ring moving up quickly, left of a large yellow triangle staying still, on a gray background",
-    "a large green cross moving down slowly, above a small purple square moving right slowly, on a white background",
+    "a large blue ring moving up quickly, left of a large yellow triangle staying still, on a gray background",
+    "a large green cross moving right slowly, above a large purple square staying still, on a white background",
 ]
 SIDE, LINES, MARGIN, FONT = 224, 19, 10, 12  # pixels of a video, lines of text below it, pixels between, points
 
@@ -36,7 +36,10 @@ def record(pipe: UniViGUPipeline, prompt: str, seed: int, options: argparse.Name
     size = {"height": options.height, "width": options.width, "num_frames": options.num_frames}
     recorder = TrajectoryRecorder(pipe, every=options.every, scale=1)
     generator = torch.Generator(pipe.device).manual_seed(seed)
-    drawn = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
+    drawn: dict[str, Any] = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
+    if pipe.transformer.config.text_flow == "mask":
+        drawn["text_order"] = "confidence"
+    drawn["joint_lag"] = options.lag
     pipe.joint(prompt, **size, generator=generator, callback_on_step_end=recorder, **drawn)
     return recorder.steps
 
@@ -61,10 +64,11 @@ def panel(frame: Image.Image, step: dict[str, Any], font: Any) -> Image.Image:
 
 def draw(samples: list[list[dict[str, Any]]]) -> list[Image.Image]:
     """All pictures in order: the samples side by side, each step playing on where the last one stopped."""
-    font, pictures, clock = ImageFont.load_default(FONT), [], 0
-    for steps in zip(*samples, strict=True):
+    font, pictures, clock, count = ImageFont.load_default(FONT), [], 0, max(map(len, samples))
+    samples = [steps + steps[-1:] * (count - len(steps)) for steps in samples]  # some texts end before others
+    for number, steps in enumerate(zip(*samples, strict=True), 1):
         videos = [video_of(step) for step in steps]
-        for _ in range(2 * len(videos[0]) if steps[0]["step"] == steps[0]["of"] else 2):
+        for _ in range(2 * len(videos[0]) if number == count else 2):
             panels = [panel(video[clock % len(video)], step, font) for video, step in zip(videos, steps, strict=True)]
             picture = Image.new("RGB", (sum(p.width for p in panels), panels[0].height), "white")
             for i, p in enumerate(panels):
@@ -94,6 +98,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--num-frames", type=int, default=9)
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
+    parser.add_argument("--lag", type=int, default=10, help="further steps of the text, beside the finished video")
     parser.add_argument("--every", type=int, default=2, help="show every so many of them")
     parser.add_argument("--guidance-scale", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0, help="of the first video; the next ones count on")
