@@ -112,7 +112,7 @@ def list_shards(folder: str | Path) -> list[Path]:
     if folder.is_file() and folder.suffix in LIST_SUFFIXES:
         return [folder]
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder of shards")
+        raise DataError(f"{folder}: no such folder of shards, and no such list ({folder.name}.csv or .jsonl)")
     kinds = (".tar", *LIST_SUFFIXES)
     shards = sorted(path for path in folder.iterdir() if path.suffix in kinds and not path.name.startswith("."))
     if any(is_video(path) for path in walk_files(folder)):
