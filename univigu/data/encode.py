@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ import torch
 
 from univigu.data.buckets import Bucket, BucketChooser, size_parameters
 from univigu.data.build import Share, SpawnPool, build_folder
-from univigu.data.files import walk_files
+from univigu.data.files import Found, walk_files
 from univigu.data.fingerprint import folder_fingerprint
 from univigu.data.sample import (
     LATENTS_SUFFIX,
@@ -49,8 +49,8 @@ class _Job:
     device: str
     buckets: tuple[Bucket, ...]
     strict: bool
-    rows: tuple[int, int] | None = None
-    """From where to where in the source's samples; None takes all."""
+    part: Found | None = field(default=None, compare=False)
+    """Some of the source's samples, and what is wrong with others; None takes all."""
 
 
 def encode_clips(vae: Any, frames: torch.Tensor) -> torch.Tensor:
@@ -167,9 +167,9 @@ def encode_shards(
     place = str(foundation_path)
     sizes = tuple(buckets)
     jobs = {
-        name: _Job(str(path), place, prompts, dtype, device, sizes, strict, rows)
+        name: _Job(str(path), place, prompts, dtype, device, sizes, strict, part)
         for path in shards
-        for name, rows in _outputs(path)
+        for name, part in _outputs(path)
     }
     manifest = Manifest("latents", parameters)
     with SpawnPool(workers) as own:
@@ -193,14 +193,14 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in walk_files(path))
 
 
-def _outputs(path: Path) -> Iterator[tuple[str, tuple[int, int] | None]]:
+def _outputs(path: Path) -> Iterator[tuple[str, Found | None]]:
     """Names of the shards that are made of one of the source's, and which of its samples go there."""
     if path.suffix == ".tar" and path.is_file():
         yield path.name, None
         return
-    count, name = len(_scan(str(path))[0]), path.name if path.is_file() else "files"
-    for number, start in enumerate(range(0, max(1, count), ROWS)):
-        yield f"{name}-{number:06d}.tar", (start, start + ROWS)
+    (refs, errors), name = scan_shard(path), path.name if path.is_file() else "files"
+    for number, start in enumerate(range(0, max(1, len(refs)), ROWS)):
+        yield f"{name}-{number:06d}.tar", (refs[start : start + ROWS], [] if start else errors)
 
 
 # --------------------------------------------------------------- in a worker
@@ -213,22 +213,8 @@ def _foundation(path: str) -> Any:
     return Foundation(path)
 
 
-@lru_cache(maxsize=1)
-def _scan(source: str) -> tuple[list[SampleRef], list[SampleError]]:
-    """As :func:`scan_shard`; a list is in many jobs."""
-    return scan_shard(source)
-
-
-def _part(job: _Job) -> tuple[list[SampleRef], list[SampleError]]:
-    """A job's samples, and what is wrong with others: the source's first job tells of all of them."""
-    if job.rows is None:
-        return scan_shard(job.source)
-    (start, stop), (refs, errors) = job.rows, _scan(job.source)
-    return refs[start:stop], [] if start else list(errors)
-
-
 def _write(path: Path, job: _Job) -> ShardInfo:
-    refs, errors = _part(job)
+    refs, errors = job.part or scan_shard(job.source)
     if errors and job.strict:
         raise errors[0]
     info = write_shard(path, _encoded(refs, job, errors))
