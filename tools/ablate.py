@@ -180,9 +180,9 @@ def sweep(runs: list[Run], options: argparse.Namespace, console: Console) -> lis
 
 
 def spread(values: list[float]) -> str:
-    """Mean and standard deviation in percent."""
-    deviation = stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * mean(values):.1f} ± {100 * deviation:.1f}"
+    """Mean and standard deviation in percent; of one value that alone."""
+    deviation = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * mean(values):.1f}{deviation}"
 
 
 def first_step(run: Run, goal: float) -> int | None:
@@ -200,7 +200,8 @@ def tables(groups: dict[str, list[Run]], options: argparse.Namespace) -> str:
     seeds = max(len(runs) for runs in groups.values())
     lines = [
         f"{options.steps} steps of recall, {seeds} seeds, {options.clips} held-out clips, captions read off the video "
-        f"without a prompt ({options.caption_steps} denoising steps). Percent, mean ± standard deviation over seeds; "
+        f"without a prompt ({options.caption_steps} denoising steps). Percent, mean ± standard deviation over seeds "
+        f"(without ±: one seed); "
         f"a clip counts as right in a property only if all its objects are. The last columns: the first measured "
         f"step (every {options.every}) with such a mean accuracy, for each seed.",
         "",
