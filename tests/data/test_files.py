@@ -176,6 +176,13 @@ def test_damaged_files_are_counted(tmp_path: Path) -> None:
     assert counts(tmp_path) == {"kept": 2, "missing_field": 2, "duplicate_member": 1}
 
 
+def test_a_list_beside_its_videos_says_which_are_taken(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "val", 3)
+    (folder / "unlisted.mp4").write_bytes(good_sample(0)["mp4"])
+    (folder / "list.jsonl").write_text(json.dumps({"video": "clip 0.mp4", **texts(1)}))
+    assert counts(tmp_path) == {"kept": 1}
+
+
 def test_folders_without_samples_are_named(tmp_path: Path) -> None:
     (tmp_path / "val").mkdir()
     (tmp_path / "val" / "notes.txt").write_text("")

@@ -101,7 +101,7 @@ class SampleRef:
 def list_shards(folder: str | Path) -> list[Path]:
     """What a folder holds samples in: tar files and lists, sorted by name, and itself if there are videos in it.
 
-    A list (.csv or .jsonl) stands for itself.
+    A list (.csv or .jsonl) stands for itself, and beside one a folder's videos are samples only where it names them.
 
     Raises:
         DataError: the folder is missing or holds nothing of these.
@@ -115,7 +115,7 @@ def list_shards(folder: str | Path) -> list[Path]:
         raise DataError(f"{folder}: no such folder of shards, and no such list ({folder.name}.csv or .jsonl)")
     kinds = (".tar", *LIST_SUFFIXES)
     shards = sorted(path for path in folder.iterdir() if path.suffix in kinds and not path.name.startswith("."))
-    if any(is_video(path) for path in walk_files(folder)):
+    if all(path.suffix == ".tar" for path in shards) and any(is_video(path) for path in walk_files(folder)):
         shards.append(folder)
     if not shards:
         raise DataError(f"{folder}: holds no .tar shard, no .csv or .jsonl list, and no video")
