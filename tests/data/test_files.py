@@ -100,21 +100,30 @@ def test_the_samples_are_those_of_a_shard(kind: str, tmp_path: Path) -> None:
     assert {sample["caption"][0] for sample in answers.values()} == {QA[0]["answer"]}
 
 
+encode = runpy.run_path(str(REPO / "tools" / "encode.py"))["main"]
+
+
+@pytest.fixture(scope="module")
+def from_shard(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The samples with the latents made of a shard."""
+    folder = tmp_path_factory.mktemp("encoded")
+    assert encode([f"--source={tar(folder / 'shards')}", f"--output={folder}/encoded", "--workers=1"]) == 0
+    return batches(folder / "encoded")
+
+
 @pytest.mark.parametrize("kind", WRITERS)
-def test_latents_are_those_of_a_shard(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latents_are_those_of_a_shard(
+    kind: str, from_shard: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(encoding, "ROWS", 2)
     WRITERS[kind](tmp_path / "mine")
-    main = runpy.run_path(str(REPO / "tools" / "encode.py"))["main"]
-    for name in ("mine", "shards"):
-        if name == "shards":
-            tar(tmp_path / name)
-        assert main([f"--source={tmp_path / name}", f"--output={tmp_path}/{name}-encoded", "--workers=1"]) == 0
-    manifest = Manifest.load(tmp_path / "mine-encoded" / "val")
+    assert encode([f"--source={tmp_path}/mine", f"--output={tmp_path}/encoded", "--workers=1"]) == 0
+    manifest = Manifest.load(tmp_path / "encoded" / "val")
     assert manifest is not None and manifest.complete and [shard.num_samples for shard in manifest.shards] == [2, 2, 1]
-    expected, found = batches(tmp_path / "shards-encoded"), batches(tmp_path / "mine-encoded")
+    found = batches(tmp_path / "encoded")
+    assert found.keys() == from_shard.keys()
     for prompt, sample in found.items():
-        assert torch.equal(sample["latents"], expected[prompt]["latents"])
-    assert found.keys() == expected.keys()
+        assert torch.equal(sample["latents"], from_shard[prompt]["latents"])
 
 
 def test_sizes_are_read_from_files(tmp_path: Path) -> None:
