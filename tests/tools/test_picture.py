@@ -14,11 +14,11 @@ picture = SimpleNamespace(**runpy.run_path(str(TOOL)))
 
 
 def test_it_moves_and_shows_text(untrained_model: str, tmp_path: Path) -> None:
-    options = ["--model", untrained_model, "--output", str(tmp_path / "new" / "joint.gif")]
-    assert picture.main([*options, "--steps", "4", "--prompt", "a large red circle staying still", "a ring"]) == 0
+    options = ["--model", untrained_model, "--output", str(tmp_path / "new" / "joint.gif"), "--steps", "4", "--lag", "4"]
+    assert picture.main([*options, "--prompt", "a large red circle staying still", "a ring"]) == 0
     frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(Image.open(tmp_path / "new" / "joint.gif"))]
     width = frames[0].width // 2
-    assert len(frames) == 2 * 2 + 2 * 9 and frames[0].height > width  # two steps of noise, the last one played twice
+    assert len(frames) == 2 * 4 + 2 * 9 and frames[0].height > width  # four pairs before the last, played twice
 
     def text(frame: Image.Image, side: int) -> bytes:
         return frame.crop((side * width, width, (side + 1) * width, frame.height)).tobytes()
