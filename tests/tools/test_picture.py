@@ -14,7 +14,16 @@ picture = SimpleNamespace(**runpy.run_path(str(TOOL)))
 
 
 def test_it_moves_and_shows_text(untrained_model: str, tmp_path: Path) -> None:
-    options = ["--model", untrained_model, "--output", str(tmp_path / "new" / "joint.gif"), "--steps", "4", "--lag", "4"]
+    options = [
+        "--model",
+        untrained_model,
+        "--output",
+        str(tmp_path / "new" / "joint.gif"),
+        "--steps",
+        "4",
+        "--lag",
+        "4",
+    ]
     assert picture.main([*options, "--prompt", "a large red circle staying still", "a ring"]) == 0
     frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(Image.open(tmp_path / "new" / "joint.gif"))]
     width = frames[0].width // 2
