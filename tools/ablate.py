@@ -29,6 +29,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from univigu.data.build import usable_cores
 from univigu.report import split_around
 
 BEGIN, END = "<!-- ablations: written by tools/ablate.py -->", "<!-- end of ablations -->"
@@ -136,19 +137,13 @@ def train(run: Run, base: dict[str, Any], options: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "univigu.cli", "fit", "--config", str(path), *options.overrides]
     environment = dict(os.environ)
     if options.jobs > 1:  # threads of several runs that outnumber the cores wait for each other, spinning
-        environment |= {"OMP_NUM_THREADS": str(max(1, cores() // options.jobs)), "OMP_WAIT_POLICY": "passive"}
+        environment |= {"OMP_NUM_THREADS": str(max(1, usable_cores() // options.jobs)), "OMP_WAIT_POLICY": "passive"}
     start = time.perf_counter()
     with log.open("w") as output:
-        streams: Any = {"stdout": output, "stderr": subprocess.STDOUT}
-        code = subprocess.run(command, **streams, check=False, env=environment).returncode
+        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     if code:
         raise RuntimeError(f"{run.folder.name} failed with exit code {code}: see {log}")
     (run.folder / "done").write_text(f"{time.perf_counter() - start:.0f} seconds\n")
-
-
-def cores() -> int:
-    """Those this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def sweep(runs: list[Run], options: argparse.Namespace, console: Console) -> list[str]:

@@ -14,18 +14,10 @@ picture = SimpleNamespace(**runpy.run_path(str(TOOL)))
 
 
 def test_it_moves_and_shows_text(untrained_model: str, tmp_path: Path) -> None:
-    options = [
-        "--model",
-        untrained_model,
-        "--output",
-        str(tmp_path / "new" / "joint.gif"),
-        "--steps",
-        "4",
-        "--lag",
-        "4",
-    ]
+    output = tmp_path / "new" / "joint.gif"
+    options = ["--model", untrained_model, "--output", str(output), "--steps", "4", "--lag", "4"]
     assert picture.main([*options, "--prompt", "a large red circle staying still", "a ring"]) == 0
-    frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(Image.open(tmp_path / "new" / "joint.gif"))]
+    frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(Image.open(output))]
     width = frames[0].width // 2
     assert len(frames) == 2 * 4 + 2 * 9 and frames[0].height > width  # four pairs before the last, played twice
 

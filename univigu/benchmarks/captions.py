@@ -23,7 +23,7 @@ from univigu.benchmarks.vbench import load_pipeline, pipeline_class
 from univigu.data.build import Share, progress_bar
 from univigu.data.fingerprint import folder_fingerprint
 from univigu.data.inputs import find_videos
-from univigu.data.sample import VIDEO_SUFFIXES, DataError
+from univigu.data.sample import DataError, is_video
 from univigu.data.synthesis.options import check_dtype
 from univigu.data.video import VideoError, read_video
 from univigu.jsonl import split_lines, to_json, to_line
@@ -197,7 +197,7 @@ def locate(names: list[str], videos: str | list[str]) -> dict[str, str | None]:
     files: dict[str, str] = {}
     for path in find_videos(videos):
         files.setdefault(Path(path).name.lower(), path)
-        if Path(path).suffix[1:].lower() in VIDEO_SUFFIXES:
+        if is_video(Path(path)):
             files.setdefault(Path(path).stem.lower(), path)
     return {name: files.get(Path(name).name.lower()) for name in dict.fromkeys(names)}
 

@@ -27,6 +27,11 @@ def _single_thread() -> None:
     torch.set_num_threads(1)
 
 
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class SpawnPool:
     """Processes that are started when the first job comes, so that a run with nothing to do starts none.
 
@@ -39,7 +44,7 @@ class SpawnPool:
     def __init__(self, workers: int | None = None) -> None:
         if workers is not None and workers < 1:
             raise ValueError(f"workers={workers}: expected at least 1")
-        self.workers = workers or len(os.sched_getaffinity(0))
+        self.workers = workers or usable_cores()
         self._executor: ProcessPoolExecutor | None = None
 
     def submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]:

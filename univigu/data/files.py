@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,6 @@ def walk_files(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def is_video(path: Path) -> bool:
-    """By its suffix."""
-    return path.suffix[1:].lower() in VIDEO_SUFFIXES
-
-
 def scan_files(folder: Path) -> Found:
     """Index a folder's files: those whose names differ only after the first dot are a sample's members.
 
@@ -52,7 +46,7 @@ def scan_files(folder: Path) -> Found:
         if parts is None:
             continue
         below = path.parent.relative_to(folder).parts
-        key = "/".join([*(re.sub(r"\.", "_", name) for name in below), parts[0]])
+        key = "/".join([*(name.replace(".", "_") for name in below), parts[0]])
         members = found.setdefault(key, {})
         if parts[1] in members:
             errors[key] = SampleError("duplicate_member", str(folder), key, parts[1], f"{members[parts[1]]}, {path}")

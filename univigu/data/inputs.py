@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from univigu.data.sample import VIDEO_SUFFIXES, DataError
+from univigu.data.sample import VIDEO_SUFFIXES, DataError, is_video
 from univigu.data.video import VideoError, read_video
 from univigu.jsonl import is_unicode, split_lines
 from univigu.models.foundation import TextTooLongError, tokenize
@@ -33,7 +33,7 @@ def find_videos(value: str | list[str]) -> list[str]:
     for item in values:
         path = Path(item)
         if path.is_dir():
-            found = [str(p) for p in sorted(path.iterdir()) if p.suffix[1:].lower() in VIDEO_SUFFIXES and p.is_file()]
+            found = [str(p) for p in sorted(path.iterdir()) if is_video(p) and p.is_file()]
             if not found:
                 raise DataError(f"data.videos={item!r}: the folder holds no {', '.join(VIDEO_SUFFIXES)} file")
         elif path.is_file():

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -169,6 +170,11 @@ def parse_sample(members: Mapping[str, bytes], shard: str, key: str) -> Sample:
         found = f"expected {LATENTS_SUFFIX} or one of {', '.join(VIDEO_SUFFIXES)}; the sample holds {sorted(members)}"
         raise SampleError("missing_field", shard, key, "video", found)
     return Sample(key, shard, texts, video=members[suffix])
+
+
+def is_video(path: Path) -> bool:
+    """By its suffix, in letters of any size."""
+    return path.suffix[1:].lower() in VIDEO_SUFFIXES
 
 
 def media_suffix(suffixes: Mapping[str, object]) -> str | None:

@@ -23,7 +23,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from univigu.data.sample import TEXT_SUFFIX, VIDEO_SUFFIXES, DataError, SampleError, SampleReason, media_suffix
+from univigu.data.sample import (
+    TEXT_SUFFIX,
+    VIDEO_SUFFIXES,
+    DataError,
+    SampleError,
+    SampleReason,
+    is_video,
+    media_suffix,
+)
 
 MANIFEST = "manifest.json"
 LIST_SUFFIXES = (".csv", ".jsonl")
@@ -106,7 +114,7 @@ def list_shards(folder: str | Path) -> list[Path]:
     Raises:
         DataError: the folder is missing or holds nothing of these.
     """
-    from univigu.data.files import is_video, walk_files
+    from univigu.data.files import walk_files
 
     folder = Path(folder)
     if folder.is_file() and folder.suffix in LIST_SUFFIXES:
