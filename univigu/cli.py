@@ -6,11 +6,28 @@ lightning predict --config configs/caption.yaml --data.videos 'clips/*.mp4'
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
+
+from univigu import __version__
+
+SUBCOMMANDS = {
+    "fit": "train: configs/recall.yaml, refine.yaml, two_stage.yaml, foundation.yaml",
+    "validate": "held-out losses and scores on the validation split",
+    "test": "held-out scores in both directions on the test split",
+    "predict": "use a model: configs/caption.yaml, generate.yaml, joint.yaml, edit.yaml, qa.yaml",
+}
+"""What there is, and what it is for; the options of each stand in Lightning's parser."""
+
+EXAMPLES = """examples:
+  lightning fit --config configs/recall.yaml
+  lightning fit --config configs/recall.yaml --config configs/wan2.1-1.3b.yaml --config configs/fsdp.yaml
+  lightning predict --config configs/caption.yaml --data.videos 'clips/*.mp4'
+  lightning fit --help     every option with its meaning and default"""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -19,11 +36,39 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: arguments without the program's name; None takes ``sys.argv``.
     """
-    from univigu.command import UniViGUCLI  # heavy, so that importing this module costs nothing
+    answer_at_once(sys.argv[1:] if args is None else args)
+    from univigu.command import UniViGUCLI  # heavy: torch, lightning and diffusers, seconds
 
     _quiet_known_warnings()
     if code := exit_code(lambda: UniViGUCLI(args=args)):
         sys.exit(code)
+
+
+def answer_at_once(args: list[str]) -> None:
+    """Help, the version and a misspelt subcommand, without the seconds that importing everything takes.
+
+    Raises:
+        SystemExit: 0 after ``--help`` or ``--version``, 2 where no subcommand of ours is named; otherwise it returns.
+    """
+    parser = argparse.ArgumentParser(
+        "lightning",
+        usage="%(prog)s [-h] [--version] {" + ",".join(SUBCOMMANDS) + "} [options]",
+        description="Uni-ViGU: one diffusion transformer that makes video and understands it.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"univigu {__version__}")
+    subcommands = parser.add_subparsers(title="subcommands", metavar="")
+    for name, text in SUBCOMMANDS.items():
+        subcommands.add_parser(name, help=text)
+    first = args[0] if args else None
+    if first is None:
+        parser.error(f"expected a subcommand: {', '.join(SUBCOMMANDS)}")
+    elif first in ("-h", "--help", "--version"):
+        parser.parse_args([first])
+    elif not first.startswith("-") and first not in SUBCOMMANDS:
+        parser.error(f"no subcommand {first!r}: expected one of {', '.join(SUBCOMMANDS)}")
 
 
 def exit_code(run: Callable[[], object]) -> int:
