@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from univigu.checkpoint import CheckpointError, export_official, import_official, import_wan, load_weights
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.conventions import OFFICIAL, Conventions
-from univigu.models.foundation import denormalize_latents, encode_prompt, tokenize
+from univigu.models.foundation import denormalize_latents, encode_prompt
+from univigu.models.tokens import tokenize
 from univigu.module import UniViGU
 from univigu.pipeline import UniViGUPipeline
 

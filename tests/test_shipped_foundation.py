@@ -11,7 +11,8 @@ from diffusers import WanPipeline
 from univigu.data.shapes import prompt_of, render, sample_scene
 from univigu.data.video import encode_mp4, read_video, to_frames, to_model_range
 from univigu.metrics import ShapesVideoAccuracy, chance_levels
-from univigu.models.foundation import Foundation, decode_latents, encode_prompt, encode_video, tokenize
+from univigu.models.foundation import Foundation, decode_latents, encode_prompt, encode_video
+from univigu.models.tokens import tokenize
 
 
 def test_it_is_small(foundation: str) -> None:

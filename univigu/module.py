@@ -18,15 +18,9 @@ from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowLosses, Uni
 from univigu.flow.random import make_generator
 from univigu.flow.text import TextFlow, make_text_flow
 from univigu.models.conventions import CONVENTIONS, Conventions
-from univigu.models.foundation import (
-    EMBEDDED_FOUNDATION,
-    Foundation,
-    detokenize,
-    encode_prompt,
-    fit_slot,
-    tokenize,
-)
+from univigu.models.foundation import EMBEDDED_FOUNDATION, Foundation, encode_prompt
 from univigu.models.lora import LoraOptions, add_lora
+from univigu.models.tokens import detokenize, fit_slot, tokenize
 from univigu.models.transformer import TextFlowName, UniViGUTransformer3DModel
 from univigu.models.weights import known_options
 from univigu.optim import OptimizerOptions, make_optimizer

@@ -23,7 +23,8 @@ from univigu.flow.random import Generators
 from univigu.flow.text import make_text_flow
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
 from univigu.models.conventions import Conventions
-from univigu.models.foundation import detokenize, encode_prompt, tokenize
+from univigu.models.foundation import encode_prompt
+from univigu.models.tokens import detokenize, tokenize
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import compute_device
 from univigu.sampling.options import SamplingOptions

@@ -17,7 +17,8 @@ from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.filters import LengthFilter
 from univigu.data.sample import DataError, SampleError
 from univigu.data.video import to_model_range
-from univigu.models.foundation import Foundation, detokenize, encode_video
+from univigu.models.foundation import Foundation, encode_video
+from univigu.models.tokens import detokenize
 
 
 def make(world: dict[str, Any], stage: str | None = "fit", **changes: Any) -> VideoTextDataModule:

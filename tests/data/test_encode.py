@@ -19,7 +19,8 @@ from univigu.data.sample import DataError, SampleError, parse_sample
 from univigu.data.shapes import render, sample_scene
 from univigu.data.shards import Manifest, index_folder
 from univigu.data.synthetic import write_shapes
-from univigu.models.foundation import Foundation, encode_prompt, tokenize
+from univigu.models.foundation import Foundation, encode_prompt
+from univigu.models.tokens import tokenize
 from univigu.module import UniViGU
 from univigu.stages import Stage
 

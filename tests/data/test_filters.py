@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from univigu.data.filters import LengthFilter, select
 from univigu.data.shards import scan_shard
-from univigu.models.foundation import token_count
+from univigu.models.tokens import token_count
 
 
 def test_bounds_are_inclusive() -> None:

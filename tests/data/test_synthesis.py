@@ -25,7 +25,7 @@ from univigu.data.synthesis.captioners import ModelCaptioner, make_captioner
 from univigu.data.synthesis.options import CaptionOptions, Clip, VideoOptions, derived_seed
 from univigu.data.synthesis.sources import PromptSource
 from univigu.data.video import read_video
-from univigu.models.foundation import token_count
+from univigu.models.tokens import token_count
 
 main = runpy.run_path(str(REPO / "tools" / "synthesize.py"))["main"]
 write_captioner = runpy.run_path(str(REPO / "tests" / "tiny_captioner.py"))["write_captioner"]

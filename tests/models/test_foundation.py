@@ -15,17 +15,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, 
 from univigu.models.foundation import (
     COMPONENTS,
     Foundation,
-    TextTooLongError,
     component_fingerprint,
     decode_latents,
     denormalize_latents,
-    detokenize,
     encode_prompt,
     encode_video,
     normalize_latents,
-    token_count,
-    tokenize,
 )
+from univigu.models.tokens import TextTooLongError, clean_text, detokenize, token_count, tokenize
 
 tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "tiny.py")))
 
@@ -136,3 +133,21 @@ def test_fingerprint_follows_the_weights_and_not_the_place(folder: Path, tmp_pat
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
     assert component_fingerprint(copied) != mark
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a red circle",
+        "  two\n\tlines \u00a0 of  it ",
+        "caf\u00c3\u00a9, \u00e2\u20ac\u0153quoted\u00e2\u20ac\u009d",
+        "a &lt;b&gt; &amp;amp;lt; c &nbsp;",
+        "\ufb01ligree \u2018single\u2019 \x07bell",
+        "\u4e00\u53ea\u732b\uff0c\u5728\u8dd1",
+        "",
+    ],
+)
+def test_texts_are_cleaned_as_wans_pipeline_does(text: str) -> None:
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    assert clean_text(text) == prompt_clean(text)

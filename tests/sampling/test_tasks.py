@@ -13,7 +13,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
 from univigu.flow.text import make_text_flow
 from univigu.models import UniViGUTransformer3DModel
-from univigu.models.foundation import encode_prompt, tokenize
+from univigu.models.foundation import encode_prompt
+from univigu.models.tokens import tokenize
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.tasks import Sampler, StepState, uniform_times
 

@@ -261,7 +261,7 @@ def _packed(job: _Job, **tensors: torch.Tensor) -> bytes:
 
 def _texts(sample: Sample, ref: SampleRef, job: _Job) -> dict[str, bytes]:
     """A sample's members that hold its texts: the prompt's embeddings, if they are asked for, and the texts."""
-    from univigu.models.foundation import TextTooLongError
+    from univigu.models.tokens import TextTooLongError
 
     members = {}
     if job.prompts:
@@ -277,7 +277,7 @@ def _texts(sample: Sample, ref: SampleRef, job: _Job) -> dict[str, bytes]:
 
 def _prompt_embeds(prompt: str, job: _Job) -> torch.Tensor:
     """Embeddings [S, text_dim] of a prompt, as many as it has tokens."""
-    from univigu.models.foundation import tokenize
+    from univigu.models.tokens import tokenize
 
     foundation = _foundation(job.foundation)
     ids = tokenize(foundation.tokenizer, [prompt], MAX_PROMPT)

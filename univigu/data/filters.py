@@ -90,7 +90,7 @@ def select(
             A sample without questions is counted as "no_question".
         bucket_of: which bucket a sample belongs to; its SampleErrors count like all others.
     """
-    from univigu.models.foundation import token_count
+    from univigu.models.tokens import token_count
 
     selection = Selection([], Counter(), [], {"prompt": [], "caption": []})
     slots = {"prompt": prompt_length, "caption": caption_length}

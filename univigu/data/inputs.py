@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from univigu.data.sample import VIDEO_SUFFIXES, DataError, is_video
 from univigu.data.video import VideoError, read_video
 from univigu.jsonl import is_unicode, split_lines
-from univigu.models.foundation import TextTooLongError, tokenize
+from univigu.models.tokens import TextTooLongError, tokenize
 
 
 def find_videos(value: str | list[str]) -> list[str]:

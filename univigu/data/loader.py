@@ -34,7 +34,7 @@ from univigu.data.sample import (
 )
 from univigu.data.shards import SampleRef
 from univigu.data.video import make_room
-from univigu.models.foundation import TextTooLongError, tokenize
+from univigu.models.tokens import TextTooLongError, tokenize
 
 log = logging.getLogger(__name__)
 

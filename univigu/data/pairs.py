@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from univigu.data.inputs import VideoInputs, find_videos
 from univigu.data.sample import DataError
 from univigu.jsonl import is_unicode, split_lines
-from univigu.models.foundation import TextTooLongError, tokenize
+from univigu.models.tokens import TextTooLongError, tokenize
 
 TextField = Literal["prompt", "question"]
 

@@ -15,59 +15,12 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from univigu.models.weights import compute_device
 
 EMBEDDED_FOUNDATION = str(Path(__file__).resolve().parents[1] / "assets" / "foundation")
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
-
-
-class TextTooLongError(ValueError):
-    """A text that does not fit its slot; nothing is ever cut off silently."""
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int, name: str = "prompt") -> torch.Tensor:
-    """Token ids int64 [B, length]: text, end of sequence, padding.
-
-    Raises:
-        TextTooLongError: a text needs more than ``length`` tokens, its end-of-sequence token counted.
-    """
-    cleaned = [prompt_clean(text) for text in texts]
-    rows = tokenizer(cleaned, padding="max_length", max_length=length, truncation=False)["input_ids"]
-    for text, ids in zip(texts, rows, strict=True):
-        if len(ids) > length:
-            raise TextTooLongError(f"{name} has {len(ids)} tokens, over the limit of {length}: {text[:60]!r}...")
-    return torch.tensor(rows, dtype=torch.int64)
-
-
-def fit_slot(ids: torch.Tensor, length: int, pad_token_id: int, name: str) -> torch.Tensor:
-    """Cut or pad token ids [B, S] to a slot [B, length]; only padding is ever cut.
-
-    Raises:
-        ValueError: a text is longer than the slot.
-    """
-    if ids.shape[1] <= length:
-        return torch.nn.functional.pad(ids, (0, length - ids.shape[1]), value=pad_token_id)
-    longest = int((ids != pad_token_id).sum(1).max())
-    if longest > length:
-        raise ValueError(f"text_length={length}: a {name} of {longest} tokens does not fit the slot")
-    return ids[:, :length]
-
-
-def token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    """Number of tokens of a text, its end-of-sequence token counted."""
-    return len(tokenizer(prompt_clean(text))["input_ids"])
-
-
-def detokenize(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
-    """Texts of token ids [B, L], each up to its first end-of-sequence token."""
-    texts = []
-    for row in ids.tolist():
-        end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
-        texts.append(tokenizer.decode(row[:end], skip_special_tokens=True).strip())
-    return texts
 
 
 def _statistics(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

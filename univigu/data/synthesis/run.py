@@ -158,7 +158,7 @@ class _Run:
             raise Rejection(reason, clip.key, "caption", f"{self._tokens(clip.caption)} tokens: {clip.caption}")
 
     def _tokens(self, text: str) -> int:
-        from univigu.models.foundation import token_count
+        from univigu.models.tokens import token_count
 
         return token_count(self.tokenizer, text)
 
