@@ -24,6 +24,7 @@ from univigu.models import UniViGUTransformer3DModel
 from univigu.models.lora import LoraOptions
 from univigu.models.transformer import is_text_parameter
 from univigu.models.weights import empty_model
+from univigu.official import check_exportable
 from univigu.plan import Workload, added_parameters, make_plan, step_flops
 from univigu.published import WAN21, workloads_of
 from univigu.stages import Stage
@@ -64,6 +65,7 @@ def test_overlays_are_wan21(size: str, monkeypatch: pytest.MonkeyPatch, tmp_path
     config = model.config
     assert config.num_attention_heads == heads and config.num_layers == layers and config.ffn_dim == ffn
     assert (config.vocab_size, config.text_flow, config.text_positions) == (256384, "uniform", 0)
+    check_exportable(model)  # the paper's, which its authors' code can load
     wans = {name: value for name, value in model.named_parameters() if not is_text_parameter(name)}
     count = wan_count(width, layers, ffn)
     assert sum(value.numel() for value in wans.values()) == count

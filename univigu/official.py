@@ -76,12 +76,8 @@ def import_official(
     return model.requires_grad_(True).eval()
 
 
-def export_official(model: UniViGUTransformer3DModel, path: str | Path, step: int = 0) -> None:
-    """Write a model as the official preview would; the inverse of :func:`import_official`.
-
-    Raises:
-        CheckpointError: the model has, or lacks, what the official one does not; the option is named.
-    """
+def check_exportable(model: UniViGUTransformer3DModel) -> None:
+    """Raise a CheckpointError naming an option in which a model's architecture is not the official one."""
     for name, official in (
         ("separate_text_ffn", True),
         ("separate_text_attention", False),
@@ -93,6 +89,15 @@ def export_official(model: UniViGUTransformer3DModel, path: str | Path, step: in
             raise CheckpointError(f"{name}={model.config[name]!r}: the official model has {official!r}")
     if model.config.text_flow == "embedding":
         raise CheckpointError("text_flow='embedding': the official model's head gives logits")
+
+
+def export_official(model: UniViGUTransformer3DModel, path: str | Path, step: int = 0) -> None:
+    """Write a model as the official preview would; the inverse of :func:`import_official`.
+
+    Raises:
+        CheckpointError: the model has, or lacks, what the official one does not; the option is named.
+    """
+    check_exportable(model)
     state = {official_name(name): value.detach().cpu() for name, value in model.state_dict().items()}
     head_dim = model.config.attention_head_dim
     state[ROTARY_KEY] = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)
