@@ -152,3 +152,14 @@ def test_the_command_line_takes_sources_and_buckets(tmp_path: Path) -> None:
     parsed = parse_fit(["--config", "configs/recall.yaml", "--config", str(config)]).data
     assert [(source.shards, source.weight) for source in parsed.sources] == [("a", 3), ("s3://b", 1)]
     assert [bucket.width for bucket in parsed.buckets] == [832, 480]
+
+
+def test_a_missing_split_is_named_before_another_is_encoded(folders: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "train").symlink_to(folders[2] / "train")
+    module = VideoTextDataModule(shards=str(tmp_path))
+    with pytest.raises(DataError, match=r"/val: no such folder of shards.* held-out losses on clips kept apart there"):
+        module.prepare_data()
+    (tmp_path / "val").mkdir()
+    with pytest.raises(DataError, match=r"/val: holds no .tar shard"):
+        module.prepare_data()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train", "val"]

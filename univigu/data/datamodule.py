@@ -169,9 +169,11 @@ class VideoTextDataModule(LightningDataModule):
                 size = {"height": self.height, "width": self.width, "num_frames": self.num_frames}
                 for split in splits:
                     write_shapes(places[0].videos(split), split, self.num_clips[split], pool=pool, **size)
-            for split in splits:
-                for _, place in self._having(split):
-                    place.encode(split, self.strict, pool)
+            having = [(place, split) for split in splits for _, place in self._having(split)]
+            for place, split in having:
+                place.check(split)
+            for place, split in having:
+                place.encode(split, self.strict, pool)
 
     def _places(self) -> list[Place]:
         """Where the shards of each source lie."""

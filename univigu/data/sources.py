@@ -14,7 +14,7 @@ from univigu.data.build import SpawnPool
 from univigu.data.encode import encode_shards, prompt_parameters, source_parameters, vae_parameters
 from univigu.data.remote import fetch_shards, is_remote, local_folder, remote_exists
 from univigu.data.sample import LATENTS_SUFFIX, DataError, SampleError
-from univigu.data.shards import Manifest, SampleRef, check_latents, find_split, index_folder
+from univigu.data.shards import Manifest, SampleRef, check_latents, find_split, index_folder, list_shards
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,15 @@ class Place:
     def has(self, split: Split) -> bool:
         """Whether there is such a split here."""
         return self.videos(split).exists()
+
+    def check(self, split: Split) -> None:
+        """Raise a DataError if the split is not there or holds nothing, before hours go into encoding another."""
+        if split == "val" and not self.has(split):
+            raise DataError(
+                f"{self.base / split}: no such folder of shards, and no such list (val.csv or .jsonl); training "
+                "measures its held-out losses on clips kept apart there"
+            )
+        list_shards(self.videos(split))
 
     def videos(self, split: Split) -> Path:
         """The original shards: a folder, or a list of paths."""
