@@ -11,6 +11,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -137,6 +138,7 @@ def launch(processes: int, folder: Path, *jobs: dict[str, Any]) -> list[list[Dia
 
 def main() -> None:
     """What each of the processes does."""
+    warnings.filterwarnings("error", message="FSDP2-wrapped module")  # of outputs that are views
     path = Path(sys.argv[1])
     diaries = [train(processes=int(os.environ["WORLD_SIZE"]), **job) for job in json.loads(path.read_text())]
     pages = [{"losses": diary.losses, "moved": diary.moved} for diary in diaries]
@@ -269,6 +271,7 @@ def test_the_shipped_overlay_runs_with_its_callbacks(small_data: list[str], tmp_
     )  # fmt: skip
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert result.returncode == 0, (errors, result.stdout[-2000:], result.stderr[-4000:])
+    assert "FSDP2-wrapped module" not in result.stderr
     assert result.stdout.count("captioned from the video alone") == 1  # rank 0 alone prints
     path = tmp_path / "runs/recall/checkpoints/last.ckpt"
     assert path.is_dir() and [p.name for p in path.parent.iterdir()] == ["last.ckpt"]

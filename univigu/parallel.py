@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
+from torch.utils._pytree import tree_map_only
 
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import empty_model
@@ -108,6 +109,8 @@ def shard(model: UniViGUTransformer3DModel, mesh: DeviceMesh, options: ParallelO
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     reshard: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": options.reshard_after_forward}
+    for module in (model.text_head, model):
+        module.register_forward_hook(_own_outputs)  # before FSDP2's own hook looks at them
     for block in model.blocks:
         fully_shard(block, mp_policy=policy, **reshard)
     for embedding in (model.condition_embedder, model.time_embedding_t):
@@ -117,6 +120,11 @@ def shard(model: UniViGUTransformer3DModel, mesh: DeviceMesh, options: ParallelO
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
     model.register_forward_pre_hook(_CastInputs(dtype), with_kwargs=True)
+
+
+def _own_outputs(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Outputs that own their memory: FSDP2's hooks on a view would be lost if someone changed it in place."""
+    return tree_map_only(torch.Tensor, lambda t: t.clone() if t.requires_grad and t._is_view() else t, output)
 
 
 class _CastInputs:

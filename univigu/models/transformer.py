@@ -53,7 +53,7 @@ def is_text_parameter(name: str) -> bool:
 class UniViGUTransformerOutput(BaseOutput):
     """What one denoising step predicts for each modality."""
 
-    sample: torch.Tensor | None
+    sample: torch.Tensor | None = None
     """Video, in Wan's convention noise - data (= minus the velocity of flow time), [B, C, T, H, W]; None if only the
     text was computed."""
     text: torch.Tensor | None = None
