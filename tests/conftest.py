@@ -6,19 +6,23 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Before anything that reads them is imported: no test asks the network, and each worker of pytest-xdist computes in one
-# thread, as do the processes that it starts (threads of several workers on the same cores wait for each other).
+# Before anything that reads them is imported: no test asks the network; each worker of pytest-xdist has one core and
+# one thread, as have the processes that it starts (several workers on the same cores wait for each other, and a pool of
+# processes as large as the machine costs each of them the seconds of its imports).
 os.environ["HF_HUB_OFFLINE"] = "1"
-if "PYTEST_XDIST_WORKER" in os.environ:
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["OMP_NUM_THREADS"] = "1"
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 import pytest
 import torch
 
-from univigu.models.foundation import EMBEDDED_FOUNDATION
+from univigu.data.build import SpawnPool
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -37,7 +41,16 @@ def _few_threads() -> None:
 @pytest.fixture(scope="session")
 def foundation() -> str:
     """Path of a foundation folder in WanPipeline layout; UNIVIGU_FOUNDATION names another than the shipped one."""
+    from univigu.models.foundation import EMBEDDED_FOUNDATION  # heavy, and many tests need none
+
     return os.environ.get("UNIVIGU_FOUNDATION", EMBEDDED_FOUNDATION)
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[SpawnPool]:
+    """A process that renders and encodes; starting one takes seconds."""
+    with SpawnPool(1) as processes:
+        yield processes
 
 
 @pytest.fixture(scope="session")

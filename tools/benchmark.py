@@ -226,14 +226,14 @@ def data(options: argparse.Namespace) -> dict[str, float]:
     bucket = Bucket.parse(options.size)
     folder = Path(options.folder) / f"{bucket}-{options.clips}-{world_fingerprint()}"
     size = asdict(bucket)
-    for split, count in (("train", options.clips), ("val", 1)):
-        videos = folder / "videos" / split
-        write_shapes(videos, split, count, shard_size=4, workers=options.workers, **size)  # type: ignore[arg-type]
-        encode_shards(videos, folder / "latents" / split, options.foundation, buckets=[bucket], workers=options.workers)
-    loaders = {name: _loader(folder / name, options, size) for name in ("videos", "latents")}
-    refs, errors = index_folder(folder / "videos" / "train")
-    assert len(refs) == options.clips and not errors
     with SpawnPool(options.workers) as pool:
+        for split, count in (("train", options.clips), ("val", 1)):
+            videos = folder / "videos" / split
+            write_shapes(videos, split, count, shard_size=4, pool=pool, **size)  # type: ignore[arg-type]
+            encode_shards(videos, folder / "latents" / split, options.foundation, buckets=[bucket], pool=pool)
+        loaders = {name: _loader(folder / name, options, size) for name in ("videos", "latents")}
+        refs, errors = index_folder(folder / "videos" / "train")
+        assert len(refs) == options.clips and not errors
 
         def bare() -> None:
             jobs = [pool.submit(read_bare, refs[i :: options.workers]) for i in range(options.workers)]

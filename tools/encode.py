@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from univigu.cli import exit_code
-from univigu.data.build import Share, this_device
+from univigu.data.build import Share, SpawnPool, this_device
 from univigu.data.shards import find_split
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 
@@ -55,14 +55,14 @@ def run(options: argparse.Namespace) -> None:
     buckets = [Bucket.parse(text) for text in options.buckets or ()]
     buckets = buckets or [Bucket(options.height, options.width, options.num_frames)]
     share = Share.from_environment(options.rank, options.world_size)
-    for name, source in places(options.source):
-        manifest = encode_shards(
-            source, options.output / name, options.foundation, options.dtype, options.workers,
-            buckets, options.strict, prompts=not options.no_prompts,
-            device=options.device or this_device(), share=share,
-        )  # fmt: skip
-        state = "complete" if manifest.complete else "this process is done, others are not"
-        print(f"{options.output / name}: {state}: {len(manifest.shards)} shards, {manifest.counts}")
+    with SpawnPool(options.workers) as pool:
+        for name, source in places(options.source):
+            manifest = encode_shards(
+                source, options.output / name, options.foundation, options.dtype, options.workers,
+                buckets, options.strict, pool, not options.no_prompts, options.device or this_device(), share,
+            )  # fmt: skip
+            state = "complete" if manifest.complete else "this process is done, others are not"
+            print(f"{options.output / name}: {state}: {len(manifest.shards)} shards, {manifest.counts}")
 
 
 def main(args: list[str] | None = None) -> int:

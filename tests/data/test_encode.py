@@ -13,6 +13,7 @@ import torch
 import webdataset
 
 from tests.conftest import REPO
+from univigu.data.build import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.encode import clips_at_once, encode_clips, encode_prompts
 from univigu.data.sample import DataError, SampleError, parse_sample
@@ -28,10 +29,10 @@ main = runpy.run_path(str(REPO / "tools" / "encode.py"))["main"]
 
 
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def videos(tmp_path_factory: pytest.TempPathFactory, pool: SpawnPool) -> Path:
     folder = tmp_path_factory.mktemp("videos")
     for split, count in (("train", 6), ("val", 3)):
-        write_shapes(folder / split, split, count, shard_size=2, workers=1)  # type: ignore[arg-type]
+        write_shapes(folder / split, split, count, shard_size=2, pool=pool)  # type: ignore[arg-type]
     return folder
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.data.conftest import ranked
+from univigu.data.build import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.synthetic import write_shapes
 
@@ -15,28 +16,28 @@ SHARDS, SAMPLES, BATCH = 64, 192, 2
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(tmp_path_factory: pytest.TempPathFactory, pool: SpawnPool) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     for split, count in (("train", SAMPLES), ("val", 3)):
-        write_shapes(folder / split, split, count, shard_size=SAMPLES // SHARDS, workers=1)  # type: ignore[arg-type]
+        write_shapes(folder / split, split, count, shard_size=SAMPLES // SHARDS, pool=pool)  # type: ignore[arg-type]
     assert len(list((folder / "train").glob("*.tar"))) == SHARDS
     return folder
 
 
-def loaders(shards: Path, world_size: int) -> list[Any]:
-    """The training loaders of all ranks, each with two workers."""
+def loaders(shards: Path, world_size: int, workers: int) -> list[Any]:
+    """The training loaders of all ranks."""
     module = VideoTextDataModule(
-        shards=str(shards), batch_size=BATCH, num_workers=2, prompt_length=32, precompute=False
+        shards=str(shards), batch_size=BATCH, num_workers=workers, prompt_length=32, precompute=False
     )
     module.setup("fit")
     return ranked(module, world_size)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 3])  # 3 does not divide the 64 shards
-def test_every_sample_comes_once_an_epoch(shards: Path, world_size: int) -> None:
+@pytest.mark.parametrize(("world_size", "workers"), [(2, 0), (3, 2)])  # 3 does not divide the 64 shards
+def test_every_sample_comes_once_an_epoch(shards: Path, world_size: int, workers: int) -> None:
     stop, expected, rest = 7, [], []
-    for loader, resumed in zip(loaders(shards, world_size), loaders(shards, world_size), strict=True):
+    for loader, resumed in zip(*(loaders(shards, world_size, workers) for _ in range(2)), strict=True):
         batches = []
         for number, batch in enumerate(loader, 1):
             batches.append(batch["key"])

@@ -170,7 +170,7 @@ class VideoTextDataModule(LightningDataModule):
                 for split in splits:
                     write_shapes(places[0].videos(split), split, self.num_clips[split], pool=pool, **size)
             having = [(place, split) for split in splits for _, place in self._having(split)]
-            for place, split in having:
+            for place, split in having if self.precompute else ():
                 place.check(split)
             for place, split in having:
                 place.encode(split, self.strict, pool)
