@@ -217,6 +217,7 @@ def test_a_failing_job_keeps_what_is_done(tmp_path: Path) -> None:
 def test_encoding_counts_and_keeps_going(
     faulty: Path, faults: dict[str, int], foundation: str, clips: list[dict[str, bytes]], tmp_path: Path
 ) -> None:
+    before = set(multiprocessing.active_children())  # other tests' pool
     with pytest.raises(SampleError, match=r"a\.tar: sample 'text-video': unreadable_video"), SpawnPool(1) as pool:
         manifest = encode_shards(faulty / "train", tmp_path / "latents", foundation, pool=pool)
         errors = manifest.skipped(faulty / "train")
@@ -228,4 +229,4 @@ def test_encoding_counts_and_keeps_going(
         encode_shards(faulty / "train", tmp_path / "strict", foundation, strict=True, pool=pool)
     saved = json.loads((tmp_path / "latents" / "manifest.json").read_text())
     assert saved["kind"] == "latents" and saved["num_samples"] == 5 and saved["parameters"]["dtype"] == "float32"
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= before
