@@ -58,8 +58,9 @@ def run(options: argparse.Namespace) -> None:
     with SpawnPool(options.workers) as pool:
         for name, source in places(options.source):
             manifest = encode_shards(
-                source, options.output / name, options.foundation, options.dtype, options.workers,
-                buckets, options.strict, pool, not options.no_prompts, options.device or this_device(), share,
+                source, options.output / name, options.foundation, options.dtype, buckets=buckets,
+                strict=options.strict, pool=pool, prompts=not options.no_prompts,
+                device=options.device or this_device(), share=share,
             )  # fmt: skip
             state = "complete" if manifest.complete else "this process is done, others are not"
             print(f"{options.output / name}: {state}: {len(manifest.shards)} shards, {manifest.counts}")

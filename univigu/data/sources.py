@@ -95,12 +95,12 @@ class Place:
 
     def check(self, split: Split) -> None:
         """Raise a DataError if the split is not there or holds nothing, before hours go into encoding another."""
-        if split == "val" and not self.has(split):
-            raise DataError(
-                f"{self.base / split}: no such folder of shards, and no such list (val.csv or .jsonl); training "
-                "measures its held-out losses on clips kept apart there"
-            )
-        list_shards(self.videos(split))
+        try:
+            list_shards(self.videos(split))
+        except DataError as error:
+            if split != "val" or self.has(split):
+                raise
+            raise DataError(f"{error}; training measures its held-out losses on clips kept apart there") from None
 
     def videos(self, split: Split) -> Path:
         """The original shards: a folder, or a list of paths."""
