@@ -51,6 +51,7 @@ class Variant:
 
 # The recipe leaves the generator's weights alone; what cannot work so is compared with "trained".
 TRAINED = {"learning_rate": 5.0e-4, "tasks": {"joint": 0.25, "understand": 0.5, "generate": 0.25}}
+READING = "text attention (recipe: own, of the video, too)"
 VARIANTS = {
     "recipe": Variant("the recipe", ""),
     "trained": Variant("trained", "generator's weights (recipe: frozen)", {}, TRAINED),
@@ -67,7 +68,8 @@ VARIANTS = {
     "dropout0": Variant("0", "condition dropout (recipe: 0.9)", {}, {"condition_dropout": 0.0}),
     "dropout50": Variant("0.5", "condition dropout (recipe: 0.9)", {}, {"condition_dropout": 0.5}),
     "shared": Variant("shared, trained", "text FFN (recipe: separate)", {"separate_text_ffn": False}, TRAINED),
-    "attention": Variant("shared", "text attention (recipe: own)", {"separate_text_attention": False}),
+    "own": Variant("own, video's keys the generator's", READING, {"text_projects_video": False}),
+    "attention": Variant("shared", READING, {"separate_text_attention": False, "text_projects_video": False}),
     "rotary": Variant("yes", "rotary positions of the text (recipe: no)", {"text_rotary": True}),
     "told0": Variant("0", "timestep told of clean video (recipe: 300)", {"clean_video_timestep": 0}),
     "reads": Variant("yes", "clean video reads text (recipe: no)", {"clean_video_reads_text": True}),
@@ -238,7 +240,10 @@ def plots(groups: dict[str, list[Run]], folder: Path) -> list[tuple[str, Path]]:
         ),
         "text_flow": ("Text flows", ("recipe", "uniform", "embedding")),
         "condition_dropout": ("Condition dropout, captions without a prompt", ("recipe", "dropout50", "dropout0")),
-        "architecture": ("Attention and FFN", ("recipe", "attention", "rotary", "trained", "shared", "reads", "told0")),
+        "architecture": (
+            "Attention and FFN",
+            ("recipe", "own", "attention", "rotary", "trained", "shared", "reads", "told0"),
+        ),
     }
     for file, (title, names) in figures.items():
         shown = [name for name in names if name in groups]

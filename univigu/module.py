@@ -42,7 +42,7 @@ class UniViGU(EvaluatedModule):
         random_init: ignore the foundation's transformer weights (for ablations).
         text_flow: the text's process, "embedding", "uniform" or "mask".
         clean_video_reads_text, clean_video_timestep: see :class:`UniViGUTransformer3DModel`.
-        separate_text_ffn, separate_text_attention, text_positions, text_rotary: likewise.
+        separate_text_ffn, separate_text_attention, text_projects_video, text_positions, text_rotary: likewise.
         flow: distributions of the times.
         optimizer: which optimizer, and its constants.
         sampling: how samples are drawn in validation and prediction.
@@ -70,6 +70,7 @@ class UniViGU(EvaluatedModule):
         clean_video_timestep: float = 0.0,
         separate_text_ffn: bool = True,
         separate_text_attention: bool = False,
+        text_projects_video: bool = False,
         text_positions: int = 0,
         text_rotary: bool = True,
         flow: FlowOptions = FlowOptions(),  # noqa: B008
@@ -97,6 +98,7 @@ class UniViGU(EvaluatedModule):
         self.clean_video_timestep = clean_video_timestep
         self.separate_text_ffn = separate_text_ffn
         self.separate_text_attention = separate_text_attention
+        self.text_projects_video = text_projects_video
         self.text_positions = text_positions
         self.text_rotary = text_rotary
         self.flow_options = flow
@@ -163,6 +165,7 @@ class UniViGU(EvaluatedModule):
             clean_video_timestep=self.clean_video_timestep,
             separate_text_ffn=self.separate_text_ffn,
             separate_text_attention=self.separate_text_attention,
+            text_projects_video=self.text_projects_video,
             text_positions=self.text_positions,
             text_rotary=self.text_rotary,
         )

@@ -47,6 +47,7 @@ def workloads_of(args: list[str]) -> list[Workload]:
             "separate_text_ffn",
             "text_positions",
             "separate_text_attention",
+            "text_projects_video",
             "text_rotary",
         )
     }

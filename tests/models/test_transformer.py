@@ -215,6 +215,25 @@ class Reference:
         turn = rotate_pairs if self.fault == "interleaved_text_rotary" else rotate_halves
         return torch.cat([video, turn(x[:, count:], axis_angles(positions, head_dim))], dim=1)
 
+    def self_attention(self, name: str, x: torch.Tensor, grid: tuple[int, ...], bias: torch.Tensor) -> torch.Tensor:
+        """Of [video ; text]; each stream's queries find keys and values of their own making or of the other's."""
+        count = math.prod(grid)
+
+        def turned(name: str) -> list[torch.Tensor]:
+            query, key, value = self.qkv(name, x, x)
+            return [self.rotate(query, grid), self.rotate(key, grid), value]
+
+        video = turned(name)
+        if not self.config.separate_text_attention:
+            return self.attention(name, *video, bias)
+        own = turned(f"{name}_t")
+        query, key, value = (torch.cat([a[:, :count], b[:, count:]], dim=1) for a, b in zip(video, own, strict=True))
+        text = own if self.config.text_projects_video else [query, key, value]
+        if self.fault == "text_finds_the_generators_keys":
+            text = [query, key, value]
+        out = self.attention(name, query, key, value, bias)[:, :count]
+        return torch.cat([out, self.attention(f"{name}_t", *text, bias)[:, count:]], dim=1)
+
     def feed_forward(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return self.linear(f"{name}.net.2", F.gelu(self.linear(f"{name}.net.0.proj", x), approximate="tanh"))
 
@@ -227,9 +246,7 @@ class Reference:
         parts = self.w[f"{name}.scale_shift_table"] + modulation
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = parts.unbind(2)
         y = self.norm(x) * (1 + scale) + shift
-        query, key, value = self.qkv(f"{name}.attn1", y, y)
-        query, key = self.rotate(query, grid), self.rotate(key, grid)
-        x = x + gate * self.attention(f"{name}.attn1", query, key, value, bias)
+        x = x + gate * self.self_attention(f"{name}.attn1", y, grid, bias)
         normed = self.norm(x) * self.w[f"{name}.norm2.weight"] + self.w[f"{name}.norm2.bias"]
         read = self.attention(f"{name}.attn2", *self.qkv(f"{name}.attn2", normed, context))
         if self.fault == "text_skips_prompt":
@@ -327,6 +344,34 @@ def test_joint_forward_agrees_for_other_sizes() -> None:
     sample, text = Reference(model)(inputs)
     assert_close(output.sample, sample)
     assert_close(output.text, text)
+
+
+OWN_ATTENTION = (
+    {"separate_text_attention": True},
+    {"separate_text_attention": True, "text_projects_video": True},
+)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("options", OWN_ATTENTION)
+def test_joint_forward_agrees_with_an_attention_of_the_texts_own(
+    wan: WanTransformer3DModel, options: dict[str, bool], reads: bool
+) -> None:
+    model = tiny.make_unified(wan, VOCAB, clean_video_reads_text=reads, **options)
+    inputs = make_inputs()
+    for clean in (0, 1, 3):  # rows; the two streams part where a row is clean, and where the text projects the video
+        inputs["timestep"][:clean] = 0.0
+        output = run(model, inputs)
+        sample, text = Reference(model)(inputs)
+        assert_close(output.sample, sample)
+        assert_close(output.text, text)
+        _, wrong = Reference(model, "text_finds_the_generators_keys")(inputs)
+        assert ((wrong - text).abs().max() > 1e-3) == ("text_projects_video" in options)
+
+
+def test_projecting_the_video_takes_projections(wan: WanTransformer3DModel) -> None:
+    with pytest.raises(ValueError, match="text_projects_video=True: separate_text_attention=False"):
+        tiny.make_unified(wan, VOCAB, text_projects_video=True)
 
 
 @pytest.mark.parametrize(
@@ -699,15 +744,16 @@ def test_a_frozen_generators_clean_video_takes_no_part_in_the_backward_pass(wan:
         assert_close(gradient, gradients[1][name])
 
 
-def test_own_attention_projections_start_as_the_videos(wan: WanTransformer3DModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("own_options", OWN_ATTENTION)
+def test_own_attention_projections_start_as_the_videos(
+    wan: WanTransformer3DModel, own_options: dict[str, bool], tmp_path: Path
+) -> None:
     """A new model is the shared one; then text alone has what text alone learns, in an attention still joint."""
     options = {"text_positions": 7, "clean_video_reads_text": False}
     models = []
-    for own in (False, True):
+    for chosen in ({}, own_options):
         torch.manual_seed(0)
-        models.append(
-            UniViGUTransformer3DModel.from_wan(wan, VOCAB, "mask", separate_text_attention=own, **options).eval()
-        )
+        models.append(UniViGUTransformer3DModel.from_wan(wan, VOCAB, "mask", **chosen, **options).eval())
         torch.nn.init.normal_(models[-1].text_head.linear.weight, generator=torch.Generator().manual_seed(1))
     shared, own = models
     assert sum(p.numel() for p in own.parameters()) - sum(p.numel() for p in shared.parameters()) == sum(

@@ -42,6 +42,7 @@ def joint_attention(
     video_only: VideoOnly | None = None,
     cache: LayerCache | None = None,
     attn_t: WanAttention | None = None,
+    text_projects_video: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Bidirectional self-attention over the concatenation [video ; text] with shared projections.
 
@@ -54,6 +55,8 @@ def joint_attention(
             not depend on the text (two attention calls, no mask).
         cache: where to keep the keys and values for :func:`text_attention`.
         attn_t: a layer whose projections the text takes instead; still all attend to all.
+        text_projects_video: whether the keys and values under which text queries find the video are made by
+            ``attn_t``, too, and not those that the video's own queries find.
 
     Returns:
         the projected outputs of both streams, [B, N, D] and [B, L, D].
@@ -63,26 +66,44 @@ def joint_attention(
     query_t, key_t, value_t = _project(attn_t or attn, text)
     query_v, key_v = rotate_video(query_v, rotary_v), rotate_video(key_v, rotary_v)
     query_t, key_t = rotate_text(query_t, rotary_t), rotate_text(key_t, rotary_t)
-    key, value = torch.cat([key_v, key_t], dim=1), torch.cat([value_v, value_t], dim=1)
+    alone, both = (key_v, value_v), (torch.cat([key_v, key_t], dim=1), torch.cat([value_v, value_t], dim=1))
+    read = both  # what text queries find
+    if text_projects_video:
+        assert attn_t is not None
+        key_r, value_r = _project_key_value(attn_t, video)
+        read = torch.cat([rotate_video(key_r, rotary_v), key_t], dim=1), torch.cat([value_r, value_t], dim=1)
     mask = _key_mask(text_mask, length_v)
     if cache is not None and cache.keep_video:
-        cache.joint = key, value
+        cache.joint = read
 
-    if video_only is None:
+    if video_only is None and read is both:
         query = torch.cat([query_v, query_t], dim=1)
-        out_v, out_t = _attend(attn, query, key, value, mask).split([length_v, length_t], dim=1)
+        out_v, out_t = _attend(attn, query, *both, mask).split([length_v, length_t], dim=1)
     else:
-        out_t = _attend(attn, query_t, key, value, mask)
-        rows, others = video_only.rows, video_only.others
-        if others.numel() == 0:
-            out_v = _attend(attn, query_v, key_v, value_v, None)
-        else:
-            own = _attend(attn, query_v[rows], key_v[rows], value_v[rows], None)
-            rest = _attend(attn, query_v[others], key[others], value[others], None if mask is None else mask[others])
-            out_v = torch.empty_like(query_v).index_copy(0, rows, own).index_copy(0, others, rest)
+        out_t = _attend(attn, query_t, *read, mask)
+        out_v = _attend_video(attn, query_v, alone, both, mask, video_only)
     if attn_t is not None:
         return _project_out(attn, out_v), _project_out(attn_t, out_t)
     return apply_together(lambda states: _project_out(attn, states), out_v, out_t)
+
+
+def _attend_video(
+    attn: WanAttention,
+    query: torch.Tensor,
+    alone: KeyValue,
+    both: KeyValue,
+    mask: torch.Tensor | None,
+    video_only: VideoOnly | None,
+) -> torch.Tensor:
+    """The video's queries [B, N, heads, head_dim]: on both streams, or on the video alone in some samples or all."""
+    if video_only is None:
+        return _attend(attn, query, *both, mask)
+    rows, others = video_only.rows, video_only.others
+    if others.numel() == 0:
+        return _attend(attn, query, *alone, None)
+    own = _attend(attn, query[rows], *(states[rows] for states in alone), None)
+    rest = _attend(attn, query[others], *(states[others] for states in both), None if mask is None else mask[others])
+    return torch.empty_like(query).index_copy(0, rows, own).index_copy(0, others, rest)
 
 
 def apply_together(
@@ -138,7 +159,7 @@ def prompt_attention(
         return attn(states, context, None, None)
     if cache.prompt is None:
         assert context is not None
-        cache.prompt = _project_prompt(attn, context)
+        cache.prompt = _project_key_value(attn, context)
     query = attn.norm_q(attn.to_q(states)).unflatten(2, (attn.heads, -1))
     return _project_out(attn, _attend(attn, query, *cache.prompt, None))
 
@@ -150,11 +171,14 @@ def _project(attn: WanAttention, states: torch.Tensor) -> tuple[torch.Tensor, to
     return attn.norm_q(query).unflatten(2, heads), attn.norm_k(key).unflatten(2, heads), value.unflatten(2, heads)
 
 
-def _project_prompt(attn: WanAttention, context: torch.Tensor) -> KeyValue:
-    if attn.fused_projections:
-        key, value = attn.to_kv(context).chunk(2, dim=-1)
+def _project_key_value(attn: WanAttention, states: torch.Tensor) -> KeyValue:
+    """Key and value [B, S, heads, head_dim] of what others query: the prompt, or the video where text reads it."""
+    if not attn.fused_projections:
+        key, value = attn.to_k(states), attn.to_v(states)
+    elif attn.is_cross_attention:
+        key, value = attn.to_kv(states).chunk(2, dim=-1)
     else:
-        key, value = attn.to_k(context), attn.to_v(context)
+        _, key, value = attn.to_qkv(states).chunk(3, dim=-1)
     return attn.norm_k(key).unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1))
 
 

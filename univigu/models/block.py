@@ -28,6 +28,7 @@ class UniViGUTransformerBlock(WanTransformerBlock):
         ffn_dim: inner width of both FFNs.
         separate_text_ffn: False sends text through the video's FFN, to measure what an own one is worth.
         separate_text_attention: True gives text its own projections in the self-attention.
+        text_projects_video: True lets text read the video by keys and values of those projections, too.
     """
 
     def __init__(
@@ -37,9 +38,11 @@ class UniViGUTransformerBlock(WanTransformerBlock):
         *args: Any,
         separate_text_ffn: bool = True,
         separate_text_attention: bool = False,
+        text_projects_video: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(dim, ffn_dim, *args, **kwargs)
+        self.text_projects_video = text_projects_video
         self.attn1_t: WanAttention | None = copy.deepcopy(self.attn1) if separate_text_attention else None
         self.ffn_t: FeedForward | None = None
         if separate_text_ffn:
@@ -82,6 +85,7 @@ class UniViGUTransformerBlock(WanTransformerBlock):
             video_only,
             cache,
             self.attn1_t,
+            self.text_projects_video,
         )
         hidden_states = _gated(hidden_states, video_out, gate_v)
         text_states = _gated(text_states, text_out, gate_t)

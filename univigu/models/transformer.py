@@ -77,6 +77,9 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         separate_text_attention: whether text has its own query, key, value and output projections in the
             self-attention, which is joint all the same.  False shares the video's, as in the paper; beside a frozen
             generator text can then only ask what the video's own projections ask.
+        text_projects_video: whether the keys and values under which the text finds the video are made of the video's
+            states by the text's own projections, too (only with ``separate_text_attention``).  False leaves the text
+            to what the generator shows itself.  The video's own queries find the same either way.
         text_positions: learned absolute positions added to the text tokens, as many as the longest slot; 0 adds
             none, as in the paper.  Rotary embeddings alone tell tokens apart by what they attend to, and fully
             masked text is one token many times over, which leaves only the video to tell its positions by.
@@ -129,6 +132,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         text_positions: int = 0,
         text_rotary: bool = True,
         separate_text_attention: bool = False,
+        text_projects_video: bool = False,
         latents_normalized: bool = True,
         null_condition: NullCondition = "encoded",
         prompt_padding: PromptPadding = "zeros",
@@ -143,6 +147,10 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             raise ValueError(f"clean_video_timestep={clean_video_timestep}: expected 0 <= it < {NUM_TRAIN_TIMESTEPS}")
         if not (text_rotary or text_positions):
             raise ValueError("text_rotary=False: text_positions=0 leaves the text no positions at all")
+        if text_projects_video and not separate_text_attention:
+            raise ValueError(
+                "text_projects_video=True: separate_text_attention=False leaves the text none of its own"
+            )
         # The parent builds everything but its blocks, which are ours: no block is allocated twice.
         super().__init__(
             patch_size, num_attention_heads, attention_head_dim, in_channels, out_channels, text_dim, freq_dim,
@@ -162,6 +170,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
                 added_kv_proj_dim,
                 separate_text_ffn=separate_text_ffn,
                 separate_text_attention=separate_text_attention,
+                text_projects_video=text_projects_video,
             )
             for _ in range(num_layers)
         )
