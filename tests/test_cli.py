@@ -334,7 +334,7 @@ def test_overrides_reach_callbacks_and_stages(in_tmp: Path, small_data: list[str
     cli = UniViGUCLI([*args, "--trainer.fast_dev_run=1"])
     found = {type(callback).__name__: callback for callback in cli.trainer.callbacks}
     (stage,) = found["StageSwitch"].stages
-    assert (stage.steps, stage.tasks.joint, stage.tasks.understand) == (7, 0.0, 0.75)
+    assert (stage.steps, stage.tasks.joint, stage.tasks.understand) == (7, 0.0, 0.875)
     assert (found["MediaLogger"].num_samples, found["FinalReport"].num_samples) == (1, 2)
 
 

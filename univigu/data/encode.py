@@ -246,7 +246,7 @@ def _with_latents(
     samples: list[tuple[SampleRef, dict[str, bytes], torch.Tensor]], job: _Job
 ) -> Iterator[tuple[str, Mapping[str, bytes]]]:
     """Keys and members of samples whose clips are encoded together."""
-    vae, clips = _foundation(job.foundation).vae.to(job.device), torch.stack([frames for _, _, frames in samples])
+    vae, clips = _foundation(job.foundation).to(job.device).vae, torch.stack([frames for _, _, frames in samples])
     with torch.inference_mode():
         latents = encode_clips(vae, clips.to(job.device))
     for (ref, texts, _), of_clip in zip(samples, latents, strict=True):
