@@ -148,9 +148,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         if not (text_rotary or text_positions):
             raise ValueError("text_rotary=False: text_positions=0 leaves the text no positions at all")
         if text_projects_video and not separate_text_attention:
-            raise ValueError(
-                "text_projects_video=True: separate_text_attention=False leaves the text none of its own"
-            )
+            raise ValueError("text_projects_video=True: separate_text_attention=False leaves the text none of its own")
         # The parent builds everything but its blocks, which are ours: no block is allocated twice.
         super().__init__(
             patch_size, num_attention_heads, attention_head_dim, in_channels, out_channels, text_dim, freq_dim,
