@@ -104,7 +104,7 @@ def test_the_command_prints_both_stages(capsys: pytest.CaptureFixture[str]) -> N
 
 SMALL: dict[str, Any] = {
     "num_attention_heads": 4, "attention_head_dim": 64, "in_channels": 16, "out_channels": 16, "text_dim": 64,
-    "freq_dim": 64, "ffn_dim": 1024, "num_layers": 8, "vocab_size": 2048, "text_flow": "mask",
+    "freq_dim": 64, "ffn_dim": 1024, "num_layers": 5, "vocab_size": 2048, "text_flow": "mask",
 }  # fmt: skip
 
 
