@@ -154,7 +154,7 @@ def test_a_report_shows_the_run(run: tuple[EventAccumulator, str], tmp_path: Pat
     assert text.count("data:image/gif;base64,") == 2 and text.count("data:image/png;base64,") == 1
     for part in ("<td>recall</td>", ">87.5</td>", ">1.062</td>", "Learning curves", "00000002", "optimizer steps"):
         assert part in text
-    assert "http" not in text and "src=" in text  # no other file, no network
+    assert "://" not in text and "src=" in text  # no other file, no network
     assert "| caption | 87.5 |" in document.read_text() and "old" not in document.read_text()
     assert document.read_text().startswith("before\n") and document.read_text().endswith("after\n")
 

@@ -101,8 +101,8 @@ def _attend_video(
     rows, others = video_only.rows, video_only.others
     if others.numel() == 0:
         return _attend(attn, query, *alone, None)
-    own = _attend(attn, query[rows], *(states[rows] for states in alone), None)
-    rest = _attend(attn, query[others], *(states[others] for states in both), None if mask is None else mask[others])
+    own = _attend(attn, query[rows], alone[0][rows], alone[1][rows], None)
+    rest = _attend(attn, query[others], both[0][others], both[1][others], None if mask is None else mask[others])
     return torch.empty_like(query).index_copy(0, rows, own).index_copy(0, others, rest)
 
 

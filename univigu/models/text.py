@@ -1,8 +1,9 @@
-"""The parts a text stream adds to Wan: time embedding, output head, rotary positions."""
+"""The parts a text stream adds to Wan: time embedding, output head, rotary positions, checks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, get_1d_rotary_pos_embed
@@ -90,3 +91,43 @@ def rotate_video(states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
     first, second = states.unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
     return rotated.flatten(-2).type_as(states)
+
+
+def check_text(
+    config: Any,
+    hidden_states: torch.Tensor | None,
+    timestep: torch.Tensor | None,
+    text_tokens: torch.Tensor,
+    text_timestep: torch.Tensor | None,
+    text_mask: torch.Tensor | None,
+) -> None:
+    """Refuse a forward pass's inputs that do not belong together.
+
+    Args:
+        config: the transformer's; the others are its ``forward``'s arguments, ``text_tokens`` given.
+
+    Raises:
+        ValueError: naming the argument, what it is and what was expected.
+    """
+    batch = (text_tokens if hidden_states is None else hidden_states).shape[0]
+    if text_timestep is None:
+        raise ValueError("text_timestep=None: text_tokens need a text_timestep [B]")
+    for name, value in (("timestep", timestep), ("text_timestep", text_timestep)):
+        if value is not None and value.shape != (batch,):
+            raise ValueError(f"{name} has shape {list(value.shape)}: expected [{batch}], one time a sample")
+    embedding = config.text_flow == "embedding"
+    if embedding != text_tokens.is_floating_point() or text_tokens.ndim != (3 if embedding else 2):
+        expected = "float states [B, L, D]" if embedding else "integer ids [B, L]"
+        raise ValueError(
+            f"text_tokens is {text_tokens.dtype} {list(text_tokens.shape)}: "
+            f"the {config.text_flow} flow expects {expected}"
+        )
+    if text_tokens.shape[0] != batch:
+        raise ValueError(f"text_tokens has {text_tokens.shape[0]} rows: expected {batch}, as hidden_states")
+    positions = config.text_positions
+    if 0 < positions < text_tokens.shape[1]:
+        raise ValueError(f"text_tokens has {text_tokens.shape[1]} positions: the model has {positions}")
+    if text_mask is not None and (text_mask.dtype != torch.bool or text_mask.shape != text_tokens.shape[:2]):
+        raise ValueError(
+            f"text_mask is {text_mask.dtype} {list(text_mask.shape)}: expected bool {list(text_tokens.shape[:2])}"
+        )

@@ -27,7 +27,7 @@ from univigu.models.attention import Rotary, VideoOnly
 from univigu.models.block import UniViGUTransformerBlock, modulate
 from univigu.models.cache import AttentionCache
 from univigu.models.conventions import Conventions, NullCondition, PromptPadding
-from univigu.models.text import TextHead, TextReader, TextTimeEmbedding, text_rotary_table
+from univigu.models.text import TextHead, TextReader, TextTimeEmbedding, check_text, text_rotary_table
 from univigu.models.weights import cast_like, check_complete, embedding_rows, transformer_folder
 
 TextFlowName = Literal["embedding", "uniform", "mask"]
@@ -223,7 +223,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             raise ValueError("cache: its keys and values carry no gradients; use it under torch.no_grad()")
         image, sample, text = encoder_hidden_states_image, None, None
         if text_tokens is not None:
-            self._check_text(hidden_states, timestep, text_tokens, text_timestep, text_mask)
+            check_text(self.config, hidden_states, timestep, text_tokens, text_timestep, text_mask)
         if hidden_states is None:
             text = self._forward_text(text_tokens, text_timestep, text_mask, cache, attention_kwargs=attention_kwargs)
         elif text_tokens is None and cache is None:
@@ -362,37 +362,6 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         """The token embeddings with rows of RMS 1, float32 [V, D]: the data points of the ``embedding`` flow."""
         table = embedding_rows(self.vocab_embed, self.config.vocab_size).float()
         return table * torch.rsqrt(table.square().mean(-1, keepdim=True) + 1e-8)
-
-    def _check_text(
-        self,
-        hidden_states: torch.Tensor | None,
-        timestep: torch.Tensor | None,
-        text_tokens: torch.Tensor,
-        text_timestep: torch.Tensor | None,
-        text_mask: torch.Tensor | None,
-    ) -> None:
-        batch = (text_tokens if hidden_states is None else hidden_states).shape[0]
-        if text_timestep is None:
-            raise ValueError("text_timestep=None: text_tokens need a text_timestep [B]")
-        for name, value in (("timestep", timestep), ("text_timestep", text_timestep)):
-            if value is not None and value.shape != (batch,):
-                raise ValueError(f"{name} has shape {list(value.shape)}: expected [{batch}], one time a sample")
-        embedding = self.config.text_flow == "embedding"
-        if embedding != text_tokens.is_floating_point() or text_tokens.ndim != (3 if embedding else 2):
-            expected = "float states [B, L, D]" if embedding else "integer ids [B, L]"
-            raise ValueError(
-                f"text_tokens is {text_tokens.dtype} {list(text_tokens.shape)}: "
-                f"the {self.config.text_flow} flow expects {expected}"
-            )
-        if text_tokens.shape[0] != batch:
-            raise ValueError(f"text_tokens has {text_tokens.shape[0]} rows: expected {batch}, as hidden_states")
-        positions = self.config.text_positions
-        if 0 < positions < text_tokens.shape[1]:
-            raise ValueError(f"text_tokens has {text_tokens.shape[1]} positions: the model has {positions}")
-        if text_mask is not None and (text_mask.dtype != torch.bool or text_mask.shape != text_tokens.shape[:2]):
-            raise ValueError(
-                f"text_mask is {text_mask.dtype} {list(text_mask.shape)}: expected bool {list(text_tokens.shape[:2])}"
-            )
 
     # ------------------------------------------------------------------ weights
 
