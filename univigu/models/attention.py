@@ -66,17 +66,20 @@ def joint_attention(
     query_t, key_t, value_t = _project(attn_t or attn, text)
     query_v, key_v = rotate_video(query_v, rotary_v), rotate_video(key_v, rotary_v)
     query_t, key_t = rotate_text(query_t, rotary_t), rotate_text(key_t, rotary_t)
-    alone, both = (key_v, value_v), (torch.cat([key_v, key_t], dim=1), torch.cat([value_v, value_t], dim=1))
-    read = both  # what text queries find
-    if text_projects_video:
+    alone, text_kv = (key_v, value_v), (key_t, value_t)
+    if not text_projects_video:
+        read = both = _concatenate(alone, text_kv)  # what text queries and video queries find
+    else:
         assert attn_t is not None
         key_r, value_r = _project_key_value(attn_t, video)
-        read = torch.cat([rotate_video(key_r, rotary_v), key_t], dim=1), torch.cat([value_r, value_t], dim=1)
+        read = _concatenate((rotate_video(key_r, rotary_v), value_r), text_kv)
+        none_reads = video_only is not None and video_only.others.numel() == 0
+        both = alone if none_reads else _concatenate(alone, text_kv)  # spares a copy
     mask = _key_mask(text_mask, length_v)
     if cache is not None and cache.keep_video:
         cache.joint = read
 
-    if video_only is None and read is both:
+    if video_only is None and not text_projects_video:
         query = torch.cat([query_v, query_t], dim=1)
         out_v, out_t = _attend(attn, query, *both, mask).split([length_v, length_t], dim=1)
     else:
@@ -85,6 +88,11 @@ def joint_attention(
     if attn_t is not None:
         return _project_out(attn, out_v), _project_out(attn_t, out_t)
     return apply_together(lambda states: _project_out(attn, states), out_v, out_t)
+
+
+def _concatenate(video: KeyValue, text: KeyValue) -> KeyValue:
+    """Keys and values of [video ; text]."""
+    return torch.cat([video[0], text[0]], dim=1), torch.cat([video[1], text[1]], dim=1)
 
 
 def _attend_video(
