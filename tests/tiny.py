@@ -35,6 +35,13 @@ def make_wan(seed: int = 0, **options: Any) -> WanTransformer3DModel:
     return wan.eval()
 
 
+OWN_ATTENTION = (
+    {"separate_text_attention": True},
+    {"separate_text_attention": True, "text_projects_video": True},
+)
+"""Ways in which text has an attention of its own."""
+
+
 def make_unified(wan: WanTransformer3DModel, vocab_size: int = 11, **options: Any) -> UniViGUTransformer3DModel:
     """A unified model on it, all of whose weights are random and none of whose parts are copies of each other."""
     torch.manual_seed(1)

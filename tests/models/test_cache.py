@@ -18,13 +18,6 @@ tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] 
 VOCAB, LENGTH, BATCH = 11, 7, 3
 
 
-OWN_ATTENTION = (
-    {},
-    {"separate_text_attention": True},
-    {"separate_text_attention": True, "text_projects_video": True},
-)
-
-
 def make(flow: str = "mask", dtype: torch.dtype = torch.float32, **options: Any) -> UniViGUTransformer3DModel:
     return tiny.make_unified(tiny.make_wan(), VOCAB, text_flow=flow, **options).to(dtype)
 
@@ -73,7 +66,7 @@ def test_text_beside_a_cached_clean_video_is_exact(flow: str, dtype: torch.dtype
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attention", OWN_ATTENTION)
+@pytest.mark.parametrize("attention", [{}, *tiny.OWN_ATTENTION])
 def test_with_hidden_tokens_positions_and_a_shared_ffn(attention: dict[str, bool]) -> None:
     options = {"separate_text_ffn": False, "text_positions": LENGTH, "text_rotary": False}
     model = make(clean_video_reads_text=False, **attention, **options)
@@ -114,7 +107,7 @@ def test_the_prompts_keys_are_computed_once_for_video_alone(monkeypatch: pytest.
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attention", OWN_ATTENTION)
+@pytest.mark.parametrize("attention", [{}, *tiny.OWN_ATTENTION])
 def test_fused_projections(attention: dict[str, bool]) -> None:
     model, video, cache = make(clean_video_reads_text=False, **attention), draw_video(), AttentionCache()
     expected = model(*video, draw_text(1), times(300.0)).text

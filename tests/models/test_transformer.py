@@ -227,11 +227,10 @@ class Reference:
         if not self.config.separate_text_attention:
             return self.attention(name, *video, bias)
         own = turned(f"{name}_t")
-        query, key, value = (torch.cat([a[:, :count], b[:, count:]], dim=1) for a, b in zip(video, own, strict=True))
-        text = own if self.config.text_projects_video else [query, key, value]
-        if self.fault == "text_finds_the_generators_keys":
-            text = [query, key, value]
-        out = self.attention(name, query, key, value, bias)[:, :count]
+        each = [torch.cat([a[:, :count], b[:, count:]], dim=1) for a, b in zip(video, own, strict=True)]
+        projects = self.config.text_projects_video and self.fault != "text_finds_the_generators_keys"
+        text = own if projects else each
+        out = self.attention(name, *each, bias)[:, :count]
         return torch.cat([out, self.attention(f"{name}_t", *text, bias)[:, count:]], dim=1)
 
     def feed_forward(self, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -346,14 +345,8 @@ def test_joint_forward_agrees_for_other_sizes() -> None:
     assert_close(output.text, text)
 
 
-OWN_ATTENTION = (
-    {"separate_text_attention": True},
-    {"separate_text_attention": True, "text_projects_video": True},
-)
-
-
 @pytest.mark.parametrize("reads", [True, False])
-@pytest.mark.parametrize("options", OWN_ATTENTION)
+@pytest.mark.parametrize("options", tiny.OWN_ATTENTION)
 def test_joint_forward_agrees_with_an_attention_of_the_texts_own(
     wan: WanTransformer3DModel, options: dict[str, bool], reads: bool
 ) -> None:
@@ -744,7 +737,7 @@ def test_a_frozen_generators_clean_video_takes_no_part_in_the_backward_pass(wan:
         assert_close(gradient, gradients[1][name])
 
 
-@pytest.mark.parametrize("own_options", OWN_ATTENTION)
+@pytest.mark.parametrize("own_options", tiny.OWN_ATTENTION)
 def test_own_attention_projections_start_as_the_videos(
     wan: WanTransformer3DModel, own_options: dict[str, bool], tmp_path: Path
 ) -> None:

@@ -66,25 +66,23 @@ def joint_attention(
     query_t, key_t, value_t = _project(attn_t or attn, text)
     query_v, key_v = rotate_video(query_v, rotary_v), rotate_video(key_v, rotary_v)
     query_t, key_t = rotate_text(query_t, rotary_t), rotate_text(key_t, rotary_t)
-    alone, text_kv = (key_v, value_v), (key_t, value_t)
-    if not text_projects_video:
-        read = both = _concatenate(alone, text_kv)  # what text queries and video queries find
-    else:
+    alone, of_text = (key_v, value_v), (key_t, value_t)
+    seen = alone  # of the video, by the text
+    if text_projects_video:
         assert attn_t is not None
         key_r, value_r = _project_key_value(attn_t, video)
-        read = _concatenate((rotate_video(key_r, rotary_v), value_r), text_kv)
-        none_reads = video_only is not None and video_only.others.numel() == 0
-        both = alone if none_reads else _concatenate(alone, text_kv)  # spares a copy
+        seen = rotate_video(key_r, rotary_v), value_r
+    read = _concatenate(seen, of_text)
     mask = _key_mask(text_mask, length_v)
     if cache is not None and cache.keep_video:
         cache.joint = read
 
     if video_only is None and not text_projects_video:
         query = torch.cat([query_v, query_t], dim=1)
-        out_v, out_t = _attend(attn, query, *both, mask).split([length_v, length_t], dim=1)
+        out_v, out_t = _attend(attn, query, *read, mask).split([length_v, length_t], dim=1)
     else:
         out_t = _attend(attn, query_t, *read, mask)
-        out_v = _attend_video(attn, query_v, alone, both, mask, video_only)
+        out_v = _attend_video(attn, query_v, alone, of_text, mask, video_only)
     if attn_t is not None:
         return _project_out(attn, out_v), _project_out(attn_t, out_t)
     return apply_together(lambda states: _project_out(attn, states), out_v, out_t)
@@ -98,19 +96,20 @@ def _concatenate(video: KeyValue, text: KeyValue) -> KeyValue:
 def _attend_video(
     attn: WanAttention,
     query: torch.Tensor,
-    alone: KeyValue,
-    both: KeyValue,
+    video: KeyValue,
+    text: KeyValue,
     mask: torch.Tensor | None,
     video_only: VideoOnly | None,
 ) -> torch.Tensor:
     """The video's queries [B, N, heads, head_dim]: on both streams, or on the video alone in some samples or all."""
     if video_only is None:
-        return _attend(attn, query, *both, mask)
+        return _attend(attn, query, *_concatenate(video, text), mask)
     rows, others = video_only.rows, video_only.others
     if others.numel() == 0:
-        return _attend(attn, query, *alone, None)
-    own = _attend(attn, query[rows], alone[0][rows], alone[1][rows], None)
-    rest = _attend(attn, query[others], both[0][others], both[1][others], None if mask is None else mask[others])
+        return _attend(attn, query, *video, None)
+    own = _attend(attn, query[rows], video[0][rows], video[1][rows], None)
+    both = _concatenate((video[0][others], video[1][others]), (text[0][others], text[1][others]))
+    rest = _attend(attn, query[others], *both, None if mask is None else mask[others])
     return torch.empty_like(query).index_copy(0, rows, own).index_copy(0, others, rest)
 
 

@@ -146,6 +146,8 @@ class Foundation:
 
     def to(self, device: torch.device | str) -> Foundation:
         """Move what has been loaded so far; the rest will be loaded there."""
+        if torch.device(device) == self._device:  # asked in every step of a training
+            return self
         self._device = torch.device(device)
         for name in ("text_encoder", "vae"):
             if name in self.__dict__:
