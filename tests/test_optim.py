@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from univigu.optim import MuonAdamW, OptimizerOptions, make_optimizer
+from univigu.optim import MuonAdamW, OptimizerOptions, make_optimizer, orthogonalize
 
 
 class Net(nn.Module):
@@ -59,9 +59,41 @@ def test_it_does_what_the_two_do() -> None:
         torch.optim.Muon(matrices, lr=0.04, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW([{"params": tables}, {"params": vectors, "weight_decay": 0}], lr=0.01, betas=(0.9, 0.95)),
     ]
-    assert train(ours, [make(ours)], 6) == train(theirs, pair, 6)
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert torch.equal(a, b)
+    optimizer, start = make(ours), Net()
+    for step in range(3):
+        torch.manual_seed(step)
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for each in (optimizer, *pair):
+            each.step()
+        for a, b, before in zip(ours.parameters(), theirs.parameters(), start.parameters(), strict=True):
+            assert (a - b).norm() < 0.06 * (b - before).norm()  # torch's Muon is in bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True) if a.ndim == 1)
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (3, 7), (7, 3)])
+def test_matrices_of_one_shape_are_orthogonalised_as_torch_does_each(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matrices = torch.stack([scale * torch.randn(shape) for scale in (1e-3, 1.0, 50.0)])
+    ours = orthogonalize(matrices, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    for single, result in zip(matrices, ours, strict=True):
+        parameter = nn.Parameter(torch.zeros(shape))
+        parameter.grad = single.clone()
+        torch.optim.Muon([parameter], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False).step()
+        update = -parameter.detach() / max(1.0, shape[0] / shape[1]) ** 0.5  # torch's default scale of the rate
+        assert (result - update).norm() < 0.03 * update.norm()  # bfloat16
+        values = torch.linalg.svdvals(result)
+        assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_matrices_without_a_gradient_rest() -> None:
+    net = Net()
+    before = [block.weight.clone() for block in net.blocks]
+    optimizer = make(net)
+    net.blocks[1].weight.square().sum().backward()
+    optimizer.step()
+    assert torch.equal(net.blocks[0].weight, before[0]) and not torch.equal(net.blocks[1].weight, before[1])
 
 
 def test_a_restored_state_goes_on_bit_for_bit() -> None:
