@@ -34,6 +34,7 @@ tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parent / "t
         ("steps", 0), ("target", "title"), ("text_length", 1), ("warmup_steps", -1), ("text_loss", "mse"),
         ("condition_dropout", 1.5), ("guidance_dropout", -0.1), ("final_lr_ratio", 2.0), ("video_weight", -1.0),
         ("joint_dropout", 1.01), ("text_weight", -1.0), ("learning_rate", -1e-4), ("text_learning_rate", math.nan),
+        ("text_share", 0.0), ("text_share", 1.5), ("whole_text_from", -0.5),
     ],
 )  # fmt: skip
 def test_an_option_out_of_range_is_named(field: str, value: Any) -> None:
@@ -58,6 +59,13 @@ def test_learning_rate_rises_and_falls() -> None:
     assert factors[110] == pytest.approx(0.2) and stage.learning_rate_factor(999) == pytest.approx(0.2)
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert factors[35] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_the_whole_text_is_shown_from_some_step_on() -> None:
+    stage = Stage(steps=10, text_share=0.25, whole_text_from=0.6)
+    assert [stage.text_share_at(step) for step in range(10)] == [0.25] * 6 + [1.0] * 4
+    assert Stage(text_share=0.5, whole_text_from=0.0).text_share_at(0) == 1.0
+    assert Stage().text_share_at(0) == 1.0
 
 
 def test_learning_rate_without_warmup_starts_at_the_peak() -> None:
@@ -88,7 +96,7 @@ RECALL = Stage(
 )  # fmt: skip
 REFINE = Stage(
     name="refine", steps=4, target="caption", text_length=12, learning_rate=1e-3, text_learning_rate=2e-3,
-    warmup_steps=0,
+    warmup_steps=0, text_share=0.5,
 )  # fmt: skip
 
 
@@ -112,10 +120,20 @@ class Diary(Callback):
 
     def __init__(self) -> None:
         self.pages: dict[int, SimpleNamespace] = {}
+        self.shown: list[int] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        def watch(module: Any, args: tuple[Any, ...]) -> None:
+            if len(args) > 3:
+                self.shown.append(args[3].shape[1])
+
+        self.shown, self.hook = [], pl_module.transformer.register_forward_pre_hook(watch)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.hook.remove()
         self.pages[trainer.global_step - 1] = SimpleNamespace(
             stage=pl_module.stage.name,
+            shown=set(self.shown),
             loss=outputs["loss"].item(),
             rates={group["name"]: group["lr"] for group in trainer.optimizers[0].param_groups},
             target=pl_module.prepare(batch).text_ids,
@@ -168,6 +186,10 @@ def test_the_target_text_switches(trained: SimpleNamespace) -> None:
         assert torch.equal(page.target, page.batch[name])
 
 
+def test_a_share_of_the_text_is_shown_in_the_first_steps_of_its_stage(trained: SimpleNamespace) -> None:
+    assert [page.shown for page in trained.pages.values()] == [{8}, {8}, {6}, {6}, {12}, {12}]
+
+
 def test_learning_rates_follow_the_stages(trained: SimpleNamespace) -> None:
     for step, page in trained.pages.items():
         stage, within = (RECALL, step) if step < 2 else (REFINE, step - 2)
@@ -194,6 +216,7 @@ def test_resuming_in_the_second_stage_continues_exactly(trained: SimpleNamespace
     for step, page in diary.pages.items():
         whole = trained.pages[step]
         assert (page.stage, page.loss, page.rates) == (whole.stage, whole.loss, whole.rates)
+        assert page.shown == whole.shown
         assert page.batch["key"] == whole.batch["key"]
         assert all(torch.equal(value, whole.weights[name]) for name, value in page.weights.items())
 

@@ -113,7 +113,7 @@ class UniViGU(EvaluatedModule):
         self.evaluation_options = evaluation
         self.prompt_slots = prompt_slots
         self.seed = seed
-        self.stage = Stage()
+        self.stage, self.stage_step = Stage(), 0
         self.transformer: UniViGUTransformer3DModel | None = None
 
     @property
@@ -220,6 +220,7 @@ class UniViGU(EvaluatedModule):
             joint_dropout=stage.joint_dropout,
             text_loss=stage.text_loss,
             generator=self._generator(step),
+            text_share=stage.text_share_at(self.stage_step),
         )
         loss = losses.total(stage.video_weight, stage.text_weight, size)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)

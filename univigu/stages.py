@@ -27,6 +27,11 @@ class Stage:
     """Slot of the target text in tokens, its end-of-sequence token counted."""
     tasks: TaskMixture = field(default_factory=TaskMixture)
     """Shares of a batch given to each task."""
+    text_share: float = 1.0
+    """Share of the slot's places, drawn anew for each sample and step, that the model is shown in training until
+    ``whole_text_from``; below 1 a step costs less."""
+    whole_text_from: float = 0.5
+    """From which fraction of the stage's steps on all places are shown, as sampling does."""
     condition_dropout: float = 0.5
     """Probability that the prompt is replaced by the encoded empty prompt where text is read off clean video."""
     joint_dropout: float | None = None
@@ -56,9 +61,10 @@ class Stage:
         check("steps", self.steps >= 1, "at least 1")
         check("target", self.target in ("prompt", "caption"), "'prompt' or 'caption'")
         check("text_length", self.text_length >= 2, "at least 2")
+        check("text_share", 0.0 < self.text_share <= 1.0, "over 0, at most 1")
         check("warmup_steps", self.warmup_steps >= 0, "at least 0")
         check("text_loss", self.text_loss in ("cross_entropy", "generalized_kl"), "'cross_entropy' or 'generalized_kl'")
-        for name in ("condition_dropout", "guidance_dropout", "final_lr_ratio"):
+        for name in ("condition_dropout", "guidance_dropout", "final_lr_ratio", "whole_text_from"):
             check(name, 0.0 <= getattr(self, name) <= 1.0, "a number in [0, 1]")
         check("joint_dropout", self.joint_dropout is None or 0.0 <= self.joint_dropout <= 1.0, "a number in [0, 1]")
         for name in ("video_weight", "text_weight", "learning_rate", "text_learning_rate"):
@@ -67,6 +73,10 @@ class Stage:
         check("learning_rate", self.learning_rate > 0 or learns_text, "over 0, as nothing else is trained")
         frozen_share = self.learning_rate == 0 and self.tasks.generate > 0
         check("tasks", not frozen_share, "no generate share where learning_rate is 0: nothing would learn from it")
+
+    def text_share_at(self, step: int) -> float:
+        """The share of the slot that is shown; ``step`` counts from the stage's start."""
+        return self.text_share if step < self.whole_text_from * self.steps else 1.0
 
     def learning_rate_factor(self, step: int) -> float:
         """Linear warm-up, then a cosine down to ``final_lr_ratio``; ``step`` counts from the stage's start."""

@@ -18,6 +18,7 @@ from univigu.flow.objective import (
     UniFlowLosses,
     UniFlowObjective,
     by_noise_level,
+    sample_places,
 )
 from univigu.flow.text import make_text_flow
 from univigu.flow.time import VideoTimeSampling
@@ -51,11 +52,12 @@ class Watch:
     """Records what the model is called with."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.calls = model, []
+        self.model, self.calls, self.places = model, [], []
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, text_places: torch.Tensor | None = None) -> Any:
         self.calls.append(args)
-        return self.model(*args)
+        self.places.append(text_places)
+        return self.model(*args, **({} if text_places is None else {"text_places": text_places}))
 
     def token_table(self) -> torch.Tensor:
         return self.model.token_table()
@@ -184,6 +186,32 @@ def test_same_seed_same_losses(models: dict[str, Any], flow: str) -> None:
     for name in ("video", "video_times", "text", "text_times"):
         assert torch.equal(getattr(first, name), getattr(again, name))
         assert not torch.equal(getattr(first, name), getattr(other, name))
+
+
+def test_places_are_drawn_evenly_and_in_order() -> None:
+    places = sample_places(4000, 6, 0.5, torch.device("cpu"), torch.Generator().manual_seed(0))
+    assert places.shape == (4000, 3) and (places.diff(dim=1) > 0).all()
+    assert places.flatten().bincount().tolist() == pytest.approx([2000] * 6, rel=0.06)
+    assert sample_places(2, 6, 1e-3, torch.device("cpu")).shape == (2, 1)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_a_share_of_the_text_is_the_tokens_at_its_places(models: dict[str, Any], flow: str) -> None:
+    """The targets are those places' tokens: the loss of each task's text is that of a model given just these."""
+    watch, batch = Watch(models[flow]), make_batch(6)
+    losses = measure(watch, batch, (2, 3, 1), flow, text_share=0.5)
+    joint, understand, none = watch.places
+    assert none is None and joint.shape == (2, 3) and understand.shape == (3, 3)
+    assert [call[3].shape[1] for call in watch.calls[:2]] == [3, 3]
+    assert batch.text_ids is not None
+    for rows, places, call in ((slice(0, 2), joint, watch.calls[0]), (slice(2, 5), understand, watch.calls[1])):
+        truth = batch.text_ids[rows].gather(1, places)
+        if flow == "mask":  # what is shown of the text is the truth or the mask
+            assert ((call[3] == truth) | (call[3] == VOCAB)).all()
+    assert losses.text.shape == (5,) and losses.text.isfinite().all()
+    whole = Watch(models[flow])
+    measure(whole, batch, (2, 3, 1), flow, text_share=1.0)
+    assert whole.places == [None] * 3 and whole.calls[0][3].shape[1] == 6
 
 
 def test_time_options_are_used(models: dict[str, Any]) -> None:

@@ -412,6 +412,25 @@ def test_masked_text_equals_truncated_text(model: Any, one_way: Any, reads: bool
     assert_close(run(unified, inputs | {"text_mask": torch.ones_like(mask)}).text, unmasked)
 
 
+@pytest.mark.parametrize("options", [{}, {"text_positions": 9}, {"text_positions": 9, "text_rotary": False}])
+def test_some_places_of_a_slot_equal_the_slot_with_the_others_masked(
+    wan: WanTransformer3DModel, options: dict[str, Any]
+) -> None:
+    """Each sample with places of its own: every token keeps the position that it has in the whole slot."""
+    model, inputs = tiny.make_unified(wan, VOCAB, **options), make_inputs()
+    places = torch.tensor([[0, 1, 4], [2, 5, 6], [1, 3, 6]])
+    few = {"text_tokens": inputs["text_tokens"].gather(1, places), "text_places": places}
+    some = run(model, inputs | few)
+    mask = torch.zeros(3, 7, dtype=torch.bool).scatter(1, places, True)
+    masked = run(model, inputs | {"text_mask": mask})
+    assert_close(some.sample, masked.sample)
+    assert_close(some.text, masked.text.gather(1, places[..., None].expand(-1, -1, VOCAB)))
+    moved = run(model, inputs | few | {"text_places": torch.arange(3).expand(3, -1)})
+    assert (moved.text - some.text).abs().max() > 1e-4  # where they stand does matter
+    whole = run(model, inputs | {"text_places": torch.arange(7).expand(3, -1)})
+    assert_close(whole.text, run(model, inputs).text)
+
+
 def video_states(model: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
     """The video's hidden states after every block, and its output."""
     states: list[torch.Tensor] = []
@@ -582,6 +601,8 @@ def test_diffusers_finds_our_blocks(model: UniViGUTransformer3DModel) -> None:
         ({"text_tokens": torch.zeros(2, 7, dtype=torch.int64)}, r"text_tokens has 2 rows: expected 3"),
         ({"text_mask": torch.ones(3, 7)}, r"text_mask is torch\.float32 \[3, 7\]: expected bool \[3, 7\]"),
         ({"text_mask": torch.ones(3, 6).bool()}, r"text_mask is torch\.bool \[3, 6\]: expected bool \[3, 7\]"),
+        ({"text_places": torch.arange(7)}, r"text_places is torch\.int64 \[7\]: expected int64 \[3, 7\]"),
+        ({"text_places": torch.ones(3, 7)}, r"text_places is torch\.float32 \[3, 7\]: expected int64 \[3, 7\]"),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(model: Any, changes: dict[str, Any], message: str) -> None:

@@ -68,6 +68,7 @@ class StageSwitch(Callback):
         if index != self.index:
             self._enter(index, pl_module)
         stage = self.stages[index]
+        pl_module.stage_step = step  # type: ignore[assignment]
         factor = stage.learning_rate_factor(step)
         rates = {"video": stage.learning_rate, "text": stage.text_learning_rate}
         for optimizer in trainer.optimizers:

@@ -124,6 +124,21 @@ def by_noise_level(losses: torch.Tensor, times: torch.Tensor, num_bins: int = 4)
     return {name: values.mean() for name, values in named.items() if values.numel()}
 
 
+def sample_places(
+    batch: int, length: int, share: float, device: torch.device, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Which places of a text's slot a sample is shown in a training step: int64 [B, K] in order, K = share * length.
+
+    A step costs about as many of the text's tokens as there are, and a long slot's mostly tell what others tell, too.
+    Leaving some out at random (masked or not) leaves each token's loss what it was, but for the smaller context.
+
+    Args:
+        share: over 0, at most 1; at least one place is kept.
+    """
+    count = max(1, round(share * length))
+    return rand((batch, length), generator, device).topk(count, dim=1).indices.sort(dim=1).values
+
+
 class UniFlowObjective:
     """Computes both modalities' losses for a batch.
 
@@ -146,6 +161,7 @@ class UniFlowObjective:
         joint_dropout: float | None = None,
         text_loss: str = "cross_entropy",
         generator: torch.Generator | None = None,
+        text_share: float = 1.0,
     ) -> UniFlowLosses:
         """Noise the batch, run the model, measure.
 
@@ -158,6 +174,7 @@ class UniFlowObjective:
             joint_dropout: probability of the null condition where both are; None takes ``condition_dropout``.
             text_loss: "cross_entropy" or "generalized_kl" (discrete flows).
             generator: source of all randomness.
+            text_share: share of the text's slot that the model is given, see :func:`sample_places`.
         """
         joint, understand, generate = counts
         with_text = joint + understand
@@ -181,8 +198,9 @@ class UniFlowObjective:
         if with_text:
             rows = slice(0, with_text)
             text_times, text, prediction = self._with_text(
-                model, noisy[rows], t_video[rows], embeds[rows], batch, (joint, understand), text_loss, generator
-            )
+                model, noisy[rows], t_video[rows], embeds[rows], batch, (joint, understand), text_loss, generator,
+                text_share,
+            )  # fmt: skip
             if joint:
                 video.append(flow_matching_loss(prediction, noise[:joint], batch.latents[:joint]))
                 times.append(t_video[:joint])
@@ -203,6 +221,7 @@ class UniFlowObjective:
         counts: tuple[int, int],
         text_loss: str,
         generator: torch.Generator | None,
+        text_share: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Text times [b] and losses [b] of the rows that carry text, and the joint rows' video prediction.
 
@@ -213,7 +232,11 @@ class UniFlowObjective:
             raise ValueError("text_ids=None: tasks joint and understand need target tokens")
         table = model.token_table() if self.text_flow.needs_table else None  # type: ignore[operator]
         t_text = self.options.text_times.sample(sum(counts), noisy.device, generator)
-        corrupted = self.text_flow.corrupt(batch.text_ids[: sum(counts)], t_text, table, generator)
+        tokens, places = batch.text_ids[: sum(counts)], None
+        if text_share < 1:
+            places = sample_places(*tokens.shape, text_share, tokens.device, generator)
+            tokens = tokens.gather(1, places)
+        corrupted = self.text_flow.corrupt(tokens, t_text, table, generator)
         losses, videos, start = [], [], 0
         for count in counts:
             if not count:
@@ -222,7 +245,8 @@ class UniFlowObjective:
             part = CorruptedText(*(None if value is None else value[rows] for value in corrupted))  # type: ignore[arg-type]
             score = TextScore(self.text_flow, part, t_text[rows], table, text_loss, self.options.max_logits)
             times = to_timestep(t_video[rows]), to_timestep(t_text[rows])
-            output = model(noisy[rows], times[0], embeds[rows], part.x_t, times[1], **score.inputs)
+            inputs = score.inputs if places is None else score.inputs | {"text_places": places[rows]}
+            output = model(noisy[rows], times[0], embeds[rows], part.x_t, times[1], **inputs)
             losses.append(score.losses(output.text).mean(dim=1))
             videos.append(output.sample)
         return t_text, torch.cat(losses), videos[0]

@@ -57,17 +57,16 @@ class TextHead(nn.Module):
         return self.linear(hidden) if reader is None else reader(hidden, self.linear)
 
 
-def text_rotary_table(length: int, head_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and signed sines, float32 [L, 1, head_dim] each, of positions 0..L-1 with base 10000.
+def text_rotary_table(places: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and signed sines, float32 [..., L, 1, head_dim] each, of places int64 [..., L] with base 10000.
 
     The sines of the first half are negative, so that a rotation is ``x * cos + roll(x, head_dim / 2) * sin``.
     """
-    positions = torch.arange(length, device=device)
     cos, sin = get_1d_rotary_pos_embed(
-        head_dim, positions, theta=10000.0, use_real=True, repeat_interleave_real=False
+        head_dim, places.flatten(), theta=10000.0, use_real=True, repeat_interleave_real=False
     )  # both halves hold the same
-    half = head_dim // 2
-    return cos[:, None], torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)[:, None]
+    cos, sin, half = cos.unflatten(0, places.shape), sin.unflatten(0, places.shape), head_dim // 2
+    return cos.unsqueeze(-2), torch.cat([-sin[..., :half], sin[..., half:]], dim=-1).unsqueeze(-2)
 
 
 def rotate_text(states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
@@ -100,6 +99,7 @@ def check_text(
     text_tokens: torch.Tensor,
     text_timestep: torch.Tensor | None,
     text_mask: torch.Tensor | None,
+    text_places: torch.Tensor | None = None,
 ) -> None:
     """Refuse a forward pass's inputs that do not belong together.
 
@@ -130,4 +130,9 @@ def check_text(
     if text_mask is not None and (text_mask.dtype != torch.bool or text_mask.shape != text_tokens.shape[:2]):
         raise ValueError(
             f"text_mask is {text_mask.dtype} {list(text_mask.shape)}: expected bool {list(text_tokens.shape[:2])}"
+        )
+    if text_places is not None and (text_places.dtype != torch.int64 or text_places.shape != text_tokens.shape[:2]):
+        raise ValueError(
+            f"text_places is {text_places.dtype} {list(text_places.shape)}: "
+            f"expected int64 {list(text_tokens.shape[:2])}"
         )

@@ -197,6 +197,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         text_reader: TextReader | None = None,
+        text_places: torch.Tensor | None = None,
     ) -> UniViGUTransformerOutput | tuple[torch.Tensor | None, ...]:
         """Predict both modalities' velocities (or posteriors) at their own times.
 
@@ -215,6 +216,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             return_dict: False gives the tuple (sample, text).
             attention_kwargs: as in diffusers (``scale`` of LoRA layers).
             text_reader: makes ``text`` of the head's hidden states in place of logits, see :class:`TextHead`.
+            text_places: the tokens' places in their slot, int64 [B, L] from 0; None: 0 to L-1, the whole slot.
 
         Raises:
             ValueError: shapes or dtypes that do not belong together, named; a cache that belongs to another call.
@@ -223,7 +225,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             raise ValueError("cache: its keys and values carry no gradients; use it under torch.no_grad()")
         image, sample, text = encoder_hidden_states_image, None, None
         if text_tokens is not None:
-            check_text(self.config, hidden_states, timestep, text_tokens, text_timestep, text_mask)
+            check_text(self.config, hidden_states, timestep, text_tokens, text_timestep, text_mask, text_places)
         if hidden_states is None:
             text = self._forward_text(text_tokens, text_timestep, text_mask, cache, attention_kwargs=attention_kwargs)
         elif text_tokens is None and cache is None:
@@ -238,7 +240,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         else:
             sample, text = self._forward_streams(
                 hidden_states, timestep, encoder_hidden_states, text_tokens, text_timestep, text_mask, image, cache,
-                text_reader, attention_kwargs=attention_kwargs,
+                text_reader, text_places, attention_kwargs=attention_kwargs,
             )  # fmt: skip
         if not return_dict:
             return (sample,) if text is None else (sample, text)
@@ -256,6 +258,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         encoder_hidden_states_image: torch.Tensor | None,
         cache: AttentionCache | None,
         text_reader: TextReader | None = None,
+        text_places: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Video, beside text if there is any."""
@@ -281,7 +284,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         text, rotary_t, temb_t, modulation_t = None, None, None, None
         if text_tokens is not None:
             text, rotary_t, temb_t, modulation_t = self._embed_text(
-                text_tokens, text_timestep, video.dtype, temb_v.dtype
+                text_tokens, text_timestep, video.dtype, temb_v.dtype, text_places
             )
             if cache is not None and cache.keep_video:
                 cache.video_tokens, cache.text_tokens = video.shape[1], text.shape[1]
@@ -333,14 +336,17 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         text_timestep: torch.Tensor | None,
         dtype: torch.dtype,
         time_dtype: torch.dtype,
+        places: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Rotary | None, torch.Tensor, torch.Tensor]:
         """Tokens of width D [B, L, D], their rotary table if any, the text's time [B, D] and modulation [B, 6, D]."""
         text = self.vocab_embed(text_tokens) if text_tokens.ndim == 2 else text_tokens
+        if places is None:
+            places = torch.arange(text.shape[1], device=text.device)
         if self.text_position_embed is not None:
-            text = text + self.text_position_embed(torch.arange(text.shape[1], device=text.device))
+            text = text + self.text_position_embed(places)
         rotary = None
         if self.config.text_rotary:
-            rotary = text_rotary_table(text.shape[1], self.config.attention_head_dim, text.device)
+            rotary = text_rotary_table(places, self.config.attention_head_dim)
         sinusoid = self.condition_embedder.timesteps_proj(text_timestep)
         return text.to(dtype), rotary, *self.time_embedding_t(sinusoid, time_dtype)
 
