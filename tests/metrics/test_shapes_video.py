@@ -144,6 +144,15 @@ def test_diagonal_motion_and_blobs_have_no_name():
     assert detect(bar).objects[0].shape is None
 
 
+def test_a_triangle_without_its_tip_is_as_large_as_it_was():
+    """As blur leaves it: its box is that of a small thing, all the rest of it is not."""
+    triangle = Object("large", "red", "triangle", "still", "", 32.0, 32.0)
+    clip = render(Scene((triangle,), "black", ""))
+    clip[:, :, : 32 - 15 + 9] = clip[0, :, 0, 0].view(3, 1, 1)  # 9 of its 30 rows
+    found = detect(clip).objects[0]
+    assert (found.size, found.shape) == ("large", "triangle")
+
+
 def test_object_of_no_known_color():
     clip = render(Scene((CIRCLE,), "black", ""))
     gray = clip.amax(1, keepdim=True).expand(-1, 3, -1, -1)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-SIZES = {"small": 9, "large": 14}  # half the side of the bounding box, pixels at 64x64
+SIZES = {"small": 11, "large": 15}  # half the side of the bounding box, pixels at 64x64
 COLORS = {
     "red": (220, 40, 40),
     "green": (40, 180, 60),

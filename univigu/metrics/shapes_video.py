@@ -238,10 +238,7 @@ def _drop_specks(cover: np.ndarray) -> int:
 
 def _measure(track: _Track) -> ObjectReading:
     """Everything about one object but its relation to another."""
-    extent = (track.boxes[:, 2:] - track.boxes[:, :2])[track.seen]  # [N, 2]
-    half = float(np.median(extent, axis=0).mean()) / 2
-    size = min(SIZES, key=lambda name: abs(SIZES[name] - half))
-    shape = _shape(track, SIZES[size])
+    size, shape = _size_and_shape(track)
     middle = _center(track, shape, SIZES[size])
     seen = np.flatnonzero(track.seen)
     motion, speed = _motion(middle[seen], seen)
@@ -266,10 +263,24 @@ def _center(track: _Track, shape: str | None, radius: float) -> np.ndarray:
     return track.centroid - np.array([0.0, radius / 3 if shape == "triangle" else 0.0])
 
 
-def _shape(track: _Track, radius: float) -> str | None:
-    """The shape whose ideal cover overlaps best, averaged over the frames; None if none does well."""
+def _size_and_shape(track: _Track) -> tuple[str, str | None]:
+    """What overlaps best; None if no shape does well, with the size that its box is nearest to.
+
+    The box alone would not do: a blurred triangle's tip is gone, and half of what makes it large.
+    """
+    overlaps = {(size, shape): value for size in SIZES for shape, value in _overlaps(track, SIZES[size]).items()}
+    best = max(overlaps, key=lambda pair: overlaps[pair])
+    if overlaps[best] >= MIN_SHAPE_IOU:
+        return best
+    extent = (track.boxes[:, 2:] - track.boxes[:, :2])[track.seen]  # [N, 2]
+    half = float(np.median(extent, axis=0).mean()) / 2
+    return min(SIZES, key=lambda name: abs(SIZES[name] - half)), None
+
+
+def _overlaps(track: _Track, radius: float) -> dict[str, float]:
+    """How well each shape's ideal cover overlaps, averaged over the frames, in [0, 1]."""
     seen = track.seen
-    reach = int(radius) + 4  # pixels around the centre that are compared
+    reach = max(SIZES.values()) + 4  # pixels around the centre that are compared: all of any object
     padded = np.pad(track.cover[seen], ((0, 0), (reach, reach), (reach, reach)))
     corner = track.centroid[seen].astype(int)  # in padded pixels, reach to the left of and above the centre
     window = np.arange(2 * reach)
@@ -283,8 +294,7 @@ def _shape(track: _Track, radius: float) -> str | None:
         rows_two = fine[:, ::2].astype(np.float32) + fine[:, 1::2]
         ideal = (rows_two[:, :, ::2] + rows_two[:, :, 1::2]) / 4
         overlap[shape] = max(_overlap(cover, _blur(ideal, times)) for times in SHAPE_BLURS)
-    best = max(overlap, key=lambda shape: overlap[shape])
-    return best if overlap[best] >= MIN_SHAPE_IOU else None
+    return overlap
 
 
 def _overlap(cover: np.ndarray, ideal: np.ndarray) -> float:
