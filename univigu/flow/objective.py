@@ -234,7 +234,7 @@ class UniFlowObjective:
         t_text = self.options.text_times.sample(sum(counts), noisy.device, generator)
         tokens, places = batch.text_ids[: sum(counts)], None
         if text_share < 1:
-            places = sample_places(*tokens.shape, text_share, tokens.device, generator)
+            places = sample_places(tokens.shape[0], tokens.shape[1], text_share, tokens.device, generator)
             tokens = tokens.gather(1, places)
         corrupted = self.text_flow.corrupt(tokens, t_text, table, generator)
         losses, videos, start = [], [], 0
