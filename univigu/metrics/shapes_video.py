@@ -5,6 +5,7 @@ Everything is measured on the world's canvas of 64x64 pixels; clips of another s
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -268,7 +269,7 @@ def _size_and_shape(track: _Track) -> tuple[str, str | None]:
 
     The box alone would not do: a blurred triangle's tip is gone, and half of what makes it large.
     """
-    overlaps = {(size, shape): value for size in SIZES for shape, value in _overlaps(track, SIZES[size]).items()}
+    overlaps = _overlaps(track)
     best = max(overlaps, key=lambda pair: overlaps[pair])
     if overlaps[best] >= MIN_SHAPE_IOU:
         return best
@@ -277,8 +278,8 @@ def _size_and_shape(track: _Track) -> tuple[str, str | None]:
     return min(SIZES, key=lambda name: abs(SIZES[name] - half)), None
 
 
-def _overlaps(track: _Track, radius: float) -> dict[str, float]:
-    """How well each shape's ideal cover overlaps, averaged over the frames, in [0, 1]."""
+def _overlaps(track: _Track) -> dict[tuple[str, str], float]:
+    """How well the ideal cover of each size and shape overlaps, averaged over the frames, in [0, 1]."""
     seen = track.seen
     reach = max(SIZES.values()) + 4  # pixels around the centre that are compared: all of any object
     padded = np.pad(track.cover[seen], ((0, 0), (reach, reach), (reach, reach)))
@@ -286,14 +287,15 @@ def _overlaps(track: _Track, radius: float) -> dict[str, float]:
     window = np.arange(2 * reach)
     columns, rows = corner[:, :1] + window, corner[:, 1:] + window  # [F, 2 * reach]
     cover = padded[np.arange(len(padded))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    at = (np.arange(4 * reach) + 0.5) / 2  # twice the resolution, for the edges
     overlap = {}
-    for shape in SHAPES:
+    for size, shape in itertools.product(SIZES, SHAPES):
+        radius = SIZES[size]
         offset = _center(track, shape, radius)[seen] - corner + reach
-        at = (np.arange(4 * reach) + 0.5) / 2  # twice the resolution, for the edges
         fine = shape_mask(shape, at - offset[:, :1, None], at[:, None] - offset[:, 1:, None], radius)
         rows_two = fine[:, ::2].astype(np.float32) + fine[:, 1::2]
         ideal = (rows_two[:, :, ::2] + rows_two[:, :, 1::2]) / 4
-        overlap[shape] = max(_overlap(cover, _blur(ideal, times)) for times in SHAPE_BLURS)
+        overlap[size, shape] = max(_overlap(cover, _blur(ideal, times)) for times in SHAPE_BLURS)
     return overlap
 
 
