@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import pickle
 import tarfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +213,41 @@ def test_a_failing_job_keeps_what_is_done(tmp_path: Path) -> None:
     manifest = Manifest.load(tmp_path)
     assert manifest is not None and not manifest.complete
     assert [shard.name for shard in manifest.shards if (tmp_path / shard.name).exists()] in ([], ["a.tar"])
+
+
+def _slowly(path: Path, job: int) -> ShardInfo:
+    with (path.parent / "written.txt").open("a") as file:
+        file.write(f"{path.name}\n")
+    time.sleep(0.05)
+    return write_shard(path, [(str(job), {"json": b"{}"})])
+
+
+def _build_slowly(folder: Path, start: Any) -> None:
+    start.wait()
+    manifest = build_folder(folder, Manifest("video", {}), {f"{i}.tar": i for i in range(8)}, _slowly, None, "")
+    assert manifest.complete and manifest.num_samples == 8
+
+
+def test_two_programs_may_want_the_same_folder_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(2)
+    programs = [context.Process(target=_build_slowly, args=(tmp_path, start)) for _ in range(2)]
+    for program in programs:
+        program.start()
+    for program in programs:
+        program.join(60)
+    assert [program.exitcode for program in programs] == [0, 0]
+    assert sorted((tmp_path / "written.txt").read_text().split()) == [f"{i}.tar" for i in range(8)]  # each once
+    assert sorted(path.name for path in tmp_path.glob("*.tar")) == [f"{i}.tar" for i in range(8)]
+
+
+def test_a_whole_folder_is_left_as_it_is(tmp_path: Path) -> None:
+    """It may be one that this user cannot write to."""
+    build_folder(tmp_path, Manifest("video", {}), {"a.tar": 0}, _slowly, None, "")
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} | {"": tmp_path.stat().st_mtime_ns}
+    build_folder(tmp_path, Manifest("video", {}), {"a.tar": 0}, _slowly, None, "")
+    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} | {"": tmp_path.stat().st_mtime_ns}
+    assert after == before
 
 
 def test_encoding_counts_and_keeps_going(

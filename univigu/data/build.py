@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from univigu.data.sample import DataError
 from univigu.data.shards import MANIFEST, Manifest, ShardInfo
+
+log = logging.getLogger(__name__)
 
 PARTS = ".manifest-*.json"
 
@@ -156,27 +160,49 @@ def build_folder(
         DataError: the folder holds shards of other parameters, or shards without a manifest.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if _is_whole(folder, manifest, jobs):  # nothing to write: the folder may be one that cannot be written to
+        return manifest
+    with _alone(folder, share):
+        if _is_whole(folder, manifest, jobs):  # by now, through who had the lock
+            return manifest
+        done = {shard.name for shard in manifest.shards}
+        missing = [name for name in share.of(jobs) if name not in done]
+        _clean(folder, [*missing, share.manifest])
+        manifest.save(folder, share.manifest)
+        _announce(folder, share.manifest)
+        with progress or progress_bar() as bar:
+            task = bar.add_task(description, total=len(share.of(jobs)), completed=len(share.of(jobs)) - len(missing))
+            for info in _results(work, pool, [(folder / name, jobs[name]) for name in missing]):
+                manifest.shards.append(info)
+                manifest.save(folder, share.manifest)
+                bar.advance(task)
+        return _conclude(folder, manifest, jobs)
+
+
+def _is_whole(folder: Path, manifest: Manifest, jobs: Mapping[str, Any]) -> bool:
+    """Take down in the manifest what the folder holds; whether nothing is missing."""
     strangers = sorted(path.name for path in folder.glob("*.tar"))  # before the manifests: others may be writing here
     existing = _existing(folder, manifest)
     if strangers and not existing:
         raise DataError(f"{folder}: holds shards of unknown origin ({strangers[0]}, ...); choose another folder")
     manifest.shards = _finished(folder, existing, jobs)
-    done = {shard.name for shard in manifest.shards}
-    missing = [name for name in share.of(jobs) if name not in done]
-    if len(done) == len(jobs) and any(other.complete for other in existing):
-        manifest.complete = True
-        return manifest
-    _clean(folder, [*missing, share.manifest])
-    manifest.save(folder, share.manifest)
-    if not existing:
-        _announce(folder, share.manifest)
-    with progress or progress_bar() as bar:
-        task = bar.add_task(description, total=len(share.of(jobs)), completed=len(share.of(jobs)) - len(missing))
-        for info in _results(work, pool, [(folder / name, jobs[name]) for name in missing]):
-            manifest.shards.append(info)
-            manifest.save(folder, share.manifest)
-            bar.advance(task)
-    return _conclude(folder, manifest, jobs)
+    manifest.complete = len(manifest.shards) == len(jobs) and any(other.complete for other in existing)
+    return manifest.complete
+
+
+@contextmanager
+def _alone(folder: Path, share: Share) -> Iterator[None]:
+    """Let no other program do the same share of the same folder at the same time; a killed one holds no lock."""
+    lock = FileLock(folder / f".{share.rank:05d}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        log.warning("%s: another program is writing it; waiting for that", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _results(
