@@ -95,6 +95,7 @@ def test_the_command_prints_both_stages(capsys: pytest.CaptureFixture[str]) -> N
     assert plan_tool.main([*args, "--world-size", "2", "--device", "h100", "--utilisation", "0.3"]) == 0
     printed = capsys.readouterr().out
     assert "stage recall, batch 4 on each of 2" in printed and "stage refine" in printed and "30% used" in printed
+    assert printed.count("50% of the text, up to step 360") == 1
     assert plan_tool.main([*args, "--modules", "--model.trains=lora", "--model.lora.rank=4"]) == 0
     printed = capsys.readouterr().out
     assert "blocks.*.ffn_t" in printed and "trains lora" in printed and "of Wan's own" in printed
@@ -146,6 +147,14 @@ def test_operations_are_those_that_are_done(text_flow: str, task: str, checkpoin
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # others on the CPU are not counted
         real_step(work, checkpointing, batch_size=2)
     assert step_flops(work, checkpointing) == pytest.approx(counter.get_total_flops() / 2, rel=0.1)
+
+
+def test_a_part_of_the_text_costs_less() -> None:
+    """As much as a slot that has no more places, but for what is looked up and gathered."""
+    half, short = small(text_share=0.5), small(stage=replace(small().stage, text_length=32))
+    assert half.text_tokens == short.text_tokens == 32 and small().text_tokens == 64
+    assert step_flops(half, False) == pytest.approx(step_flops(short, False), rel=1e-6)
+    assert step_flops(half, False) < 0.99 * step_flops(small(), False)
 
 
 def test_freezing_and_adapters_cost_less() -> None:

@@ -12,21 +12,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
 
 from univigu.cli import exit_code
-from univigu.plan import Plan, added_parameters, make_plan
+from univigu.plan import Plan, Workload, added_parameters, make_plan, step_flops
 from univigu.published import workloads_of
 
 # Dense bfloat16 operations a second, by the makers' data sheets.
 DEVICES = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
 
 
-def show_plan(title: str, plan: Plan, options: argparse.Namespace, console: Console) -> None:
+def show_plan(work: Workload, plan: Plan, options: argparse.Namespace, console: Console) -> None:
     """Print one stage's numbers."""
-    gigabyte = 1e9
+    gigabyte, stage = 1e9, work.stage
+    title = f"stage {stage.name}, batch {work.batch_size} on each of {options.world_size}"
     table = Table("", "", title=title, show_header=False)
     rows = [
         ("parameters", f"{plan.parameters:,} ({plan.wan_parameters:,} of them Wan's)"),
@@ -42,6 +44,10 @@ def show_plan(title: str, plan: Plan, options: argparse.Namespace, console: Cons
         ("activations, checkpointed", f"{plan.activations_checkpointed / gigabyte:.3f} GB"),
         ("together", f"{plan.total(False) / gigabyte:.3f} GB, checkpointed {plan.total(True) / gigabyte:.3f} GB"),
     ]  # fmt: skip
+    if stage.text_share < 1:
+        part = step_flops(replace(work, text_share=stage.text_share), False) / 1e12
+        steps = f"up to step {round(stage.whole_text_from * stage.steps):,}"
+        rows.insert(4, (f"{stage.text_share:.0%} of the text, {steps}", f"{part:,.3f} T"))
     for label, value in rows:
         table.add_row(label, value)
     if options.device:
@@ -58,8 +64,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
         if options.modules:
             show_modules(f"stage {work.stage.name}, trains {work.trains}", work, console)
         else:
-            title = f"stage {work.stage.name}, batch {work.batch_size} on each of {options.world_size}"
-            show_plan(title, make_plan(work, options.world_size), options, console)
+            show_plan(work, make_plan(work, options.world_size), options, console)
     if not options.modules:
         console.print("Not counted: the frozen text encoder and VAE, the libraries' own memory, fragmentation.")
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import univigu.models.attention as attention_module
-from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowObjective
+from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowObjective, num_places
 from univigu.flow.text import make_text_flow
 from univigu.models.lora import LoraOptions, add_lora, is_lora_parameter
 from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
@@ -50,6 +50,8 @@ class Workload:
     """Type of the weights in use and of the activations."""
     averaged: bool = False
     """Whether a running mean of the weights is kept."""
+    text_share: float = 1.0
+    """Share of the text's slot that the model is given in the steps meant, see :class:`univigu.stages.Stage`."""
 
     def model(self) -> UniViGUTransformer3DModel:
         """The transformer without its numbers, frozen as in the stage."""
@@ -66,6 +68,11 @@ class Workload:
         _, *size = self.latents
         patch = self.transformer.get("patch_size", (1, 2, 2))
         return int(torch.tensor([n // p for n, p in zip(size, patch, strict=True)]).prod())
+
+    @property
+    def text_tokens(self) -> int:
+        """L of one clip."""
+        return num_places(self.stage.text_length, self.text_share)
 
     def shares(self) -> dict[str, float]:
         """The tasks' shares of a batch."""
@@ -130,7 +137,8 @@ def _loss(work: Workload, model: UniViGUTransformer3DModel, task: str, batch_siz
     )
     hook = model.register_forward_pre_hook(lambda module, args: (args[0].to(dtype), *args[1:]))
     counts = [batch_size * (name == task) for name in TASKS]
-    losses = UniFlowObjective(flow, work.flow)(model, batch, counts, text_loss=work.stage.text_loss)
+    options = {"text_loss": work.stage.text_loss, "text_share": work.text_share}
+    losses = UniFlowObjective(flow, work.flow)(model, batch, counts, **options)
     hook.remove()
     return losses.total(work.stage.video_weight, work.stage.text_weight, batch_size)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,13 +41,15 @@ class Slow(stages.Clips):  # type: ignore[misc, name-defined]
         return super().__getitem__(index)
 
 
-def test_speeds_agree_with_each_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_speeds_agree_with_each_other(tmp_path: Path, share: float) -> None:
+    refine = replace(stages.REFINE, text_share=share, whole_text_from=1.0)
     tiny.make_pipeline().save_pretrained(tmp_path / "foundation")
     logged = Logged()
     trainer = Trainer(
         default_root_dir=tmp_path, accelerator="cpu", logger=CSVLogger(tmp_path), enable_progress_bar=False,
         enable_model_summary=False, enable_checkpointing=False,
-        callbacks=[StageSwitch([stages.RECALL, stages.REFINE]), logged, ThroughputLogger(2, peak_flops=1e9)],
+        callbacks=[StageSwitch([stages.RECALL, refine]), logged, ThroughputLogger(2, peak_flops=1e9)],
     )  # fmt: skip
     trainer.fit(UniViGU(str(tmp_path / "foundation")), DataLoader(Slow(), batch_size=stages.BATCH))
     speeds, work = logged.speeds, logged.work
@@ -55,7 +58,7 @@ def test_speeds_agree_with_each_other(tmp_path: Path) -> None:
     }  # fmt: skip
     assert work.video_tokens == 2 * 2 * 2 and work.stage.name == "refine"
     assert speeds["clips_per_second"] == pytest.approx(stages.BATCH / speeds["seconds_per_step"], rel=1e-4)
-    assert speeds["tokens_per_second"] == pytest.approx(speeds["clips_per_second"] * (8 + 12), rel=1e-4)
+    assert speeds["tokens_per_second"] == pytest.approx(speeds["clips_per_second"] * (8 + 12 * share), rel=1e-4)
     used = step_flops(work, False) / (speeds["seconds_per_step"] * 1e9)
     assert speeds["utilisation"] == pytest.approx(used, rel=1e-3)
     assert speeds["seconds_per_step"] > 0.2 and 0.3 < speeds["data_wait_share"] < 1

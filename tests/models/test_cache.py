@@ -83,6 +83,19 @@ def test_with_hidden_tokens_positions_and_a_shared_ffn(attention: dict[str, bool
 
 
 @torch.no_grad()
+def test_with_some_places_of_a_slot() -> None:
+    model, video, cache = make(clean_video_reads_text=False, text_positions=LENGTH), draw_video(), AttentionCache()
+    places = torch.tensor([[0, 1, 4], [2, 5, 6], [1, 3, 6]])
+    few, more = ({"text_tokens": draw_text(i)[:, :3], "text_places": places} for i in range(2))
+    model(*video, text_timestep=times(900.0), cache=cache, **few)
+    cached = model(None, None, None, text_timestep=times(400.0), cache=cache, **more).text
+    expected = model(*video, text_timestep=times(400.0), **more).text
+    torch.testing.assert_close(cached, expected, rtol=1e-5, atol=1e-5)
+    elsewhere = model(None, None, None, draw_text(1)[:, :3], times(400.0), cache=cache).text
+    assert (elsewhere - cached).abs().max() > 1e-4
+
+
+@torch.no_grad()
 def test_where_video_reads_text_it_is_an_approximation() -> None:
     model, video, cache = make(), draw_video(), AttentionCache()
     model(*video, draw_text(0), times(1000.0), cache=cache)

@@ -40,8 +40,8 @@ class ThroughputLogger(Callback):
         self.every_n_steps = every_n_steps
         self.peak_flops = peak_flops
         self._stage = ""
-        self._costs: dict[tuple[int, ...], tuple[float | None, int]] = {}
-        """Operations (where they are counted) and tokens of a clip, by its size."""
+        self._costs: dict[tuple[float, ...], tuple[float | None, int]] = {}
+        """Operations (where they are counted) and tokens of a clip, by the share of its text and its size."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(trainer, pl_module)
@@ -60,12 +60,13 @@ class ThroughputLogger(Callback):
         self._waited += time.perf_counter() - self._ended
         if pl_module.stage.name != self._stage:
             self._stage, self._costs = pl_module.stage.name, {}
-        size = tuple(batch["latents" if "latents" in batch else "video"].shape[1:])
-        if size not in self._costs:  # once a stage and, where clips are of several sizes, bucket
+        share = pl_module.stage.text_share_at(pl_module.stage_step)
+        size = (share, *batch["latents" if "latents" in batch else "video"].shape[1:])
+        if size not in self._costs:  # once a stage, share of the text and, where clips are of several sizes, bucket
             work = workload(trainer, pl_module, batch)
             checked = self._window.available_flops is not None  # counting takes seconds: only where it is used
             flops = step_flops(work, checkpointing=False) / work.batch_size if checked else None
-            self._costs[size] = flops, work.video_tokens + work.stage.text_length
+            self._costs[size] = flops, work.video_tokens + work.text_tokens
             self._begin(trainer, pl_module)
         self._flops_each, self._tokens_each = self._costs[size]
 
@@ -128,6 +129,7 @@ def workload(trainer: Trainer, pl_module: Any, batch: Any) -> Workload:
         pl_module.flow_options,
         pl_module.optimizer_options,
         compute_dtype(pl_module, trainer),
+        text_share=pl_module.stage.text_share_at(pl_module.stage_step),
     )
 
 

@@ -124,6 +124,11 @@ def by_noise_level(losses: torch.Tensor, times: torch.Tensor, num_bins: int = 4)
     return {name: values.mean() for name, values in named.items() if values.numel()}
 
 
+def num_places(length: int, share: float) -> int:
+    """How many places of a text's slot a share of it is; at least one."""
+    return max(1, round(share * length))
+
+
 def sample_places(
     batch: int, length: int, share: float, device: torch.device, generator: torch.Generator | None = None
 ) -> torch.Tensor:
@@ -135,7 +140,7 @@ def sample_places(
     Args:
         share: over 0, at most 1; at least one place is kept.
     """
-    count = max(1, round(share * length))
+    count = num_places(length, share)
     return rand((batch, length), generator, device).topk(count, dim=1).indices.sort(dim=1).values
 
 

@@ -227,7 +227,10 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         if text_tokens is not None:
             check_text(self.config, hidden_states, timestep, text_tokens, text_timestep, text_mask, text_places)
         if hidden_states is None:
-            text = self._forward_text(text_tokens, text_timestep, text_mask, cache, attention_kwargs=attention_kwargs)
+            text = self._forward_text(
+                text_tokens, text_timestep, text_mask, cache, text_reader, text_places,
+                attention_kwargs=attention_kwargs,
+            )  # fmt: skip
         elif text_tokens is None and cache is None:
             (sample,) = super().forward(
                 hidden_states,
@@ -312,6 +315,8 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         text_timestep: torch.Tensor,
         text_mask: torch.Tensor | None,
         cache: AttentionCache | None,
+        text_reader: TextReader | None = None,
+        text_places: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> torch.Tensor:
         """Text alone, beside the cached video and prompt."""
@@ -324,11 +329,11 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
                 f"{[cache.prompt_embeds.shape[0], cache.text_tokens]}"
             )
         text, rotary_t, temb_t, modulation_t = self._embed_text(
-            text_tokens, text_timestep, cache.states_dtype, cache.prompt_embeds.dtype
+            text_tokens, text_timestep, cache.states_dtype, cache.prompt_embeds.dtype, text_places
         )
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             text = block(None, None, None, None, text, modulation_t, rotary_t, text_mask, cache=layer)
-        return self._text_head(text, temb_t)
+        return self._text_head(text, temb_t, text_reader)
 
     def _embed_text(
         self,
