@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from univigu.command import parse_fit
 from univigu.data.shapes import render, sample_scene
 from univigu.data.video import encode_mp4, read_video
 from univigu.prediction import predict_batch
+from univigu.report import RunLog
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
 FIT = ("recall", "refine", "two_stage", "foundation")
@@ -240,6 +242,45 @@ def test_an_interrupted_run_continues_exactly(in_tmp: Path, small_data: list[str
     for i, state in moments[0].items():
         assert state.keys() == moments[1][i].keys() and state.keys() & {"exp_avg", "momentum_buffer"}
         assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(moments[1][i][k])) for k, value in state.items())
+
+
+def test_curves_and_configuration_of_a_training_stay_its_own(in_tmp: Path, small_data: list[str]) -> None:
+    """Another training in the same folder, and its evaluation with another configuration, write over neither."""
+    run = ["fit", "--config=configs/recall.yaml", *small_data, *QUICK, "--trainer.max_steps=1"]
+    main([*run, "--seed_everything=5", "--trainer.log_every_n_steps=1"])
+    (first,) = Path("runs/recall/tensorboard").glob("events.*")
+    main([*run, "--seed_everything=5", "--ckpt_path=runs/recall/checkpoints/last.ckpt", "--trainer.max_steps=2"])
+    assert first.exists() and not Path("runs/recall/earlier").exists()  # it went on: these are its own
+    main(run)
+    moved = Path("runs/recall/earlier/tensorboard-1")
+    assert (moved / first.name).exists() and "seed_everything: 5" in (moved / "config.yaml").read_text()
+    config = Path("runs/recall/tensorboard/config.yaml").read_text()
+    assert "seed_everything: 5" not in config
+    log = RunLog.read(Path("runs/recall"))
+    assert log.config["seed_everything"] == 0 and "train/loss" not in log.scalars
+    assert RunLog.read(moved).config["seed_everything"] == 5 and "train/loss" in RunLog.read(moved).scalars
+    main(["test", "--config=configs/refine.yaml", *small_data, *QUICK, "--trainer.default_root_dir=runs/recall",
+          "--trainer.logger.init_args.save_dir=runs/recall", "--model.evaluation.generation=false"])  # fmt: skip
+    assert Path("runs/recall/tensorboard/config.yaml").read_text() == config
+
+
+@pytest.mark.parametrize("given, limit", [([], 1.0), (["--trainer.limit_val_batches=3"], 3)])
+def test_validate_takes_every_clip(
+    in_tmp: Path, checkpoint: Path, given: list[str], limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit in the configurations is for the looks that fit takes in between."""
+    from univigu.command import UniViGUCLI
+
+    monkeypatch.setattr(UniViGUCLI, "instantiate_classes", lambda self: sys.exit(0))
+    seen: list[Any] = []
+    parse = UniViGUCLI.parse_arguments
+    monkeypatch.setattr(
+        UniViGUCLI, "parse_arguments", lambda self, *args: (parse(self, *args), seen.append(self.config))
+    )
+    for command in ("validate", "fit"):
+        with pytest.raises(SystemExit):
+            UniViGUCLI([command, "--config=configs/refine.yaml", f"--ckpt_path={checkpoint}", *given])
+    assert [c[c.subcommand].trainer.limit_val_batches for c in seen] == [limit, 3 if given else 4]
 
 
 def test_held_out_evaluation(

@@ -6,6 +6,7 @@ Processes run this file as a script.
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from tests.conftest import run_processes
+from tests.conftest import REPO, run_processes
 from tests.tiny_clip import write_clip, write_detector
 from univigu.callbacks import StageSwitch
 from univigu.data.datamodule import VideoTextDataModule
@@ -25,6 +26,7 @@ from univigu.data.filters import LengthFilter
 from univigu.data.shards import write_shard
 from univigu.data.video import encode_mp4
 from univigu.evaluation import EvaluationOptions, own_samples
+from univigu.flow.objective import TaskMixture
 from univigu.module import UniViGU
 from univigu.sampling.options import SamplingOptions
 from univigu.stages import Stage
@@ -56,25 +58,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def evaluate(folder: Path, run: str = "test", batch_size: int = 2, precompute: bool = False, **trainer: Any) -> dict:
-    """The figures of a model with random weights; devices and strategy come by keyword."""
+STAGE = Stage(name="recall", steps=1, text_length=16)
+
+
+def evaluate(
+    folder: Path, run: str = "test", batch_size: int = 2, data: dict[str, Any] | None = None, stage: Stage = STAGE,
+    options: dict[str, Any] | None = None, callbacks: tuple[Callback, ...] = (), **trainer: Any,
+) -> dict[str, float]:  # fmt: skip
+    """The figures of a model with random weights.
+
+    Args:
+        data: options of the data module in place of those for the five samples on the fly.
+        options: of the evaluation, in place of those that measure everything.
+        trainer: devices and strategy.
+    """
     torch.set_num_threads(1)
-    options = EvaluationOptions(clip=str(folder / "clip"), video_features=str(folder / "detector.pt"), clip_frames=2)
+    everything = {"clip": str(folder / "clip"), "video_features": str(folder / "detector.pt"), "clip_frames": 2}
+    evaluation = EvaluationOptions(**(everything if options is None else options))
     module = UniViGU(
-        str(folder / "foundation"), str(folder / "unified"), text_flow="uniform", evaluation=options, seed=1,
+        str(folder / "foundation"), str(folder / "unified"), text_flow="uniform", evaluation=evaluation, seed=1,
         sampling=SamplingOptions(num_inference_steps=2, caption_steps=2),
     )  # fmt: skip
-    data = VideoTextDataModule(
-        str(folder / "foundation"), shards=str(folder / "shards"), batch_size=batch_size, num_workers=0, height=32,
-        width=32, num_frames=5, prompt_length=32, precompute=precompute,
-        length_filter=LengthFilter(min_prompt=0, min_caption=0),
+    five = {"shards": str(folder / "shards"), "height": 32, "width": 32, "num_frames": 5, "precompute": False}
+    loaded = VideoTextDataModule(
+        str(folder / "foundation"), batch_size=batch_size, num_workers=0, prompt_length=32,
+        length_filter=LengthFilter(min_prompt=0, min_caption=0), **(five | (data or {})),
     )  # fmt: skip
     driver = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
         enable_model_summary=False, default_root_dir=folder, use_distributed_sampler=False,
-        callbacks=[StageSwitch([Stage(name="recall", steps=1, text_length=16)])], **trainer,
+        callbacks=[StageSwitch([stage]), *callbacks], **trainer,
     )  # fmt: skip
-    getattr(driver, run)(module, datamodule=data, verbose=False)
+    getattr(driver, run)(module, datamodule=loaded, verbose=False)
     assert not any("evaluation" in name for name in module.state_dict())  # nothing of it reaches checkpoints
     return {name: float(value) for name, value in driver.callback_metrics.items()}
 
@@ -136,9 +151,59 @@ def test_samples_that_are_repeated_count_once() -> None:
     assert whole is not None and whole["key"] == list("abcd")
 
 
-def test_frechet_distance_without_videos_says_what_to_do(folder: Path) -> None:
-    with pytest.raises(MisconfigurationException, match=r"model\.evaluation\.video_features=.*--data.precompute false"):
-        evaluate(folder, precompute=True, devices=1)
+class Begun(Callback):
+    """Counts the batches that an evaluation has begun, and is done with."""
+
+    def __init__(self) -> None:
+        self.begun = self.done = 0
+
+    def on_test_batch_start(self, *_: Any) -> None:
+        self.begun += 1
+
+    def on_test_batch_end(self, *_: Any) -> None:
+        self.done += 1
+
+
+@pytest.mark.parametrize("option", ["clip", "video_features"])
+def test_what_needs_the_videos_is_refused_before_anything_is_drawn(folder: Path, option: str) -> None:
+    batches, models = Begun(), {"clip": "clip", "video_features": "detector.pt"}
+    asked = {"data": {"precompute": True}, "options": {option: str(folder / models[option])}, "callbacks": (batches,)}
+    message = rf"model\.evaluation\.{option}='.*{models[option]}': .*videos.*--data.precompute false"
+    with pytest.raises(MisconfigurationException, match=message):
+        evaluate(folder, devices=1, **asked)
+    assert batches.begun == 0
+    # Shards that hold latents alone, with nothing to precompute: the first batch tells.
+    latents = next(path for path in (folder / "shards").glob("latents-*") if path.is_dir())
+    asked["data"] = {"shards": str(latents)}
+    with pytest.raises(MisconfigurationException, match=message):
+        evaluate(folder, devices=1, **asked)
+    assert (batches.begun, batches.done) == (1, 0)
+
+
+def test_latents_are_enough_for_what_is_made(folder: Path) -> None:
+    """A stage without text has no captions to compare with the videos; made ones are scored all the same."""
+    stage = Stage(name="video", steps=1, text_length=16, tasks=TaskMixture(joint=0, understand=0, generate=1))
+    options, data = {"clip": str(folder / "clip"), "clip_frames": 2}, {"precompute": True}
+    found = evaluate(folder, devices=1, stage=stage, options=options, data=data)
+    assert "test/generate/clip" in found and not any(name.startswith("test/caption") for name in found)
+
+
+def test_the_page_lists_every_name(folder: Path, alone: dict[str, float]) -> None:
+    """Those of clips without scenes, and those of the embedded world's, which have properties besides."""
+    world = {"shards": None, "root": str(folder / "world"), "num_test_clips": 6, "height": 64, "width": 64}
+    longer = Stage(name="recall", steps=1, text_length=32)
+    found = evaluate(folder, devices=1, batch_size=6, data=world | {"num_frames": 9}, stage=longer)
+    assert {f"test/{name}" for name in ("caption/exact_text", "caption/shape", "generate/color")} <= found.keys()
+    logged = {name.removeprefix("test/") for name in (*alone, *found)}
+    table = (REPO / "docs" / "EVALUATION.md").read_text().partition("| name | what | from |")[2].partition("\n\n")[0]
+    cells = [re.findall("`([^`]+)`", line.split("|")[1]) for line in table.splitlines() if line.startswith("|")]
+    single = {name for names in cells for name in names if not names[0].endswith("/")}
+    listed = set(single)
+    for names in cells:  # those of a group before each of their names
+        groups = [name for name in names if name.endswith("/")]
+        listed |= {group + name for group in groups for name in names if name not in groups}
+    assert logged <= listed, sorted(logged - listed)
+    assert single <= logged, sorted(single - logged)
 
 
 def test_options_are_checked() -> None:

@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 
 from univigu.checkpoint import CheckpointError, export_official, import_official, import_wan, load_weights
 from univigu.models import UniViGUTransformer3DModel
-from univigu.models.conventions import OFFICIAL, Conventions
+from univigu.models.conventions import CONVENTIONS, OFFICIAL, Conventions
 from univigu.models.foundation import denormalize_latents, encode_prompt
 from univigu.models.tokens import tokenize
 from univigu.module import UniViGU
+from univigu.official import official_differences
 from univigu.pipeline import UniViGUPipeline
 
 HERE = Path(__file__).resolve().parent
@@ -71,7 +72,7 @@ def assert_same_weights(first: Any, second: Any) -> None:
 
 
 def test_names_of_the_official_files(model: UniViGUTransformer3DModel, tmp_path: Path) -> None:
-    export_official(model, tmp_path / "ours.pth", step=3)
+    export_official(model, tmp_path / "ours.pth", step=3, accept_differences=True)
     content = torch.load(tmp_path / "ours.pth", weights_only=True)
     assert set(content) == {"model", "step"} and content["step"] == 3
     expected = official_state(model)
@@ -195,19 +196,74 @@ class Payload:
     [
         ({"separate_text_ffn": False}, "separate_text_ffn=False"), ({"text_positions": 4}, "text_positions=4"),
         ({"text_flow": "embedding"}, "text_flow='embedding'"),
+        # as the embedded world's recipes
+        ({"separate_text_attention": True, "text_rotary": False, "text_positions": 4},
+         r"separate_text_attention=True \(official: False\), text_positions=4 .*, text_rotary=False"),
     ],
 )  # fmt: skip
+@pytest.mark.parametrize("accept", [False, True])
 def test_models_unlike_the_official_one_are_not_exported(
-    tmp_path: Path, wan: WanTransformer3DModel, options: dict[str, Any], name: str
+    tmp_path: Path, wan: WanTransformer3DModel, options: dict[str, Any], name: str, accept: bool
 ) -> None:
     with pytest.raises(CheckpointError, match=name):
-        export_official(tiny.make_unified(wan, VOCAB, **options), tmp_path / "x.pth")
+        export_official(tiny.make_unified(wan, VOCAB, **options), tmp_path / "x.pth", accept_differences=accept)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "official"),
+    [
+        ("clean_video_reads_text", False, True), ("clean_video_timestep", 300.0, 0), ("text_length", 32, 256),
+        ("latents_normalized", True, False), ("null_condition", "encoded", "zeros"),
+        ("prompt_padding", "zeros", "encoded"),
+    ],
+)  # fmt: skip
+def test_what_a_file_of_weights_does_not_tell_is_not_dropped_silently(
+    tmp_path: Path, wan: WanTransformer3DModel, name: str, value: Any, official: Any
+) -> None:
+    """A model that was trained, in one respect, otherwise than import-official will run it."""
+    trained = tiny.make_unified(wan, VOCAB)
+    trained.register_to_config(**vars(OFFICIAL))
+    export_official(trained, tmp_path / "theirs.pth")
+    trained.register_to_config(**{name: value})
+    assert official_differences(trained) == {name: (value, official)}
+    with pytest.raises(CheckpointError) as error:
+        export_official(trained, tmp_path / "x.pth")
+    assert f"{name}={value!r} (official: {official!r})" in str(error.value)
+    assert "--accept-differences" in str(error.value) and not (tmp_path / "x.pth").exists()
+    export_official(trained, tmp_path / "x.pth", accept_differences=True)
+    read = import_official(tmp_path / "x.pth", wan)
+    assert_same_weights(read, trained)
+    assert read.config[name] == official  # this is what was lost
+
+
+def test_the_command_exports_what_it_imported_and_asks_about_the_rest(
+    wan: WanTransformer3DModel, official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wan.save_pretrained(tmp_path / "wan")
+    imported, ours, again = (tmp_path / name for name in ("imported", "ours", "again.pth"))
+    reading = ["import-official", "--wan", str(tmp_path / "wan")]
+    assert convert.main([*reading, "--checkpoint", str(official), "--output", str(imported)]) == 0
+    export = ["export-official", "--output", str(again), "--checkpoint"]
+    assert convert.main([*export, str(imported)]) == 0
+    again.unlink()
+    tiny.make_unified(wan, VOCAB).save_pretrained(ours)
+    capsys.readouterr()
+    assert convert.main([*export, str(ours)]) == 2
+    printed = capsys.readouterr().err
+    assert all(name in printed for name in CONVENTIONS) and "--accept-differences" in printed and not again.exists()
+    assert convert.main([*export, str(ours), "--accept-differences"]) == 0
+    # What is said of the file at the next import brings all of it back.
+    reading += ["--latents", "normalized", "--null-condition", "encoded", "--prompt-padding", "zeros"]
+    assert convert.main([*reading, "--checkpoint", str(again), "--output", str(tmp_path / "back")]) == 0
+    back, first = (UniViGUTransformer3DModel.from_pretrained(path) for path in (tmp_path / "back", ours))
+    assert_same_weights(back, first)
+    assert all(value == back.config[name] for name, value in first.config.items() if not name.startswith("_"))
 
 
 def test_a_mask_state_is_one_more_embedding(tmp_path: Path, wan: WanTransformer3DModel) -> None:
     masked = tiny.make_unified(wan, VOCAB, text_flow="mask")
-    export_official(masked, tmp_path / "mask.pth")
+    export_official(masked, tmp_path / "mask.pth", accept_differences=True)
     assert_same_weights(import_official(tmp_path / "mask.pth", wan, "mask"), masked)
     with pytest.raises(CheckpointError, match=r"'vocab_embed\.weight': \(\[12, 24\], \[11, 24\]\)"):
         import_official(tmp_path / "mask.pth", wan)
@@ -289,6 +345,12 @@ def test_the_pipeline_honours_the_conventions(folder: Path, imported: Path) -> N
     expected = parts.vae.decode(latents).sample  # no mean, no deviation
     torch.testing.assert_close(video, pipe.video_processor.postprocess_video(expected, "pt"), rtol=1e-4, atol=1e-4)
     assert pipe.caption(torch.rand(5, 3, 32, 32), caption_steps=2, max_sequence_length=8).tokens.shape[0] == 1
+
+
+def test_a_pipeline_is_made_of_a_transformer_folder(folder: Path, imported: Path, tmp_path: Path) -> None:
+    arguments = ["--checkpoint", str(imported), "--foundation", str(folder), "--output", str(tmp_path / "model")]
+    assert convert.main(["pipeline", *arguments]) == 0
+    assert Conventions.of(UniViGUPipeline.from_pretrained(tmp_path / "model").transformer.config) == OFFICIAL
 
 
 def test_conventions_are_checked() -> None:

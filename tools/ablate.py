@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -35,6 +36,7 @@ from univigu.report import split_around
 BEGIN, END = "<!-- ablations: written by tools/ablate.py -->", "<!-- end of ablations -->"
 GOALS = (0.5, 0.7, 0.9)  # mean accuracies whose first steps are compared
 ATTRIBUTES = ("count", "background", "size", "color", "shape", "motion", "speed", "relation")
+SETTINGS = ("steps", "every", "clips", "caption_steps", "overrides")  # of the call, which all runs of a table share
 CONDITIONS = {"caption": "no prompt", "caption_with_prompt": "own prompt", "caption_with_other_prompt": "other prompt"}
 
 
@@ -88,6 +90,11 @@ class Run:
     def done(self) -> bool:
         return (self.folder / "done").exists()
 
+    def settings(self) -> dict[str, Any]:
+        """What a finished run was made with, see :data:`SETTINGS`."""
+        settings: dict[str, Any] = json.loads((self.folder / "done").read_text())["settings"]
+        return settings
+
     def curve(self, name: str) -> dict[int, float]:
         """Values by step of a logged metric."""
         with (self.folder / "metrics.csv").open() as file:
@@ -122,7 +129,7 @@ def configuration(base: dict[str, Any], run: Run, options: argparse.Namespace) -
         {"class_path": "univigu.callbacks.CaptionAccuracy", "init_args": accuracy},
     ]
     config["model"] = config.get("model", {}) | variant.model
-    config["model"]["sampling"] = {"caption_steps": options.caption_steps}
+    config["model"]["sampling"] = config["model"].get("sampling", {}) | {"caption_steps": options.caption_steps}
     return config
 
 
@@ -145,7 +152,32 @@ def train(run: Run, base: dict[str, Any], options: argparse.Namespace) -> None:
         code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     if code:
         raise RuntimeError(f"{run.folder.name} failed with exit code {code}: see {log}")
-    (run.folder / "done").write_text(f"{time.perf_counter() - start:.0f} seconds\n")
+    done = {"seconds": round(time.perf_counter() - start), "settings": settings_of(options)}
+    (run.folder / "done").write_text(json.dumps(done) + "\n")
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in SETTINGS}
+
+
+def check_settings(runs: list[Run], options: argparse.Namespace) -> None:
+    """One table holds runs of one kind.
+
+    With ``--report`` the options become those that the runs were made with.
+
+    Raises:
+        ValueError: finished runs that were made with other options than this call's, or than each other, by name.
+    """
+    finished = [run for run in runs if run.done]
+    if options.report and finished:
+        vars(options).update(finished[0].settings())
+    for run in finished:
+        for name, value in run.settings().items():
+            if value != getattr(options, name):
+                raise ValueError(
+                    f"{run.folder}: made with {name}={value}, asked for is {getattr(options, name)}; remove it or give "
+                    "another --output"
+                )
 
 
 def sweep(runs: list[Run], options: argparse.Namespace, console: Console) -> list[str]:
@@ -326,6 +358,11 @@ def main(args: list[str] | None = None) -> int:
         for seed in range(options.seeds)  # seed by seed, so that a sweep cut short compares all variants
         for name in options.only
     ]
+    try:
+        check_settings(runs, options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     failures = [] if options.report else sweep(runs, options, console)
     groups = {name: [run for run in runs if run.variant == name and run.done] for name in options.only}
     groups = {name: done for name, done in groups.items() if done}

@@ -223,9 +223,15 @@ def main(args: list[str] | None = None) -> int:
         parser.error(
             f"jobs: {unknown[0]!r} is none of {', '.join(JOBS)}" if unknown else "--points: expected at least 1"
         )
+    jobs = list(dict.fromkeys(options.jobs or JOBS))
+    if options.keep is not None and options.keep.is_file():
+        parser.error(f"--keep {options.keep}: expected a folder, found a file")
+    for folder in (options.keep / name for name in jobs if options.keep is not None):
+        if folder.exists():  # a run would go on with what an earlier check has left there
+            parser.error(f"--keep {options.keep}: {folder} is there already; remove it, or name another folder")
     rng, console, fine = random.Random(options.seed), Console(width=110), True
     with tempfile.TemporaryDirectory() as temporary:
-        for name in options.jobs or JOBS:
+        for name in jobs:
             common = (options.keep or Path(temporary)) / name
             common.mkdir(parents=True)
             fine &= check(name, common, options.points, rng, console)

@@ -5,10 +5,12 @@
     python tools/convert.py transformer --checkpoint runs/refine/checkpoints/last.ckpt --output my_transformer
     python tools/convert.py pipeline --checkpoint runs/refine/checkpoints/last.ckpt --output my_model
     python tools/convert.py import-official --checkpoint preview.pth --wan Wan2.1-T2V-1.3B-Diffusers --output imported
-    python tools/convert.py export-official --checkpoint runs/refine/checkpoints/last.ckpt --output preview.pth
+    python tools/convert.py export-official --checkpoint imported --output preview.pth
     python tools/convert.py wan --checkpoint Wan2.1-T2V-1.3B/diffusion_pytorch_model.safetensors --output transformer
 
-A checkpoint of training is a file, or the folder of a sharded one; export-official takes a transformer folder, too.
+A checkpoint of training is a file, or the folder of a sharded one; transformer, pipeline and export-official take a
+transformer folder, too. export-official wants the official architecture, which configs/wan2.1-*.yaml have and the
+embedded world's recipes have not; a model that was trained otherwise than the official one needs --accept-differences.
 """
 
 from __future__ import annotations
@@ -47,6 +49,9 @@ def make_parser() -> argparse.ArgumentParser:
     official.add_argument("--prompt-padding", choices=["zeros", "encoded"], default=OFFICIAL.prompt_padding)
     export = commands.add_parser("export-official", help="checkpoint or transformer folder -> the preview's .pth")
     export.add_argument("--step", type=int, default=0, help="number to store beside the weights")
+    export.add_argument(
+        "--accept-differences", action="store_true", help="also what was trained otherwise than the official model"
+    )
     wan = commands.add_parser("wan", help="Wan's original .pth or .safetensors -> WanTransformer3DModel folder")
     wan.add_argument("--config", type=Path, help="folder whose config.json gives the sizes; default: by the weights")
     for command in commands.choices.values():
@@ -66,7 +71,7 @@ def convert(options: argparse.Namespace) -> None:
         model = import_official(options.checkpoint, options.wan, options.text_flow, conventions)
         model.save_pretrained(options.output)
     elif options.command == "export-official":
-        export_official(load_weights(options.checkpoint), options.output, options.step)
+        export_official(load_weights(options.checkpoint), options.output, options.step, options.accept_differences)
     elif options.command == "wan":
         import_wan(options.checkpoint, options.config).save_pretrained(options.output)
     else:

@@ -34,9 +34,11 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--buckets", nargs="+", metavar="HxWxF", help="several sizes: 480x832x81 832x480x81 ...")
     top.add_argument("--no-prompts", action="store_true", help="latents alone; prompts are then encoded in training")
     top.add_argument("--strict", action="store_true", help="stop at the first sample that cannot be encoded")
-    top.add_argument("--workers", type=int, help="processes on the CPU; default: one a core")
-    top.add_argument("--rank", type=int, help="number of this process; default: RANK")
-    top.add_argument("--world-size", type=int, help="number of processes; default: WORLD_SIZE")
+    top.add_argument(
+        "--workers", type=int, help="processes on the CPU; default: one a core, if memory holds as many encoders"
+    )
+    top.add_argument("--rank", type=int, help="number of this process; default: RANK, or srun's")
+    top.add_argument("--world-size", type=int, help="number of processes; default: WORLD_SIZE, or srun's")
     top.add_argument("--device", help="default: this process's GPU if there is one, else cpu")
     return top
 
@@ -49,18 +51,26 @@ def places(source: Path) -> list[tuple[str, Path]]:
 
 
 def run(options: argparse.Namespace) -> None:
-    from univigu.data.buckets import Bucket
+    from univigu.data.buckets import Bucket, Grid
     from univigu.data.encode import encode_shards
+    from univigu.data.resources import encoding_processes
 
-    buckets = [Bucket.parse(text) for text in options.buckets or ()]
-    buckets = buckets or [Bucket(options.height, options.width, options.num_frames)]
-    share = Share.from_environment(options.rank, options.world_size)
-    with SpawnPool(options.workers) as pool:
+    grid, buckets = Grid.of(options.foundation), [Bucket.parse(text) for text in options.buckets or ()]
+    for bucket in buckets:
+        grid.check(bucket, f"--buckets {bucket}: {{}}".format)
+    if not buckets:
+        buckets = [Bucket(options.height, options.width, options.num_frames)]
+        grid.check(buckets[0], lambda field: "--" + field.replace("_", "-"))
+    share, device = Share.from_environment(options.rank, options.world_size), options.device or this_device()
+    prompts, workers = not options.no_prompts, options.workers
+    if device == "cpu" and workers is None:
+        workers = encoding_processes(options.foundation, device, prompts)
+    with SpawnPool(workers) as pool:
         for name, source in places(options.source):
             manifest = encode_shards(
                 source, options.output / name, options.foundation, options.dtype, buckets=buckets,
-                strict=options.strict, pool=pool, prompts=not options.no_prompts,
-                device=options.device or this_device(), share=share,
+                strict=options.strict, pool=pool if device == "cpu" else None, prompts=prompts,
+                device=device, share=share,
             )  # fmt: skip
             state = "complete" if manifest.complete else "this process is done, others are not"
             print(f"{options.output / name}: {state}: {len(manifest.shards)} shards, {manifest.counts}")

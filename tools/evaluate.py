@@ -64,8 +64,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, default=v.seed, help="of the first video; the others count up")
         command.add_argument("--batch-size", type=int, default=v.batch_size)
         command.add_argument("--dtype", default=v.dtype, help="float32, bfloat16 or float16")
-        command.add_argument("--rank", type=int, help="number of this process; default: RANK")
-        command.add_argument("--world-size", type=int, help="number of processes; default: WORLD_SIZE")
+        command.add_argument("--rank", type=int, help="number of this process; default: RANK, or srun's")
+        command.add_argument("--world-size", type=int, help="number of processes; default: WORLD_SIZE, or srun's")
         command.add_argument("--device", help="default: this process's GPU if there is one, else cpu")
     return top
 

@@ -11,8 +11,10 @@ learned back into such a folder.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from univigu.cli import exit_code
 from univigu.data import shapes
 from univigu.data.video import encode_mp4, read_video, to_model_range
 from univigu.models.foundation import encode_prompt
@@ -236,8 +239,22 @@ def train_vae(
 
 
 def start_vae_from(vae: AutoencoderKLWan, folder: Path) -> None:
-    """Continue from another VAE: tensors whose shapes agree are taken over, the others keep their random start."""
-    ours, theirs = vae.state_dict(), AutoencoderKLWan.from_pretrained(folder).state_dict()
+    """Continue from another VAE: tensors whose shapes agree are taken over, the others keep their random start.
+
+    Raises:
+        ValueError: the folder is no AutoencoderKLWan's, or its weights cannot be read.
+    """
+    config = folder / "config.json"
+    if not config.is_file():  # which diffusers would look for on the network
+        raise ValueError(f"--vae-from {folder}: no config.json there; expected the vae/ folder of a foundation")
+    try:
+        if (found := json.loads(config.read_text())["_class_name"]) != "AutoencoderKLWan":
+            raise ValueError(f"it holds a {found}, expected an AutoencoderKLWan")
+        theirs = AutoencoderKLWan.from_pretrained(folder).state_dict()
+    except Exception as error:  # many kinds, from json, safetensors and diffusers alike
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"--vae-from {folder}: not a readable VAE ({reason})") from error
+    ours = vae.state_dict()
     taken = {name: value for name, value in theirs.items() if name in ours and value.shape == ours[name].shape}
     vae.load_state_dict(taken, strict=False)
     print(f"{folder}: took {len(taken)} of {len(ours)} tensors; new: {sorted(set(ours) - set(taken))}")
@@ -254,19 +271,20 @@ def record_latent_statistics(vae: AutoencoderKLWan) -> None:
     print(f"latents: mean {mean.tolist()}, std {std.tolist()}; held-out mean absolute error {error:.4f}")
 
 
-def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write, in WanPipeline layout")
-    parser.add_argument("--text-steps", type=int, default=600)
-    parser.add_argument("--vae-steps", type=int, default=12000)
-    parser.add_argument("--vae-from", type=Path, help="vae/ folder to continue from")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--num-clips", type=int, default=3000, help="clips the VAE is trained on")
-    parser.add_argument("--whole-from", type=float, default=0.7, help="fraction of steps before whole clips are seen")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(args)
+def check(options: argparse.Namespace) -> None:
+    """Raise a ValueError for a number out of its range, by its option."""
+    for name in ("text_steps", "vae_steps", "batch_size", "num_clips"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
+    if not 0 <= options.whole_from <= 1:
+        raise ValueError(f"--whole-from {options.whole_from}: expected a fraction of the steps, 0 to 1")
+    if not 0 < options.learning_rate < math.inf:
+        raise ValueError(f"--learning-rate {options.learning_rate}: expected a number over 0")
 
+
+def run(options: argparse.Namespace) -> None:
+    """Make everything; what can be wrong with the options is found out before the long part."""
+    check(options)
     torch.manual_seed(options.seed)
     tokenizer = make_tokenizer()
     vae = make_vae()
@@ -280,15 +298,30 @@ def main(args: list[str] | None = None) -> None:
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
         ),
     )
-    pipeline.save_pretrained(options.output)  # before the long part: an unwritable folder is found out now
-    accuracies = train_text_encoder(text_encoder, tokenizer, options.text_steps)
-    print("text encoder, held-out prompts:", {name: round(value, 3) for name, value in accuracies.items()})
     if options.vae_from is not None:
         start_vae_from(vae, options.vae_from)
+    pipeline.save_pretrained(options.output)  # an unwritable folder is found out now
+    accuracies = train_text_encoder(text_encoder, tokenizer, options.text_steps)
+    print("text encoder, held-out prompts:", {name: round(value, 3) for name, value in accuracies.items()})
     train_vae(vae, options.vae_steps, options.batch_size, options.num_clips, options.learning_rate, options.whole_from)
     pipeline.save_pretrained(options.output)
     print(f"wrote {options.output}")
 
 
+def main(args: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write, in WanPipeline layout")
+    parser.add_argument("--text-steps", type=int, default=600)
+    parser.add_argument("--vae-steps", type=int, default=12000)
+    parser.add_argument("--vae-from", type=Path, help="vae/ folder to continue from")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--num-clips", type=int, default=3000, help="clips the VAE is trained on")
+    parser.add_argument("--whole-from", type=float, default=0.7, help="fraction of steps before whole clips are seen")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(args)
+    return exit_code(lambda: run(options))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

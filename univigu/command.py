@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from univigu.checkpoint import check_checkpoint_file, missing_checkpoint
 from univigu.compute import ComputeOptions
@@ -18,7 +23,18 @@ from univigu.module import UniViGU
 from univigu.optim import OptimizerOptions
 from univigu.overrides import Overrides, apply_overrides
 from univigu.parallel import ParallelOptions
+from univigu.report import EARLIER
 from univigu.stages import Stage
+
+log = logging.getLogger(__name__)
+
+
+class TrainingConfig(SaveConfigCallback):
+    """Keeps what a training was configured to be; an evaluation, which may log into the same folder, changes it not."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
 
 
 class UniViGUCLI(LightningCLI):
@@ -30,6 +46,7 @@ class UniViGUCLI(LightningCLI):
             VideoTextDataModule,
             args=args,
             seed_everything_default=0,
+            save_config_callback=TrainingConfig,
             save_config_kwargs={"overwrite": True},
         )
 
@@ -45,9 +62,10 @@ class UniViGUCLI(LightningCLI):
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")
         config = self.config[subcommand] if subcommand else self.config
-        changes, callbacks = config.get("overrides"), config.trainer.get("callbacks") or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]  # one alone needs no list
-        apply_overrides(Overrides(changes.stages, changes.callbacks), callbacks)
+        changes = config.get("overrides")
+        apply_overrides(Overrides(changes.stages, changes.callbacks), _callbacks(config))
+        if subcommand == "validate" and not _given(args, "--trainer.limit_val_batches"):
+            config.trainer.limit_val_batches = 1.0  # what the configurations say of it is meant for fit's own looks
         if subcommand in ("validate", "test") and not config.ckpt_path and config.trainer.default_root_dir:
             # Evaluation is of what the configuration trained.
             trained = Path(config.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
@@ -58,6 +76,33 @@ class UniViGUCLI(LightningCLI):
             if config.ckpt_path not in ("best", "last", "hpc") and "://" not in str(config.ckpt_path):
                 check_checkpoint_file(Path(config.ckpt_path))
             config.model.init_from = None  # the checkpoint brings all weights
+
+    def before_fit(self) -> None:
+        """A training from its beginning does not write its curves over those of an earlier one."""
+        requeued = list(Path(self.trainer.default_root_dir).glob("hpc_ckpt_*"))  # it goes on with the newest of these
+        if self.config["fit"].ckpt_path or requeued:
+            return
+        for logger in self.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                set_aside(Path(logger.log_dir))
+
+
+@rank_zero_only
+def set_aside(folder: Path) -> None:
+    """Move a folder that holds TensorBoard's events to ``earlier/``, beside it; any other is left alone."""
+    if not any(folder.glob("events.out.tfevents.*")):
+        return
+    earlier = folder.parent / EARLIER
+    earlier.mkdir(exist_ok=True)
+    number = 1 + sum(1 for _ in earlier.glob(f"{folder.name}-*"))
+    target = earlier / f"{folder.name}-{number}"
+    folder.rename(target)
+    log.warning("%s holds the curves of an earlier training: moved to %s", folder, target)
+
+
+def _given(args: Any, option: str) -> bool:
+    """Whether an option stands on the command line itself."""
+    return any(str(arg).partition("=")[0] == option for arg in (sys.argv[1:] if args is None else args))
 
 
 @dataclass
@@ -87,7 +132,7 @@ def parse_fit(args: list[str]) -> ParsedFit:
     except _Parsed as parsed:
         cli = parsed.cli
     config = cli.config["fit"]
-    callbacks = config.trainer.get("callbacks") or []
+    callbacks = _callbacks(config)
     switches = [callback for callback in callbacks if callback.class_path.endswith("StageSwitch")]
     if not switches:
         raise ValueError("trainer.callbacks: no StageSwitch, so there are no stages")
@@ -98,6 +143,12 @@ def parse_fit(args: list[str]) -> ParsedFit:
     stages = [_make(Stage, stage) for stage in switches[0].init_args.stages]
     names = [callback.class_path.rpartition(".")[2] for callback in callbacks]
     return ParsedFit(model, config.data, config.trainer.strategy, names, stages)
+
+
+def _callbacks(config: Namespace) -> list[Namespace]:
+    """The trainer's callbacks as parsed; one alone needs no list."""
+    callbacks = config.trainer.get("callbacks") or []
+    return callbacks if isinstance(callbacks, list) else [callbacks]
 
 
 class _Parsed(Exception):

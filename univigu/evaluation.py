@@ -25,11 +25,13 @@ from torch import nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
+from univigu.data.sample import questions_of
 from univigu.flow.random import randn
 from univigu.flow.time import shift_sigma, time_from_sigma, to_timestep
 from univigu.flow.video import flow_matching_loss, interpolate
 from univigu.metrics import ShapesAgreement, ShapesTextAccuracy, ShapesVideoAccuracy
 from univigu.metrics.captions import caption_metrics
+from univigu.stages import Stage
 
 
 @dataclass
@@ -49,6 +51,22 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         if self.clip_frames < 1:
             raise ValueError(f"evaluation.clip_frames={self.clip_frames}: expected at least 1")
+
+    def refuse_latents(self, writes_text: bool) -> None:
+        """Raise a MisconfigurationException if something needs the true videos, which batches of latents lack.
+
+        Args:
+            writes_text: whether the stage trains text, so that captions are scored.
+        """
+        for name, needing, needed in (
+            ("clip", "caption/clip compares captions with", writes_text),
+            ("video_features", "Frechet distances compare with", self.generation),
+        ):
+            if needed and getattr(self, name) is not None:
+                raise MisconfigurationException(
+                    f"model.evaluation.{name}={getattr(self, name)!r}: {needing} the true videos, and the data are "
+                    "latents; use shards of videos with --data.precompute false"
+                )
 
 
 class _Counts(Metric):
@@ -107,19 +125,25 @@ class HeldOutEvaluation(nn.Module):
         Raises:
             MisconfigurationException: something was asked for that needs the videos, and the batch has latents alone.
         """
+        if "video" not in batch:  # before anything is drawn
+            self.options.refuse_latents(writes_text(module.stage))
         inputs = module.prepare(batch)
         length, shape = batch["prompt_ids"].shape[1], tuple(inputs.latents.shape[1:])
         # A sample's seed comes from its key: the same whatever the batch size or the number of ranks.
-        seeds = [zlib.crc32(key.encode()) for key in batch["key"]]
+        questions = questions_of(batch)
+        names = [
+            key + question for key, question in zip(batch["key"], questions or [""] * len(batch["key"]), strict=True)
+        ]
+        seeds = [zlib.crc32(name.encode()) for name in names]
         texts: list[str] | None = None
         if inputs.text_ids is not None:  # else the stage trains no text, and what the model writes means nothing
-            tokens, texts = module.caption_tokens(inputs.latents, length, seeds)
+            tokens, texts = module.caption_tokens(inputs.latents, length, seeds, questions)
             matches = token_matches(tokens, inputs.text_ids, module.foundation.pad_token_id)
             self._add("tokens", len(seeds), matches)
             self._texts(module.stage.target, texts, batch)
         self._videos(module, inputs.latents, texts, batch)
         self._flow(module, foundation_model, inputs, seeds)
-        if not self.options.generation:
+        if not self.options.generation or questions:  # no video is made of a question
             return
         frames, _ = module.generate(batch["prompt"], length, shape, seeds)
         self._made("generate", frames, batch["prompt"])
@@ -138,7 +162,8 @@ class HeldOutEvaluation(nn.Module):
 
     def _texts(self, kind: str, texts: list[str], batch: Mapping[str, Any]) -> None:
         """Captions, against the scenes where they are known and against the true texts where there are any."""
-        self._add("caption", _known(batch), texts, batch["scene"])
+        if not questions_of(batch):  # an answer describes no scene
+            self._add("caption", _known(batch), texts, batch["scene"])
         pairs = [(text, [truth]) for text, truth in zip(texts, batch[kind], strict=True) if truth.strip()]
         if pairs:
             self._add("captions", len(pairs), [text for text, _ in pairs], [truth for _, truth in pairs])
@@ -147,11 +172,6 @@ class HeldOutEvaluation(nn.Module):
         """The clips themselves: their way through the VAE, the captions beside them, the features of true videos."""
         videos = batch.get("video")
         if videos is None:
-            if self.options.video_features:
-                raise MisconfigurationException(
-                    f"model.evaluation.video_features={self.options.video_features!r}: Frechet distances need the true "
-                    "videos, and the data are latents; use shards of videos with --data.precompute false"
-                )
             return
         videos = videos.to(latents.device)
         back = module.decode(latents)
@@ -220,6 +240,11 @@ def _model_metrics(options: EvaluationOptions) -> dict[str, nn.Module]:
     return metrics
 
 
+def writes_text(stage: Stage) -> bool:
+    """Whether a stage trains text; else captions are not measured."""
+    return stage.tasks.joint + stage.tasks.understand > 0
+
+
 def _known(batch: Mapping[str, Any]) -> int:
     """Clips whose scene is known, because they are of the embedded world."""
     return sum(scene is not None for scene in batch["scene"])
@@ -278,6 +303,9 @@ class EvaluatedModule(LightningModule):
     def _start_evaluation(self) -> None:
         this: Any = self
         evaluation = HeldOutEvaluation(this.stage.target, self.evaluation_options).to(self.device)
+        # Latents that were made of videos are known of now; shards that hold nothing else show in the first batch.
+        if getattr(getattr(self.trainer, "datamodule", None), "precompute", False):
+            self.evaluation_options.refuse_latents(writes_text(this.stage))
         foundation = WanTransformer3DModel.from_pretrained(this.foundation.path / "transformer")
         self._evaluation = (evaluation, foundation.to(self.device).eval())
         self._counted: set[int] = set()

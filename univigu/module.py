@@ -12,6 +12,7 @@ from univigu.checkpoint import load_weights, plain, usable_weights
 from univigu.compute import ComputeOptions
 from univigu.data.buckets import Bucket, latents_shape
 from univigu.data.encode import encode_clips, encode_prompts
+from univigu.data.sample import questions_of
 from univigu.data.video import to_frames
 from univigu.evaluation import EvaluatedModule, EvaluationOptions
 from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowLosses, UniFlowObjective, by_noise_level
@@ -308,7 +309,8 @@ class UniViGU(EvaluatedModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Held-out losses with noise and times that are the same at every validation.
 
-        The text is read off the clean video without its prompt; the video is denoised under the prompt.  In
+        The text is read off the clean video without its prompt (an answer with its question); the video is denoised
+        under the prompt.  In
         ``lightning validate`` all of :mod:`univigu.evaluation` follows, as in ``lightning test``.
         """
         size, inputs = len(batch["key"]), self.prepare(batch)
@@ -316,7 +318,8 @@ class UniViGU(EvaluatedModule):
             if counts[1] and inputs.text_ids is None:
                 continue
             losses = self.objective(
-                self._model, inputs, counts, condition_dropout=1.0, text_loss=self.stage.text_loss,
+                self._model, inputs, counts,
+                condition_dropout=0.0 if questions_of(batch) else 1.0, text_loss=self.stage.text_loss,
                 generator=make_generator(self.device, self.seed, 1, batch_idx),
             )  # fmt: skip
             for modality, values in (("video", losses.video), ("text", losses.text)):

@@ -32,6 +32,9 @@ RENAMED = (
     ("video_head.proj_out.", "proj_out."),
 )
 WAN_HEAD_DIM = 128  # of every Wan model; the weights do not tell
+ARCHITECTURE = {"separate_text_ffn": True, "separate_text_attention": False, "text_positions": 0, "text_rotary": True}
+CONDITIONS = {"clean_video_reads_text": True, "clean_video_timestep": 0, "text_length": 256} | vars(OFFICIAL)
+"""What the official model was trained under: no weight tells, so that a file of weights alone loses it."""
 
 
 def official_name(name: str) -> str:
@@ -76,28 +79,54 @@ def import_official(
     return model.requires_grad_(True).eval()
 
 
-def check_exportable(model: UniViGUTransformer3DModel) -> None:
-    """Raise a CheckpointError naming an option in which a model's architecture is not the official one."""
-    for name, official in (
-        ("separate_text_ffn", True),
-        ("separate_text_attention", False),
-        ("text_positions", 0),
-        ("text_rotary", True),
-        ("clean_video_timestep", 0),
-    ):
-        if model.config[name] != official:
-            raise CheckpointError(f"{name}={model.config[name]!r}: the official model has {official!r}")
-    if model.config.text_flow == "embedding":
-        raise CheckpointError("text_flow='embedding': the official model's head gives logits")
+def official_differences(model: UniViGUTransformer3DModel) -> dict[str, tuple[Any, Any]]:
+    """Options of how a model was trained that are not the official ones: name -> (the model's value, the official)."""
+    return {n: (model.config[n], official) for n, official in CONDITIONS.items() if model.config[n] != official}
 
 
-def export_official(model: UniViGUTransformer3DModel, path: str | Path, step: int = 0) -> None:
-    """Write a model as the official preview would; the inverse of :func:`import_official`.
+def check_exportable(model: UniViGUTransformer3DModel, accept_differences: bool = False) -> None:
+    """Refuse a model that the official code, or :func:`import_official`, would not run as it was trained.
+
+    Args:
+        model: what is to be exported.
+        accept_differences: let pass what no weight depends on, see :func:`official_differences`.
 
     Raises:
-        CheckpointError: the model has, or lacks, what the official one does not; the option is named.
+        CheckpointError: names each option with its value and the official one.
     """
-    check_exportable(model)
+    found = {n: (model.config[n], official) for n, official in ARCHITECTURE.items() if model.config[n] != official}
+    if found:
+        raise CheckpointError(f"the official model is another: {_listed(found)}")
+    if model.config.text_flow == "embedding":
+        raise CheckpointError("text_flow='embedding': the official model's head gives logits")
+    differences = official_differences(model)
+    if differences and not accept_differences:
+        raise CheckpointError(
+            f"trained otherwise than the official model, and a file of weights does not tell: {_listed(differences)}; "
+            "to export it all the same, --accept-differences (accept_differences=True)"
+        )
+
+
+def _listed(differences: Mapping[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{n}={ours!r} (official: {official!r})" for n, (ours, official) in differences.items())
+
+
+def export_official(
+    model: UniViGUTransformer3DModel, path: str | Path, step: int = 0, accept_differences: bool = False
+) -> None:
+    """Write a model as the official preview would; the inverse of :func:`import_official`.
+
+    Args:
+        model: a model of the official architecture.
+        path: the file to write.
+        step: number to store beside the weights.
+        accept_differences: write a model, too, that was trained under other conditions than the official one; whoever
+            reads the file has to know them (:func:`official_differences`).
+
+    Raises:
+        CheckpointError: the model has, or lacks, what the official one does not; each option is named.
+    """
+    check_exportable(model, accept_differences)
     state = {official_name(name): value.detach().cpu() for name, value in model.state_dict().items()}
     head_dim = model.config.attention_head_dim
     state[ROTARY_KEY] = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)

@@ -137,10 +137,10 @@ def _loss(work: Workload, model: UniViGUTransformer3DModel, task: str, batch_siz
     )
     hook = model.register_forward_pre_hook(lambda module, args: (args[0].to(dtype), *args[1:]))
     counts = [batch_size * (name == task) for name in TASKS]
-    options = {"text_loss": work.stage.text_loss, "text_share": work.text_share}
-    losses = UniFlowObjective(flow, work.flow)(model, batch, counts, **options)
+    objective, stage = UniFlowObjective(flow, work.flow), work.stage
+    losses = objective(model, batch, counts, text_loss=stage.text_loss, text_share=work.text_share)
     hook.remove()
-    return losses.total(work.stage.video_weight, work.stage.text_weight, batch_size)
+    return losses.total(stage.video_weight, stage.text_weight, batch_size)
 
 
 def step_flops(work: Workload, checkpointing: bool) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+EARLIER = "earlier"  # folder of what `lightning fit` sets aside
 SCORES = ("caption", "generate", "joint")  # groups with shares, that is numbers of this kind:
 SHARES = (
     "count", "background", "size", "color", "shape", "motion", "speed", "relation", "start", "end", "mean", "exact",
@@ -62,7 +63,7 @@ class RunLog:
         """
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        homes = sorted({path.parent for path in folder.rglob("events.out.tfevents.*")})
+        homes = sorted({path.parent for path in folder.rglob("events.out.tfevents.*") if _is_present(path, folder)})
         if not homes:
             raise ValueError(f"{folder}: no TensorBoard events (events.out.tfevents.*) in it or below")
         scalars: dict[str, dict[int, float]] = {}
@@ -79,7 +80,7 @@ class RunLog:
                 pictures[tag] = events.Images(tag)[-1].encoded_image_string
             for tag in tags["tensors"]:
                 texts[tag.removesuffix("/text_summary")] = events.Tensors(tag)[-1].tensor_proto.string_val[0].decode()
-        configs = sorted(folder.rglob("config.yaml"))
+        configs = sorted(path for path in folder.rglob("config.yaml") if _is_present(path, folder))
         config = yaml.safe_load(configs[0].read_text()) if configs else {}
         return cls(folder, config, scalars, (min(times), max(times)) if times else None, pictures, texts)
 
@@ -97,6 +98,11 @@ class RunLog:
         callbacks = (self.config.get("trainer") or {}).get("callbacks") or []
         switches = [c for c in callbacks if isinstance(c, dict) and str(c.get("class_path")).endswith("StageSwitch")]
         return [stage for switch in switches for stage in switch["init_args"]["stages"]]
+
+
+def _is_present(path: Path, folder: Path) -> bool:
+    """Whether a file below a run's folder is not of a training that a later one in it has set aside."""
+    return EARLIER not in path.relative_to(folder).parts
 
 
 # -------------------------------------------------------------------------- parts
@@ -142,16 +148,22 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def curves(log: RunLog) -> str:
-    """The learning curves as one picture; empty without any."""
-    import matplotlib
+    """The learning curves as one picture; empty without any.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    Raises:
+        ValueError: matplotlib, which draws them, is not installed.
+    """
     panels = {title: [tag for tag in tags if len(log.scalars.get(tag, {})) > 1] for title, tags in CURVES.items()}
     panels = {title: tags for title, tags in panels.items() if tags}
     if not panels:
         return ""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ValueError(f'{error}, which draws the learning curves; run pip install -e ".[results]"') from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.2), layout="constrained", squeeze=False)
     for axis, (title, tags) in zip(axes[0], panels.items(), strict=True):
         for tag in tags:
@@ -179,7 +191,7 @@ def samples(log: RunLog) -> str:
     titles = {"held_out/clips": "Held-out clips", "held_out/generated": f"Generated from their prompts: {prompts}"}
     parts = [picture(log.pictures[tag], "gif", title) for tag, title in titles.items() if tag in log.pictures]
     lines = [line for line in log.texts.get("held_out/captions", "").splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    cells = [[html.unescape(cell.strip()) for cell in line.strip("|").split("|")] for line in lines]
     if len(cells) > 2:
         parts.append(table(cells[0], cells[2:]))
     return "".join(parts)

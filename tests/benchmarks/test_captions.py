@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ import pytest
 import torch
 
 from univigu import UniViGUPipeline
-from univigu.benchmarks.captions import FAILED
+from univigu.benchmarks.captions import FAILED, read_listing
+from univigu.data.build import Share, alone
 from univigu.data.video import read_video
 
 Evaluate = Callable[[list[str]], int]
@@ -189,6 +192,28 @@ def test_mistakes_are_told_in_a_line(
     assert evaluate(arguments) == 2
     printed = capsys.readouterr().err
     assert message in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("name", ["list.jsonl", "list.json", "list.tsv"])
+def test_a_mark_of_byte_order_is_no_part_of_a_list(name: str, tmp_path: Path) -> None:
+    content = {"list.jsonl": '{"vid": "1"}', "list.json": '[{"vid": "1"}]', "list.tsv": "vid\tq\n1\tx\n"}[name]
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert read_listing(str(tmp_path / name), ("vid", "video")).names == ["1"]
+
+
+def test_a_second_program_waits_for_the_first(
+    dream: Path, model: str, clips: Path, tmp_path: Path, evaluate: Evaluate, caplog: pytest.LogCaptureFixture
+) -> None:
+    output, ended = tmp_path / "run", []
+    arguments = command("dream1k", model, clips, output, f"--annotations={dream}")
+    second = threading.Thread(target=lambda: ended.append(evaluate(arguments)))
+    with alone(output, Share()):
+        second.start()
+        while second.is_alive() and "waiting" not in caplog.text:
+            time.sleep(0.01)
+        assert [path.name for path in output.iterdir() if path.suffix != ".lock"] == [] == ended
+    second.join()
+    assert ended == [0] and (output / "tarsier" / "predictions.jsonl").is_file()
 
 
 @pytest.mark.parametrize("text", ["[]\n", '{"other": 1}\n', "not json\n", "", '{"vid": 1}\n'])

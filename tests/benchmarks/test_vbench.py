@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from tests.conftest import REPO
 from univigu import UniViGUPipeline
 from univigu.benchmarks.ledger import Ledger
 from univigu.benchmarks.vbench import VBenchOptions, plan, video_name
-from univigu.data.build import Share
+from univigu.data.build import Share, alone
 from univigu.data.sample import DataError
 from univigu.data.video import encode_mp4, read_video
 
@@ -194,6 +195,43 @@ def test_mistakes_are_told_in_a_line(
     assert not contents(tmp_path / "run")
     if change == ["--height=33"]:  # what failed at once does not bind the folder
         assert evaluate(command(prompts, model, tmp_path / "run", "--samples=1")) == 0
+
+
+def test_broken_rows_go_by_their_number(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a cat"}\n{"prompt": "a cat"}\nnot json\n{"prompt": "a dog"}\n{"prompt": " "}\n')
+    assert [v.prompt for v in plan(str(path), None, VBenchOptions(samples=1))] == ["a cat", "row 3", "a dog", "row 5"]
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.json"])
+def test_a_mark_of_byte_order_is_no_part_of_a_prompt(name: str, tmp_path: Path) -> None:
+    rows = [{"prompt": "a cat", "prompt_en": "a cat"}]
+    content = {"p.txt": "a cat", "p.jsonl": json.dumps(rows[0]), "p.json": json.dumps(rows)}
+    (tmp_path / name).write_text(content[name], encoding="utf-8-sig")
+    assert [v.name for v in plan(str(tmp_path / name), None, VBenchOptions(samples=1))] == ["a cat-0.mp4"]
+
+
+def test_a_second_program_waits_for_the_first(
+    prompts: str, model: str, tmp_path: Path, evaluate: Evaluate, caplog: pytest.LogCaptureFixture
+) -> None:
+    output, ended = tmp_path / "run", []
+    second = threading.Thread(target=lambda: ended.append(evaluate(command(prompts, model, output, "--samples=1"))))
+    with alone(output, Share()):
+        second.start()
+        while second.is_alive() and "waiting" not in caplog.text:
+            time.sleep(0.01)
+        assert [path.name for path in output.iterdir() if path.suffix != ".lock"] == [] == ended
+    second.join()
+    assert ended == [0] and len(list(output.glob("videos/*.mp4"))) == 4
+
+
+def test_what_a_kill_left_is_removed(tmp_path: Path) -> None:
+    left = [tmp_path / f".{use}.{rank}-99.tmp" for use in ("writing", "run") for rank in (1, 11)]
+    for path in left:
+        path.write_text("half")
+    ledger = Ledger(tmp_path, {"a": 1}, Share(1, 12))
+    assert [path for path in left if path.exists()] == left[1::2]  # those of another share may be in use
+    assert str(os.getpid()) in ledger._temporary("writing").name
 
 
 def test_rows_that_a_kill_cut_off_do_not_count(tmp_path: Path) -> None:

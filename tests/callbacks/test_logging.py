@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import io
 import runpy
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from tests.conftest import REPO
-from univigu.callbacks import MediaLogger, TrainingMonitor
+from univigu.callbacks import FinalReport, LastCheckpoint, MediaLogger, StageSwitch, TrainingMonitor
+from univigu.callbacks.media import HeldOutCallback
 from univigu.cli import main
+from univigu.module import UniViGU
+
+HERE = Path(__file__).resolve().parent
+tiny = SimpleNamespace(**runpy.run_path(str(HERE.parent / "tiny.py")))
+stages = SimpleNamespace(**runpy.run_path(str(HERE.parent / "test_stages.py")))
 
 CALLBACKS = """
 trainer:
@@ -110,6 +122,59 @@ def test_sampling_leaves_training_alone(in_tmp: Path, small_data: list[str]) -> 
     quiet = losses(0)
     assert len(quiet) == 3
     assert losses(1) == quiet
+
+
+def test_a_report_that_fails_costs_no_training(in_tmp: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fit_tiny([StageSwitch([stages.RECALL]), FinalReport(), LastCheckpoint()])  # there are no held-out clips
+    assert torch.load("checkpoints/last.ckpt", weights_only=True)["global_step"] == stages.RECALL.steps
+    assert "could not be captioned; the training itself is whole" in caplog.text
+
+
+def test_held_out_clips_are_looked_at_once_a_step(in_tmp: Path) -> None:
+    """Also where a step takes several batches."""
+
+    class Look(HeldOutCallback):
+        steps: ClassVar[list[int]] = []
+
+        def look(self, trainer: Trainer, pl_module: Any) -> None:
+            self.steps.append(trainer.global_step)
+
+    trainer = fit_tiny([StageSwitch([stages.REFINE]), Look(2, 1)], accumulate_grad_batches=3)
+    assert trainer.global_step == stages.REFINE.steps == 4 and Look.steps == [2, 4]
+
+
+class CountingLoader(DataLoader):
+    """Says of itself how long it has been waited for, as TrainLoader does."""
+
+    waited = 0.0
+
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            self.waited += 0.01
+            yield batch
+
+
+@pytest.mark.parametrize("loader, low, high", [(CountingLoader, 0.0, 0.2), (DataLoader, 0.5, 1.0)])
+def test_only_data_is_waited_for(in_tmp: Path, loader: Any, low: float, high: float) -> None:
+    """What other callbacks do between two batches is no waiting for data, if the loader can tell."""
+
+    class Busy(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            time.sleep(0.5)
+
+    callbacks = [StageSwitch([stages.REFINE]), TrainingMonitor(3), Busy()]
+    trainer = fit_tiny(callbacks, loader, logger=CSVLogger("."), log_every_n_steps=1)
+    assert low < trainer.callback_metrics["throughput/data_wait_share"] < high
+
+
+def fit_tiny(callbacks: list[Callback], loader: Any = DataLoader, **options: Any) -> Trainer:
+    tiny.make_pipeline().save_pretrained("foundation")
+    trainer = Trainer(
+        default_root_dir=".", accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
+        callbacks=callbacks, **({"logger": False} | options),
+    )  # fmt: skip
+    trainer.fit(UniViGU("foundation"), loader(stages.Clips(), batch_size=stages.BATCH))
+    return trainer
 
 
 def test_options_are_checked() -> None:

@@ -75,7 +75,6 @@ def faulty(tmp_path: Path, clips: list[dict[str, bytes]], raw_tar: Callable[...,
         "no-caption": (video, json.dumps({"prompt": "a"}).encode()),
         "number-prompt": (video, json.dumps({**good, "prompt": 3}).encode()),
         "null-caption": (video, json.dumps({**good, "caption": None}).encode()),
-        "text-scene": (video, json.dumps({**good, "scene": "red"}).encode()),
         "dict-qa": (video, json.dumps({**good, "qa": {"question": "?"}}).encode()),
     }
     members = []
@@ -124,7 +123,7 @@ FAULTS = {
     "unreadable_video": 3,
     "missing_field": 3,
     "corrupt_json": 2,
-    "wrong_type": 5,
+    "wrong_type": 4,
     "damaged_shard": 3,
     "duplicate_member": 1,
 }

@@ -233,7 +233,8 @@ def test_latents_of_no_bucket_are_counted(encoded: Path) -> None:
 @pytest.mark.parametrize(
     ("buckets", "message"),
     [
-        ([Bucket(64, 60, 9)], r"data\.buckets\[0\]\.width=60: expected a multiple of 8"),
+        ([Bucket(64, 60, 9)], r"data\.buckets\[0\]\.width=60: expected a multiple of 16"),
+        ([Bucket(64, 64, 9), Bucket(40, 64, 9)], r"data\.buckets\[1\]\.height=40: expected a multiple of 16"),
         ([Bucket(64, 64, 9), Bucket(32, 64, 6)], r"data\.buckets\[1\]\.num_frames=6: expected 4k\+1"),
     ],
 )

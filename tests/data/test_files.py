@@ -13,6 +13,7 @@ import torch
 
 from tests.conftest import REPO
 from univigu.data import encode as encoding
+from univigu.data import shapes
 from univigu.data.buckets import Bucket
 from univigu.data.damage import good_sample, write_raw
 from univigu.data.datamodule import VideoTextDataModule
@@ -162,6 +163,18 @@ def test_damaged_rows_are_counted(tmp_path: Path) -> None:
         data.prepare_data()
         data.setup("validate")
         list(data.val_dataloader())
+
+
+def test_a_column_of_that_name_may_be_no_scene(tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").write_bytes(good_sample(0)["mp4"])
+    scenes = ["a beach", '{"weather": "fog"}', json.dumps(shapes.sample_scene(0).to_dict())]
+    with (tmp_path / "val.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["video", "prompt", "caption", "scene"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({"video": "clip.mp4", **texts(0), "prompt": f"{i}", "scene": s} for i, s in enumerate(scenes))
+    found = batches(tmp_path)
+    world = json.loads(scenes[2])
+    assert [found[f"{i}"]["scene"] for i in range(3)] == [[None], [None], [world]]
 
 
 def test_damaged_tables_are_counted(tmp_path: Path) -> None:

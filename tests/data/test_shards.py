@@ -17,7 +17,7 @@ import webdataset
 from univigu.data import shapes
 from univigu.data.build import SpawnPool, build_folder
 from univigu.data.encode import encode_shards
-from univigu.data.sample import SAMPLE_REASONS, DataError, SampleError, parse_sample
+from univigu.data.sample import SAMPLE_REASONS, DataError, SampleError, parse_sample, parse_texts
 from univigu.data.shards import Manifest, ShardInfo, index_folder, scan_shard, write_shard
 from univigu.data.synthetic import write_shapes
 from univigu.data.video import read_video
@@ -120,6 +120,39 @@ def test_damage_that_tarfile_takes_for_the_end(
     (tmp_path / "b.tar").write_bytes((tmp_path / "b.tar").read_bytes()[:700])
     with pytest.raises(SampleError, match="damaged_shard"):  # cut off after it was indexed
         ref.read("json")
+
+
+def _changed(**changes: Any) -> dict[str, Any]:
+    """A scene of two objects, but for some fields, of which those of an object are the first one's."""
+    scene = next(s for s in map(shapes.sample_scene, range(99)) if s.relation and s.objects[0].speed).to_dict()
+    first = {name: value for name, value in changes.items() if name not in scene}
+    objects = [scene["objects"][0] | first, *scene["objects"][1:]]
+    return {**scene, "objects": objects, **{name: value for name, value in changes.items() if name in scene}}
+
+
+@pytest.mark.parametrize(
+    "scene",
+    [
+        "a beach", 3, [], ["red"], {}, {"weather": "fog"}, _changed(objects=[]), _changed(objects={}),
+        _changed(objects=["red"]), _changed(objects=3 * _changed()["objects"]), _changed(background="beach"),
+        _changed(background=["gray"]), _changed(relation=""), _changed(relation="behind"), _changed(size="tiny"),
+        _changed(color="pink"), _changed(shape="cat"), _changed(shape=["cat"]), _changed(motion="away"),
+        _changed(motion="still"), _changed(speed=""), _changed(x="left"), _changed(x=float("nan")), _changed(y=10**400),
+        _changed(mood="calm"), _changed(background=None),
+    ],
+    ids=lambda scene: str(scene)[:40],
+)  # fmt: skip
+def test_a_scene_of_another_world_is_none(scene: Any) -> None:
+    """Whatever goes by that name in someone's own metadata neither costs the sample nor meets the exact metrics."""
+    texts = parse_texts(json.dumps({"prompt": "a", "caption": "b", "scene": scene}).encode(), "a.tar", "k")
+    assert texts.scene is None and texts.prompt == "a"
+
+
+def test_a_scene_of_the_embedded_world_is_kept() -> None:
+    scenes = [shapes.sample_scene(seed, split).to_dict() for seed in range(50) for split in ("train", "val", "test")]  # type: ignore[arg-type]
+    for scene in [*scenes, {**_changed(), "more": 1}]:
+        raw = json.dumps({"prompt": "a", "caption": "b", "scene": scene}).encode()
+        assert parse_texts(raw, "a.tar", "k").scene == json.loads(json.dumps(scene))
 
 
 def test_errors_travel_between_processes() -> None:

@@ -65,7 +65,7 @@ def texts_of(folder: Path) -> list[dict[str, Any]]:
 
 def content(folder: Path) -> dict[str, bytes]:
     """Every file of a folder, hidden ones too."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
 
 
 def test_clips_are_what_the_pipeline_makes_of_prompt_and_seed(tool: Tool, tmp_path: Path, foundation: str) -> None:

@@ -32,3 +32,14 @@ def test_a_difference_is_found(tmp_path: Path) -> None:
         tool.run(["python3", "-c", "raise SystemExit(3)"], tmp_path / "log.txt")
     ended, seconds = tool.run(["sleep", "60"], tmp_path / "log.txt", kill_after=0.2)
     assert not ended and seconds < 10
+
+
+def test_a_folder_of_an_earlier_check_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "encode").mkdir()
+    (tmp_path / "file").touch()
+    for keep, message in ((tmp_path, f"{tmp_path}/encode is there already"), (tmp_path / "file", "found a file")):
+        with pytest.raises(SystemExit) as raised:
+            tool.main(["fit", "encode", "--points", "1", "--keep", str(keep)])
+        assert raised.value.code == 2
+        assert f"--keep {keep}: " in (printed := capsys.readouterr().err) and message in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["encode", "file"]  # nothing has begun

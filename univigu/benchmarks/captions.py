@@ -12,15 +12,16 @@ import hashlib
 import io
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from univigu.benchmarks.ledger import ALONE, Ledger, write_whole
+from univigu.benchmarks.ledger import ALONE, Ledger
 from univigu.benchmarks.vbench import load_pipeline, pipeline_class
-from univigu.data.build import Share, progress_bar
+from univigu.data.build import Share, alone, progress_bar
 from univigu.data.fingerprint import folder_fingerprint
 from univigu.data.inputs import find_videos
 from univigu.data.sample import DataError, is_video
@@ -32,6 +33,8 @@ from univigu.sampling.options import SamplingOptions
 Category = Literal["short", "background", "main_object", "camera", "detailed"]
 FAILED = "<error>"
 """What stands for the caption of a clip that cannot be read, as in tarsier's own predictions."""
+Forms = Callable[[dict[str, str | None]], dict[str, str]]
+"""Of captions by video, what a benchmark's files hold by their names."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,15 @@ def caption_videos(
     options: CaptionerOptions = CaptionerOptions(),
     share: Share = ALONE,
     device: str = "cpu",
+    forms: Forms | None = None,
 ) -> list[dict[str, Any]] | None:
-    """Caption this process's part of the videos.
+    """Caption this process's part of the videos; where it is the last one, write captions.jsonl and other forms of it.
 
     Args:
-        output: folder of the run.
+        output: folder of the run; a second program with the same share of it waits for this one.
         model: folder of a UniViGUPipeline.
         videos: by the name that the benchmark knows a video by, the file, or None where there is none.
+        forms: gives the other forms.
 
     Returns:
         a row for each video ("key", "video", "caption", "seed", "error"), or None while other processes have some left.
@@ -88,7 +93,22 @@ def caption_videos(
     """
     pipeline_class(model)
     names = hashlib.sha256(repr(list(videos)).encode()).hexdigest()
-    ledger = Ledger(output, {"model": folder_fingerprint(model), "videos": names, **asdict(options)}, share)
+    parameters = {"model": folder_fingerprint(model), "videos": names, **asdict(options)}
+    with alone(output, share):
+        ledger = Ledger(output, parameters, share)
+        _caption_missing(ledger, model, videos, options, device)
+        rows = ledger.results(list(videos))
+        if rows is not None:
+            ledger.write("captions.jsonl", "".join(to_line(row) for row in rows))
+            texts = {row["key"]: row["caption"] for row in rows}
+            for name, content in (forms(texts) if forms is not None else {}).items():
+                ledger.write(name, content)
+    return rows
+
+
+def _caption_missing(
+    ledger: Ledger, model: str, videos: dict[str, str | None], options: CaptionerOptions, device: str
+) -> None:
     seeds = {name: options.seed + i for i, name in enumerate(videos)}
     todo = ledger.missing(videos)
     pipe = None
@@ -111,10 +131,6 @@ def caption_videos(
                 for name, text in zip(frames, texts, strict=True):
                     ledger.add(name, None, video=videos[name], caption=text, seed=seeds[name])
             bar.advance(task, len(batch))
-    rows = ledger.results(list(videos))
-    if rows is not None:
-        ledger.write("captions.jsonl", "".join(to_line(row) for row in rows))
-    return rows
 
 
 def _captioner(model: str, options: CaptionerOptions, device: str) -> Any:
@@ -163,7 +179,7 @@ def read_listing(path: str, field_names: tuple[str, ...]) -> Listing:
         raise DataError(f"--annotations={path!r}: expected a .jsonl, .json or .tsv file")
     columns = None
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
         if path.endswith(".tsv"):
             csv.field_size_limit(1 << 27)
             table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t")
@@ -232,24 +248,17 @@ def export_dream1k(
         raise DataError(
             f'--annotations={annotations!r}: expected rows with an object "text", as tarsier\'s DREAM-1k.jsonl'
         )
-    rows = caption_videos(output, model, locate(listing.names, videos), options, share, device)
-    if rows is None:
-        return None
-    texts = {row["key"]: row["caption"] for row in rows}
-    if listing.columns is not None:
-        write_whole(output, "vlmevalkit/DREAM-1K.tsv", _table(listing, texts), share.rank)
-        return rows
-    lines = []
-    for row, name in zip(listing.rows, listing.names, strict=True):
-        prediction = FAILED if texts[name] is None else texts[name]
-        lines.append({**row, "text": {**row["text"], "prediction": prediction}})
-    write_whole(
-        output,
-        "tarsier/predictions.jsonl",
-        "".join(to_line(x) for x in lines),
-        share.rank,
-    )
-    return rows
+
+    def forms(texts: dict[str, str | None]) -> dict[str, str]:
+        if listing.columns is not None:
+            return {"vlmevalkit/DREAM-1K.tsv": _table(listing, texts)}
+        lines = []
+        for row, name in zip(listing.rows, listing.names, strict=True):
+            prediction = FAILED if texts[name] is None else texts[name]
+            lines.append(to_line({**row, "text": {**row["text"], "prediction": prediction}}))
+        return {"tarsier/predictions.jsonl": "".join(lines)}
+
+    return caption_videos(output, model, locate(listing.names, videos), options, share, device, forms)
 
 
 def export_vdc(
@@ -291,23 +300,22 @@ def export_vdc(
         if not keep:
             raise DataError(f"--annotations={annotations!r}: no row has caption_type={category!r}")
         listing = Listing([listing.rows[i] for i in keep], [listing.names[i] for i in keep], listing.columns)
-    rows = caption_videos(output, model, locate(listing.names, videos), options, share, device)
-    if rows is None:
-        return None
-    texts = {row["key"]: row["caption"] for row in rows}
-    if listing.columns is not None:
-        write_whole(output, "vlmevalkit/VDC.tsv", _table(listing, texts), share.rank)
-        return rows
-    answers = [texts[name] or "" for name in listing.names]
-    records = [{"doc_id": i, "doc": {"video_id": Path(name).stem, "video_name": name}, "resps": [[text]]}
-               for i, (name, text) in enumerate(zip(listing.names, answers, strict=True))]  # fmt: skip
-    write_whole(output, f"aurora/{category}.json", to_json(records, 1) + "\n", share.rank)
-    if annotations is not None:
-        name = task or f"vdc_{category}"
-        arguments = {"model": "univigu", "model_args": f"pretrained={model}", "limit": None}
-        log = {"args": arguments, "model_configs": {"task": name}, "time": "0101_0000", "logs": records}
-        write_whole(output, f"lmms-eval/{name}.json", to_json(log, 1) + "\n", share.rank)
-    return rows
+
+    def forms(texts: dict[str, str | None]) -> dict[str, str]:
+        if listing.columns is not None:
+            return {"vlmevalkit/VDC.tsv": _table(listing, texts)}
+        answers = [texts[name] or "" for name in listing.names]
+        records = [{"doc_id": i, "doc": {"video_id": Path(name).stem, "video_name": name}, "resps": [[text]]}
+                   for i, (name, text) in enumerate(zip(listing.names, answers, strict=True))]  # fmt: skip
+        files = {f"aurora/{category}.json": to_json(records, 1) + "\n"}
+        if annotations is not None:
+            name = task or f"vdc_{category}"
+            arguments = {"model": "univigu", "model_args": f"pretrained={model}", "limit": None}
+            log = {"args": arguments, "model_configs": {"task": name}, "time": "0101_0000", "logs": records}
+            files[f"lmms-eval/{name}.json"] = to_json(log, 1) + "\n"
+        return files
+
+    return caption_videos(output, model, locate(listing.names, videos), options, share, device, forms)
 
 
 def _table(listing: Listing, texts: dict[str, str | None]) -> str:

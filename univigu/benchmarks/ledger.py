@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from univigu.data.build import Share
+from univigu.data.build import Share, claim
 from univigu.data.sample import DataError
 
 PARAMETERS = ".run.json"
@@ -21,7 +21,8 @@ class Ledger:
     """Which items of a run are done, by files in its folder; processes need nothing else in common.
 
     Every process appends a row for each item it has finished to a file of its own.  A row that a kill cut off does not
-    count, and its item is done again.  What failed is tried again by the next run, too.
+    count, and its item is done again.  What failed is tried again by the next run, too.  Two programs must not keep the
+    ledger of one share at once: whoever makes one holds :func:`univigu.data.build.alone` as long as it is in use.
 
     Args:
         folder: of the run; made if need be.
@@ -37,16 +38,16 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         self._check(json.loads(json.dumps(parameters)))
         self._own = folder / f".rows-{share.rank:05d}.jsonl"
-        (folder / f".writing.{share.rank}.tmp").unlink(missing_ok=True)  # what a kill has left
+        for path in folder.glob(f".*.{share.rank}-*.tmp"):  # what a kill has left
+            path.unlink(missing_ok=True)
         whole = _rows(self._own)
         self.write(self._own.name, "".join(_line(row) for row in whole))
 
     def _check(self, parameters: dict[str, Any]) -> None:
         path = self.folder / PARAMETERS
-        temporary = self.folder / f".run.{os.getpid()}.{self.share.rank}.tmp"
+        temporary = self._temporary("run")
         temporary.write_text(json.dumps(parameters, indent=1, sort_keys=True) + "\n")
-        with suppress(FileExistsError):
-            os.link(temporary, path)  # unlike a rename it replaces nothing
+        claim(temporary, path)
         temporary.unlink()
         try:
             there = json.loads(path.read_text())
@@ -83,25 +84,24 @@ class Ledger:
             file.write(_line({"key": key, **row, "error": error}))
 
     def write(self, name: str, data: str | bytes) -> None:
-        """Write a file of the run; see :func:`write_whole`."""
-        write_whole(self.folder, name, data, self.share.rank)
+        """Write a file of the run that appears under its name, a path within the folder, when it is whole.
+
+        Until then it lies beside the folder's own files, not in a subfolder: others take all that lies there for whole.
+        """
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._temporary("writing")
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+
+    def _temporary(self, use: str) -> Path:
+        """A name that no other process has; what lies there when the share's next run begins, a kill has left."""
+        return self.folder / f".{use}.{self.share.rank}-{os.getpid()}.tmp"
 
     def results(self, keys: list[str]) -> list[dict[str, Any]] | None:
         """All items' rows in order, or None while other processes have some left to do."""
         rows = self.rows()
         return [rows[key] for key in keys] if all(key in rows for key in keys) else None
-
-
-def write_whole(folder: Path, name: str, data: str | bytes, rank: int = 0) -> None:
-    """Write a file that appears under its name, a path within the folder, when it is whole.
-
-    Until then it lies beside the folder's other files, not in a subfolder: others list those and take all for whole.
-    """
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".writing.{rank}.tmp"
-    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-    os.replace(temporary, path)
 
 
 def _line(row: dict[str, Any]) -> str:

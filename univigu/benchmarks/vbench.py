@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from univigu.benchmarks.ledger import ALONE, Ledger
-from univigu.data.build import Share, progress_bar
+from univigu.data.build import Share, alone, progress_bar
 from univigu.data.fingerprint import folder_fingerprint
 from univigu.data.inputs import read_prompts
 from univigu.data.sample import DataError
@@ -113,7 +113,7 @@ def prompts_of(path: str, name: str = "--prompts") -> list[tuple[str, str | None
     if not path.endswith(".json"):
         raise DataError(f"{name}={path!r}: expected a .txt, .jsonl, .json or .parquet file")
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DataError(f"{name}={path!r}: cannot be read ({error})") from error
     if not isinstance(rows, list) or not rows:
@@ -139,9 +139,9 @@ def plan(prompts: str, augmented: str | None, options: VBenchOptions) -> list[Vi
     if len(texts) != len(rows):
         raise DataError(f"--augmented={augmented!r}: {len(texts)} rows for {len(rows)} prompts")
     videos: dict[tuple[str, int], Video] = {}
-    for (prompt, problem), (text, other) in zip(rows, texts, strict=True):
+    for row, ((prompt, problem), (text, other)) in enumerate(zip(rows, texts, strict=True), 1):
         error = problem or other or _wrong(prompt) or _wrong(text)
-        label = prompt if problem is None and _wrong(prompt) is None else f"row {len(videos) // options.samples + 1}"
+        label = prompt if problem is None and _wrong(prompt) is None else f"row {row}"
         for index in range(options.samples):
             if (label, index) not in videos:
                 videos[label, index] = Video(
@@ -206,7 +206,7 @@ def export_vbench(
 
     Args:
         output: gets ``videos/*.mp4``, ``prompts.json`` (name: prompt, VBench's custom input) and ``videos.jsonl``
-            (video, prompt, text, index, seed, tokens_cut, error).
+            (video, prompt, text, index, seed, tokens_cut, error).  A second program with the same share waits.
         model: folder of a pipeline.
         prompts, augmented: see :func:`plan`.
 
@@ -222,7 +222,19 @@ def export_vbench(
         "benchmark": "vbench", "model": folder_fingerprint(model), **asdict(options),
         "prompts": hashlib.sha256(repr([(v.prompt, v.text, v.error) for v in videos.values()]).encode()).hexdigest(),
     }  # fmt: skip
-    ledger = Ledger(output, parameters, share)
+    with alone(output, share):
+        ledger = Ledger(output, parameters, share)
+        _make_missing(ledger, model, videos, options, device)
+        rows = ledger.results(list(videos))
+        if rows is not None:
+            made = {row["key"]: row["prompt"] for row in rows if row["error"] is None}
+            ledger.write("prompts.json", to_json(made, 1) + "\n")
+            rows = [{"video": row["key"], **{name: row[name] for name in row if name != "key"}} for row in rows]
+            ledger.write("videos.jsonl", "".join(to_line(row) for row in rows))
+    return rows
+
+
+def _make_missing(ledger: Ledger, model: str, videos: dict[str, Video], options: VBenchOptions, device: str) -> None:
     todo = [videos[name] for name in ledger.missing(videos)]
     for video in todo:
         if video.error is not None:
@@ -241,13 +253,6 @@ def export_vbench(
                     ledger.write(f"videos/{video.name}", encode_mp4(frames, options.fps))
                     ledger.add(video.name, None, **_row(video, _cut(pipe, video.text, options.prompt_length)))
                 bar.advance(task, len(batch))
-    rows = ledger.results(list(videos))
-    if rows is not None:
-        made = {row["key"]: row["prompt"] for row in rows if row["error"] is None}
-        ledger.write("prompts.json", to_json(made, 1) + "\n")
-        rows = [{"video": row["key"], **{name: row[name] for name in row if name != "key"}} for row in rows]
-        ledger.write("videos.jsonl", "".join(to_line(row) for row in rows))
-    return rows
 
 
 def _row(video: Video, cut: int = 0) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from lightning import Trainer
 
 from univigu.callbacks.media import HeldOutCallback, caption_samples
 from univigu.callbacks.report import attribute_accuracy
+from univigu.data.sample import questions_of
 
 
 class CaptionAccuracy(HeldOutCallback):
@@ -40,11 +41,13 @@ class CaptionAccuracy(HeldOutCallback):
 
     @torch.no_grad()
     def measure(self, trainer: Trainer, pl_module: Any) -> dict[str, float]:
-        """Accuracies in [0, 1] by name; empty where no clip's scene is known or no text is learned."""
+        """Accuracies in [0, 1] by name; empty where no clip's scene is known, or no captions are learned."""
         tasks = pl_module.stage.tasks
         if tasks.joint + tasks.understand <= 0:
             return {}
         samples, kind = self.samples(trainer), pl_module.stage.target
+        if questions_of(samples):
+            return {}
         latents, prompts = pl_module.latents_of(samples), samples["prompt"]
         results: dict[str, float] = {}
         for name, given in (

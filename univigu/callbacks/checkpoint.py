@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from univigu.callbacks.requeue import RequeueBetweenSteps
 from univigu.parallel import is_sharded
 
 
 class LastCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt`` up to date: every n optimizer steps, and when training ends.
 
-    ModelCheckpoint alone would leave out what was learned since the last multiple of n.
+    ModelCheckpoint alone would leave out what was learned since the last multiple of n.  Under SLURM it also sees to it
+    that a job asked to make room saves between two steps, see :class:`RequeueBetweenSteps`.
 
     Args:
         dirpath: folder; None is ``checkpoints`` in ``trainer.default_root_dir``.
@@ -29,11 +32,26 @@ class LastCheckpoint(ModelCheckpoint):
             every_n_train_steps=every_n_train_steps,
             enable_version_counter=False,
         )
+        self._requeue = RequeueBetweenSteps()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._requeue.start(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._requeue.batch_ended(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._requeue.stop()
+        super().teardown(trainer, pl_module, stage)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """A sharded checkpoint is a folder: it appears under its name once every process has written its part."""

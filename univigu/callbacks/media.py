@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
+from univigu.data.sample import questions_of
 from univigu.parallel import is_sharded
 
 
@@ -27,13 +28,17 @@ class HeldOutCallback(Callback):
         self.every_n_steps = every_n_steps
         self.num_samples = num_samples
         self._samples: dict[str, Any] | None = None
+        self._looked = 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if not (self.every_n_steps and step and step % self.every_n_steps == 0 and takes_part(trainer, pl_module)):
+        # A step stays the same for as many batches as gradients are accumulated over.
+        due = self.every_n_steps and step != self._looked and step % self.every_n_steps == 0
+        if not (due and takes_part(trainer, pl_module)):
             return
+        self._looked = step
         pl_module.eval()
         try:
             with torch.no_grad():
@@ -81,7 +86,7 @@ class MediaLogger(HeldOutCallback):
         length, seeds = samples["prompt_ids"].shape[1], list(range(len(samples["key"])))
         latents = pl_module.latents_of(samples)
         if pl_module.stage.tasks.joint + pl_module.stage.tasks.understand > 0:
-            captions = pl_module.caption(latents, length, seeds)
+            captions = pl_module.caption(latents, length, seeds, questions_of(samples))
             if not self._shown:
                 clips = pl_module.decode(latents)
                 for writer in writers:
@@ -138,10 +143,18 @@ def caption_samples(
 
 
 def caption_table(keys: list[str], truth: list[str], captions: list[str]) -> str:
-    """A Markdown table of clips, what is so, and what the model reads."""
+    """A Markdown table of clips, what is so, and what the model reads; a row each, whatever the texts hold."""
     rows = ["| clip | truth | model |", "|---|---|---|"]
-    rows += [f"| {k} | {t} | {c} |" for k, t, c in zip(keys, truth, captions, strict=True)]
+    rows += [f"| {' | '.join(map(table_cell, row))} |" for row in zip(keys, truth, captions, strict=True)]
     return "\n".join(rows)
+
+
+def table_cell(text: str) -> str:
+    """A text as a cell of a Markdown table: on one line, and with no bar that would end the cell.
+
+    The bar is written as in HTML, not with a backslash: who splits rows at bars need not know of it.
+    """
+    return " ".join(text.split()).replace("|", "&#124;")
 
 
 def add_video(writer: Any, tag: str, frames: torch.Tensor, step: int, fps: int, scale: int) -> None:

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.tensor import DTensor
+
+from univigu.callbacks.wait import DataWait
 
 
 class TrainingMonitor(Callback):
@@ -22,15 +25,22 @@ class TrainingMonitor(Callback):
             raise ValueError(f"every_n_steps={every_n_steps}: expected at least 1")
         self.every_n_steps = every_n_steps
         self._samples = 0
-        self._started = self._batch_ended = 0.0
-        self._waited = 0.0
+        self._started = 0.0
+        self._wait = DataWait()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._started = self._batch_ended = time.perf_counter()
-        self._samples, self._waited = 0, 0.0
+        self._begin(trainer)
+
+    def _begin(self, trainer: Trainer) -> None:
+        self._started, self._samples = time.perf_counter(), 0
+        self._wait.start(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._begin(trainer)  # its time is no training's
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._waited += time.perf_counter() - self._batch_ended
+        self._wait.batch_started()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -48,12 +58,11 @@ class TrainingMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        now = time.perf_counter()
         self._samples += len(batch["key"]) * trainer.world_size
-        self._batch_ended = now
+        self._wait.batch_ended()
         if (batch_idx + 1) % self.every_n_steps:
             return
-        elapsed = now - self._started
+        elapsed = time.perf_counter() - self._started
         pl_module.log("throughput/samples_per_second", self._samples / elapsed)
-        pl_module.log("throughput/data_wait_share", self._waited / elapsed)
-        self._started, self._samples, self._waited = now, 0, 0.0
+        pl_module.log("throughput/data_wait_share", self._wait.take(trainer) / elapsed)
+        self._begin(trainer)

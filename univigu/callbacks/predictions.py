@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 
+from univigu.data.sample import DataError
 from univigu.data.video import encode_mp4
 from univigu.jsonl import split_lines, to_line
 
 NAMES = {"caption": "captions.jsonl", "qa": "answers.jsonl"}  # tasks that make text alone
+MANIFEST = "manifest.jsonl"
+VIDEO = re.compile(r"\d{5,}\.mp4|\.\d{5,}\.mp4\.\d+\.tmp")
+"""Names that videos have here, or have until they are whole."""
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -24,7 +29,8 @@ class PredictionWriter(BasePredictionWriter):
     Captions go to ``captions.jsonl`` (video, caption, error, seconds, seed), answers to ``answers.jsonl`` (with the
     question).  Made videos go to ``videos/00000.mp4`` and so on, with ``manifest.jsonl`` (prompt, video, caption,
     error, seconds, seed; of edits: source, prompt, strength, video, error, seconds, seed).
-    The file appears under its name when it is whole.
+    Every file appears under its name when it is whole.  What an earlier call of this kind has left in the folder is
+    removed when prediction starts, so that a list never stands beside videos of another.
 
     Args:
         output_dir: where; None is ``trainer.default_root_dir``.
@@ -42,9 +48,32 @@ class PredictionWriter(BasePredictionWriter):
     def _part(self, trainer: Trainer, rank: int) -> Path:
         return self._folder(trainer) / f".predictions-{rank}.part"
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._folder(trainer).mkdir(parents=True, exist_ok=True)
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Remove what an earlier call has left.
+
+        Raises:
+            DataError: some of that is to be read now.
+        """
+        folder = self._folder(trainer)
+        old = list(self._earlier(folder, NAMES.get(pl_module.predict_task, MANIFEST)))
+        dataset = getattr(trainer.predict_dataloaders, "dataset", None)
+        inputs = {os.path.realpath(path) for path in getattr(dataset, "paths", ())}
+        if read := [path for path in old if os.path.realpath(path) in inputs]:
+            raise DataError(f"{read[0]}: is to be read, but would be replaced; choose another trainer.default_root_dir")
+        folder.mkdir(parents=True, exist_ok=True)
+        if trainer.is_global_zero:
+            for path in old:
+                path.unlink(missing_ok=True)
+        trainer.strategy.barrier("earlier predictions removed")  # before anyone writes anew
         self._part(trainer, trainer.global_rank).write_text("")
+
+    def _earlier(self, folder: Path, name: str) -> Iterator[Path]:
+        """What is left of a call that wrote a list of that name, whole or not; the list first."""
+        for path in (folder / name, _unfinished(folder / name), *sorted(folder.glob(".predictions-*.part"))):
+            if path.is_file():
+                yield path
+        if name == MANIFEST:
+            yield from sorted(path for path in (folder / "videos").glob("*") if VIDEO.fullmatch(path.name))
 
     def write_on_batch_end(
         self,
@@ -71,7 +100,9 @@ class PredictionWriter(BasePredictionWriter):
         if item.video is not None:
             path = self._folder(trainer) / "videos" / f"{item.index:05d}.mp4"
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(encode_mp4(item.video, self.fps))
+            whole = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            whole.write_bytes(encode_mp4(item.video, self.fps))
+            os.replace(whole, path)
         made = path and str(path)
         if pl_module.predict_task == "edit":
             return {
@@ -89,11 +120,16 @@ class PredictionWriter(BasePredictionWriter):
             for line in split_lines(part.read_text(encoding="utf-8"))[:-1]:
                 row = json.loads(line)
                 rows[row.pop("index")] = row
-        target = self._folder(trainer) / NAMES.get(pl_module.predict_task, "manifest.jsonl")
-        whole = target.with_suffix(".tmp")
+        target = self._folder(trainer) / NAMES.get(pl_module.predict_task, MANIFEST)
+        whole = _unfinished(target)
         whole.write_text("".join(to_line(rows[i]) for i in sorted(rows)), encoding="utf-8")
         os.replace(whole, target)
         for part in parts:
             part.unlink()
         failed = sum(row["error"] is not None for row in rows.values())
         Console().print(f"wrote {target}: {len(rows)} rows, {failed} of them errors", soft_wrap=True, highlight=False)
+
+
+def _unfinished(target: Path) -> Path:
+    """Where a list lies until it is whole."""
+    return target.with_suffix(".tmp")

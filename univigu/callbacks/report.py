@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from univigu.callbacks.media import caption_samples, shared_samples, takes_part
+from univigu.data.sample import questions_of
+
+log = logging.getLogger(__name__)
 
 
 class FinalReport(Callback):
@@ -32,7 +36,10 @@ class FinalReport(Callback):
         console = Console(quiet=not trainer.is_global_zero)
         tasks = pl_module.stage.tasks
         if tasks.joint + tasks.understand > 0:
-            self._captions(trainer, pl_module, console)
+            try:
+                self._captions(trainer, pl_module, console)
+            except Exception:  # the last checkpoint is written after this: no report is worth losing it
+                log.exception("the held-out clips could not be captioned; the training itself is whole")
         if trainer.log_dir:
             console.print(f"curves, captions, videos: tensorboard --logdir {trainer.default_root_dir}", soft_wrap=True)
         best = getattr(trainer.checkpoint_callback, "last_model_path", "")
@@ -44,13 +51,15 @@ class FinalReport(Callback):
         latents = pl_module.latents_of(samples)
         pl_module.eval()
         count = len(samples["key"])
-        captions = caption_samples(pl_module, samples, latents, batch_size=16)
+        questions = questions_of(samples)
+        captions = caption_samples(pl_module, samples, latents, 16, questions)
         truth = samples[pl_module.stage.target]
-        table = Table("clip", "truth", "model", title="held-out clips, captioned from the video alone", show_lines=True)
+        title = "held-out clips and questions" if questions else "held-out clips, captioned from the video alone"
+        table = Table("clip", "truth", "model", title=title, show_lines=True)
         for row in range(min(self.num_shown, count)):
             table.add_row(samples["key"][row], escape(truth[row]), escape(captions[row]))
         console.print(table)
-        accuracy = attribute_accuracy(captions, samples["scene"], pl_module.stage.target)
+        accuracy = {} if questions else attribute_accuracy(captions, samples["scene"], pl_module.stage.target)
         if accuracy:
             numbers = ", ".join(f"{name} {value:.0%}" for name, value in accuracy.items())
             console.print(f"accuracy over {count} held-out clips: {numbers}", highlight=False)

@@ -11,6 +11,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.throughput import Throughput, get_available_flops
 
+from univigu.callbacks.wait import DataWait
 from univigu.parallel import is_sharded
 from univigu.plan import Workload, step_flops
 
@@ -52,12 +53,13 @@ class ThroughputLogger(Callback):
         if peak is None and pl_module.device.type == "cuda":
             peak = get_available_flops(pl_module.device, compute_dtype(pl_module, trainer))
         self._window = Throughput(peak, trainer.world_size, window_size=self.every_n_steps, separator="_")
-        self._started = self._ended = time.perf_counter()
+        self._started = self._ended = self._marked = time.perf_counter()
         self._batches = self._samples = self._tokens = 0
-        self._waited, self._marked = 0.0, self._started
+        self._wait = DataWait()
+        self._wait.start(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._waited += time.perf_counter() - self._ended
+        self._wait.batch_started()
         if pl_module.stage.name != self._stage:
             self._stage, self._costs = pl_module.stage.name, {}
         share = pl_module.stage.text_share_at(pl_module.stage_step)
@@ -75,6 +77,7 @@ class ThroughputLogger(Callback):
             torch.cuda.synchronize()
         size = len(batch["key"])
         self._ended = time.perf_counter()
+        self._wait.batch_ended()
         self._batches, self._samples = self._batches + 1, self._samples + size
         self._tokens += size * self._tokens_each
         self._window.update(
@@ -95,11 +98,11 @@ class ThroughputLogger(Callback):
             "tokens_per_second": numbers["device_items_per_sec"] * world,
             "seconds_per_step": 1.0 / numbers["device_batches_per_sec"],
             "memory_gb": memory_bytes(pl_module.device) / 1e9,
-            "data_wait_share": self._waited / (self._ended - self._marked),
+            "data_wait_share": self._wait.take(trainer) / (self._ended - self._marked),
         }
         if "device_mfu" in numbers:
             rates["utilisation"] = numbers["device_mfu"]
-        self._waited, self._marked = 0.0, self._ended
+        self._marked = self._ended
         pl_module.log_dict({f"speed/{name}": float(value) for name, value in rates.items()})
 
 

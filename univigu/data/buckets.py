@@ -6,11 +6,12 @@ import io
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
-from univigu.data.sample import LATENTS_SUFFIX, SampleError, media_suffix
+from univigu.data.sample import LATENTS_SUFFIX, DataError, SampleError, media_suffix
 from univigu.data.shards import SampleRef
 from univigu.data.video import VideoError, probe_video
 
@@ -75,6 +76,69 @@ def size_parameters(buckets: Sequence[Bucket]) -> dict[str, Any]:
 def latents_shape(bucket: Bucket, temporal: int, spatial: int) -> tuple[int, int, int]:
     """(T, H, W) of a bucket's latents under a VAE of that compression."""
     return (bucket.num_frames - 1) // temporal + 1, bucket.height // spatial, bucket.width // spatial
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which sizes of videos a foundation takes: its VAE makes latents of pixels, its transformer tokens of latents."""
+
+    temporal: int
+    """Frames that a latent frame stands for, but the first, which stands for one."""
+    spatial: int
+    """Pixels that a latent stands for, down and across."""
+    patch: tuple[int, int, int] = (1, 2, 2)
+    """Latents that a token stands for: frames, down, across."""
+
+    @classmethod
+    def of(cls, foundation: str | Path) -> Grid:
+        """That of a WanPipeline folder; the patches are Wan's where it does not describe a transformer.
+
+        Raises:
+            DataError: the config of its VAE or transformer cannot be read or holds no such numbers.
+        """
+        there = (Path(foundation) / "transformer" / "config.json").exists()
+        vae, transformer = _config(foundation, "vae"), _config(foundation, "transformer") if there else {}
+        try:
+            scales = int(vae.get("scale_factor_temporal", 4)), int(vae.get("scale_factor_spatial", 8))
+            frames, down, across = map(int, transformer.get("patch_size", cls.patch))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"foundation={str(foundation)!r}: no sizes in its config.json files ({error})") from error
+        return cls(*scales, (frames, down, across))
+
+    def check(self, bucket: Bucket, name: Callable[[str], str] = str) -> None:
+        """Refuse a size that is not made of whole tokens.
+
+        Args:
+            bucket: the size.
+            name: how its field of that name is spelt where the user gave it.
+
+        Raises:
+            DataError: naming the field, its value and what it must be.
+        """
+        step = self.temporal * self.patch[0]
+        first = step - self.temporal + 1
+        if bucket.num_frames % step != first % step or bucket.num_frames < first:
+            expected = f"expected {step}k+{first} for this foundation's VAE and transformer"
+            raise DataError(f"{name('num_frames')}={bucket.num_frames}: {expected}")
+        for side, patch in zip(("height", "width"), self.patch[1:], strict=True):
+            if getattr(bucket, side) % (self.spatial * patch):
+                expected = f"expected a multiple of {self.spatial * patch}: {self.spatial} pixels a latent of this "
+                expected += f"foundation's VAE, {patch} latents a token of its transformer"
+                raise DataError(f"{name(side)}={getattr(bucket, side)}: {expected}")
+
+    def latents_shape(self, bucket: Bucket) -> tuple[int, int, int]:
+        """(T, H, W) of a bucket's latents."""
+        return latents_shape(bucket, self.temporal, self.spatial)
+
+
+def _config(foundation: str | Path, component: str) -> dict[str, Any]:
+    try:
+        config = json.loads((Path(foundation) / component / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"foundation={str(foundation)!r}: no readable {component}/config.json ({error})") from error
+    if not isinstance(config, dict):
+        raise DataError(f"foundation={str(foundation)!r}: {component}/config.json: expected an object, got {config!r}")
+    return config
 
 
 class BucketChooser:

@@ -23,6 +23,10 @@ from univigu.data.shards import MANIFEST, Manifest, ShardInfo
 log = logging.getLogger(__name__)
 
 PARTS = ".manifest-*.json"
+RANKS = ("RANK", "WORLD_SIZE")
+"""Variables in which torchrun tells a process its number, and how many there are."""
+SLURM_RANKS = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+"""The same of ``srun``.  A job's own shell or script has SLURM_NTASKS, and a script SLURM_PROCID=0, but is no step."""
 
 
 def _single_thread() -> None:
@@ -85,7 +89,7 @@ class Share:
 
     @classmethod
     def from_environment(cls, rank: int | None = None, world_size: int | None = None) -> Share:
-        """What is not given is taken from RANK and WORLD_SIZE, as torchrun sets them.
+        """What is not given is taken from RANK and WORLD_SIZE, as torchrun sets them, or else from what srun sets.
 
         Raises:
             ValueError: a variable that is not a number, or a rank outside the world.
@@ -97,9 +101,11 @@ class Share:
                 raise ValueError(f"{name}={text!r}: expected a number")
             return int(text)
 
+        by_srun = not any(name in os.environ for name in RANKS) and all(name in os.environ for name in SLURM_RANKS)
+        names = SLURM_RANKS if by_srun else RANKS
         return cls(
-            number("RANK", 0) if rank is None else rank,
-            number("WORLD_SIZE", 1) if world_size is None else world_size,
+            number(names[0], 0) if rank is None else rank,
+            number(names[1], 1) if world_size is None else world_size,
         )
 
     def of(self, names: Iterable[str]) -> list[str]:
@@ -113,12 +119,13 @@ class Share:
 
 
 def this_device() -> str:
-    """The GPU that belongs to this process by LOCAL_RANK, or the CPU where there is none."""
+    """The GPU that belongs to this process by LOCAL_RANK or SLURM_LOCALID, or the CPU where there is none."""
     import torch
 
     if not torch.cuda.is_available():
         return "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    number = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return f"cuda:{int(number) % torch.cuda.device_count()}"
 
 
 def progress_bar() -> Progress:
@@ -162,14 +169,14 @@ def build_folder(
     folder.mkdir(parents=True, exist_ok=True)
     if _is_whole(folder, manifest, jobs):  # nothing to write: the folder may be one that cannot be written to
         return manifest
-    with _alone(folder, share):
+    with alone(folder, share):
         if _is_whole(folder, manifest, jobs):  # by now, through who had the lock
             return manifest
         done = {shard.name for shard in manifest.shards}
         missing = [name for name in share.of(jobs) if name not in done]
         _clean(folder, [*missing, share.manifest])
         manifest.save(folder, share.manifest)
-        _announce(folder, share.manifest)
+        claim(folder / share.manifest, folder / MANIFEST)  # so that everyone sees that the folder is not complete
         with progress or progress_bar() as bar:
             task = bar.add_task(description, total=len(share.of(jobs)), completed=len(share.of(jobs)) - len(missing))
             for info in _results(work, pool, [(folder / name, jobs[name]) for name in missing]):
@@ -191,8 +198,14 @@ def _is_whole(folder: Path, manifest: Manifest, jobs: Mapping[str, Any]) -> bool
 
 
 @contextmanager
-def _alone(folder: Path, share: Share) -> Iterator[None]:
-    """Let no other program do the same share of the same folder at the same time; a killed one holds no lock."""
+def alone(folder: Path, share: Share) -> Iterator[None]:
+    """Let no other program do the same share of the same folder at the same time; a killed one holds no lock.
+
+    Args:
+        folder: where both would write; made if need be.
+        share: which of the processes that divide the work this is; the others have locks of their own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f".{share.rank:05d}.lock")
     try:
         lock.acquire(blocking=False)
@@ -253,10 +266,22 @@ def _conclude(folder: Path, manifest: Manifest, jobs: Mapping[str, Any]) -> Mani
     return manifest
 
 
-def _announce(folder: Path, name: str) -> None:
-    """Let everyone see that the folder is not complete, unless another process has got further."""
-    with suppress(FileExistsError):
-        os.link(folder / name, folder / MANIFEST)  # unlike a rename it replaces nothing
+def claim(source: Path, target: Path) -> None:
+    """Give a whole file a second name, unless there is something of that name: unlike a rename, it replaces nothing.
+
+    Where the file system has no hard links the second one is a copy, which for a moment is not whole.
+
+    Raises:
+        OSError: the target cannot be written.
+    """
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return
+    except OSError:
+        content = source.read_bytes()
+        with suppress(FileExistsError), target.open("xb") as file:
+            file.write(content)
 
 
 def _clean(folder: Path, names: list[str]) -> None:

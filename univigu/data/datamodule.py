@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -16,13 +15,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
-from univigu.data.buckets import Bucket, BucketChooser, latents_shape
-from univigu.data.build import SpawnPool
+from univigu.data.buckets import Bucket, BucketChooser, Grid
+from univigu.data.build import SpawnPool, this_device
 from univigu.data.filters import LengthFilter, Selection, select
 from univigu.data.inputs import PromptInputs, VideoInputs, find_videos, read_prompts
 from univigu.data.loader import ErrorLog, SampleLoader, TrainLoader, VideoTextDataset
 from univigu.data.order import EvalOrder, TrainOrder
 from univigu.data.pairs import PairInputs, TextField, check_strength, read_pairs
+from univigu.data.resources import encoding_processes, warn_if_slow
 from univigu.data.sample import LATENTS_SUFFIX, DataError
 from univigu.data.shards import SampleRef
 from univigu.data.sources import LatentsOptions, Place, Source, Split, weights_of
@@ -69,7 +69,8 @@ class VideoTextDataModule(LightningDataModule):
             as the caption (with ``length_filter`` for short answers).
         seed: seeds the order of the training samples.
         videos: what ``lightning predict`` captions: a video file, a folder, a glob pattern, or a list of these.
-        prompts: what ``lightning predict`` generates from: a prompt, a .txt or .jsonl file, or a list of prompts.
+        prompts: what ``lightning predict`` generates from: a prompt, a .txt, .jsonl or .parquet file, or a list of
+            prompts.
         pairs: what ``lightning predict`` edits or answers: a .jsonl or .csv file of ``{video, prompt, strength}`` or
             ``{video, question}``, or such objects themselves; see :func:`univigu.data.pairs.read_pairs`.
         strength: of edits that name none: how far back towards noise they start, in (0, 1].
@@ -164,7 +165,8 @@ class VideoTextDataModule(LightningDataModule):
         for place in places:
             for split in splits:
                 place.fetch(split, optional=split != "train" and len(places) > 1)
-        with SpawnPool() as pool:
+        device = self._encoding_device()
+        with SpawnPool() as pool, SpawnPool(encoding_processes(self.foundation, device)) as fewer:
             if self.shards is None and self.sources is None:
                 size = {"height": self.height, "width": self.width, "num_frames": self.num_frames}
                 for split in splits:
@@ -172,8 +174,18 @@ class VideoTextDataModule(LightningDataModule):
             having = [(place, split) for split in splits for _, place in self._having(split)]
             for place, split in having if self.precompute else ():
                 place.check(split)
+            if not all(place.is_ready(split) for place, split in having):
+                warn_if_slow(self.foundation, device)
+            encoders = pool if device == "cpu" and fewer.workers == pool.workers else fewer
             for place, split in having:
-                place.encode(split, self.strict, pool)
+                place.encode(split, self.strict, encoders, device)
+
+    def _encoding_device(self) -> str:
+        """The GPU that training takes, or else the CPU; without a trainer this process's GPU, if there is one."""
+        if self.trainer is None:
+            return this_device()
+        device = self.trainer.strategy.root_device
+        return str(device) if device.type == "cuda" else "cpu"
 
     def _places(self) -> list[Place]:
         """Where the shards of each source lie."""
@@ -196,33 +208,18 @@ class VideoTextDataModule(LightningDataModule):
             raise DataError(f"data.sources: none of {[str(place.base) for _, place in places]} holds a {split} folder")
         return having
 
-    def _scales(self) -> tuple[int, int]:
-        """The VAE's (temporal, spatial) compression."""
-        path = Path(self.foundation) / "vae" / "config.json"
-        try:
-            config = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise DataError(f"foundation={self.foundation!r}: no readable vae/config.json ({error})") from error
-        return int(config.get("scale_factor_temporal", 4)), int(config.get("scale_factor_spatial", 8))
-
     def _check_size(self) -> list[tuple[int, int, int]]:
-        """Each bucket's latents' (T, H, W); raises DataError for a size that the VAE does not divide."""
-        temporal, spatial = self._scales()
-        for bucket in [Bucket(self.height, self.width, self.num_frames), *self.buckets]:
-            if (bucket.num_frames - 1) % temporal:
-                name = self._option(bucket, "num_frames")
-                raise DataError(f"{name}={bucket.num_frames}: expected {temporal}k+1 for this foundation's VAE")
-            for side in ("height", "width"):
-                if getattr(bucket, side) % spatial:
-                    value = f"{self._option(bucket, side)}={getattr(bucket, side)}"
-                    raise DataError(f"{value}: expected a multiple of {spatial} for this VAE")
-        return [latents_shape(bucket, temporal, spatial) for bucket in self.buckets]
+        """Each bucket's latents' (T, H, W); raises DataError for a size that is not made of whole tokens."""
+        grid = self._check_own_size()
+        for number, bucket in enumerate(self.buckets):
+            grid.check(bucket, f"data.buckets[{number}].{{}}".format)
+        return [grid.latents_shape(bucket) for bucket in self.buckets]
 
-    def _option(self, bucket: Bucket, name: str) -> str:
-        """How a bucket's field is spelt on the command line."""
-        if bucket == Bucket(self.height, self.width, self.num_frames):
-            return f"data.{name}"
-        return f"data.buckets[{self.buckets.index(bucket)}].{name}"
+    def _check_own_size(self) -> Grid:
+        """The same of the size that prediction makes videos of, or brings those to that it reads."""
+        grid = Grid.of(self.foundation)
+        grid.check(Bucket(self.height, self.width, self.num_frames), "data.{}".format)
+        return grid
 
     # ------------------------------------------------------------------- setup
 
@@ -236,6 +233,7 @@ class VideoTextDataModule(LightningDataModule):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the workers' fork
         if stage == TrainerFn.PREDICTING:
             self._inputs = self._find_inputs()
+            self._check_own_size()
             return
         for split in SPLITS[stage]:
             if split not in self._refs:

@@ -1,7 +1,8 @@
 """Precomputation: video shards to shards of latents and prompt embeddings, once, so that training runs neither encoder.
 
-What is stored is bit for bit what training would encode itself (float32): both go through :func:`encode_clips` and
-:func:`encode_prompts`, which treat every sample alone, so that nothing depends on the batch it comes in.
+What is stored is bit for bit what training would encode itself on the same device (float32): both go through
+:func:`encode_clips`, a clip at a time or, of small ones, four, and :func:`encode_prompts`, a prompt at a time, so that
+nothing depends on the batch it comes in.
 """
 
 from __future__ import annotations
@@ -141,7 +142,8 @@ def encode_shards(
         target: where the encoded shards go, one for each of the source, with the same names, keys and texts.
         foundation_path: WanPipeline folder whose VAE and text encoder are used.
         dtype: how latents and embeddings are stored; they are computed in float32.
-        workers: processes; None takes one for every usable core.  On another device than the CPU this one works.
+        workers: processes; None takes one for every usable core.  On another device than the CPU this one works, if
+            there is no ``pool``.
         buckets: what videos are brought to, each to the one that fits it best; see :mod:`univigu.data.buckets`.
         strict: raise for the first sample that cannot be encoded instead of noting it in the manifest.
         pool: processes to use instead of new ones.
@@ -173,7 +175,7 @@ def encode_shards(
     }
     manifest = Manifest("latents", parameters)
     with SpawnPool(workers) as own:
-        processes = (pool or own) if device == "cpu" else None
+        processes = pool or (own if device == "cpu" else None)
         return build_folder(target, manifest, jobs, _write, processes, f"encoding {source.name} shards", share)
 
 

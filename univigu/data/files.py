@@ -11,6 +11,7 @@ import csv
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,12 @@ def _csv_rows(path: Path) -> Iterator[tuple[Any, tuple[int, int], bytes]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         for cells in csv.DictReader(file):
             row: Any = {name: cell for name, cell in cells.items() if cell not in (None, "")}
+            if "scene" in row:
+                with suppress(ValueError):  # one of the user's own may be anything
+                    row["scene"] = json.loads(row["scene"])
             try:
-                for name in row.keys() & {"qa", "scene"}:
-                    row[name] = json.loads(row[name])
+                if "qa" in row:
+                    row["qa"] = json.loads(row["qa"])
             except ValueError as error:
                 row = ValueError(str(error))
             texts = row if isinstance(row, dict) and None not in row else {}

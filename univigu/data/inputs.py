@@ -65,7 +65,7 @@ def read_prompts(value: str | list[str], name: str = "data.prompts") -> list[tup
         rows = _parquet_prompts(value, name)
     elif value.endswith((".txt", ".jsonl")):
         try:
-            lines = split_lines(Path(value).read_text(encoding="utf-8"))
+            lines = split_lines(Path(value).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{name}={value!r}: cannot be read ({error})") from error
         numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]

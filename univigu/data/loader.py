@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -169,7 +170,7 @@ class VideoTextDataset(Dataset[LoadedBatch]):
         sample = parse_sample(ref.read_all(), ref.shard, ref.key)
         texts = sample.texts.question(ref.question)
         item: dict[str, Any] = {"key": ref.key, "prompt": texts.prompt, "caption": texts.caption, "scene": texts.scene}
-        item |= {"source": ref.source, "bucket": ref.bucket}
+        item |= {"source": ref.source, "bucket": ref.bucket, "question": None if ref.question is None else texts.prompt}
         bucket, shape = self.buckets[ref.bucket], self.latents_shapes[ref.bucket]
         if sample.latents is not None:
             if tuple(sample.latents.shape[1:]) != shape:
@@ -204,7 +205,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """One batch: tensors are stacked along a new first dimension, everything else becomes a list.
 
     Given samples of :meth:`VideoTextDataset.load`, that is ``key``, ``prompt``, ``caption``: list[str]; ``scene``:
-    list[dict | None]; ``source``, ``bucket``: list[int]; ``prompt_ids``, ``caption_ids``: int64 [B, L]; and either
+    list[dict | None]; ``source``, ``bucket``: list[int]; ``question``: list[str | None], of which the caption is the
+    answer, the prompt then being the question; ``prompt_ids``, ``caption_ids``: int64 [B, L]; and either
     ``latents``: float32 [B, C, T, H, W] or ``video``: uint8 [B, F, C, H, W] (in memory [B, F, H, W, C]).  Where prompts
     are precomputed also ``prompt_embeds``: float32 [B, S, text_dim], and ``null_embeds``, the empty prompt's,
     [1, S, text_dim].  Evaluation's batches also say the samples' places in the split, ``number``: list[int].
@@ -341,6 +343,8 @@ class TrainLoader(SampleLoader):
     ) -> None:
         super().__init__(dataset, order, errors, num_workers, spawn)
         self.position = 0
+        self.waited = 0.0
+        """Seconds that the training loop has waited for batches so far."""
         self._refs = dataset.refs
         names = "\n".join(_identity(ref) for ref in dataset.refs)
         if order.weights is not None:
@@ -349,7 +353,13 @@ class TrainLoader(SampleLoader):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._window.start = self.position
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
             self.position += 1
             yield batch
             del batch

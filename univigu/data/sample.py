@@ -5,7 +5,7 @@ A sample is a group of consecutive tar members that share a key (the name up to 
     00000012.mp4                    the video, or
     00000012.latents.safetensors    its normalised latents (precomputed shards)
     00000012.prompt.safetensors     its prompt's embeddings (likewise)
-    00000012.json                   {"prompt": str, "caption": str, "scene": {...}?, "qa": [{"question", "answer"}]?}
+    00000012.json                   {"prompt": str, "caption": str, "scene": ...?, "qa": [{"question", "answer"}]?}
 
 The ``webdataset`` library groups these as ``mp4``, ``latents.safetensors`` and ``json`` of one ``__key__``.
 """
@@ -13,6 +13,7 @@ The ``webdataset`` library groups these as ``mp4``, ``latents.safetensors`` and 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from univigu.data import shapes
 from univigu.jsonl import is_unicode
 
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov", "avi", "m4v")
@@ -84,7 +86,7 @@ class Texts:
     prompt: str
     caption: str
     scene: dict[str, Any] | None = None
-    """The embedded world's description of the clip, where there is one."""
+    """The embedded world's description of the clip, where there is one; None for whatever else goes by that name."""
     qa: list[dict[str, str]] | None = None
     """Pairs {"question", "answer"} about the clip, where there are any."""
 
@@ -94,6 +96,13 @@ class Texts:
             return self
         pair = self.qa[number]
         return Texts(pair["question"], pair["answer"], self.scene, self.qa)
+
+
+def questions_of(batch: Mapping[str, Any]) -> list[str] | None:
+    """A batch's questions, where its captions are their answers; else None."""
+    questions: list[str | None] = batch.get("question") or []
+    asked = [question for question in questions if question is not None]
+    return asked if asked and len(asked) == len(questions) else None
 
 
 @dataclass(frozen=True)
@@ -134,12 +143,27 @@ def parse_texts(raw: bytes | None, shard: str, key: str) -> Texts:
             raise SampleError("wrong_type", shard, key, name, f"expected a string, got {data[name]!r}")
         if not is_unicode(data[name]):
             raise SampleError("corrupt_json", shard, key, name, f"no valid Unicode: {data[name]!r}")
-    scene, qa = data.get("scene"), data.get("qa")
-    if scene is not None and not isinstance(scene, dict):
-        raise SampleError("wrong_type", shard, key, "scene", f"expected an object, got {scene!r}")
+    qa = data.get("qa")
     if qa is not None and not _is_qa(qa):
         raise SampleError("wrong_type", shard, key, "qa", f"expected a list of question/answer strings, got {qa!r}")
-    return Texts(data["prompt"], data["caption"], scene, qa)
+    return Texts(data["prompt"], data["caption"], _embedded_scene(data.get("scene")), qa)
+
+
+def _embedded_scene(value: Any) -> dict[str, Any] | None:
+    """The value where it describes a clip of the embedded world, else None: it is the metadata of someone else."""
+    try:
+        scene = shapes.Scene.from_dict(value)
+        known = scene.background in shapes.BACKGROUNDS and 1 <= len(scene.objects) <= 2
+        known = known and scene.relation in (("",) if len(scene.objects) == 1 else shapes.RELATIONS)
+        return value if known and all(map(_is_object, scene.objects)) else None
+    except (KeyError, TypeError, OverflowError):
+        return None
+
+
+def _is_object(thing: shapes.Object) -> bool:
+    names = thing.size in shapes.SIZES and thing.color in shapes.COLORS and thing.shape in shapes.SHAPES
+    speeds = ("",) if thing.motion == "still" else tuple(shapes.SPEEDS)
+    return names and thing.motion in shapes.MOTIONS and thing.speed in speeds and math.isfinite(thing.x + thing.y)
 
 
 def _is_qa(value: Any) -> bool:

@@ -119,11 +119,19 @@ class Place:
             sizes = f"{len(buckets)}buckets-{digest}"
         return self.base / "-".join(("latents", *encoders, sizes)) / split
 
-    def encode(self, split: Split, strict: bool, pool: SpawnPool) -> None:
-        """Encode the split, if it is to be and has not been."""
+    def is_ready(self, split: Split) -> bool:
+        """Whether the split need not be encoded, or has been; a folder that has lost files is not looked through."""
+        source, target = self.videos(split), self.folder(split)
+        manifest = None if source == target else Manifest.load(target)
+        return source == target or (manifest is not None and manifest.complete)
+
+    def encode(self, split: Split, strict: bool, pool: SpawnPool, device: str) -> None:
+        """Encode the split in the pool's processes, if it is to be and has not been."""
         source, target, options = self.videos(split), self.folder(split), self.latents
         if source != target:
-            encode_shards(source, target, options.foundation, buckets=options.buckets, strict=strict, pool=pool)
+            encode_shards(
+                source, target, options.foundation, buckets=options.buckets, strict=strict, pool=pool, device=device
+            )
 
     def index(self, split: Split) -> tuple[list[SampleRef], list[SampleError]]:
         """The split's samples, and what is wrong with the rest.

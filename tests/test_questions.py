@@ -1,0 +1,119 @@
+"""Training and evaluating on questions: a held-out answer is read off the video under its own question."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+
+from univigu.callbacks import FinalReport, StageSwitch
+from univigu.data.datamodule import VideoTextDataModule
+from univigu.data.filters import LengthFilter
+from univigu.data.sample import questions_of
+from univigu.data.shards import write_shard
+from univigu.data.video import encode_mp4
+from univigu.evaluation import EvaluationOptions
+from univigu.flow.objective import TaskMixture
+from univigu.module import UniViGU
+from univigu.sampling.options import SamplingOptions
+from univigu.stages import Stage
+
+tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny.py"))))
+
+QA = [{"question": "a red circle", "answer": "moving left."}, {"question": "a green circle", "answer": "large."}]
+ASKED = [pair["question"] for pair in QA]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("questions")
+    pipeline = tiny.make_pipeline()
+    pipeline.save_pretrained(folder / "foundation")
+    tiny.make_unified(pipeline.transformer, len(pipeline.tokenizer)).save_pretrained(folder / "unified")
+    frames = torch.randint(0, 256, (5, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    texts = {"prompt": "a white circle", "caption": "it is white.", "qa": QA}
+    for split in ("train", "val", "test"):
+        (folder / "shards" / split).mkdir(parents=True)
+        members = {"mp4": encode_mp4(frames), "json": json.dumps(texts).encode()}
+        write_shard(folder / "shards" / split / "000000.tar", [("clip", members)])
+    return folder
+
+
+class Asked(UniViGU):
+    """Notes under which prompts texts are read, and how many samples of a loss went without their prompt."""
+
+    def caption_tokens(self, latents: Any, length: int, seeds: list[int], prompts: list[str] | None = None) -> Any:
+        self.prompts.append((prompts, seeds))
+        return super().caption_tokens(latents, length, seeds, prompts)
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        raise AssertionError("no video is made of a question")
+
+
+def run(folder: Path, command: str, texts: str) -> tuple[Asked, Trainer]:
+    module = Asked(
+        str(folder / "foundation"), str(folder / "unified"), text_flow="uniform", seed=1,
+        sampling=SamplingOptions(caption_steps=2),
+        evaluation=EvaluationOptions(generation=texts == "qa"),
+    )  # fmt: skip
+    module.prompts = []  # type: ignore[assignment]
+    data = VideoTextDataModule(
+        str(folder / "foundation"), shards=str(folder / "shards"), height=32, width=32, num_frames=5, prompt_length=16,
+        batch_size=2, num_workers=0, texts=texts, length_filter=LengthFilter(min_prompt=0, min_caption=0),
+    )  # fmt: skip
+    tasks = TaskMixture(joint=0, understand=1, generate=0)
+    stage = Stage(name="refine", steps=1, target="caption", text_length=16, tasks=tasks)
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, default_root_dir=folder, callbacks=[StageSwitch([stage]), FinalReport(2)],
+        limit_val_batches=0 if command == "fit" else None,
+    )  # fmt: skip
+    getattr(trainer, command)(module, datamodule=data)
+    return module, trainer
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+def test_answers_are_read_under_their_questions(folder: Path, command: str) -> None:
+    module, trainer = run(folder, command, "qa")
+    ((prompts, seeds),) = module.prompts  # type: ignore[misc]
+    assert prompts == ASKED and seeds[0] != seeds[1]
+    if command != "fit":
+        results = {name.partition("/")[2] for name in trainer.callback_metrics}
+        assert "caption/bleu4" in results and not {"caption/shape", "caption/mean"} & results
+
+
+def test_captions_are_read_off_the_video_alone(folder: Path) -> None:
+    module, _ = run(folder, "test", "caption")
+    ((prompts, _),) = module.prompts  # type: ignore[misc]
+    assert prompts is None
+
+
+def test_the_held_out_loss_of_answers_depends_on_their_questions(folder: Path) -> None:
+    """With the question shown, another question is another loss; of captions the prompt changes nothing."""
+    losses = {}
+    for texts in ("qa", "caption"):
+        module, trainer = run(folder, "validate", texts)
+        for other in (False, True):
+            batch = next(iter(trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
+            if other:
+                batch["prompt_ids"] = batch["prompt_ids"].flip(0) if texts == "qa" else batch["prompt_ids"].roll(1, 1)
+                batch.pop("prompt_embeds", None)
+                batch.pop("null_embeds", None)
+            logged: dict[str, float] = {}
+            module.log = lambda name, value, logged=logged, **_: logged.update({name: float(value)})  # type: ignore
+            module.validation_step(batch, 0)
+            losses[texts, other] = logged["val/text_loss"]
+    assert losses["qa", False] != losses["qa", True]
+    assert losses["caption", False] == losses["caption", True]
+
+
+def test_a_batch_of_captions_has_no_questions() -> None:
+    assert questions_of({"question": [None, None]}) is None and questions_of({}) is None
+    assert questions_of({"question": ["a", "b"]}) == ["a", "b"]
+    assert questions_of({"question": ["a", None]}) is None
