@@ -10,9 +10,19 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from univigu.checkpoint import CheckpointError, export_foundation, load_weights, read_checkpoint, to_wan
+from univigu.checkpoint import (
+    CheckpointError,
+    export_foundation,
+    load_weights,
+    read_checkpoint,
+    saved_names,
+    take_sharded,
+    to_wan,
+)
 from univigu.models import UniViGUTransformer3DModel
+from univigu.models.lora import LoraOptions
 
 tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parent / "tiny.py")))
 
@@ -136,6 +146,16 @@ def test_a_wan_folder_holds_no_unified_weights(tmp_path: Path) -> None:
     tiny.make_wan().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"text_head\.linear\.weight"):
         load_weights(tmp_path)
+
+
+def test_a_sharded_model_keeps_its_adapters_strength(tmp_path: Path, model: Any) -> None:
+    """Its weights have been read already, so that what it was built with must be what the checkpoint says."""
+    path = save(tmp_path / "last.ckpt", model)
+    assert saved_names(path) == {f"transformer.{name}" for name in model.state_dict()}
+    checkpoint = {"univigu": {"lora": {"rank": 2, "alpha": 4, "attention": ["attn1", "attn2"]}}}
+    take_sharded(model, checkpoint, path, LoraOptions(rank=2, alpha=4))
+    with pytest.raises(MisconfigurationException, match=r"last\.ckpt: .*\{'model\.lora\.alpha': \(4, 8\)\}"):
+        take_sharded(model, checkpoint, path, LoraOptions(rank=2, alpha=8))
 
 
 # ---------------------------------------------------------------------- exporting

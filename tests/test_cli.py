@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -281,6 +282,37 @@ def test_validate_takes_every_clip(
         with pytest.raises(SystemExit):
             UniViGUCLI([command, "--config=configs/refine.yaml", f"--ckpt_path={checkpoint}", *given])
     assert [c[c.subcommand].trainer.limit_val_batches for c in seen] == [limit, 3 if given else 4]
+
+
+def test_weights_to_evaluate_may_be_named(
+    in_tmp: Path, small_data: list[str], checkpoint: Path, failing: Callable[[list[str]], str]
+) -> None:
+    """As those to predict with: in place of what the configuration would have trained, with their own architecture."""
+    from univigu.command import UniViGUCLI
+
+    args = ["test", "--config=configs/refine.yaml", *small_data, *QUICK, "--model.evaluation.generation=false"]
+    cli = UniViGUCLI([*args, f"--model.init_from={checkpoint}", "--model.text_positions=300"])
+    assert cli.model.transformer.config.text_positions == 256  # the configuration's of recall
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, saved[name]) for name, value in cli.model.state_dict().items() if name in saved)
+    assert saved.keys() <= cli.model.state_dict().keys()
+    assert "lightning fit --config configs/refine.yaml" in failing(args)  # what the configuration names is fit's
+
+
+def test_earlier_curves_have_numbers_of_their_own(tmp_path: Path) -> None:
+    from univigu.command import set_aside
+
+    for number in (1, 2, 3):
+        (tmp_path / "tensorboard").mkdir()
+        (tmp_path / "tensorboard" / f"events.out.tfevents.{number}").touch()
+        set_aside(tmp_path / "tensorboard")
+        if number == 2:
+            shutil.rmtree(tmp_path / "earlier" / "tensorboard-1")
+    assert sorted(path.name for path in (tmp_path / "earlier").iterdir()) == ["tensorboard-2", "tensorboard-3"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    set_aside(tmp_path / "other")
+    assert (tmp_path / "other" / "notes.txt").exists()
 
 
 def test_held_out_evaluation(

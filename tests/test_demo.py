@@ -101,11 +101,17 @@ def test_a_visitor_drags_the_trajectorys_slider(client: Any, tmp_path: Path) -> 
         assert "·" in before[1] and "·" not in after[1]
 
 
-def test_a_visitors_mistakes_are_named(client: Any, pipe: UniViGUPipeline, tmp_path: Path) -> None:
+def test_a_visitors_mistakes_are_named(client: Any, pipe: UniViGUPipeline, clip: Any, tmp_path: Path) -> None:
     with pytest.raises(Exception, match="prompt: is empty"):
         client.predict("  ", 2, 2.0, 0, api_name="/generate")
     with pytest.raises(Exception, match="video: none was given"):
         client.predict(None, "", 2, 0, api_name="/caption")
+    long = 5 * "a large red circle "  # than the 16 tokens of this page's prompts
+    for name, values in (("/generate", (2, 2.0, 0)), ("/joint", (2, 2.0, 0))):
+        with pytest.raises(Exception, match=r"max_sequence_length=16: prompt has .* over the limit of 16"):
+            client.predict(long, *values, api_name=name)
+    with pytest.raises(Exception, match=r"max_sequence_length=16: prompt has .* over the limit of 16"):
+        client.predict(clip, long, 2, 0, api_name="/caption")
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"not a video")
     with pytest.raises(ValueError, match=r"broken.mp4: not a readable video"):

@@ -20,10 +20,11 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from univigu.callbacks import StageSwitch
-from univigu.checkpoint import load_weights
+from univigu.callbacks import LastCheckpoint, StageSwitch, WeightEMA
+from univigu.checkpoint import load_weights, read_checkpoint
 from univigu.compute import ComputeOptions
 from univigu.flow.objective import FlowOptions, TaskMixture
 from univigu.flow.random import make_generator
@@ -115,6 +116,38 @@ def train(
     return diary
 
 
+def average(folder: str, root: str, *, processes: int, distributed: bool) -> Diary:
+    """A run with averaged weights, cut short; its evaluation, whose weights are checked; a resume without the mean."""
+    torch.set_num_threads(1)
+    path = Path(root) / "last.ckpt"
+    loader: DataLoader = DataLoader(Clips(), batch_size=BATCH)
+
+    def make(*callbacks: Callback, **options: Any) -> tuple[Trainer, UniViGU]:
+        trainer = Trainer(
+            default_root_dir=root, accelerator="cpu", devices=processes, logger=False, enable_progress_bar=False,
+            enable_model_summary=False, enable_checkpointing=bool(callbacks), use_distributed_sampler=False,
+            strategy=ShardedStrategy(save_distributed_checkpoint=distributed), limit_val_batches=0,
+            callbacks=[StageSwitch(STAGES), *callbacks], **options,
+        )  # fmt: skip
+        return trainer, UniViGU(folder, seed=3, parallel=ParallelOptions("float32"))
+
+    trainer, module = make(WeightEMA(decay=0.5, warmup=False), LastCheckpoint(root), max_steps=3)
+    trainer.fit(module, loader)
+    trainer, module = make()
+    trainer.validate(module, loader, ckpt_path=path)
+    expected = load_weights(path).state_dict()
+    for name, value in module.transformer.state_dict().items():  # type: ignore[union-attr]
+        assert torch.equal(value.full_tensor(), expected[name]), name
+    trained = (read_checkpoint(path)["state_dict"])["transformer.text_head.linear.weight"]
+    assert not torch.equal(trained, expected["text_head.linear.weight"])
+    assert not hasattr(module, "ema")
+
+    trainer, module = make(max_steps=4)
+    with pytest.raises(MisconfigurationException, match=r"averages weights': \('WeightEMA', None\)"):
+        trainer.fit(module, loader, ckpt_path=path)
+    return Diary()
+
+
 def launch(processes: int, folder: Path, *jobs: dict[str, Any]) -> list[list[Diary]]:
     """Run jobs in new processes; the diaries of each, by process."""
     with socket.socket() as listener:
@@ -140,7 +173,10 @@ def main() -> None:
     """What each of the processes does."""
     warnings.filterwarnings("error", message="FSDP2-wrapped module")  # of outputs that are views
     path = Path(sys.argv[1])
-    diaries = [train(processes=int(os.environ["WORLD_SIZE"]), **job) for job in json.loads(path.read_text())]
+    processes = int(os.environ["WORLD_SIZE"])
+    diaries = [
+        (average if "distributed" in job else train)(processes=processes, **job) for job in json.loads(path.read_text())
+    ]
     pages = [{"losses": diary.losses, "moved": diary.moved} for diary in diaries]
     (path.parent / f"diary-{torch.distributed.get_rank()}.json").write_text(json.dumps(pages))
 
@@ -247,6 +283,14 @@ def test_a_sharded_checkpoint_becomes_a_folder(plain: SimpleNamespace, two: Simp
     assert made.config.text_length == whole.config.text_length == 12
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(made.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distributed", [True, False], ids=["folder", "file"])
+def test_a_sharded_model_is_evaluated_on_the_mean(folder: Path, tmp_path: Path, distributed: bool) -> None:
+    """Each process takes its share of the mean, from a checkpoint of either kind; see ``average``."""
+    launch(2, folder, {"root": str(tmp_path), "distributed": distributed})
+    assert (tmp_path / "last.ckpt").is_dir() == distributed
 
 
 @pytest.mark.slow

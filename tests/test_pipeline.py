@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +14,16 @@ import torch
 from diffusers import WanPipeline
 
 import univigu
+from univigu.models.tokens import TextTooLongError, token_count
 from univigu.pipeline import UniViGUPipeline
-from univigu.sampling.options import SamplingOptions
+from univigu.sampling.options import TASK_OPTIONS, TEXT_FLOW_OPTIONS, SamplingOptions
 
 tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parent / "tiny.py")))
 convert = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "tools" / "convert.py")))
 
 SIZE = {"height": 32, "width": 48, "num_frames": 5}
-QUICK = {"num_inference_steps": 2, "caption_steps": 2, "max_sequence_length": 16}
+QUICK = {"num_inference_steps": 2, "max_sequence_length": 16}
+READ = {"caption_steps": 2, "max_sequence_length": 16}
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +65,18 @@ def test_it_survives_saving(pipe: UniViGUPipeline, videos: np.ndarray, tmp_path:
     for name in ("transformer", "text_encoder", "vae"):
         ours, theirs = (getattr(p, name).state_dict() for p in (pipe, again))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    tokens = [p.caption(videos, generator=seeds(1, 2), **QUICK).tokens for p in (pipe, again)]
+    tokens = [p.caption(videos, generator=seeds(1, 2), **READ).tokens for p in (pipe, again)]
     assert torch.equal(*tokens)
 
 
 def test_captions_of_every_form_of_video(pipe: UniViGUPipeline, videos: np.ndarray) -> None:
     tensor = torch.from_numpy(videos).permute(0, 1, 4, 2, 3)
     pil = [pipe.video_processor.numpy_to_pil(video) for video in videos]
-    made = [pipe.caption(video, generator=seeds(1, 2), **QUICK) for video in (videos, tensor, pil)]
+    made = [pipe.caption(video, generator=seeds(1, 2), **READ) for video in (videos, tensor, pil)]
     for output in made:
         assert output.frames is None and len(output.text) == 2 and output.tokens.shape == (2, 12)
         assert torch.equal(output.tokens, made[0].tokens)
-    alone = pipe.caption(videos[1], generator=seeds(2), **QUICK)
+    alone = pipe.caption(videos[1], generator=seeds(2), **READ)
     assert alone.text == made[0].text[1:]
     odd = np.pad(videos, ((0, 0), (0, 0), (0, 5), (0, 9), (0, 0)))  # brought to whole patches, and to 4k+1 frames
     assert pipe._latents_of(odd, None, None).shape == (2, tiny.CHANNELS, 2, 4, 6)
@@ -81,7 +84,7 @@ def test_captions_of_every_form_of_video(pipe: UniViGUPipeline, videos: np.ndarr
 
 
 def test_questions_are_conditions(pipe: UniViGUPipeline, videos: np.ndarray) -> None:
-    options = {"generator": seeds(1, 2), **QUICK}
+    options = {"generator": seeds(1, 2), **READ}
     answered = pipe.answer(videos, ["what color is it", "which shape"], **options)
     assert torch.equal(
         answered.tokens,
@@ -116,15 +119,15 @@ def test_editing_keeps_what_strength_leaves(pipe: UniViGUPipeline, videos: np.nd
 
 def test_callbacks_see_every_step(pipe: UniViGUPipeline, videos: np.ndarray) -> None:
     seen: list[Any] = []
-    pipe.caption(videos, callback_on_step_end=lambda *args: seen.append(args), **{**QUICK, "caption_steps": 4})
+    pipe.caption(videos, callback_on_step_end=lambda *args: seen.append(args), **{**READ, "caption_steps": 4})
     assert [(step, timestep) for _, step, timestep, _ in seen] == [(0, 750), (1, 500), (2, 250), (3, 0)]
     assert seen[-1][0] is pipe and seen[-1][3]["text"].shape == (2, 12)
 
 
 def test_what_does_not_fit_is_named(pipe: UniViGUPipeline, videos: np.ndarray, tmp_path: Path) -> None:
     for task, message in (
-        (lambda: pipe.caption(videos, ["a", "b", "c"], **QUICK), "3 of them for 2 videos"),
-        (lambda: pipe.caption(videos[:, :, :8], **QUICK), "expected at least 16 x 16"),
+        (lambda: pipe.caption(videos, ["a", "b", "c"], **READ), "3 of them for 2 videos"),
+        (lambda: pipe.caption(videos[:, :, :8], **READ), "expected at least 16 x 16"),
         (lambda: pipe.caption(videos, caption_steps=0), r"sampling\.caption_steps=0"),
         (lambda: pipe.joint("a", height=40, width=48, num_frames=5), "height=40: expected a multiple of 16"),
         (lambda: pipe.joint("a", height=32, width=48, num_frames=6), "num_frames=6: expected a multiple of 4 plus 1"),
@@ -147,8 +150,102 @@ def test_options_are_taken_whole_or_singly(pipe: UniViGUPipeline, videos: np.nda
     assert torch.equal(whole.tokens, single.tokens)
     assert torch.equal(
         pipe.caption(videos, options=options, temperature=0.0, generator=seeds(1, 2), max_sequence_length=16).tokens,
-        pipe.caption(videos, generator=seeds(1, 2), **QUICK).tokens,
+        pipe.caption(videos, generator=seeds(1, 2), **READ).tokens,
     )
+
+
+LONG = "a large red circle moving left slowly"
+
+
+def test_no_task_cuts_a_prompt(pipe: UniViGUPipeline, videos: np.ndarray) -> None:
+    count = token_count(pipe.tokenizer, LONG)
+    for length in (count - 1, count):
+        for task in (
+            lambda slot: pipe.caption(videos, LONG, caption_steps=1, max_sequence_length=slot),
+            lambda slot: pipe.answer(videos, ["one", LONG], caption_steps=1, max_sequence_length=slot),
+            lambda slot: pipe.joint(LONG, **SIZE, num_inference_steps=1, max_sequence_length=slot),
+            lambda slot: pipe.edit(videos, LONG, num_inference_steps=1, max_sequence_length=slot),
+        ):
+            if length == count:
+                task(length)
+                continue
+            with pytest.raises(TextTooLongError, match=rf"max_sequence_length={length}: prompt has {count} tokens"):
+                task(length)
+    # the pipeline's own call is WanPipeline's, which cuts
+    cut = {**SIZE, "num_inference_steps": 1, "max_sequence_length": count - 1}
+    assert pipe(LONG, **cut).frames.shape == (1, 5, 32, 48, 3)
+
+
+def test_an_option_that_a_task_would_ignore_is_refused(pipe: UniViGUPipeline, videos: np.ndarray) -> None:
+    def caption(**options: Any) -> Any:
+        return pipe.caption(videos, max_sequence_length=16, **options)
+
+    def joint(**options: Any) -> Any:
+        return pipe.joint("one", **SIZE, max_sequence_length=16, **options)
+
+    def edit(**options: Any) -> Any:
+        return pipe.edit(videos, "one", max_sequence_length=16, **options)
+
+    for task, options, message in (
+        (caption, {"num_inference_steps": 10}, "num_inference_steps=10: caption does not use it; use caption_steps"),
+        (caption, {"guidance_scale": 2.0}, r"guidance_scale=2\.0: caption .* use caption_guidance_scale"),
+        (caption, {"solver": "euler"}, "solver='euler': caption does not use it; use one of caption_steps,"),
+        (joint, {"caption_steps": 5}, "caption_steps=5: joint does not use it; use num_inference_steps"),
+        (joint, {"batch_guidance": True}, "batch_guidance=True: joint does not use it"),
+        (joint, {"caption_refresh": 2}, "caption_refresh=2: .* use it with joint_lag over 0"),
+        (edit, {"caption_steps": 5}, "caption_steps=5: edit does not use it; use num_inference_steps"),
+        (edit, {"temperature": 1.0}, r"temperature=1\.0: edit does not use it; use one of num_inference_steps,"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            task(**options)
+    with pytest.raises(TypeError, match="no_such_option"):
+        caption(no_such_option=1)
+
+    whole = SamplingOptions(num_inference_steps=1, caption_steps=1, batch_guidance=True, caption_refresh=2)
+    for task in (caption, joint, edit):
+        task(options=whole)
+    joint(num_inference_steps=1, joint_lag=1, caption_refresh=2, text_order="confidence")
+
+
+@pytest.mark.parametrize(
+    ("flow", "known", "unknown"), [("uniform", {"top_p": 0.9}, "text_order"), ("embedding", {}, "temperature")]
+)
+def test_an_option_that_a_text_flow_does_not_know_is_refused(
+    pipe: UniViGUPipeline, videos: np.ndarray, flow: str, known: dict[str, Any], unknown: str
+) -> None:
+    model = tiny.make_unified(tiny.make_wan(), len(pipe.tokenizer), text_flow=flow)
+    model.register_to_config(text_length=12)
+    other = UniViGUPipeline(**{**pipe.components, "transformer": model})
+    other.set_progress_bar_config(disable=True)
+    value = {"text_order": "confidence", "temperature": 1.0}[unknown]
+    assert other.caption(videos, **READ, **known).tokens.shape == (2, 12)
+    with pytest.raises(ValueError, match=f"{unknown}={value!r}: caption with the '{flow}' text flow does not use it"):
+        other.caption(videos, **READ, **{unknown: value})
+    assert pipe.caption(videos, **READ, **{unknown: value}).tokens.shape == (2, 12)  # the mask flow knows them all
+
+
+def test_the_table_of_options_has_no_other_names() -> None:
+    listed = {name for names in (*TASK_OPTIONS.values(), *TEXT_FLOW_OPTIONS.values()) for name in names}
+    assert listed == {field.name for field in fields(SamplingOptions)}
+
+
+def test_the_progress_bar_of_a_text_that_ends_early_is_closed(videos: np.ndarray) -> None:
+    wan = tiny.make_pipeline()
+    model = tiny.make_unified(wan.transformer, len(wan.tokenizer), text_flow="mask")
+    model.register_to_config(text_length=12)
+    torch.nn.init.constant_(model.text_head.linear.bias[wan.tokenizer.eos_token_id], 100.0)  # sure of the end
+    components = {name: wan.components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
+    bars = []
+
+    class Kept(UniViGUPipeline):
+        def progress_bar(self, *args: Any, **kwargs: Any) -> Any:
+            bars.append(super().progress_bar(*args, **kwargs))
+            return bars[-1]
+
+    pipe = Kept(**components, transformer=model)
+    pipe.caption(videos, text_order="confidence", confidence_threshold=0.9, max_sequence_length=16)
+    (bar,) = bars
+    assert bar.n == 1 and bar.total == 50 and bar.disable  # as tqdm leaves a bar that was closed
 
 
 def test_a_checkpoint_becomes_a_pipeline(pipe: UniViGUPipeline, videos: np.ndarray, tmp_path: Path) -> None:
@@ -158,6 +255,6 @@ def test_a_checkpoint_becomes_a_pipeline(pipe: UniViGUPipeline, videos: np.ndarr
     assert convert.main(["pipeline", "--checkpoint", str(tmp_path / "transformer"), *options]) == 0
     made = UniViGUPipeline.from_pretrained(tmp_path / "out")
     made.set_progress_bar_config(disable=True)
-    tokens = [p.caption(videos, generator=seeds(1, 2), **QUICK).tokens for p in (pipe, made)]
+    tokens = [p.caption(videos, generator=seeds(1, 2), **READ).tokens for p in (pipe, made)]
     assert torch.equal(*tokens)
     assert convert.main(["pipeline", "--checkpoint", str(tmp_path / "none.ckpt"), *options]) == 2

@@ -17,19 +17,20 @@ import torch
 from PIL import Image
 
 from tests.browser import COMMAND, Browser
+from univigu.models.conventions import OFFICIAL, Conventions
 from univigu.pipeline import UniViGUPipeline
 from univigu.viewer import TrajectoryRecorder
 
 tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parent / "tiny.py")))
 
 SIZE = {"height": 32, "width": 48, "num_frames": 5}
-QUICK = {"num_inference_steps": 4, "caption_steps": 4, "max_sequence_length": 16}
+QUICK = {"num_inference_steps": 4, "max_sequence_length": 16}
 
 
-def make_pipe(flow: str = "mask") -> UniViGUPipeline:
+def make_pipe(flow: str = "mask", more_tokens: int = 0, **config: Any) -> UniViGUPipeline:
     wan = tiny.make_pipeline()
-    model = tiny.make_unified(wan.transformer, len(wan.tokenizer), text_flow=flow)
-    model.register_to_config(text_length=12)
+    model = tiny.make_unified(wan.transformer, len(wan.tokenizer) + more_tokens, text_flow=flow)
+    model.register_to_config(text_length=12, **config)
     components = {name: wan.components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
     pipe = UniViGUPipeline(**components, transformer=model)
     pipe.set_progress_bar_config(disable=True)
@@ -75,11 +76,66 @@ def test_captions_of_other_flows(flow: str) -> None:
     pipe = make_pipe(flow)
     recorder = TrajectoryRecorder(pipe, every=2)
     video = np.random.default_rng(0).random((1, 5, 32, 48, 3), dtype=np.float32)
-    made = pipe.caption(video, callback_on_step_end=recorder, **{**QUICK, "caption_steps": 6})
+    made = pipe.caption(video, callback_on_step_end=recorder, caption_steps=6, max_sequence_length=16)
     assert [s["step"] for s in recorder.steps] == [1, 3, 5, 6]
     assert all(s["video_noise"] == 0.0 and s["video"] == recorder.steps[0]["video"] for s in recorder.steps)
     text = "".join(recorder.steps[-1]["words"]).replace("■", "").strip()
     assert text.split()[:1] == made.text[0].split()[:1] or not made.text[0]
+
+
+def test_what_the_tokenizer_does_not_know_is_shown_as_such() -> None:
+    pipe = make_pipe("uniform", more_tokens=200)
+    known, recorder = len(pipe.tokenizer), TrajectoryRecorder(pipe)
+    seen: list[list[int]] = []
+
+    def record(pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> None:
+        seen.append(tensors["text"][0].tolist())
+        recorder(pipe, step, timestep, tensors)
+
+    video = np.zeros((1, 5, 32, 48, 3), dtype=np.float32)
+    pipe.caption(video, generator=seeded(), callback_on_step_end=record, caption_steps=6, max_sequence_length=16)
+    assert any(max(tokens) >= known for tokens in seen)
+    for step, tokens in zip(recorder.steps, seen, strict=True):
+        shown = list(zip(step["words"], tokens, strict=False))
+        assert all((word == "\ufffd") == (token >= known) for word, token in shown)
+
+
+def test_a_text_that_ends_early_is_kept_to_its_end() -> None:
+    pipe = make_pipe()
+    with torch.no_grad():  # likely to end anywhere, but not likely enough to end everywhere at once
+        pipe.transformer.text_head.linear.weight *= 0.5
+        pipe.transformer.text_head.linear.bias[pipe.tokenizer.eos_token_id] = 6.0
+    recorder, taken = TrajectoryRecorder(pipe, every=100), []
+
+    def record(pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> None:
+        taken.append(step + 1)
+        recorder(pipe, step, timestep, tensors)
+
+    options = {"text_order": "confidence", "caption_steps": 50, "max_sequence_length": 16}
+    video = np.random.default_rng(0).random((1, 5, 32, 48, 3), dtype=np.float32)
+    made = pipe.caption(video, callback_on_step_end=record, **options)
+    assert made.text == [""] and 1 < len(taken) < 50
+    assert [step["step"] for step in recorder.steps] == [1, taken[-1]]
+    assert recorder.steps[-1]["words"] == ["■"]
+
+
+def test_a_model_that_knows_other_latents_is_shown_as_it_is_made() -> None:
+    """The authors' preview sees the VAE's own latents: the last step recorded is the video that comes out."""
+    pipe = make_pipe(latents_normalized=OFFICIAL.latents_normalized, null_condition=OFFICIAL.null_condition,
+                     prompt_padding=OFFICIAL.prompt_padding)  # fmt: skip
+    assert Conventions.of(pipe.transformer.config) == OFFICIAL
+    recorder = TrajectoryRecorder(pipe, scale=1)
+    made = pipe.joint("one", **SIZE, callback_on_step_end=recorder, generator=seeded(), output_type="np", **QUICK)
+    shown = np.asarray(animation(recorder.steps[-1]["video"]).convert("RGB"), np.float32) / 255
+    latents = pipe.joint("one", **SIZE, generator=seeded(), output_type="latent", **QUICK).frames
+    with torch.no_grad():
+        wrong = pipe.video_processor.postprocess_video(Conventions().decode(pipe.vae, latents), output_type="np")
+    # up to compression; WanPipeline's convention gives another picture
+    assert np.abs(shown - made.frames[0, 0]).mean() < 0.05 < np.abs(shown - wrong[0, 0]).mean()
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def test_generation_has_no_text(pipe: UniViGUPipeline) -> None:

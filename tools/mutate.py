@@ -98,6 +98,8 @@ MUTANTS = (
            "self.text_position_embed(places)", "self.text_position_embed(torch.arange(places.shape[-1]))", MODEL),
     Mutant("flow", "a part of the text is its beginning", "flow/objective.py",
            "tokens = tokens.gather(1, places)", "tokens = tokens[:, : places.shape[1]]", OBJECTIVE),
+    Mutant("cache", "a part of the text stands at the beginning of its slot beside a cache", "models/transformer.py",
+           "cache.prompt_embeds.dtype, text_places", "cache.prompt_embeds.dtype, None", CACHE),
     Mutant("resume", "a stage's text is never whole", "callbacks/stage.py",
            "pl_module.stage_step = step", "pl_module.stage_step = 0", STAGES),
     Mutant("flow", "sigma is the flow time", "flow/time.py",

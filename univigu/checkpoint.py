@@ -15,14 +15,17 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
+from torch.distributed.tensor import distribute_tensor
 
 from univigu.models.conventions import CONVENTIONS
 from univigu.models.foundation import Foundation
-from univigu.models.lora import lora_options, merge_lora
+from univigu.models.lora import LoraOptions, lora_differences, lora_options, merge_lora
 from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
 from univigu.models.weights import CheckpointError, known_options
 from univigu.official import export_official, import_official, import_wan
+from univigu.parallel import reshard
 
 PREFIX = "transformer."
 EMA_PREFIX = "ema."  # of callbacks.WeightEMA
@@ -32,6 +35,7 @@ FREE = ("clean_video_reads_text", "clean_video_timestep", "text_length", *CONVEN
 __all__ = [
     "CheckpointError",
     "check_checkpoint_file",
+    "check_resumed",
     "export_foundation",
     "export_official",
     "export_pipeline",
@@ -41,6 +45,8 @@ __all__ = [
     "missing_checkpoint",
     "plain",
     "read_checkpoint",
+    "saved_names",
+    "take_sharded",
     "to_wan",
     "usable_weights",
 ]
@@ -158,6 +164,90 @@ def usable_weights(checkpoint: Mapping[str, Any], keep_lora: bool = False) -> di
     state = {key: means.get(key, value) for key, value in state.items() if not key.startswith(EMA_PREFIX)}
     lora = lora_options(checkpoint["univigu"].get("lora"))
     return state if lora is None or keep_lora else merge_lora(state, lora)
+
+
+def saved_names(path: str | Path) -> set[str]:
+    """Names of the weights in a checkpoint of either kind, such as "transformer.proj_out.bias"; reads none of them."""
+    path = Path(path)
+    if path.is_dir():
+        from torch.distributed.checkpoint import FileSystemReader
+
+        start = "state_dict."
+        names = FileSystemReader(path).read_metadata().state_dict_metadata
+        return {name[len(start) :] for name in names if name.startswith(start)}
+    return set(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"])
+
+
+def check_resumed(
+    checkpoint: Mapping[str, Any], path: str | Path, trains: str, lora: LoraOptions, averaging: str | None
+) -> None:
+    """Refuse to resume a fit where other weights would be trained, or averaged, than were.
+
+    Args:
+        checkpoint: as Lightning gives it to ``on_load_checkpoint``; a sharded model's weights are not in it.
+        path: where it was read.
+        trains, lora: the configuration's.
+        averaging: the callback in it that averages weights, "WeightEMA" or "WeightAveraging" (Lightning's), or None.
+
+    Raises:
+        MisconfigurationException: names the options, with the checkpoint's and the configuration's values.
+    """
+    differing: dict[str, tuple[Any, Any]] = {}
+    info = checkpoint["univigu"]
+    saved = lora_options(info.get("lora"))
+    # Older checkpoints tell adapters only.
+    trained = info.get("trains", "lora" if saved is not None else "all or text" if trains == "lora" else trains)
+    if trained != trains:
+        differing["model.trains"] = (trained, trains)
+    elif saved is not None:
+        differing |= lora_differences(saved, lora)
+    averaged = "WeightAveraging" if "current_model_state" in checkpoint else None
+    if any(name.startswith(EMA_PREFIX) for name in checkpoint.get("state_dict") or saved_names(path)):
+        averaged = "WeightEMA"
+    if averaged != averaging and (averaged, averaging) != (None, "WeightAveraging"):  # which starts from the weights
+        differing["the callback that averages weights"] = (averaged, averaging)
+    if differing:
+        raise MisconfigurationException(
+            f"{path}: (checkpoint, configuration) differ in {differing}; resume with the checkpoint's, or start a new "
+            "run from its weights with model.init_from instead of ckpt_path"
+        )
+
+
+@torch.no_grad()
+def take_sharded(model: torch.nn.Module, checkpoint: Mapping[str, Any], path: str | Path, lora: LoraOptions) -> None:
+    """Make a sharded model, whose weights have been read from a checkpoint, what that is for use.
+
+    Running means in the checkpoint take the place of the weights; every process reads its share.
+
+    Args:
+        model: whose parameters are all sharded, by ``univigu.parallel``, with adapters if the checkpoint has some.
+        checkpoint: what stands beside the weights, as Lightning gives it to ``on_load_checkpoint``.
+        path: the checkpoint, a folder or a file.
+        lora: what the model's adapters were made with, if it has any.
+
+    Raises:
+        MisconfigurationException: the adapters were trained at another strength; names the options and values.
+    """
+    saved = lora_options(checkpoint["univigu"].get("lora"))
+    differing = lora_differences(saved, lora) if saved is not None else {}
+    if differing:
+        raise MisconfigurationException(
+            f"{path}: (checkpoint, configuration) differ in {differing}; evaluate with the checkpoint's"
+        )
+    if not any(name.startswith(EMA_PREFIX) for name in saved_names(path)):
+        return
+    reshard(model)
+    path, weights = Path(path), dict(model.named_parameters())
+    if path.is_dir():
+        from torch.distributed.checkpoint import load
+
+        places = {EMA_PREFIX + name: weight.detach() for name, weight in weights.items()}  # read into the weights
+        load({"state_dict": places}, checkpoint_id=path)
+        return
+    means = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    for name, weight in weights.items():
+        mean = means[EMA_PREFIX + name].to(weight.device)
+        weight.copy_(distribute_tensor(mean, weight.device_mesh, weight.placements))  # type: ignore[attr-defined]
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:

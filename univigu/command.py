@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from univigu.checkpoint import check_checkpoint_file, missing_checkpoint
@@ -64,9 +65,13 @@ class UniViGUCLI(LightningCLI):
         config = self.config[subcommand] if subcommand else self.config
         changes = config.get("overrides")
         apply_overrides(Overrides(changes.stages, changes.callbacks), _callbacks(config))
-        if subcommand == "validate" and not _given(args, "--trainer.limit_val_batches"):
+        limit = config.trainer.get("limit_val_batches")
+        if subcommand == "validate" and limit is not None and not _given(args, "--trainer.limit_val_batches"):
+            log.warning("validate takes all clips; --trainer.limit_val_batches=%s would limit it as it does fit", limit)
             config.trainer.limit_val_batches = 1.0  # what the configurations say of it is meant for fit's own looks
-        if subcommand in ("validate", "test") and not config.ckpt_path and config.trainer.default_root_dir:
+        evaluates = subcommand in ("validate", "test")
+        named = config.ckpt_path or (_given(args, "--model.init_from") and config.model.init_from)
+        if evaluates and not named and config.trainer.default_root_dir:
             # Evaluation is of what the configuration trained.
             trained = Path(config.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
             if not trained.exists():
@@ -76,10 +81,13 @@ class UniViGUCLI(LightningCLI):
             if config.ckpt_path not in ("best", "last", "hpc") and "://" not in str(config.ckpt_path):
                 check_checkpoint_file(Path(config.ckpt_path))
             config.model.init_from = None  # the checkpoint brings all weights
+            if evaluates and Path(config.ckpt_path).is_dir() and not _shards(config):
+                config.model.init_from, config.ckpt_path = config.ckpt_path, None  # only who shards can restore it
 
     def before_fit(self) -> None:
         """A training from its beginning does not write its curves over those of an earlier one."""
-        requeued = list(Path(self.trainer.default_root_dir).glob("hpc_ckpt_*"))  # it goes on with the newest of these
+        saved = list(Path(self.trainer.default_root_dir).glob("hpc_ckpt_*"))
+        requeued = saved and SLURMEnvironment.detect()  # it goes on with the newest of these
         if self.config["fit"].ckpt_path or requeued:
             return
         for logger in self.trainer.loggers:
@@ -94,10 +102,15 @@ def set_aside(folder: Path) -> None:
         return
     earlier = folder.parent / EARLIER
     earlier.mkdir(exist_ok=True)
-    number = 1 + sum(1 for _ in earlier.glob(f"{folder.name}-*"))
-    target = earlier / f"{folder.name}-{number}"
+    numbers = [path.name.removeprefix(f"{folder.name}-") for path in earlier.glob(f"{folder.name}-*")]
+    target = earlier / f"{folder.name}-{1 + max((int(number) for number in numbers if number.isdecimal()), default=0)}"
     folder.rename(target)
     log.warning("%s holds the curves of an earlier training: moved to %s", folder, target)
+
+
+def _shards(config: Namespace) -> bool:
+    """Whether the trainer's strategy splits the transformer."""
+    return str(getattr(config.trainer.strategy, "class_path", config.trainer.strategy)).endswith("ShardedStrategy")
 
 
 def _given(args: Any, option: str) -> bool:

@@ -12,7 +12,7 @@ import torch
 
 from univigu.data.shapes import CANVAS, FPS, NUM_FRAMES
 from univigu.data.video import encode_mp4, read_video, to_uint8
-from univigu.pipeline import UniViGUOutput, UniViGUPipeline
+from univigu.pipeline import UniViGUOutput, UniViGUPipeline, check_prompts
 from univigu.viewer import TrajectoryRecorder
 
 EXAMPLE = "a large red circle moving left slowly, on a black background"
@@ -59,9 +59,11 @@ class Demo:
 
     def generate(self, prompt: str, steps: int, guidance: float, seed: int) -> tuple[str, str]:
         """Video from a prompt: path of an mp4 file, and the trajectory."""
-        recorder = TrajectoryRecorder(self.pipe)
+        recorder, prompt = TrajectoryRecorder(self.pipe), _filled(prompt, "prompt")
+        # The pipeline's own call, WanPipeline's, would cut it; the other tasks check for themselves.
+        check_prompts(self.pipe.tokenizer, [prompt], self.options.max_sequence_length)
         frames = self.pipe(
-            _filled(prompt, "prompt"), **self._size(), guidance_scale=guidance, **self._common(steps, seed, recorder)
+            prompt, **self._size(), guidance_scale=guidance, **self._common(steps, seed, recorder)
         ).frames
         return self._write(frames), _framed(recorder)
 

@@ -6,9 +6,11 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from univigu.checkpoint import load_weights, plain, usable_weights
+from univigu.checkpoint import check_resumed, load_weights, plain, take_sharded, usable_weights
 from univigu.compute import ComputeOptions
 from univigu.data.buckets import Bucket, latents_shape
 from univigu.data.encode import encode_clips, encode_prompts
@@ -20,7 +22,7 @@ from univigu.flow.random import make_generator
 from univigu.flow.text import TextFlow, make_text_flow
 from univigu.models.conventions import CONVENTIONS, Conventions
 from univigu.models.foundation import EMBEDDED_FOUNDATION, Foundation, encode_prompt
-from univigu.models.lora import LoraOptions, add_lora
+from univigu.models.lora import LoraOptions, add_lora, is_lora_parameter, lora_options
 from univigu.models.tokens import detokenize, fit_slot, tokenize
 from univigu.models.transformer import TextFlowName, UniViGUTransformer3DModel
 from univigu.models.weights import known_options
@@ -135,6 +137,9 @@ class UniViGU(EvaluatedModule):
                 f"lightning {stage}: samples end at different steps on different processes, and a sharded model waits "
                 "for all of them; run it on one, --trainer.strategy auto --trainer.devices 1 (see docs/CLUSTER.md)"
             )
+        if stage == "fit" and isinstance(self.trainer.strategy, DDPStrategy):
+            # What is frozen changes with the stages, and a small batch may lack a task: DDP must not wait for those.
+            self.trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
 
     def configure_model(self) -> None:
         """Build the transformer once, from the foundation or from an earlier stage's weights."""
@@ -155,7 +160,7 @@ class UniViGU(EvaluatedModule):
         return model
 
     def _build_transformer(self) -> UniViGUTransformer3DModel:
-        if self.init_from is not None and self._trainer is not None and self.trainer.state.fn == "predict":
+        if self.init_from is not None and self._trainer is not None and self.trainer.state.fn != "fit":
             return load_weights(self.init_from)  # brings its own architecture, as a checkpoint does
         torch.manual_seed(self.seed)  # the text stream's new weights
         model = UniViGUTransformer3DModel.from_wan(
@@ -413,7 +418,7 @@ class UniViGU(EvaluatedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record what is needed to rebuild the model without its configuration file."""
         config = {name: value for name, value in self._model.config.items() if not name.startswith("_")}
-        checkpoint["univigu"] = {"transformer_config": config, "stage": self.stage.name}
+        checkpoint["univigu"] = {"transformer_config": config, "stage": self.stage.name, "trains": self.trains}
         if self.trains == "lora":
             checkpoint["univigu"]["lora"] = asdict(self.lora)
 
@@ -428,7 +433,25 @@ class UniViGU(EvaluatedModule):
             self._model.register_to_config(**{name: differing.pop(name)[0]})
         if differing and (self.trainer.state.fn == "fit" or is_sharded(self._model)):
             raise MisconfigurationException(f"the checkpoint's model differs from the configuration: {differing}")
-        if self.trainer.state.fn != "fit" and "state_dict" in checkpoint:  # a sharded one's is read elsewhere
-            checkpoint["state_dict"] = usable_weights(checkpoint, keep_lora=self.trains == "lora")
-        if differing:
-            self._set_transformer(UniViGUTransformer3DModel(**saved).to(self.device))
+        path = self.trainer.strategy.broadcast(self.trainer.ckpt_path or "ckpt_path")
+        if self.trainer.state.fn == "fit":
+            averaging = "WeightEMA" if hasattr(self, "ema") else None
+            if any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+                averaging = "WeightAveraging"
+            check_resumed(checkpoint, path, self.trains, self.lora, averaging)
+            return
+        if hasattr(self, "ema"):  # of a fit before; no callback keeps it now
+            del self.ema
+        if is_sharded(self._model):
+            take_sharded(self._model, checkpoint, path, self.lora)
+        else:
+            self._take_for_use(checkpoint, rebuild=bool(differing))
+
+    def _take_for_use(self, checkpoint: dict[str, Any], rebuild: bool) -> None:
+        """Means in place of weights; adapters as the checkpoint has them if the model has the same, else merged."""
+        adapted = any(is_lora_parameter(name) for name, _ in self._model.named_parameters())
+        kept = adapted and not rebuild and lora_options(checkpoint["univigu"].get("lora")) == self.lora
+        checkpoint["state_dict"] = usable_weights(checkpoint, keep_lora=kept)
+        if rebuild or (adapted and not kept):
+            config = checkpoint["univigu"]["transformer_config"]
+            self._set_transformer(UniViGUTransformer3DModel(**config).to(self.device))

@@ -24,7 +24,7 @@ from univigu.flow.text import make_text_flow
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
 from univigu.models.conventions import Conventions
 from univigu.models.foundation import encode_prompt
-from univigu.models.tokens import detokenize, tokenize
+from univigu.models.tokens import TextTooLongError, detokenize, tokenize
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import compute_device
 from univigu.sampling.options import SamplingOptions
@@ -45,6 +45,18 @@ class UniViGUOutput(BaseOutput):
     """One text a sample; None for tasks that make video alone."""
     tokens: Tensor | None = None
     """The texts' token ids, int64 [B, L]."""
+
+
+def check_prompts(tokenizer: Any, prompts: list[str], max_sequence_length: int) -> None:
+    """See that prompts fit their slot, which WanPipeline's encoding would cut them to without a word.
+
+    Raises:
+        TextTooLongError: one has more tokens, its end counted.
+    """
+    try:
+        tokenize(tokenizer, prompts, max_sequence_length)
+    except TextTooLongError as error:
+        raise TextTooLongError(f"max_sequence_length={max_sequence_length}: {error}") from None
 
 
 class UniViGUPipeline(WanPipeline):
@@ -131,17 +143,19 @@ class UniViGUPipeline(WanPipeline):
                 left out.
             prompt: what the text is conditioned on, one for all or one a video; None is the empty prompt.
             generator: one, or one a video, which makes each text independent of the batch.
-            options: see :class:`SamplingOptions`; single ones can be given by keyword, ``caption_steps=10``.
+            options: see :class:`SamplingOptions`; single ones can be given by keyword, ``caption_steps=10``, if they
+                mean something to the task (:data:`univigu.sampling.options.TASK_OPTIONS`) and the text flow.
             height, width: size to scale frames to, in pixels; default is the video's, brought to whole patches.
-            max_sequence_length: slot of the prompt in tokens.
+            max_sequence_length: slot of the prompt in tokens, its end counted.
             callback_on_step_end: see :data:`StepEndCallback`.
 
         Raises:
-            ValueError: as many prompts as videos are needed, or one; an option out of range.
+            TextTooLongError: a prompt needs more tokens; only ``pipe(prompt)`` cuts it, as WanPipeline does.
+            ValueError: as many prompts as videos are needed, or one; an option out of range or of another task.
         """
+        sampler, on_step = self._sampler("caption", options, overrides), self._on_step(callback_on_step_end)
         latents = self._latents_of(video, height, width)
         embeds, null = self._prompt_embeds(prompt or "", len(latents), max_sequence_length)
-        sampler, on_step = self._sampler(options, overrides), self._on_step(callback_on_step_end)
         length = self.transformer.config.text_length
         return self._output(sampler.caption(latents, embeds, length, generator, on_step, null), "latent", video=False)
 
@@ -172,11 +186,12 @@ class UniViGUPipeline(WanPipeline):
             generator, options, max_sequence_length, callback_on_step_end: as in :meth:`caption`.
 
         Raises:
-            ValueError: a size that does not fit, an option out of range.
+            TextTooLongError: as in :meth:`caption`.
+            ValueError: a size that does not fit, an option out of range or of another task.
         """
         shape = self.latents_shape(height, width, num_frames)
+        sampler, on_step = self._sampler("joint", options, overrides), self._on_step(callback_on_step_end)
         embeds, null = self._prompt_embeds(prompt, None, max_sequence_length)
-        sampler, on_step = self._sampler(options, overrides), self._on_step(callback_on_step_end)
         length = self.transformer.config.text_length
         return self._output(sampler.joint(embeds, null, shape, length, generator, on_step), output_type)
 
@@ -205,11 +220,13 @@ class UniViGUPipeline(WanPipeline):
             output_type: as in :meth:`joint`.
 
         Raises:
-            ValueError: strength or an option out of range, another number of prompts than videos.
+            TextTooLongError: as in :meth:`caption`.
+            ValueError: strength or an option out of range, an option of another task, another number of prompts than
+                videos.
         """
+        sampler, on_step = self._sampler("edit", options, overrides), self._on_step(callback_on_step_end)
         latents = self._latents_of(video, height, width)
         embeds, null = self._prompt_embeds(prompt, len(latents), max_sequence_length)
-        sampler, on_step = self._sampler(options, overrides), self._on_step(callback_on_step_end)
         return self._output(sampler.edit(latents, strength, embeds, null, generator, on_step), output_type)
 
     # ---------------------------------------------------------------------- parts
@@ -237,9 +254,9 @@ class UniViGUPipeline(WanPipeline):
         embeds = embeds.to(device or self._execution_device, dtype or self.text_encoder.dtype)
         return embeds.repeat_interleave(num_videos_per_prompt, dim=0)
 
-    def _sampler(self, options: SamplingOptions | None, overrides: dict[str, Any]) -> Sampler:
-        options = replace(options or SamplingOptions(), **overrides)
-        config = self.transformer.config
+    def _sampler(self, task: str, options: SamplingOptions | None, overrides: dict[str, Any]) -> Sampler:
+        options, config = replace(options or SamplingOptions(), **overrides), self.transformer.config
+        options.check_keywords(overrides, task, config.text_flow)
         flow = make_text_flow(config.text_flow, config.vocab_size, **options.text_flow_options(config.text_flow))
         ends = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
         return Sampler(self.transformer, flow, self.scheduler, options, *ends)
@@ -251,6 +268,7 @@ class UniViGUPipeline(WanPipeline):
             prompts = prompts * count
         if count is not None and len(prompts) != count:
             raise ValueError(f"prompt: {len(prompts)} of them for {count} videos; give one for all or one for each")
+        check_prompts(self.tokenizer, prompts, length)
         embeds, _ = self.encode_prompt([*prompts, ""], None, False, max_sequence_length=length)
         return embeds[:-1], self._conventions.null(embeds[-1:])
 
@@ -299,7 +317,7 @@ class UniViGUPipeline(WanPipeline):
                 time = state.text_time if state.video_time == 1.0 and state.text_time is not None else state.video_time
                 tensors = {"latents": state.latents, "text": state.text, "state": state}
                 callback(self, state.step, NUM_TRAIN_TIMESTEPS * (1.0 - time), tensors)
-            if state.step + 1 == state.num_steps:
+            if state.last:  # a caption's may come before its time
                 bar.close()
 
         return on_step

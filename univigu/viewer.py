@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from univigu.data.video import to_frames
-from univigu.models.foundation import decode_latents
+from univigu.models.conventions import Conventions
 from univigu.sampling.tasks import StepState
 
 TEMPLATE = "assets/trajectory.html"
@@ -48,7 +48,8 @@ class TrajectoryRecorder:
         state = tensors.get("state")
         if state is None:
             video_time = 1.0 - float(pipe.scheduler.sigmas[step + 1])
-            state = StepState(step, pipe.num_timesteps, tensors["latents"], video_time, None, None)
+            last = step + 1 == pipe.num_timesteps
+            state = StepState(step, pipe.num_timesteps, tensors["latents"], video_time, None, None, last)
         self.record(state)
         return {}  # nothing to be replaced
 
@@ -58,8 +59,7 @@ class TrajectoryRecorder:
         Raises:
             IndexError: the batch has no such sample.
         """
-        last = state.step + 1 == state.num_steps
-        if state.step % self.every and not last:
+        if state.step % self.every and not state.last:
             return
         if self.sample >= len(state.latents):
             raise IndexError(f"sample={self.sample}: the batch has {len(state.latents)}")
@@ -101,7 +101,8 @@ class TrajectoryRecorder:
         """The state, decoded, as an animated picture in a data URL."""
         if state.video_time == 1.0 and self._clean is not None:
             return self._clean
-        clip = to_frames(decode_latents(self.pipe.vae, state.latents[self.sample : self.sample + 1]))[0]
+        latents = state.latents[self.sample : self.sample + 1]
+        clip = to_frames(Conventions.of(self.pipe.transformer.config).decode(self.pipe.vae, latents))[0]
         size = (clip.shape[-1] * self.scale, clip.shape[-2] * self.scale)
         pictures = [
             Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()).resize(size, Image.Resampling.NEAREST)
@@ -117,7 +118,11 @@ class TrajectoryRecorder:
         return url
 
     def _words(self, text: torch.Tensor) -> list[str]:
-        """The state's tokens as text, one string each; a mask is "", padding shows nothing."""
+        """The state's tokens as text, one string each; a mask is "", padding shows nothing, "\ufffd" is no token.
+
+        A model may know more ids than its tokenizer (an embedding rounded up in size), which noise and a model that
+        has not learned otherwise do name.
+        """
         if text.is_floating_point():
             model = self.pipe.transformer
             text = (text.float() @ model.token_table().T).argmax(-1)
@@ -129,6 +134,9 @@ class TrajectoryRecorder:
             if token == tokenizer.pad_token_id:
                 words.append("\u200b")  # takes no room
                 continue
-            known = token < self.pipe.transformer.config.vocab_size
-            words.append(tokenizer.convert_ids_to_tokens(token).replace("▁", " ") if known else "")
+            if token >= self.pipe.transformer.config.vocab_size:
+                words.append("")
+                continue
+            piece = tokenizer.convert_ids_to_tokens(token)
+            words.append("\ufffd" if piece is None else piece.replace("▁", " "))
         return words

@@ -74,6 +74,21 @@ def test_weights_are_counted_as_float32(tmp_path: Path, foundation: str) -> None
     assert available is None or 2**20 < available < 2**60
 
 
+@pytest.mark.parametrize("limit, usage", resources.LIMITS)
+def test_a_jobs_memory_is_what_it_has_left(
+    limit: str, usage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "CONTROL_GROUPS", tmp_path)
+    assert resources.available_memory() is not None  # the system's own count, where no group has a limit
+    (tmp_path / limit).write_text("max\n")
+    (tmp_path / usage).write_text("7\n")
+    assert (resources.available_memory() or 0) > 2**20
+    (tmp_path / limit).write_text("1000007\n")
+    assert resources.available_memory() == 1_000_000
+    (tmp_path / usage).write_text("2000000\n")
+    assert resources.available_memory() == 0
+
+
 def test_as_many_processes_as_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     huge(tmp_path / "text_encoder", 1_000_000)  # 4 MB as float32
     huge(tmp_path / "vae", 250_000)

@@ -9,12 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader, default_collate
 
+from univigu.callbacks import StageSwitch
 from univigu.checkpoint import load_weights
+from univigu.evaluation import EvaluationOptions
 from univigu.flow.objective import TaskMixture
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.lora import LoraOptions, add_lora, is_lora_parameter, merge_lora
 from univigu.models.transformer import is_text_parameter
+from univigu.module import UniViGU
 from univigu.stages import Stage
 from univigu.trained import check_stage, parameter_groups, train_only
 
@@ -88,13 +95,6 @@ def test_options_are_checked(option: dict[str, Any]) -> None:
 @pytest.mark.parametrize("trains", ["text", "lora"])
 def test_a_run_moves_what_it_should_and_is_resumed(tmp_path: Path, trains: str) -> None:
     """Through both stages; the checkpoint loads as a plain model whose merged weights compute the same."""
-    from lightning import Trainer
-    from lightning.pytorch.callbacks import ModelCheckpoint
-    from torch.utils.data import DataLoader
-
-    from univigu.callbacks import StageSwitch
-    from univigu.module import UniViGU
-
     folder = tmp_path / "foundation"
     tiny.make_pipeline().save_pretrained(folder)
     stage = Stage(name="a", steps=3, text_length=8, warmup_steps=0, learning_rate=1e-2, tasks=TaskMixture(1, 1, 0))
@@ -121,3 +121,93 @@ def test_a_run_moves_what_it_should_and_is_resumed(tmp_path: Path, trains: str) 
     resumed = fit(str(tmp_path / "step=1.ckpt"))
     for name, value in trained.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Checkpoints of a step of each kind of training."""
+    root = tmp_path_factory.mktemp("trained")
+    tiny.make_pipeline().save_pretrained(root / "foundation")
+    kinds = {"lora": {"trains": "lora", "lora": LoraOptions(rank=2, alpha=4)}, "all": {}, "text": {"trains": "text"}}
+    for name, options in kinds.items():
+        trainer = make_trainer(root / name)
+        trainer.fit(UniViGU(str(root / "foundation"), seed=1, **options), DataLoader(stages.Clips(), batch_size=12))
+        trainer.save_checkpoint(root / f"{name}.ckpt")
+    return SimpleNamespace(root=root, foundation=str(root / "foundation"))
+
+
+def make_trainer(root: Path, steps: int = 1) -> Trainer:
+    stage = Stage(name="a", steps=2, text_length=8, warmup_steps=0, learning_rate=0.3, tasks=TaskMixture(1, 1, 0))
+    return Trainer(
+        default_root_dir=root, accelerator="cpu", logger=False, callbacks=[StageSwitch([stage])], max_steps=steps,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+
+
+def with_texts(items: list[dict[str, Any]]) -> dict[str, Any]:
+    unknown: dict[str, Any] = {"scene": [None] * len(items)}
+    return default_collate(items) | unknown | {name: ["a ring"] * len(items) for name in ("prompt", "caption")}
+
+
+@pytest.mark.parametrize("saved", ["lora", "all"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trains": "lora", "lora": LoraOptions(rank=2, alpha=4)},
+        {"trains": "lora", "lora": LoraOptions(rank=2, alpha=64)},
+        {"trains": "lora", "lora": LoraOptions(rank=3, attention=("attn1",))},
+        {"trains": "lora", "lora": LoraOptions(rank=2, alpha=4), "clean_video_reads_text": False},
+        {"trains": "all"},
+    ],
+    ids=["same", "alpha", "rank", "architecture", "all"],
+)
+def test_a_checkpoint_is_evaluated_as_it_was_trained(
+    trained: SimpleNamespace, tmp_path: Path, saved: str, options: dict[str, Any]
+) -> None:
+    path = trained.root / f"{saved}.ckpt"
+    module = UniViGU(trained.foundation, seed=1, evaluation=EvaluationOptions(generation=False), **options)
+    loader = DataLoader(stages.Clips(), batch_size=12, collate_fn=with_texts)
+    make_trainer(tmp_path).validate(module, loader, ckpt_path=str(path), weights_only=True)
+    expected = load_weights(path).eval()
+    inputs = formulas.make_inputs() | {"text_tokens": torch.randint(expected.config.vocab_size, (3, 7))}
+    ours, theirs = formulas.run(module.transformer, inputs), formulas.run(expected, inputs)
+    formulas.assert_close(ours.sample, theirs.sample)
+    formulas.assert_close(ours.text, theirs.text)
+
+
+@pytest.mark.parametrize(
+    ("saved", "options", "message"),
+    [
+        ("lora", {"trains": "all"}, r"'model\.trains': \('lora', 'all'\)"),
+        ("all", {"trains": "lora"}, r"'model\.trains': \('all', 'lora'\)"),
+        ("all", {"trains": "text"}, r"'model\.trains': \('all', 'text'\)"),
+        ("text", {"trains": "all"}, r"'model\.trains': \('text', 'all'\)"),
+        ("lora", {"lora": LoraOptions(rank=3, alpha=4)}, r"'model\.lora\.rank': \(2, 3\)"),
+        ("lora", {"lora": LoraOptions(rank=2, alpha=5)}, r"'model\.lora\.alpha': \(4, 5\)"),
+        ("lora", {"lora": LoraOptions(2, 4, ("attn1",))}, r"'model\.lora\.attention': .*'attn1',\)"),
+    ],
+)
+def test_a_run_is_resumed_with_what_was_trained(
+    trained: SimpleNamespace, tmp_path: Path, saved: str, options: dict[str, Any], message: str
+) -> None:
+    path = trained.root / f"{saved}.ckpt"
+    module = UniViGU(trained.foundation, seed=1, **({"trains": "lora"} | options))
+    loader = DataLoader(stages.Clips(), batch_size=12)
+    with pytest.raises(MisconfigurationException, match=rf"{saved}\.ckpt: .*{message}.*; resume .*model\.init_from"):
+        make_trainer(tmp_path, steps=2).fit(module, loader, ckpt_path=str(path), weights_only=True)
+
+
+def test_checkpoints_from_before_the_choice_was_recorded_are_resumed(trained: SimpleNamespace, tmp_path: Path) -> None:
+    checkpoint = torch.load(trained.root / "text.ckpt", weights_only=True)
+    del checkpoint["univigu"]["trains"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    for trains, refused in (("text", False), ("lora", True)):
+        module = UniViGU(trained.foundation, seed=1, trains=trains)  # type: ignore[arg-type]
+        trainer = make_trainer(tmp_path, steps=2)
+        arguments = {"ckpt_path": str(tmp_path / "old.ckpt"), "weights_only": True}
+        if refused:
+            with pytest.raises(MisconfigurationException, match=r"\('all or text', 'lora'\)"):
+                trainer.fit(module, DataLoader(stages.Clips(), batch_size=12), **arguments)
+        else:
+            trainer.fit(module, DataLoader(stages.Clips(), batch_size=12), **arguments)
+            assert trainer.global_step == 2

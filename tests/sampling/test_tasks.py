@@ -291,6 +291,22 @@ def test_a_video_that_does_not_read_is_computed_once(embeds: Any, flow: str, gui
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("refresh", "noise"), [(1, "vvvv"), (2, "vtvt"), (9, "vttt")])
+def test_the_noise_that_guidance_contrasts_with_reads_text(embeds: Any, refresh: int, noise: str) -> None:
+    """Beside a clean video that does not, and is computed once; the noise is at every step, as the options say."""
+    prompts, _ = embeds
+    sampler = make_sampler("embedding", reads_text=False, caption_guidance_scale=2.0, caption_refresh=refresh)
+    sampler.caption(torch.randn(3, *SHAPE), prompts, LENGTH, generators(1, 2, 3))
+    calls = list(sampler.model.calls)
+    passes = ["vt"[alone] for alone in text_only(calls)]
+    assert "".join(passes[::2]) == "vttt" and "".join(passes[1::2]) == noise
+    for (args, kwargs), reads in zip(calls[:2], (False, True), strict=True):
+        texts = (kwargs["text_tokens"], kwargs["text_tokens"] + 1.0)
+        with torch.no_grad():
+            one, other = (sampler.model.model(*args, text, kwargs["text_timestep"]).sample for text in texts)
+        assert torch.equal(one, other) != reads
+
+
 @pytest.mark.parametrize(("refresh", "expected"), [(1, "vvvvv"), (2, "vtvtv"), (4, "vtttv"), (9, "vtttt")])
 def test_a_video_that_reads_is_computed_every_so_many_steps(embeds: Any, refresh: int, expected: str) -> None:
     sampler, (prompts, _) = make_sampler(caption_refresh=refresh, caption_steps=5), embeds
@@ -350,9 +366,29 @@ def test_a_finished_caption_stops_and_is_padded(embeds: Any) -> None:
             return output
 
     sampler.model = Sure(inner)
-    tokens = sampler.caption(torch.randn(3, *SHAPE), prompts, LENGTH, generators(1, 2, 3)).tokens
+    seen: list[StepState] = []
+    tokens = sampler.caption(torch.randn(3, *SHAPE), prompts, LENGTH, generators(1, 2, 3), seen.append).tokens
     assert tokens.tolist() == [[5, 6, eos, pad, pad, pad]] * 3
     assert len(sampler.model.calls) == 1
+    # what is shown of the last step is the finished text, and that it is the last
+    assert [(state.step, state.num_steps, state.last) for state in seen] == [(0, 40, True)]
+    assert torch.equal(seen[0].text, tokens)
+
+
+@pytest.mark.parametrize("task", ["generate", "edit", "caption", "joint", "lagging"])
+def test_the_last_step_says_so(embeds: Any, task: str) -> None:
+    sampler, (prompts, null) = make_sampler(joint_lag=2 if task == "lagging" else 0), embeds
+    seen: list[StepState] = []
+    common = {"generator": generators(1, 2, 3), "on_step": seen.append}
+    if task == "generate":
+        sampler.generate(prompts, null, SHAPE, **common)
+    elif task == "edit":
+        sampler.edit(torch.randn(3, *SHAPE), 0.9, prompts, null, **common)
+    elif task == "caption":
+        sampler.caption(torch.randn(3, *SHAPE), prompts, LENGTH, **common)
+    else:
+        sampler.joint(prompts, null, SHAPE, LENGTH, **common)
+    assert len(seen) > 1 and [state.last for state in seen] == [False] * (len(seen) - 1) + [True]
 
 
 # ---------------------------------------------------------------------- other ways to make video

@@ -16,8 +16,10 @@ from univigu.parallel import is_sharded
 class LastCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt`` up to date: every n optimizer steps, and when training ends.
 
-    ModelCheckpoint alone would leave out what was learned since the last multiple of n.  Under SLURM it also sees to it
-    that a job asked to make room saves between two steps, see :class:`RequeueBetweenSteps`.
+    ModelCheckpoint alone would leave out what was learned since the last multiple of n.  The last step is saved before
+    any callback's ``on_train_end``, where averaged weights take the place of the trained ones, to which the optimizer's
+    state belongs: so a run that was cut short goes on exactly, too.  Under SLURM it also sees to it that a job asked to
+    make room saves between two steps, see :class:`RequeueBetweenSteps`.
 
     Args:
         dirpath: folder; None is ``checkpoints`` in ``trainer.default_root_dir``.
@@ -47,6 +49,8 @@ class LastCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if _stops(trainer):
+            self._save_once(trainer)
         self._requeue.batch_ended(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -72,10 +76,40 @@ class LastCheckpoint(ModelCheckpoint):
             _remove(old)
         trainer.strategy.barrier("checkpoint in place")
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if _stops(trainer):
+            self._save_once(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if _stops(trainer):
+            counts = trainer.fit_loop.epoch_progress
+            counts.increment_completed()  # as after this hook: a resumed run must not go through this end again
+            self._save_once(trainer)
+            for count in (counts.total, counts.current):
+                count.completed -= 1
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
-        if not trainer.fast_dev_run and self._last_global_step_saved != trainer.global_step:  # type: ignore[attr-defined]
+        """Save what no hook before saw to be the last step; unlike the base class, nothing under fast_dev_run."""
+        self._save_once(trainer)
+
+    def _save_once(self, trainer: Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def _stops(trainer: Trainer) -> bool:
+    """Whether this batch is the last, as far as is known by now: time may be up, or a validation say so later."""
+    loop = trainer.fit_loop
+    steps_done = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    return steps_done or (trainer.should_stop and loop._can_stop_early) or _ends_last_epoch(trainer)
+
+
+def _ends_last_epoch(trainer: Trainer) -> bool:
+    loop = trainer.fit_loop
+    epochs, limit = loop.epoch_progress.current.ready, loop.max_epochs
+    return limit is not None and limit != -1 and epochs >= limit and loop.epoch_loop._num_ready_batches_reached()
 
 
 def _remove(path: Path) -> None:

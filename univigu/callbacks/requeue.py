@@ -18,15 +18,11 @@ class RequeueBetweenSteps:
 
     Lightning does it wherever training happens to be: in the middle of a step, whose batch would then be left out, or
     in a validation with averaged weights, which would be saved for the trained ones.  Several processes would each be
-    somewhere else, and those of a sharded model would wait for each other for ever.
-
-    Args:
-        every_n_steps: how often several processes tell each other of the signal, in optimizer steps; one alone needs
-            not wait.
+    somewhere else, and those of a sharded model would wait for each other for ever; so they tell each other of the
+    signal, one number after every optimizer step.
     """
 
-    def __init__(self, every_n_steps: int = 10) -> None:
-        self.every_n_steps = every_n_steps
+    def __init__(self) -> None:
         self._handler: Callable[[int, FrameType | None], Any] | None = None
         self._asked = False
         self._step = 0
@@ -47,12 +43,7 @@ class RequeueBetweenSteps:
         if self._handler is None or trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        asked = self._asked
-        if trainer.world_size > 1:
-            if self._step % self.every_n_steps:
-                return
-            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        if asked:
+        if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
             self._asked = False
             self._handler(signal.SIGUSR1, None)
 

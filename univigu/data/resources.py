@@ -13,8 +13,9 @@ from univigu.data.build import usable_cores
 
 log = logging.getLogger(__name__)
 
-CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Files of control groups, version 2 and 1, as a container sees them."""
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+"""Where Linux shows what containers and jobs may take, in files of these names (limit, usage; version 2 and 1)."""
+LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 LARGE = 4 * 2**30
 """Bytes of a text encoder from which on a CPU takes seconds a prompt."""
 
@@ -41,15 +42,30 @@ def _count_numbers(path: Path) -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that may be taken now: the system's count, or a container's limit if that is less; None if nobody says."""
-    bounds = []
+    """Bytes that may be taken now: the system's count, or what a container or job has left; None if nobody says."""
+    bounds: list[int] = []
     with suppress(OSError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         bounds = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    for limit in CONTAINER_LIMITS:
-        with suppress(OSError, ValueError):  # there is none, or it is "max"
-            bounds.append(int(Path(limit).read_text()))
-    return min(bounds, default=None)
+    for group in _control_groups():
+        for limit, usage in LIMITS:
+            with suppress(OSError, ValueError):  # there is none, or it is "max"
+                bounds.append(int((group / limit).read_text()) - int((group / usage).read_text()))
+    return max(0, min(bounds)) if bounds else None
+
+
+def _control_groups() -> list[Path]:
+    """The folders of this process's control groups and all above them, each of which may set a limit."""
+    groups = {CONTROL_GROUPS, CONTROL_GROUPS / "memory"}  # what a container sees of its own
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            root = CONTROL_GROUPS / "memory" if controllers else CONTROL_GROUPS  # version 1 has a tree for each
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            group = root / path.lstrip("/")
+            groups |= {group, *(parent for parent in group.parents if root in (parent, *parent.parents))}
+    return sorted(groups)
 
 
 def encoding_processes(foundation: str | Path, device: str, prompts: bool = True) -> int:

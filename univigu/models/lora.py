@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -68,3 +68,11 @@ def merge_lora(state: Mapping[str, torch.Tensor], options: LoraOptions) -> dict[
 def lora_options(saved: Mapping[str, Any] | None) -> LoraOptions | None:
     """The options as a checkpoint records them."""
     return None if saved is None else LoraOptions(**{**saved, "attention": tuple(saved["attention"])})
+
+
+def lora_differences(saved: LoraOptions, ours: LoraOptions) -> dict[str, tuple[Any, Any]]:
+    """Options in which a checkpoint's adapters differ from a configuration's: name -> (checkpoint's, ours)."""
+    theirs, configured = asdict(saved), asdict(ours)
+    return {
+        f"model.lora.{name}": (theirs[name], configured[name]) for name in theirs if theirs[name] != configured[name]
+    }

@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Solver = Literal["scheduler", "euler", "heun", "unipc", "dpm"]
+
+TEXT_FLOW_OPTIONS: dict[str, dict[str, str]] = {
+    "embedding": {},
+    "uniform": {"temperature": "temperature", "top_p": "top_p"},
+    "mask": {
+        "temperature": "temperature", "top_p": "top_p",
+        "text_order": "order", "confidence_threshold": "threshold",
+    },
+}  # fmt: skip
+"""Which options a text flow knows, and how it calls them (see ``make_text_flow``)."""
+_VIDEO = ("num_inference_steps", "guidance_scale", "guidance_interval", "solver")
+_CLEAN_VIDEO = ("caption_refresh", "caption_guidance_scale", "caption_guidance")
+TASK_OPTIONS: dict[str, tuple[str, ...]] = {
+    "caption": ("caption_steps", *_CLEAN_VIDEO),
+    "joint": (*_VIDEO, "joint_lag", *_CLEAN_VIDEO),
+    "edit": (*_VIDEO, "batch_guidance"),
+}
+"""Which options mean something to a task, beside those of its text flow if it makes text."""
+_INSTEAD = {
+    ("caption", "num_inference_steps"): "caption_steps",
+    ("caption", "guidance_scale"): "caption_guidance_scale",
+    ("joint", "caption_steps"): "num_inference_steps (and joint_lag)",
+    ("edit", "caption_steps"): "num_inference_steps",
+    ("edit", "caption_guidance_scale"): "guidance_scale",
+}
+"""What is probably meant, by task and keyword."""
 
 
 @dataclass
@@ -30,13 +57,17 @@ class SamplingOptions:
     caption_steps: int = 50
     """Denoising steps of the text when the video is clean."""
     caption_refresh: int = 1
-    """Every how many text steps the clean video is computed anew.  It matters to weights whose clean video reads text:
-    1 is exact, more is an approximation and as many times faster.  Others' video is computed once, exactly."""
+    """Every how many text steps a video that reads text is computed anew: 1 is exact, more is an approximation and as
+    many times faster.  Clean video of weights trained with ``clean_video_reads_text: false`` reads none and is computed
+    once, exactly, whatever stands here; the noise of ``caption_guidance`` "video" always reads it."""
     caption_guidance_scale: float = 1.0
-    """Guidance on a caption's posterior (or velocity); 1 switches it off, at half the cost."""
+    """Guidance on a caption's posterior (or velocity); 1 switches it off.  It takes a second pass a step: see
+    ``caption_guidance`` for its cost."""
     caption_guidance: Literal["video", "prompt"] = "video"
-    """What the guided caption is contrasted with: pure noise in the video's place, or the null condition in the
-    prompt's (for a question, say)."""
+    """What the guided caption is contrasted with.  "video": pure noise in the video's place; noise reads text in every
+    model, so that its pass is one of all tokens every ``caption_refresh`` steps, with 1 every step, and then costs what
+    a caption without any cache does.  "prompt": the null condition in the prompt's (for a question, say), beside the
+    same clean video; that doubles the cost."""
     temperature: float = 0.0
     """Temperature of a discrete text flow's posterior; 0 takes its mode."""
     top_p: float = 1.0
@@ -71,9 +102,26 @@ class SamplingOptions:
 
     def text_flow_options(self, text_flow: str) -> dict[str, Any]:
         """Those of these options that belong to a text flow of that name (see ``make_text_flow``)."""
-        options: dict[str, Any] = {}
-        if text_flow != "embedding":
-            options = {"temperature": self.temperature, "top_p": self.top_p}
-        if text_flow == "mask":
-            options |= {"order": self.text_order, "threshold": self.confidence_threshold}
-        return options
+        return {theirs: getattr(self, ours) for ours, theirs in TEXT_FLOW_OPTIONS.get(text_flow, {}).items()}
+
+    def check_keywords(self, keywords: Mapping[str, Any], task: str, text_flow: str) -> None:
+        """See that each option that a call names means something to its task; an object of options names none.
+
+        Args:
+            keywords: the options named, which these options have taken over.
+            task: one of :data:`TASK_OPTIONS`.
+            text_flow: the model's.
+
+        Raises:
+            ValueError: one of them would be ignored; it says what to use instead.
+        """
+        of_text = () if task == "edit" else tuple(TEXT_FLOW_OPTIONS.get(text_flow, {}))
+        used = TASK_OPTIONS[task] + of_text
+        for name, value in keywords.items():
+            if name not in used:
+                of_flow = any(name in known for known in TEXT_FLOW_OPTIONS.values()) and task != "edit"
+                where = f"{task} with the {text_flow!r} text flow" if of_flow else task
+                use = _INSTEAD.get((task, name), f"one of {', '.join(used)}")
+                raise ValueError(f"{name}={value!r}: {where} does not use it; use {use}")
+            if task == "joint" and name in _CLEAN_VIDEO and not self.joint_lag:
+                raise ValueError(f"{name}={value!r}: joint uses it after the video's end; use it with joint_lag over 0")

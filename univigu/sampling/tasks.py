@@ -41,6 +41,8 @@ class StepState:
     text: torch.Tensor | None
     """The text's state [B, L] or [B, L, D]; None for tasks without text."""
     text_time: float | None
+    last: bool
+    """Whether this is the last step: of the schedule, or that at which every text of the batch has ended."""
 
 
 StepCallback = Callable[[StepState], None]
@@ -261,8 +263,8 @@ class Sampler:
             if text is not None and output is not None:
                 text = self._text_step(text, output.text, text_times, i, generator)
             if on_step is not None:
-                text_time = None if text is None else text_times[i + 1]
-                on_step(StepState(i, num_steps, video, solver.next_time(i), text, text_time))
+                text_time, last = None if text is None else text_times[i + 1], i + 1 == num_steps
+                on_step(StepState(i, num_steps, video, solver.next_time(i), text, text_time, last))
         return video, text
 
     # ---------------------------------------------------------------------- text beside a video that stays
@@ -274,14 +276,18 @@ class Sampler:
         null_embeds: torch.Tensor | None,
         generator: Generators,
     ) -> list[VideoContext]:
-        """The clean video under its condition; for guidance also what it is contrasted with."""
+        """The clean video under its condition; for guidance also what it is contrasted with.
+
+        The noise of ``caption_guidance`` "video" is drawn once, but it is no clean video: it reads text in every model,
+        so that keeping it is an approximation in every model, and :attr:`SamplingOptions.caption_refresh` decides.
+        """
         batch, options = latents.shape[0], self.options
         embeds = self._cast(prompt_embeds.expand(batch, -1, -1))
         refresh = options.caption_refresh if self.model.config.clean_video_reads_text else None
         contexts = [VideoContext(self._cast(latents), _timestep(1.0, latents), embeds, refresh)]
         if options.caption_guidance_scale == 1:
             return contexts
-        if options.caption_guidance == "video":  # pure noise says nothing; it reads text whatever clean video does
+        if options.caption_guidance == "video":  # pure noise says nothing
             noise = self._cast(self._noise(latents, latents.shape[1:], generator))
             contexts.append(VideoContext(noise, _timestep(0.0, latents), embeds, options.caption_refresh))
         elif null_embeds is None:
@@ -302,19 +308,21 @@ class Sampler:
         done: int = 0,
     ) -> torch.Tensor:
         """The loop over the text's times, until they end or every text of the batch does, after ``done`` steps."""
-        scale = self.options.caption_guidance_scale
+        scale, num_steps, video = self.options.caption_guidance_scale, done + len(times) - 1, contexts[0].latents
         for i in range(len(times) - 1):
             timestep = _timestep(times[i], text)
             output, *contrast = [context.text_output(self.model, i, text, timestep) for context in contexts]
             if contrast:
                 output = contrast[0] + scale * (output - contrast[0])
             text = self._text_step(text, output, times, i, generator)
-            if on_step is not None:
-                on_step(StepState(done + i, done + len(times) - 1, contexts[0].latents, 1.0, text, times[i + 1]))
+            last = done + i + 1 == num_steps
             if self.eos_token_id is not None and self.pad_token_id is not None:
                 text, ended = self.text_flow.close(text, self.eos_token_id, self.pad_token_id)
-                if ended:
-                    break
+                last = last or ended
+            if on_step is not None:  # it sees the text closed, as the caller will
+                on_step(StepState(done + i, num_steps, video, 1.0, text, times[i + 1], last))
+            if last:
+                break
         return text
 
     # ---------------------------------------------------------------------- parts
