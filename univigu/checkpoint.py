@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from lightning import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
 from torch.distributed.tensor import distribute_tensor
 
 from univigu.models.conventions import CONVENTIONS
 from univigu.models.foundation import Foundation
-from univigu.models.lora import LoraOptions, lora_differences, lora_options, merge_lora
+from univigu.models.lora import LoraOptions, is_lora_parameter, lora_differences, lora_options, merge_lora
 from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
 from univigu.models.weights import CheckpointError, known_options
 from univigu.official import export_official, import_official, import_wan
@@ -211,6 +213,37 @@ def check_resumed(
             f"{path}: (checkpoint, configuration) differ in {differing}; resume with the checkpoint's, or start a new "
             "run from its weights with model.init_from instead of ckpt_path"
         )
+
+
+def averaging_of(module: LightningModule) -> str | None:
+    """The callback of a module's trainer that averages weights: "WeightEMA", Lightning's "WeightAveraging", or None."""
+    if any(isinstance(callback, WeightAveraging) for callback in module.trainer.callbacks):  # type: ignore[attr-defined]
+        return "WeightAveraging"
+    return "WeightEMA" if hasattr(module, "ema") else None
+
+
+def take_for_use(
+    model: UniViGUTransformer3DModel, checkpoint: dict[str, Any], lora: LoraOptions, rebuild: bool
+) -> UniViGUTransformer3DModel:
+    """Leave in a checkpoint the weights that are to be used: means in place of trained ones, adapters merged.
+
+    Adapters are left apart only if the model has the same.
+
+    Args:
+        model: the one at hand.
+        checkpoint: as Lightning gives it to ``on_load_checkpoint``; changed.
+        lora: what the model's adapters were made with, if it has any.
+        rebuild: whether the checkpoint's architecture is another.
+
+    Returns:
+        the model that they are for: the one at hand, or a new one of the checkpoint's architecture, without adapters.
+    """
+    adapted = any(is_lora_parameter(name) for name, _ in model.named_parameters())
+    kept = adapted and not rebuild and lora_options(checkpoint["univigu"].get("lora")) == lora
+    checkpoint["state_dict"] = usable_weights(checkpoint, keep_lora=kept)
+    if rebuild or (adapted and not kept):
+        return UniViGUTransformer3DModel(**checkpoint["univigu"]["transformer_config"])
+    return model
 
 
 @torch.no_grad()

@@ -6,11 +6,10 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from univigu.checkpoint import check_resumed, load_weights, plain, take_sharded, usable_weights
+from univigu.checkpoint import averaging_of, check_resumed, load_weights, plain, take_for_use, take_sharded
 from univigu.compute import ComputeOptions
 from univigu.data.buckets import Bucket, latents_shape
 from univigu.data.encode import encode_clips, encode_prompts
@@ -22,7 +21,7 @@ from univigu.flow.random import make_generator
 from univigu.flow.text import TextFlow, make_text_flow
 from univigu.models.conventions import CONVENTIONS, Conventions
 from univigu.models.foundation import EMBEDDED_FOUNDATION, Foundation, encode_prompt
-from univigu.models.lora import LoraOptions, add_lora, is_lora_parameter, lora_options
+from univigu.models.lora import LoraOptions, add_lora
 from univigu.models.tokens import detokenize, fit_slot, tokenize
 from univigu.models.transformer import TextFlowName, UniViGUTransformer3DModel
 from univigu.models.weights import known_options
@@ -435,23 +434,11 @@ class UniViGU(EvaluatedModule):
             raise MisconfigurationException(f"the checkpoint's model differs from the configuration: {differing}")
         path = self.trainer.strategy.broadcast(self.trainer.ckpt_path or "ckpt_path")
         if self.trainer.state.fn == "fit":
-            averaging = "WeightEMA" if hasattr(self, "ema") else None
-            if any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
-                averaging = "WeightAveraging"
-            check_resumed(checkpoint, path, self.trains, self.lora, averaging)
+            check_resumed(checkpoint, path, self.trains, self.lora, averaging_of(self))
             return
         if hasattr(self, "ema"):  # of a fit before; no callback keeps it now
             del self.ema
         if is_sharded(self._model):
             take_sharded(self._model, checkpoint, path, self.lora)
-        else:
-            self._take_for_use(checkpoint, rebuild=bool(differing))
-
-    def _take_for_use(self, checkpoint: dict[str, Any], rebuild: bool) -> None:
-        """Means in place of weights; adapters as the checkpoint has them if the model has the same, else merged."""
-        adapted = any(is_lora_parameter(name) for name, _ in self._model.named_parameters())
-        kept = adapted and not rebuild and lora_options(checkpoint["univigu"].get("lora")) == self.lora
-        checkpoint["state_dict"] = usable_weights(checkpoint, keep_lora=kept)
-        if rebuild or (adapted and not kept):
-            config = checkpoint["univigu"]["transformer_config"]
-            self._set_transformer(UniViGUTransformer3DModel(**config).to(self.device))
+        elif (model := take_for_use(self._model, checkpoint, self.lora, bool(differing))) is not self._model:
+            self._set_transformer(model.to(self.device))
