@@ -101,17 +101,33 @@ def test_as_many_processes_as_memory_holds(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_little_memory_makes_one_process_and_the_same_latents(
-    tmp_path: Path, foundation: str, started: list[int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, foundation: str, started: list[int], monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
+    """And where the text encoder is a large one, a warning, once."""
+
+    def warnings() -> list[str]:
+        found = [message for message in caplog.messages if "torchrun" in message]
+        caplog.clear()
+        return found
+
+    caplog.set_level(logging.WARNING, "univigu.data.resources")
     monkeypatch.setattr(datamodule, "this_device", lambda: "cpu")
     monkeypatch.setattr(build, "usable_cores", lambda: 2)
     monkeypatch.setattr(resources, "usable_cores", lambda: 2)
     data(foundation, tmp_path / "plenty").prepare_data()
-    assert started == [2]
+    assert started == [2] and warnings() == []  # the shipped encoder is small
     monkeypatch.setattr(resources, "available_memory", lambda: 1)
+    monkeypatch.setattr(resources, "LARGE", 1000)
     data(foundation, tmp_path / "little").prepare_data()
     assert started == [2, 2, 1]  # rendering is as it was
     assert shards(tmp_path / "little") == shards(tmp_path / "plenty")
+    (warning,) = warnings()
+    assert "tools/encode.py" in warning and "docs/CLUSTER.md" in warning
+    for options in ({}, {"precompute": False}):
+        data(foundation, tmp_path / "little", **options).prepare_data()
+    assert warnings() == []  # there is nothing to encode
+    resources.warn_if_slow(foundation, "cuda:0")
+    assert warnings() == []
     started.clear()
     arguments = ["--source", str(next((tmp_path / "little").iterdir()) / "val"), "--foundation", foundation]
     assert tool["main"]([*arguments, "--output", str(tmp_path / "made"), "--device", "cpu"]) == 0
@@ -125,8 +141,7 @@ def test_encoding_goes_where_training_goes(tmp_path: Path, foundation: str, monk
         data(foundation, tmp_path).prepare_data()
     module = data(foundation, tmp_path)
     module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    module.prepare_data()  # a training on the CPU leaves a GPU alone
-    assert shards(tmp_path)
+    assert module._encoding_device() == "cpu"  # a training on the CPU leaves a GPU alone
 
 
 @pytest.mark.gpu
@@ -139,29 +154,6 @@ def test_a_gpu_encodes_in_one_process_that_gives_its_memory_back(
     assert started[-1] == 1 and torch.cuda.memory_allocated() == before
     manifests = [Manifest.load(path) for path in next(tmp_path.iterdir()).glob("latents-*/*")]
     assert len(manifests) == 3 and all(manifest is not None and manifest.complete for manifest in manifests)
-
-
-def test_a_large_encoder_on_a_cpu_is_warned_of_once(
-    tmp_path: Path, foundation: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def warnings() -> list[str]:
-        found = [message for message in caplog.messages if "torchrun" in message]
-        caplog.clear()
-        return found
-
-    caplog.set_level(logging.WARNING, "univigu.data.resources")
-    monkeypatch.setattr(datamodule, "this_device", lambda: "cpu")
-    data(foundation, tmp_path / "a").prepare_data()
-    assert warnings() == []  # the shipped one is small
-    monkeypatch.setattr(resources, "LARGE", 1000)
-    data(foundation, tmp_path / "b").prepare_data()
-    (warning,) = warnings()
-    assert "tools/encode.py" in warning and "docs/CLUSTER.md" in warning
-    data(foundation, tmp_path / "b").prepare_data()
-    data(foundation, tmp_path / "b", precompute=False).prepare_data()
-    assert warnings() == []  # there is nothing to encode
-    resources.warn_if_slow(foundation, "cuda:0")
-    assert warnings() == []
 
 
 def test_the_documented_commands_parse() -> None:
