@@ -152,12 +152,9 @@ def train(run: Run, base: dict[str, Any], options: argparse.Namespace) -> None:
         code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     if code:
         raise RuntimeError(f"{run.folder.name} failed with exit code {code}: see {log}")
-    done = {"seconds": round(time.perf_counter() - start), "settings": settings_of(options)}
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    done = {"seconds": round(time.perf_counter() - start), "settings": settings}
     (run.folder / "done").write_text(json.dumps(done) + "\n")
-
-
-def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in SETTINGS}
 
 
 def check_settings(runs: list[Run], options: argparse.Namespace) -> None:

@@ -36,6 +36,7 @@ FREE = ("clean_video_reads_text", "clean_video_timestep", "text_length", *CONVEN
 
 __all__ = [
     "CheckpointError",
+    "averaging_of",
     "check_checkpoint_file",
     "check_resumed",
     "export_foundation",
@@ -48,6 +49,7 @@ __all__ = [
     "plain",
     "read_checkpoint",
     "saved_names",
+    "take_for_use",
     "take_sharded",
     "to_wan",
     "usable_weights",

@@ -31,7 +31,6 @@ from univigu.flow.time import shift_sigma, time_from_sigma, to_timestep
 from univigu.flow.video import flow_matching_loss, interpolate
 from univigu.metrics import ShapesAgreement, ShapesTextAccuracy, ShapesVideoAccuracy
 from univigu.metrics.captions import caption_metrics
-from univigu.stages import Stage
 
 
 @dataclass
@@ -126,14 +125,12 @@ class HeldOutEvaluation(nn.Module):
             MisconfigurationException: something was asked for that needs the videos, and the batch has latents alone.
         """
         if "video" not in batch:  # before anything is drawn
-            self.options.refuse_latents(writes_text(module.stage))
+            self.options.refuse_latents(module.stage.writes_text)
         inputs = module.prepare(batch)
         length, shape = batch["prompt_ids"].shape[1], tuple(inputs.latents.shape[1:])
         # A sample's seed comes from its key: the same whatever the batch size or the number of ranks.
         questions = questions_of(batch)
-        names = [
-            key + question for key, question in zip(batch["key"], questions or [""] * len(batch["key"]), strict=True)
-        ]
+        names = batch["key"] if questions is None else map("".join, zip(batch["key"], questions, strict=True))
         seeds = [zlib.crc32(name.encode()) for name in names]
         texts: list[str] | None = None
         if inputs.text_ids is not None:  # else the stage trains no text, and what the model writes means nothing
@@ -240,11 +237,6 @@ def _model_metrics(options: EvaluationOptions) -> dict[str, nn.Module]:
     return metrics
 
 
-def writes_text(stage: Stage) -> bool:
-    """Whether a stage trains text; else captions are not measured."""
-    return stage.tasks.joint + stage.tasks.understand > 0
-
-
 def _known(batch: Mapping[str, Any]) -> int:
     """Clips whose scene is known, because they are of the embedded world."""
     return sum(scene is not None for scene in batch["scene"])
@@ -305,7 +297,7 @@ class EvaluatedModule(LightningModule):
         evaluation = HeldOutEvaluation(this.stage.target, self.evaluation_options).to(self.device)
         # Latents that were made of videos are known of now; shards that hold nothing else show in the first batch.
         if getattr(getattr(self.trainer, "datamodule", None), "precompute", False):
-            self.evaluation_options.refuse_latents(writes_text(this.stage))
+            self.evaluation_options.refuse_latents(this.stage.writes_text)
         foundation = WanTransformer3DModel.from_pretrained(this.foundation.path / "transformer")
         self._evaluation = (evaluation, foundation.to(self.device).eval())
         self._counted: set[int] = set()

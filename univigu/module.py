@@ -124,6 +124,11 @@ class UniViGU(EvaluatedModule):
         return self._foundation[0]
 
     @property
+    def text_share(self) -> float:
+        """The share of its text's slot that a sample is shown in the present step of training."""
+        return self.stage.text_share_at(self.stage_step)
+
+    @property
     def conventions(self) -> Conventions:
         """How the transformer's inputs are made."""
         return Conventions.of(self._model.config)
@@ -225,7 +230,7 @@ class UniViGU(EvaluatedModule):
             joint_dropout=stage.joint_dropout,
             text_loss=stage.text_loss,
             generator=self._generator(step),
-            text_share=stage.text_share_at(self.stage_step),
+            text_share=self.text_share,
         )
         loss = losses.total(stage.video_weight, stage.text_weight, size)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
@@ -239,7 +244,7 @@ class UniViGU(EvaluatedModule):
         embeds, null = self._prompts_of(batch)
         target = prompt_ids if self.stage.target == "prompt" else batch["caption_ids"]
         text_ids = None
-        if self.stage.tasks.joint + self.stage.tasks.understand > 0:
+        if self.stage.writes_text:
             text_ids = fit_slot(target, self.stage.text_length, self.foundation.pad_token_id, self.stage.target)
         return UniFlowBatch(latents.float(), embeds, null, text_ids)
 
@@ -314,8 +319,7 @@ class UniViGU(EvaluatedModule):
         """Held-out losses with noise and times that are the same at every validation.
 
         The text is read off the clean video without its prompt (an answer with its question); the video is denoised
-        under the prompt.  In
-        ``lightning validate`` all of :mod:`univigu.evaluation` follows, as in ``lightning test``.
+        under the prompt.  In ``lightning validate`` all of :mod:`univigu.evaluation` follows, as in ``lightning test``.
         """
         size, inputs = len(batch["key"]), self.prepare(batch)
         for counts in ((0, size, 0), (0, 0, size)):

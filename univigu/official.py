@@ -81,7 +81,11 @@ def import_official(
 
 def official_differences(model: UniViGUTransformer3DModel) -> dict[str, tuple[Any, Any]]:
     """Options of how a model was trained that are not the official ones: name -> (the model's value, the official)."""
-    return {n: (model.config[n], official) for n, official in CONDITIONS.items() if model.config[n] != official}
+    return _differing(model, CONDITIONS)
+
+
+def _differing(model: UniViGUTransformer3DModel, official: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {name: (model.config[name], value) for name, value in official.items() if model.config[name] != value}
 
 
 def check_exportable(model: UniViGUTransformer3DModel, accept_differences: bool = False) -> None:
@@ -94,8 +98,7 @@ def check_exportable(model: UniViGUTransformer3DModel, accept_differences: bool 
     Raises:
         CheckpointError: names each option with its value and the official one.
     """
-    found = {n: (model.config[n], official) for n, official in ARCHITECTURE.items() if model.config[n] != official}
-    if found:
+    if found := _differing(model, ARCHITECTURE):
         raise CheckpointError(f"the official model is another: {_listed(found)}")
     if model.config.text_flow == "embedding":
         raise CheckpointError("text_flow='embedding': the official model's head gives logits")

@@ -69,10 +69,15 @@ class Stage:
         check("joint_dropout", self.joint_dropout is None or 0.0 <= self.joint_dropout <= 1.0, "a number in [0, 1]")
         for name in ("video_weight", "text_weight", "learning_rate", "text_learning_rate"):
             check(name, getattr(self, name) >= 0.0, "at least 0")
-        learns_text = self.tasks.joint + self.tasks.understand > 0 and self.text_learning_rate > 0
+        learns_text = self.writes_text and self.text_learning_rate > 0
         check("learning_rate", self.learning_rate > 0 or learns_text, "over 0, as nothing else is trained")
         frozen_share = self.learning_rate == 0 and self.tasks.generate > 0
         check("tasks", not frozen_share, "no generate share where learning_rate is 0: nothing would learn from it")
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether text is trained at all; else what a model writes means nothing."""
+        return self.tasks.joint + self.tasks.understand > 0
 
     def text_share_at(self, step: int) -> float:
         """The share of the slot that is shown; ``step`` counts from the stage's start."""

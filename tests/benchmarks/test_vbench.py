@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from tests.conftest import REPO
 from univigu import UniViGUPipeline
 from univigu.benchmarks.ledger import Ledger
 from univigu.benchmarks.vbench import VBenchOptions, plan, video_name
-from univigu.data.build import Share, alone
+from univigu.data.build import Share
 from univigu.data.sample import DataError
 from univigu.data.video import encode_mp4, read_video
 
@@ -212,17 +211,11 @@ def test_a_mark_of_byte_order_is_no_part_of_a_prompt(name: str, tmp_path: Path) 
 
 
 def test_a_second_program_waits_for_the_first(
-    prompts: str, model: str, tmp_path: Path, evaluate: Evaluate, caplog: pytest.LogCaptureFixture
+    prompts: str, model: str, tmp_path: Path, evaluate_second: Callable[[list[str], Path], None]
 ) -> None:
-    output, ended = tmp_path / "run", []
-    second = threading.Thread(target=lambda: ended.append(evaluate(command(prompts, model, output, "--samples=1"))))
-    with alone(output, Share()):
-        second.start()
-        while second.is_alive() and "waiting" not in caplog.text:
-            time.sleep(0.01)
-        assert [path.name for path in output.iterdir() if path.suffix != ".lock"] == [] == ended
-    second.join()
-    assert ended == [0] and len(list(output.glob("videos/*.mp4"))) == 4
+    output = tmp_path / "run"
+    evaluate_second(command(prompts, model, output, "--samples=1"), output)
+    assert len(list(output.glob("videos/*.mp4"))) == 4
 
 
 def test_what_a_kill_left_is_removed(tmp_path: Path) -> None:

@@ -42,8 +42,7 @@ class CaptionAccuracy(HeldOutCallback):
     @torch.no_grad()
     def measure(self, trainer: Trainer, pl_module: Any) -> dict[str, float]:
         """Accuracies in [0, 1] by name; empty where no clip's scene is known, or no captions are learned."""
-        tasks = pl_module.stage.tasks
-        if tasks.joint + tasks.understand <= 0:
+        if not pl_module.stage.writes_text:
             return {}
         samples, kind = self.samples(trainer), pl_module.stage.target
         if questions_of(samples):

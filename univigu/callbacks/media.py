@@ -85,7 +85,7 @@ class MediaLogger(HeldOutCallback):
         samples, step = self.samples(trainer), trainer.global_step
         length, seeds = samples["prompt_ids"].shape[1], list(range(len(samples["key"])))
         latents = pl_module.latents_of(samples)
-        if pl_module.stage.tasks.joint + pl_module.stage.tasks.understand > 0:
+        if pl_module.stage.writes_text:
             captions = pl_module.caption(latents, length, seeds, questions_of(samples))
             if not self._shown:
                 clips = pl_module.decode(latents)

@@ -34,11 +34,10 @@ class FinalReport(Callback):
         if not takes_part(trainer, pl_module) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         console = Console(quiet=not trainer.is_global_zero)
-        tasks = pl_module.stage.tasks
-        if tasks.joint + tasks.understand > 0:
+        if pl_module.stage.writes_text:
             try:
                 self._captions(trainer, pl_module, console)
-            except Exception:  # the last checkpoint is written after this: no report is worth losing it
+            except Exception:  # what other callbacks have to do when training ends is worth more than a report
                 log.exception("the held-out clips could not be captioned; the training itself is whole")
         if trainer.log_dir:
             console.print(f"curves, captions, videos: tensorboard --logdir {trainer.default_root_dir}", soft_wrap=True)

@@ -41,6 +41,7 @@ class ThroughputLogger(Callback):
         self.every_n_steps = every_n_steps
         self.peak_flops = peak_flops
         self._stage = ""
+        self._wait = DataWait()
         self._costs: dict[tuple[float, ...], tuple[float | None, int]] = {}
         """Operations (where they are counted) and tokens of a clip, by the share of its text and its size."""
 
@@ -55,15 +56,13 @@ class ThroughputLogger(Callback):
         self._window = Throughput(peak, trainer.world_size, window_size=self.every_n_steps, separator="_")
         self._started = self._ended = self._marked = time.perf_counter()
         self._batches = self._samples = self._tokens = 0
-        self._wait = DataWait()
         self._wait.start(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._wait.batch_started()
         if pl_module.stage.name != self._stage:
             self._stage, self._costs = pl_module.stage.name, {}
-        share = pl_module.stage.text_share_at(pl_module.stage_step)
-        size = (share, *batch["latents" if "latents" in batch else "video"].shape[1:])
+        size = (pl_module.text_share, *batch["latents" if "latents" in batch else "video"].shape[1:])
         if size not in self._costs:  # once a stage, share of the text and, where clips are of several sizes, bucket
             work = workload(trainer, pl_module, batch)
             checked = self._window.available_flops is not None  # counting takes seconds: only where it is used
@@ -132,7 +131,7 @@ def workload(trainer: Trainer, pl_module: Any, batch: Any) -> Workload:
         pl_module.flow_options,
         pl_module.optimizer_options,
         compute_dtype(pl_module, trainer),
-        text_share=pl_module.stage.text_share_at(pl_module.stage_step),
+        text_share=pl_module.text_share,
     )
 
 

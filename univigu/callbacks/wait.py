@@ -33,7 +33,7 @@ class DataWait:
         """The seconds since the start or the last time that they were taken."""
         waited = _waited(trainer)
         seconds = self._between if waited is None else waited - self._before
-        self._between, self._before = 0.0, waited or 0.0
+        self.start(trainer)
         return seconds
 
 

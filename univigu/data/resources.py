@@ -64,7 +64,7 @@ def _control_groups() -> list[Path]:
             if controllers and "memory" not in controllers.split(","):
                 continue
             group = root / path.lstrip("/")
-            groups |= {group, *(parent for parent in group.parents if root in (parent, *parent.parents))}
+            groups |= {folder for folder in (group, *group.parents) if folder.is_relative_to(root)}
     return sorted(groups)
 
 
@@ -76,9 +76,9 @@ def encoding_processes(foundation: str | Path, device: str, prompts: bool = True
         device: where they run.
         prompts: whether the text encoder is needed.
     """
-    cores, available = usable_cores(), available_memory()
     if device != "cpu":
         return 1
+    cores, available = usable_cores(), available_memory()
     if available is None:
         return cores
     size = sum(weight_bytes(Path(foundation) / name) for name in ("text_encoder", "vae")[not prompts :])
