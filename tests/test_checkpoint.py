@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from tests import tiny
 from univigu.checkpoint import (
     CheckpointError,
     export_foundation,
@@ -23,8 +22,6 @@ from univigu.checkpoint import (
 )
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.lora import LoraOptions
-
-tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parent / "tiny.py")))
 
 VOCAB = 11
 

@@ -15,11 +15,11 @@ import torch
 
 from tests.conftest import REPO
 from univigu.cli import main
-from univigu.command import parse_fit
-from univigu.data.shapes import render, sample_scene
 from univigu.data.video import encode_mp4, read_video
-from univigu.prediction import predict_batch
-from univigu.report import RunLog
+from univigu.shapes.scenes import render, sample_scene
+from univigu.training.lightning_cli import parse_fit
+from univigu.training.prediction import predict_batch
+from univigu.training.report import RunLog
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
 FIT = ("recall", "refine", "two_stage", "foundation")
@@ -194,7 +194,7 @@ def test_questions_are_answered(in_tmp: Path, foundation: str, checkpoint: Path,
 
 def test_a_question_is_a_condition(foundation: str) -> None:
     """What is asked reaches the model: the logits under it are others than under the empty prompt."""
-    from univigu.module import UniViGU
+    from univigu.training.module import UniViGU
 
     module = UniViGU(foundation, predict_task="qa")
     seen: list[torch.Tensor] = []
@@ -215,7 +215,7 @@ def test_a_question_is_a_condition(foundation: str) -> None:
 
 
 def test_refine_takes_recalls_weights(in_tmp: Path, small_data: list[str], checkpoint: Path) -> None:
-    from univigu.command import UniViGUCLI
+    from univigu.training.lightning_cli import UniViGUCLI
 
     args = ["fit", "--config=configs/refine.yaml", *small_data, *QUICK, f"--model.init_from={checkpoint}"]
     cli = UniViGUCLI([*args, "--trainer.fast_dev_run=1"])
@@ -270,7 +270,7 @@ def test_validate_takes_every_clip(
     in_tmp: Path, checkpoint: Path, given: list[str], limit: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The limit in the configurations is for the looks that fit takes in between."""
-    from univigu.command import UniViGUCLI
+    from univigu.training.lightning_cli import UniViGUCLI
 
     monkeypatch.setattr(UniViGUCLI, "instantiate_classes", lambda self: sys.exit(0))
     seen: list[Any] = []
@@ -288,7 +288,7 @@ def test_weights_to_evaluate_may_be_named(
     in_tmp: Path, small_data: list[str], checkpoint: Path, failing: Callable[[list[str]], str]
 ) -> None:
     """As those to predict with: in place of what the configuration would have trained, with their own architecture."""
-    from univigu.command import UniViGUCLI
+    from univigu.training.lightning_cli import UniViGUCLI
 
     args = ["test", "--config=configs/refine.yaml", *small_data, *QUICK, "--model.evaluation.generation=false"]
     cli = UniViGUCLI([*args, f"--model.init_from={checkpoint}", "--model.text_positions=300"])
@@ -300,7 +300,7 @@ def test_weights_to_evaluate_may_be_named(
 
 
 def test_earlier_curves_have_numbers_of_their_own(tmp_path: Path) -> None:
-    from univigu.command import set_aside
+    from univigu.training.lightning_cli import set_aside
 
     for number in (1, 2, 3):
         (tmp_path / "tensorboard").mkdir()
@@ -318,7 +318,7 @@ def test_earlier_curves_have_numbers_of_their_own(tmp_path: Path) -> None:
 def test_held_out_evaluation(
     in_tmp: Path, small_data: list[str], checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from univigu.command import UniViGUCLI
+    from univigu.training.lightning_cli import UniViGUCLI
 
     Path("runs/recall/checkpoints").mkdir(parents=True)
     Path("runs/recall/checkpoints/last.ckpt").symlink_to(checkpoint)
@@ -343,7 +343,7 @@ def test_a_checkpoint_is_evaluated_with_another_stages_configuration(
     in_tmp: Path, small_data: list[str], checkpoint: Path
 ) -> None:
     """As what both stages made in one fit is with refine's; only resuming a fit needs the same stages."""
-    from univigu.command import UniViGUCLI
+    from univigu.training.lightning_cli import UniViGUCLI
 
     cli = UniViGUCLI(["validate", "--config=configs/refine.yaml", *small_data, *QUICK, f"--ckpt_path={checkpoint}"])
     assert cli.trainer.callback_metrics["val/text_loss"] > 0
@@ -389,7 +389,7 @@ def test_overlays_change_the_scale(in_tmp: Path, name: str, size: str) -> None:
     assert stage.learning_rate > 0 and stage.target == {"recall": "prompt", "refine": "caption"}[name]
     assert fit.model.foundation.endswith(f"Wan2.1-T2V-{size.upper()}-Diffusers") and fit.model.text_flow == "uniform"
     assert (fit.data.height, fit.data.width, fit.data.num_frames, fit.data.caption_length) == (480, 832, 81, 256)
-    assert fit.strategy.class_path == "univigu.parallel.ShardedStrategy" and fit.model.gradient_checkpointing
+    assert fit.strategy.class_path == "univigu.training.parallel.ShardedStrategy" and fit.model.gradient_checkpointing
     assert fit.model.parallel.compute_dtype == "bfloat16"
     assert {"StageSwitch", "LastCheckpoint", "MediaLogger"} <= set(fit.callbacks)
     alone = parse_fit(args[:1])
@@ -397,7 +397,7 @@ def test_overlays_change_the_scale(in_tmp: Path, name: str, size: str) -> None:
 
 
 def test_overrides_reach_callbacks_and_stages(in_tmp: Path, small_data: list[str]) -> None:
-    from univigu.command import UniViGUCLI
+    from univigu.training.lightning_cli import UniViGUCLI
 
     Path("mine.yaml").write_text(
         "overrides:\n  stages: {recall: {steps: 7, tasks: {joint: 0.0}}, other: {steps: 1}}\n"

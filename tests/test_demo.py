@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import tiny
 from tests.browser import COMMAND, Browser
 from univigu.data.video import encode_mp4, read_video
 from univigu.demo import Demo, DemoOptions, build
@@ -18,7 +19,6 @@ from univigu.pipeline import UniViGUPipeline
 
 gradio_client = pytest.importorskip("gradio_client", reason="needs the extra univigu[demo]")
 ROOT = Path(__file__).resolve().parents[1]
-tiny = SimpleNamespace(**runpy.run_path(str(ROOT / "tests" / "tiny.py")))
 tool = SimpleNamespace(**runpy.run_path(str(ROOT / "tools" / "demo.py")))
 
 

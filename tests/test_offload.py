@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,10 +9,9 @@ import pytest
 import torch
 from accelerate import cpu_offload
 
+from tests import tiny
 from univigu.models.weights import compute_device
 from univigu.pipeline import UniViGUPipeline
-
-tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parent / "tiny.py")))
 
 SIZE = {"height": 32, "width": 48, "num_frames": 5}
 QUICK = {"num_inference_steps": 2, "max_sequence_length": 16}

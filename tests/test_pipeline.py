@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import runpy
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +12,11 @@ import torch
 from diffusers import WanPipeline
 
 import univigu
+from tests import tiny
+from tools import convert
 from univigu.models.tokens import TextTooLongError, token_count
 from univigu.pipeline import UniViGUPipeline
 from univigu.sampling.options import TASK_OPTIONS, TEXT_FLOW_OPTIONS, SamplingOptions
-
-tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parent / "tiny.py")))
-convert = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "tools" / "convert.py")))
 
 SIZE = {"height": 32, "width": 48, "num_frames": 5}
 QUICK = {"num_inference_steps": 2, "max_sequence_length": 16}

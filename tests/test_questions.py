@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning import Trainer
 
-from univigu.callbacks import FinalReport, StageSwitch
+from tests import tiny
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.filters import LengthFilter
 from univigu.data.sample import questions_of
 from univigu.data.shards import write_shard
 from univigu.data.video import encode_mp4
-from univigu.evaluation import EvaluationOptions
+from univigu.evaluation.held_out import EvaluationOptions
 from univigu.flow.objective import TaskMixture
-from univigu.module import UniViGU
 from univigu.sampling.options import SamplingOptions
-from univigu.stages import Stage
-
-tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny.py"))))
+from univigu.training.callbacks import FinalReport, StageSwitch
+from univigu.training.module import UniViGU
+from univigu.training.stages import Stage
 
 QA = [{"question": "a red circle", "answer": "moving left."}, {"question": "a green circle", "answer": "large."}]
 ASKED = [pair["question"] for pair in QA]

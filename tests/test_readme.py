@@ -48,8 +48,8 @@ def test_commands_parse(where: str, line: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def _check_lightning(args: list[str]) -> None:
-    from univigu.command import UniViGUCLI
     from univigu.models.weights import CheckpointError
+    from univigu.training.lightning_cli import UniViGUCLI
 
     class Parsed(Exception):
         pass

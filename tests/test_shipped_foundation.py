@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from univigu.data.shapes import prompt_of, render, sample_scene
 from univigu.data.video import encode_mp4, read_video, to_frames, to_model_range
-from univigu.metrics import ShapesVideoAccuracy, chance_levels
 from univigu.models.foundation import Foundation, decode_latents, encode_prompt, encode_video
 from univigu.models.tokens import tokenize
+from univigu.shapes.metrics import ShapesVideoAccuracy, chance_levels
+from univigu.shapes.scenes import prompt_of, render, sample_scene
 
 
 def test_it_is_small(foundation: str) -> None:

@@ -6,9 +6,7 @@ import base64
 import io
 import json
 import re
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,12 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from tests import tiny
 from tests.browser import COMMAND, Browser
 from univigu.models.conventions import OFFICIAL, Conventions
 from univigu.pipeline import UniViGUPipeline
 from univigu.viewer import TrajectoryRecorder
-
-tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parent / "tiny.py")))
 
 SIZE = {"height": 32, "width": 48, "num_frames": 5}
 QUICK = {"num_inference_steps": 4, "max_sequence_length": 16}

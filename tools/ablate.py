@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from univigu.data.build import usable_cores
-from univigu.report import split_around
+from univigu.training.report import split_around
 
 BEGIN, END = "<!-- ablations: written by tools/ablate.py -->", "<!-- end of ablations -->"
 GOALS = (0.5, 0.7, 0.9)  # mean accuracies whose first steps are compared
@@ -126,7 +126,7 @@ def configuration(base: dict[str, Any], run: Run, options: argparse.Namespace) -
     accuracy = {"every_n_steps": options.every, "num_clips": options.clips}
     trainer["callbacks"] = [
         switch,
-        {"class_path": "univigu.callbacks.CaptionAccuracy", "init_args": accuracy},
+        {"class_path": "univigu.training.callbacks.CaptionAccuracy", "init_args": accuracy},
     ]
     config["model"] = config.get("model", {}) | variant.model
     config["model"]["sampling"] = config["model"].get("sampling", {}) | {"caption_steps": options.caption_steps}

@@ -28,23 +28,23 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from rich.console import Console
 from rich.table import Table
 
-from univigu.compute import ComputeOptions
 from univigu.data.buckets import Bucket
 from univigu.data.build import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.encode import encode_shards
 from univigu.data.loader import TrainLoader
 from univigu.data.shards import SampleRef, index_folder
-from univigu.data.synthetic import world_fingerprint, write_shapes
 from univigu.flow.objective import TaskMixture, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.cache import AttentionCache
 from univigu.models.foundation import EMBEDDED_FOUNDATION
-from univigu.plan import Workload, step_flops
 from univigu.sampling.options import SamplingOptions
-from univigu.sampling.tasks import Sampler, uniform_times
-from univigu.stages import Stage
+from univigu.sampling.sampler import Sampler, uniform_times
+from univigu.shapes.write import world_fingerprint, write_shapes
+from univigu.training.compute import ComputeOptions
+from univigu.training.plan import Workload, step_flops
+from univigu.training.stages import Stage
 
 
 def race(ways: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:

@@ -32,9 +32,9 @@ from rich.table import Table
 
 from univigu import cli
 from univigu.data import damage
+from univigu.data.jsonl import split_lines
 from univigu.data.shards import Manifest, index_folder
 from univigu.data.video import VideoError, read_video
-from univigu.jsonl import split_lines
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,7 +176,7 @@ def predict(task: str, folder: Path, count: int, parts: Parts, rng: random.Rando
         "predict", f"--config={ROOT}/configs/{task}.yaml", f"--ckpt_path={parts.checkpoint}", "--data.batch_size=8",
         "--data.num_workers=0", f"--trainer.default_root_dir={output}", "--model.sampling.num_inference_steps=2",
         "--model.sampling.caption_steps=2", "--trainer.enable_progress_bar=false", "--trainer.callbacks="
-        "univigu.callbacks.PredictionWriter", given,
+        "univigu.training.callbacks.PredictionWriter", given,
     ]  # fmt: skip
     call(cli.main, args, 0, outcome)
     judge(rows_of(next(output.glob("*.jsonl"), output / "none")), sound, outcome)
@@ -289,9 +289,9 @@ def make_parts(folder: Path) -> Parts:
     args = [
         "fit", f"--config={ROOT}/configs/recall.yaml", f"--trainer.default_root_dir={folder}", "--trainer.max_steps=1",
         f"--data.root={folder}/data", "--data.num_train_clips=4", "--data.num_val_clips=2", "--data.num_test_clips=2",
-        "--data.batch_size=2", "--trainer.logger=false", "--trainer.callbacks=univigu.callbacks.StageSwitch",
+        "--data.batch_size=2", "--trainer.logger=false", "--trainer.callbacks=univigu.training.callbacks.StageSwitch",
         "--trainer.callbacks.stages=[{name: recall, steps: 1, target: prompt, text_length: 32}]",
-        f"--trainer.callbacks+={{class_path: univigu.callbacks.LastCheckpoint, init_args: {{dirpath: {folder}}}}}",
+        "--trainer.callbacks+=univigu.training.callbacks.LastCheckpoint", f"--trainer.callbacks.dirpath={folder}",
     ]  # fmt: skip
     call(cli.main, args, 0, setup)
     parts = Parts(folder / "last.ckpt", folder / "model")

@@ -60,14 +60,14 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def write_prompts(common: Path) -> None:
-    from univigu.data import shapes
+    from univigu.shapes import scenes
 
-    prompts = [shapes.prompt_of(shapes.sample_scene(seed)) for seed in range(CLIPS)]
+    prompts = [scenes.prompt_of(scenes.sample_scene(seed)) for seed in range(CLIPS)]
     (common / "prompts.txt").write_text("\n".join([*prompts, "red " * 200]))  # the last one is left out
 
 
 def write_videos(common: Path) -> None:
-    from univigu.data.synthetic import write_shapes
+    from univigu.shapes.write import write_shapes
 
     write_shapes(common / "videos", "train", 3 * CLIPS, shard_size=2, workers=1)
 
@@ -88,9 +88,9 @@ def fit(folder: Path, steps: int = 24, every: int = 5) -> None:
     folder.mkdir(exist_ok=True)
     from lightning import Callback, Trainer
 
-    from univigu.callbacks import LastCheckpoint, StageSwitch
-    from univigu.module import UniViGU
-    from univigu.stages import Stage
+    from univigu.training.callbacks import LastCheckpoint, StageSwitch
+    from univigu.training.module import UniViGU
+    from univigu.training.stages import Stage
 
     class Notes(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

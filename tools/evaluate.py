@@ -18,10 +18,10 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
-from univigu.benchmarks.captions import CaptionerOptions, Category, export_dream1k, export_vdc
-from univigu.benchmarks.vbench import VBenchOptions, export_vbench
 from univigu.cli import exit_code
 from univigu.data.build import Share, this_device
+from univigu.evaluation.caption_export import CaptionerOptions, Category, export_dream1k, export_vdc
+from univigu.evaluation.vbench import VBenchOptions, export_vbench
 from univigu.sampling.options import SamplingOptions
 
 

@@ -27,9 +27,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from univigu.cli import exit_code
-from univigu.data import shapes
 from univigu.data.video import encode_mp4, read_video, to_model_range
 from univigu.models.foundation import encode_prompt
+from univigu.shapes import scenes
 
 LATENT_CHANNELS = 8  # the world fills about six: more would be copies, and details small beside their noise
 
@@ -40,8 +40,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     Its pieces are the words of the embedded world and, for everything else, single characters.
     """
     words: dict[str, None] = {}
-    for scene in (shapes.sample_scene(seed) for seed in range(2000)):
-        for text in (shapes.prompt_of(scene), shapes.caption_of(scene)):
+    for scene in (scenes.sample_scene(seed) for seed in range(2000)):
+        for text in (scenes.prompt_of(scene), scenes.caption_of(scene)):
             words.update(dict.fromkeys(re.findall(r"\w+", text)))
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1) if not chr(code).isupper()]
     pieces = ["<pad>", "</s>", "<unk>", *sorted(f"▁{word}" for word in words), "▁", *letters]
@@ -87,25 +87,25 @@ def make_text_encoder(vocab_size: int) -> UMT5EncoderModel:
 
 # What is asked of each token: about the object it speaks of, and about the whole scene.
 OBJECT_FIELDS: dict[str, tuple[str, ...]] = {
-    "size": tuple(shapes.SIZES), "color": tuple(shapes.COLORS), "shape": shapes.SHAPES,
-    "motion": tuple(shapes.MOTIONS), "speed": ("", *shapes.SPEEDS),
+    "size": tuple(scenes.SIZES), "color": tuple(scenes.COLORS), "shape": scenes.SHAPES,
+    "motion": tuple(scenes.MOTIONS), "speed": ("", *scenes.SPEEDS),
 }  # fmt: skip
 SCENE_FIELDS: dict[str, tuple[str, ...]] = {
-    "relation": ("", *shapes.RELATIONS), "background": tuple(shapes.BACKGROUNDS),
+    "relation": ("", *scenes.RELATIONS), "background": tuple(scenes.BACKGROUNDS),
 }  # fmt: skip
 FIELD_SIZES = [3, *map(len, OBJECT_FIELDS.values()), *map(len, SCENE_FIELDS.values())]
 
 
-def token_meanings(tokenizer: PreTrainedTokenizerFast, scene: shapes.Scene, length: int) -> tuple[Tensor, Tensor]:
+def token_meanings(tokenizer: PreTrainedTokenizerFast, scene: scenes.Scene, length: int) -> tuple[Tensor, Tensor]:
     """A prompt's token ids [L], and for each token what it is about, int64 [L, fields]; -100 where nothing is asked.
 
     The fields: whether the token's object is the only, the first or the second one, then OBJECT_FIELDS of that
     object, then SCENE_FIELDS, which every token is asked for.
     """
-    text = shapes.prompt_of(scene)
+    text = scenes.prompt_of(scene)
     encoding = tokenizer(text, padding="max_length", max_length=length, return_offsets_mapping=True)
     about_scene = [options.index(getattr(scene, name)) for name, options in SCENE_FIELDS.items()]
-    clauses = re.split(f"(, (?:{'|'.join(shapes.RELATIONS)}) |, on a )", text)  # object, relation, object, ...
+    clauses = re.split(f"(, (?:{'|'.join(scenes.RELATIONS)}) |, on a )", text)  # object, relation, object, ...
     ends = [len("".join(clauses[: 2 * i + 1])) for i in range(len(scene.objects))]
     starts = [end - len(clauses[2 * i]) for i, end in enumerate(ends)]
     labels = []
@@ -140,7 +140,7 @@ def train_text_encoder(
     train, held = (
         [torch.stack(column) for column in zip(*rows, strict=True)]
         for rows in (
-            [token_meanings(tokenizer, shapes.sample_scene(seed, split), 32) for seed in range(count)]
+            [token_meanings(tokenizer, scenes.sample_scene(seed, split), 32) for seed in range(count)]
             for split, count in (("train", num_scenes), ("val", 500))
         )
     )
@@ -177,9 +177,9 @@ def make_transformer() -> WanTransformer3DModel:
 
 def clips(first_seed: int, count: int) -> torch.Tensor:
     """Clips as training will see them, through an mp4 file: float32 [B, C, F, H, W] in [-1, 1]."""
-    size = (shapes.NUM_FRAMES, shapes.CANVAS, shapes.CANVAS)
-    scenes = [shapes.sample_scene(first_seed + i) for i in range(count)]
-    return to_model_range(torch.stack([read_video(encode_mp4(shapes.render(s)), *size) for s in scenes]))
+    size = (scenes.NUM_FRAMES, scenes.CANVAS, scenes.CANVAS)
+    drawn = [scenes.sample_scene(first_seed + i) for i in range(count)]
+    return to_model_range(torch.stack([read_video(encode_mp4(scenes.render(s)), *size) for s in drawn]))
 
 
 def vae_loss(vae: AutoencoderKLWan, video: torch.Tensor, kl_weight: float = 1e-3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,8 +221,8 @@ def train_vae(
     )
     recent = []
     for step in track(range(steps), "training the VAE"):
-        window = 5 if step < whole_from * steps else shapes.NUM_FRAMES
-        start = int(torch.randint(0, shapes.NUM_FRAMES - window + 1, ()))
+        window = 5 if step < whole_from * steps else scenes.NUM_FRAMES
+        start = int(torch.randint(0, scenes.NUM_FRAMES - window + 1, ()))
         video = pool[torch.randint(0, num_clips, (batch_size,)), :, start : start + window]
         loss, error = vae_loss(vae, video)
         optimizer.zero_grad(set_to_none=True)

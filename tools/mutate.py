@@ -57,8 +57,8 @@ class Mutant:
 MODEL, CACHE = "tests/models/test_transformer.py", "tests/models/test_cache.py"
 DISCRETE, TIME, VIDEO, TEXT = (f"tests/flow/test_{name}.py" for name in ("discrete", "time", "video", "text"))
 OBJECTIVE = "tests/flow/test_objective.py"
-TASKS, SOLVERS = "tests/sampling/test_tasks.py", "tests/sampling/test_solvers.py"
-LOADER, ORDER, STAGES = "tests/data/test_loader.py", "tests/data/test_order.py", "tests/test_stages.py"
+TASKS, SOLVERS = "tests/sampling/test_sampler.py", "tests/sampling/test_solvers.py"
+LOADER, ORDER, STAGES = "tests/data/test_loader.py", "tests/data/test_order.py", "tests/training/test_stages.py"
 
 # fmt: off
 MUTANTS = (

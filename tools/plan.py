@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from univigu.cli import exit_code
-from univigu.plan import Plan, Workload, added_parameters, make_plan, step_flops
-from univigu.published import workloads_of
+from univigu.training.plan import Plan, Workload, added_parameters, make_plan, step_flops
+from univigu.training.published import workloads_of
 
 # Dense bfloat16 operations a second, by the makers' data sheets.
 DEVICES = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}

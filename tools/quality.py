@@ -24,13 +24,13 @@ from rich.progress import track
 from rich.table import Table
 
 from univigu.cli import exit_code
-from univigu.data import shapes
-from univigu.data.shapes import Scene
 from univigu.data.video import to_uint8
-from univigu.metrics import ShapesTextAccuracy, detect
-from univigu.metrics.shapes import score
 from univigu.pipeline import UniViGUPipeline
 from univigu.sampling.options import SamplingOptions
+from univigu.shapes import scenes
+from univigu.shapes.metrics import ShapesTextAccuracy, score
+from univigu.shapes.scenes import Scene
+from univigu.shapes.video_checker import detect
 
 WAYS: dict[str, dict[str, Any]] = {
     "random order": {},
@@ -44,7 +44,7 @@ def clips(scenes: list[Scene], size: int) -> Iterator[tuple[list[Scene], torch.T
     """Batches of scenes and their frames in [0, 1], [B, F, C, H, W]."""
     for start in range(0, len(scenes), size):
         part = scenes[start : start + size]
-        yield part, torch.stack([shapes.render(scene) for scene in part]).float() / 255
+        yield part, torch.stack([scenes.render(scene) for scene in part]).float() / 255
 
 
 def seeds(start: int, count: int) -> list[torch.Generator]:
@@ -129,7 +129,7 @@ def changed(scene: Scene, attribute: str, seed: int) -> Scene:
     A colour that the other object has is not taken: prompts tell objects apart by it.
     """
     tables = {
-        "color": shapes.COLORS, "shape": shapes.SHAPES, "size": shapes.SIZES, "background": shapes.BACKGROUNDS
+        "color": scenes.COLORS, "shape": scenes.SHAPES, "size": scenes.SIZES, "background": scenes.BACKGROUNDS
     }  # fmt: skip
     taken = {scene.background} if attribute == "background" else {getattr(o, attribute) for o in scene.objects[:1]}
     if attribute == "color":
@@ -151,7 +151,7 @@ def edit_row(
         start = number * options.batch_size
         targets = wanted[start : start + len(part)]
         made = pipe.edit(
-            video, [shapes.prompt_of(target) for target in targets], strength, seeds(start, len(part)),
+            video, [scenes.prompt_of(target) for target in targets], strength, seeds(start, len(part)),
             num_inference_steps=options.num_inference_steps, guidance_scale=options.guidance_scale, output_type="pt",
         )  # fmt: skip
         for clip, target in zip(to_uint8(made.frames), targets, strict=True):
@@ -202,7 +202,7 @@ def parse(args: list[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     pipe = UniViGUPipeline.from_pretrained(options.model).to(options.device)
     pipe.set_progress_bar_config(disable=True)
-    scenes = [shapes.sample_scene(seed, "test") for seed in range(options.clips)]
+    scenes = [scenes.sample_scene(seed, "test") for seed in range(options.clips)]
     table = {"steps": steps, "refresh": refresh, "edit": edit}[options.command](options, pipe, scenes)
     Console(width=110).print(table)
 

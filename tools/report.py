@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from univigu.cli import exit_code
-from univigu.report import RunLog, markdown_table, page, score_rows, split_around
+from univigu.training.report import RunLog, markdown_table, page, score_rows, split_around
 
 BEGIN, END = "<!-- runs: written by tools/report.py -->", "<!-- end of runs -->"
 

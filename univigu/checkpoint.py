@@ -24,10 +24,10 @@ from torch.distributed.tensor import distribute_tensor
 from univigu.models.conventions import CONVENTIONS
 from univigu.models.foundation import Foundation
 from univigu.models.lora import LoraOptions, is_lora_parameter, lora_differences, lora_options, merge_lora
+from univigu.models.official import export_official, import_official, import_wan
 from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
 from univigu.models.weights import CheckpointError, known_options
-from univigu.official import export_official, import_official, import_wan
-from univigu.parallel import reshard
+from univigu.training.parallel import reshard
 
 PREFIX = "transformer."
 EMA_PREFIX = "ema."  # of callbacks.WeightEMA
@@ -255,7 +255,7 @@ def take_sharded(model: torch.nn.Module, checkpoint: Mapping[str, Any], path: st
     Running means in the checkpoint take the place of the weights; every process reads its share.
 
     Args:
-        model: whose parameters are all sharded, by ``univigu.parallel``, with adapters if the checkpoint has some.
+        model: whose parameters are all sharded (``training.parallel``), with adapters if the checkpoint has some.
         checkpoint: what stands beside the weights, as Lightning gives it to ``on_load_checkpoint``.
         path: the checkpoint, a folder or a file.
         lora: what the model's adapters were made with, if it has any.

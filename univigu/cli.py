@@ -37,7 +37,7 @@ def main(args: list[str] | None = None) -> None:
         args: arguments without the program's name; None takes ``sys.argv``.
     """
     answer_at_once(sys.argv[1:] if args is None else args)
-    from univigu.command import UniViGUCLI  # heavy: torch, lightning and diffusers, seconds
+    from univigu.training.lightning_cli import UniViGUCLI  # heavy: torch, lightning and diffusers, seconds
 
     _quiet_known_warnings()
     if code := exit_code(lambda: UniViGUCLI(args=args)):

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from univigu.data.shapes import CANVAS, FPS, NUM_FRAMES
 from univigu.data.video import encode_mp4, read_video, to_uint8
 from univigu.pipeline import UniViGUOutput, UniViGUPipeline, check_prompts
+from univigu.shapes.scenes import CANVAS, FPS, NUM_FRAMES
 from univigu.viewer import TrajectoryRecorder
 
 EXAMPLE = "a large red circle moving left slowly, on a black background"

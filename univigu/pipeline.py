@@ -28,7 +28,7 @@ from univigu.models.tokens import TextTooLongError, detokenize, tokenize
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import compute_device
 from univigu.sampling.options import SamplingOptions
-from univigu.sampling.tasks import Sampler, Samples, StepCallback, StepState
+from univigu.sampling.sampler import Sampler, Samples, StepCallback, StepState
 
 StepEndCallback = Callable[[Any, int, float, dict[str, Any]], Any]
 """``callback(pipeline, step, timestep, {"latents": ..., "text": ..., "state": StepState})``, as in diffusers; what it

@@ -19,7 +19,7 @@ from PIL import Image
 
 from univigu.data.video import to_frames
 from univigu.models.conventions import Conventions
-from univigu.sampling.tasks import StepState
+from univigu.sampling.sampler import StepState
 
 TEMPLATE = "assets/trajectory.html"
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from lightning import LightningModule
 
-from univigu.data import shapes
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.video import encode_mp4
+from univigu.shapes import scenes
 
 SIZES = {"num_train_clips": 13, "num_val_clips": 5, "num_test_clips": 3}
 
@@ -31,9 +31,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, foundation: str) -> dict[str
 
 def clip(seed: int) -> dict[str, bytes]:
     """The members of a sound sample."""
-    scene = shapes.sample_scene(seed)
-    texts = {"prompt": shapes.prompt_of(scene), "caption": shapes.caption_of(scene), "scene": scene.to_dict()}
-    return {"mp4": encode_mp4(shapes.render(scene)), "json": json.dumps(texts).encode()}
+    scene = scenes.sample_scene(seed)
+    texts = {"prompt": scenes.prompt_of(scene), "caption": scenes.caption_of(scene), "scene": scene.to_dict()}
+    return {"mp4": encode_mp4(scenes.render(scene)), "json": json.dumps(texts).encode()}
 
 
 @pytest.fixture(scope="session")

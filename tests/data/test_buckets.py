@@ -13,12 +13,12 @@ import torch
 
 from tests.conftest import REPO
 from tests.data.conftest import ranked
-from univigu.data import shapes
 from univigu.data.buckets import Bucket, BucketChooser, best_bucket
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.sample import DataError, SampleError
 from univigu.data.shards import Manifest, index_folder, write_shard
 from univigu.data.video import encode_mp4, read_video
+from univigu.shapes import scenes
 
 encode = runpy.run_path(str(REPO / "tools" / "encode.py"))["main"]
 
@@ -29,9 +29,9 @@ COUNTS = {WIDE: 9, TALL: 7, LONG: 5}
 
 
 def members(seed: int, height: int, width: int, num_frames: int) -> dict[str, bytes]:
-    scene = shapes.sample_scene(seed)
-    texts = {"prompt": shapes.prompt_of(scene), "caption": shapes.caption_of(scene)}
-    video = encode_mp4(shapes.render(scene, height, width, num_frames))
+    scene = scenes.sample_scene(seed)
+    texts = {"prompt": scenes.prompt_of(scene), "caption": scenes.caption_of(scene)}
+    video = encode_mp4(scenes.render(scene, height, width, num_frames))
     return {"mp4": video, "json": json.dumps(texts).encode()}
 
 

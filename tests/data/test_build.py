@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from univigu.benchmarks.ledger import Ledger
 from univigu.data.build import RANKS, SLURM_RANKS, Share, alone, build_folder, claim, this_device
 from univigu.data.shards import Manifest, ShardInfo, write_shard
+from univigu.evaluation.ledger import Ledger
 
 
 @pytest.mark.parametrize(

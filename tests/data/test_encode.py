@@ -17,13 +17,13 @@ from univigu.data.build import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.encode import clips_at_once, encode_clips, encode_prompts
 from univigu.data.sample import DataError, SampleError, parse_sample
-from univigu.data.shapes import render, sample_scene
 from univigu.data.shards import Manifest, index_folder
-from univigu.data.synthetic import write_shapes
 from univigu.models.foundation import Foundation, encode_prompt
 from univigu.models.tokens import tokenize
-from univigu.module import UniViGU
-from univigu.stages import Stage
+from univigu.shapes.scenes import render, sample_scene
+from univigu.shapes.write import write_shapes
+from univigu.training.module import UniViGU
+from univigu.training.stages import Stage
 
 main = runpy.run_path(str(REPO / "tools" / "encode.py"))["main"]
 

@@ -13,13 +13,13 @@ import torch
 
 from tests.conftest import REPO
 from univigu.data import encode as encoding
-from univigu.data import shapes
 from univigu.data.buckets import Bucket
 from univigu.data.damage import good_sample, write_raw
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.filters import LengthFilter
 from univigu.data.sample import DataError
 from univigu.data.shards import Manifest, index_folder
+from univigu.shapes import scenes
 
 COUNT = 5
 QA = [{"question": "what is red?", "answer": "the circle, and nothing else"}]
@@ -167,13 +167,13 @@ def test_damaged_rows_are_counted(tmp_path: Path) -> None:
 
 def test_a_column_of_that_name_may_be_no_scene(tmp_path: Path) -> None:
     (tmp_path / "clip.mp4").write_bytes(good_sample(0)["mp4"])
-    scenes = ["a beach", '{"weather": "fog"}', json.dumps(shapes.sample_scene(0).to_dict())]
+    column = ["a beach", '{"weather": "fog"}', json.dumps(scenes.sample_scene(0).to_dict())]
     with (tmp_path / "val.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["video", "prompt", "caption", "scene"], extrasaction="ignore")
         writer.writeheader()
-        writer.writerows({"video": "clip.mp4", **texts(0), "prompt": f"{i}", "scene": s} for i, s in enumerate(scenes))
+        writer.writerows({"video": "clip.mp4", **texts(0), "prompt": f"{i}", "scene": s} for i, s in enumerate(column))
     found = batches(tmp_path)
-    world = json.loads(scenes[2])
+    world = json.loads(column[2])
     assert [found[f"{i}"]["scene"] for i in range(3)] == [[None], [None], [world]]
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.data.conftest import ranked
 from univigu.data.build import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.synthetic import write_shapes
+from univigu.shapes.write import write_shapes
 
 SHARDS, SAMPLES, BATCH = 64, 192, 2
 

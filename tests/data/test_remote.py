@@ -17,7 +17,7 @@ from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.remote import fetch_shards, is_remote, local_folder
 from univigu.data.sample import DataError
 from univigu.data.sources import Source
-from univigu.data.synthetic import write_shapes
+from univigu.shapes.write import write_shapes
 
 
 class Handler(SimpleHTTPRequestHandler):

@@ -14,13 +14,13 @@ import pytest
 import torch
 import webdataset
 
-from univigu.data import shapes
 from univigu.data.build import SpawnPool, build_folder
 from univigu.data.encode import encode_shards
 from univigu.data.sample import SAMPLE_REASONS, DataError, SampleError, parse_sample, parse_texts
 from univigu.data.shards import Manifest, ShardInfo, index_folder, scan_shard, write_shard
-from univigu.data.synthetic import write_shapes
 from univigu.data.video import read_video
+from univigu.shapes import scenes
+from univigu.shapes.write import write_shapes
 
 
 def folders(world: dict[str, Any]) -> tuple[Path, Path]:
@@ -45,12 +45,12 @@ def test_samples_are_what_was_rendered(world: dict[str, Any]) -> None:
     refs, _ = index_folder(folders(world)[0])
     for seed in (0, 12):
         sample = parse_sample(refs[seed].read_all(), refs[seed].shard, refs[seed].key)
-        scene = shapes.sample_scene(seed)
-        assert shapes.Scene.from_dict({**sample.texts.scene, "objects": scene.to_dict()["objects"]})  # type: ignore[dict-item]
-        assert sample.texts.prompt == shapes.prompt_of(scene)
-        assert sample.texts.caption == shapes.caption_of(scene)
+        scene = scenes.sample_scene(seed)
+        assert scenes.Scene.from_dict({**sample.texts.scene, "objects": scene.to_dict()["objects"]})  # type: ignore[dict-item]
+        assert sample.texts.prompt == scenes.prompt_of(scene)
+        assert sample.texts.caption == scenes.caption_of(scene)
         assert sample.video is not None
-        difference = read_video(sample.video, 9, 64, 64).float() - shapes.render(scene).float()
+        difference = read_video(sample.video, 9, 64, 64).float() - scenes.render(scene).float()
         assert difference.abs().mean() < 6  # 4:2:0 chroma and compression
     with pytest.raises(ValueError, match="num_clips=0"):
         write_shapes("anywhere", "train", 0)
@@ -124,7 +124,7 @@ def test_damage_that_tarfile_takes_for_the_end(
 
 def _changed(**changes: Any) -> dict[str, Any]:
     """A scene of two objects, but for some fields, of which those of an object are the first one's."""
-    scene = next(s for s in map(shapes.sample_scene, range(99)) if s.relation and s.objects[0].speed).to_dict()
+    scene = next(s for s in map(scenes.sample_scene, range(99)) if s.relation and s.objects[0].speed).to_dict()
     first = {name: value for name, value in changes.items() if name not in scene}
     objects = [scene["objects"][0] | first, *scene["objects"][1:]]
     return {**scene, "objects": objects, **{name: value for name, value in changes.items() if name in scene}}
@@ -149,8 +149,8 @@ def test_a_scene_of_another_world_is_none(scene: Any) -> None:
 
 
 def test_a_scene_of_the_embedded_world_is_kept() -> None:
-    scenes = [shapes.sample_scene(seed, split).to_dict() for seed in range(50) for split in ("train", "val", "test")]  # type: ignore[arg-type]
-    for scene in [*scenes, {**_changed(), "more": 1}]:
+    drawn = [scenes.sample_scene(seed, split).to_dict() for seed in range(50) for split in ("train", "val", "test")]  # type: ignore[arg-type]
+    for scene in [*drawn, {**_changed(), "more": 1}]:
         raw = json.dumps({"prompt": "a", "caption": "b", "scene": scene}).encode()
         assert parse_texts(raw, "a.tar", "k").scene == json.loads(json.dumps(scene))
 

@@ -14,7 +14,7 @@ from univigu.data.build import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.sample import DataError
 from univigu.data.sources import Source
-from univigu.data.synthetic import write_shapes
+from univigu.shapes.write import write_shapes
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_what_is_missing_is_named(folders: list[Path], tmp_path: Path) -> None:
 
 
 def test_the_command_line_takes_sources_and_buckets(tmp_path: Path) -> None:
-    from univigu.command import parse_fit
+    from univigu.training.lightning_cli import parse_fit
 
     config = tmp_path / "data.yaml"
     config.write_text(

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import runpy
 import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from tests import tiny
 from univigu.flow.chunked import chunked_scores
 from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowObjective
 from univigu.flow.score import TextScore
 from univigu.flow.text import make_text_flow
-
-tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "tiny.py")))
 
 VOCAB = 11
 CASES = [
@@ -112,6 +108,7 @@ import resource, sys, torch
 from univigu.flow.score import TextScore
 from univigu.flow.objective import FlowOptions
 from univigu.flow.text import make_text_flow
+from tests import tiny
 from univigu.models.text import TextHead
 way, kind, vocab, length, width = sys.argv[1], sys.argv[2], 256384, 256, 16
 torch.manual_seed(0)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import runpy
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from tests import tiny
 from univigu.flow.objective import (
     FlowOptions,
     TaskMixture,
@@ -22,8 +21,6 @@ from univigu.flow.objective import (
 )
 from univigu.flow.text import make_text_flow
 from univigu.flow.time import VideoTimeSampling
-
-tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "tiny.py")))
 
 VOCAB, FLOWS = 11, ("embedding", "uniform", "mask")
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from tests import tiny
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.cache import AttentionCache
-
-tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "tiny.py")))
 
 VOCAB, LENGTH, BATCH = 11, 7, 3
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 
+from tests import tiny
 from univigu.models.foundation import (
     COMPONENTS,
     Foundation,
@@ -23,8 +22,6 @@ from univigu.models.foundation import (
     normalize_latents,
 )
 from univigu.models.tokens import TextTooLongError, clean_text, detokenize, token_count, tokenize
-
-tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "tiny.py")))
 
 PROMPTS = ["a red circle moves left.", "", "a  small\tblue   square &amp; a green one"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,21 +13,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, default_collate
 
-from univigu.callbacks import StageSwitch
+from tests import tiny
+from tests.models import test_transformer as formulas
+from tests.training import test_stages as stages
 from univigu.checkpoint import load_weights
-from univigu.evaluation import EvaluationOptions
+from univigu.evaluation.held_out import EvaluationOptions
 from univigu.flow.objective import TaskMixture
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.lora import LoraOptions, add_lora, is_lora_parameter, merge_lora
 from univigu.models.transformer import is_text_parameter
-from univigu.module import UniViGU
-from univigu.stages import Stage
-from univigu.trained import check_stage, parameter_groups, train_only
-
-HERE = Path(__file__).resolve().parent
-tiny = SimpleNamespace(**runpy.run_path(str(HERE.parent / "tiny.py")))
-formulas = SimpleNamespace(**runpy.run_path(str(HERE / "test_transformer.py")))
-stages = SimpleNamespace(**runpy.run_path(str(HERE.parent / "test_stages.py")))
+from univigu.training.callbacks import StageSwitch
+from univigu.training.module import UniViGU
+from univigu.training.stages import Stage
+from univigu.training.trained import check_stage, parameter_groups, train_only
 
 VOCAB = 11
 

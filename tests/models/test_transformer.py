@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +13,8 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
+from tests import tiny
 from univigu.models import UniViGUTransformer3DModel, UniViGUTransformerOutput
-
-tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).resolve().parents[1] / "tiny.py")))
 
 VOCAB = 11
 TEXT_KEYS = ("ffn_t.", "attn1_t.", "time_embedding_t.", "vocab_embed.", "text_head.", "scale_shift_table_t")

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from univigu.data.shapes import Object, Scene, prompt_of
 from univigu.models.foundation import encode_prompt
+from univigu.shapes.scenes import Object, Scene, prompt_of
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_foundation.py"
 tool = SimpleNamespace(**runpy.run_path(str(TOOL)))

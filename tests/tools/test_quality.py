@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from univigu.data import shapes
 from univigu.pipeline import UniViGUPipeline
+from univigu.shapes import scenes
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "quality.py"
 quality = SimpleNamespace(**runpy.run_path(str(TOOL)))
@@ -18,7 +18,7 @@ quality = SimpleNamespace(**runpy.run_path(str(TOOL)))
 
 def test_one_thing_changes_and_nothing_else() -> None:
     for seed in range(60):
-        scene = shapes.sample_scene(seed, "test")
+        scene = scenes.sample_scene(seed, "test")
         for attribute in quality.EDITED:
             other = quality.changed(scene, attribute, seed)
             assert other == quality.changed(scene, attribute, seed)
@@ -41,10 +41,10 @@ def test_it_runs(untrained_model: str, capsys: pytest.CaptureFixture[str]) -> No
     pipe = UniViGUPipeline.from_pretrained(untrained_model)
     pipe.set_progress_bar_config(disable=True)
     options = SimpleNamespace(batch_size=4, num_inference_steps=12, guidance_scale=2.0)
-    scenes = [shapes.sample_scene(seed, "test") for seed in range(12)]
-    shown, kept, _ = quality.edit_row(pipe, scenes, "background", 1.0, options)
+    drawn = [scenes.sample_scene(seed, "test") for seed in range(12)]
+    shown, kept, _ = quality.edit_row(pipe, drawn, "background", 1.0, options)
     assert shown == 1.0 and kept > 0.8
-    none, _, _ = quality.edit_row(pipe, scenes[:4], "background", 0.05, options)
+    none, _, _ = quality.edit_row(pipe, drawn[:4], "background", 0.05, options)
     assert none < 0.5  # too weak to change anything
 
 
@@ -56,10 +56,10 @@ def test_what_a_kept_video_costs(untrained_model: str, capsys: pytest.CaptureFix
     for block in pipe.transformer.blocks:
         torch.nn.init.normal_(block.attn1.to_v.weight, std=0.5)  # so that the video does read text
     options = SimpleNamespace(batch_size=2, caption_steps=6, refresh=[1, 6])
-    scenes = [shapes.sample_scene(seed, "test") for seed in range(3)]
+    drawn = [scenes.sample_scene(seed, "test") for seed in range(3)]
     for reads_text in (True, False):
         pipe.transformer.register_to_config(clean_video_reads_text=reads_text)
-        table = quality.refresh(options, pipe, scenes)
+        table = quality.refresh(options, pipe, drawn)
         columns = {str(column.header): list(column.cells) for column in table.columns}
         assert columns["k"] == ["1", "1", "6"]
         same = [float(value) for value in columns["tokens as with k = 1"]]

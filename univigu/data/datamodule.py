@@ -26,9 +26,9 @@ from univigu.data.resources import encoding_processes, warn_if_slow
 from univigu.data.sample import LATENTS_SUFFIX, DataError
 from univigu.data.shards import SampleRef
 from univigu.data.sources import LatentsOptions, Place, Source, Split, weights_of
-from univigu.data.synthetic import world_fingerprint, write_shapes
 from univigu.models.foundation import EMBEDDED_FOUNDATION
-from univigu.prediction import INPUTS, PredictTask
+from univigu.shapes.write import world_fingerprint, write_shapes
+from univigu.training.prediction import INPUTS, PredictTask
 
 log = logging.getLogger(__name__)
 

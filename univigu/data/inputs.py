@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from univigu.data.jsonl import is_unicode, split_lines
 from univigu.data.sample import VIDEO_SUFFIXES, DataError, is_video
 from univigu.data.video import VideoError, read_video
-from univigu.jsonl import is_unicode, split_lines
 from univigu.models.tokens import TextTooLongError, tokenize
 
 

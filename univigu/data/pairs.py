@@ -13,8 +13,8 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from univigu.data.inputs import VideoInputs, find_videos
+from univigu.data.jsonl import is_unicode, split_lines
 from univigu.data.sample import DataError
-from univigu.jsonl import is_unicode, split_lines
 from univigu.models.tokens import TextTooLongError, tokenize
 
 TextField = Literal["prompt", "question"]

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from univigu.data import shapes
 from univigu.data.filters import LengthFilter
 from univigu.data.fingerprint import folder_fingerprint
 from univigu.data.sample import DataError
 from univigu.data.synthesis.options import Captioner, CaptionOptions, Clip, check_dtype, derived_seed
 from univigu.data.video import even_indices
+from univigu.shapes import scenes
 
 
 class NoCaptioner:
@@ -49,7 +49,7 @@ class TemplateCaptioner:
     def describe(self, clips: list[Clip], attempt: int) -> None:
         for clip in clips:
             if clip.scene is not None:
-                clip.caption = shapes.caption_of(shapes.Scene.from_dict(clip.scene))
+                clip.caption = scenes.caption_of(scenes.Scene.from_dict(clip.scene))
                 continue
             assert clip.frames is not None
             num_frames, _, height, width = clip.frames.shape

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from univigu.data import shapes
 from univigu.data.fingerprint import folder_fingerprint
 from univigu.data.inputs import read_prompts
 from univigu.data.sample import DataError
 from univigu.data.shards import sha256_of
 from univigu.data.synthesis.options import Clip, Rejection, VideoOptions, check_dtype
-from univigu.data.synthetic import world_fingerprint
 from univigu.data.video import to_uint8
+from univigu.shapes import scenes
+from univigu.shapes.write import world_fingerprint
 
 
 class PromptSource:
@@ -105,7 +105,7 @@ class ShapesSource:
         options: size and seeds.
     """
 
-    def __init__(self, num_clips: int, split: shapes.Split, options: VideoOptions) -> None:
+    def __init__(self, num_clips: int, split: scenes.Split, options: VideoOptions) -> None:
         if num_clips < 1:
             raise DataError(f"--num-clips={num_clips}: expected at least 1")
         self.num_clips, self.split, self.options = num_clips, split, options
@@ -122,11 +122,11 @@ class ShapesSource:
 
     def clip(self, number: int) -> Clip:
         seed = self.options.seed + number
-        scene = shapes.sample_scene(seed, self.split)
-        return Clip(f"{number:08d}", shapes.prompt_of(scene), seed, scene=scene.to_dict())
+        scene = scenes.sample_scene(seed, self.split)
+        return Clip(f"{number:08d}", scenes.prompt_of(scene), seed, scene=scene.to_dict())
 
     def render(self, clips: list[Clip]) -> None:
         o = self.options
         for clip in clips:
-            scene = shapes.sample_scene(clip.seed, self.split)
-            clip.frames = shapes.render(scene, o.height, o.width, o.num_frames)
+            scene = scenes.sample_scene(clip.seed, self.split)
+            clip.frames = scenes.render(scene, o.height, o.width, o.num_frames)

@@ -1,0 +1,68 @@
+"""A tiny pipeline as a folder, and a few clips."""
+
+from __future__ import annotations
+
+import runpy
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.conftest import REPO
+from univigu import UniViGUPipeline
+from univigu.data.build import Share, alone
+from univigu.data.video import encode_mp4
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a UniViGUPipeline with random weights."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    wan = tiny.make_pipeline()
+    unified = tiny.make_unified(wan.transformer, len(wan.tokenizer), text_flow="mask")
+    unified.register_to_config(text_length=12)
+    parts = {name: wan.components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
+    UniViGUPipeline(**parts, transformer=unified).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1.mp4, 2.MP4, 3.mp4, where the second is broken, and a file that is no video's."""
+    folder = tmp_path_factory.mktemp("clips")
+    for name, seed in (("1.mp4", 1), ("3.mp4", 3)):
+        frames = torch.randint(0, 256, (9, 3, 64, 64), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        (folder / name).write_bytes(encode_mp4(frames))
+    (folder / "2.MP4").write_bytes(b"no video")
+    (folder / "notes.txt").write_text("nothing")
+    return folder
+
+
+@pytest.fixture
+def evaluate_second(
+    evaluate: Callable[[list[str]], int], caplog: pytest.LogCaptureFixture
+) -> Callable[[list[str], Path], None]:
+    """Runs the command while another program holds its folder: it waits, writes nothing by then, and succeeds."""
+
+    def run(arguments: list[str], output: Path) -> None:
+        ended: list[int] = []
+        second = threading.Thread(target=lambda: ended.append(evaluate(arguments)))
+        with alone(output, Share()):
+            second.start()
+            while second.is_alive() and "waiting" not in caplog.text:
+                time.sleep(0.01)
+            assert [path.name for path in output.iterdir() if path.suffix != ".lock"] == [] == ended
+        second.join()
+        assert ended == [0]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def evaluate() -> Callable[[list[str]], int]:
+    """The command."""
+    return runpy.run_path(str(REPO / "tools" / "evaluate.py"))["main"]  # type: ignore[no-any-return]

@@ -1,0 +1,98 @@
+"""Caption scores equal coco-caption's own figures, and those of two processes equal one's."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import run_processes
+from univigu.evaluation.caption_metrics import caption_metrics, cider, rouge_l, tokenize_caption
+
+DATA = json.loads((Path(__file__).with_name("caption_pairs.json")).read_text())
+CAPTIONS = [pair["caption"] for pair in DATA["pairs"]]
+REFERENCES = [pair["references"] for pair in DATA["pairs"]]
+
+
+def results(captions: list[str], references: list[list[str]]) -> dict[str, float]:
+    metrics = caption_metrics()
+    for start in range(0, len(captions), 7):  # in batches, the last one shorter
+        metrics.update(captions[start : start + 7], references[start : start + 7])
+    return {name: float(value) for name, value in metrics.compute().items()}
+
+
+def test_the_corpus_scores_are_the_references() -> None:
+    assert len(CAPTIONS) == 50
+    ours = results(CAPTIONS, REFERENCES)
+    for name in ("bleu4", "rouge_l", "cider"):
+        assert ours[name] == pytest.approx(DATA[name], abs=1e-4), name
+
+
+def test_tokens_are_the_java_tokenizers() -> None:
+    for pair in DATA["pairs"]:
+        for text, tokens in zip([pair["caption"], *pair["references"]], pair["tokens"], strict=True):
+            assert tokenize_caption(text) == tokens.split(), text
+
+
+def test_each_caption_scores_as_with_the_reference() -> None:
+    pairs = [([*tokens[0].split()], [text.split() for text in tokens[1:]]) for tokens in
+             (pair["tokens"] for pair in DATA["pairs"])]  # fmt: skip
+    for pair, score, (caption, references) in zip(DATA["pairs"], cider(pairs), pairs, strict=True):
+        assert score == pytest.approx(pair["cider"], abs=1e-6)
+        assert rouge_l(caption, references) == pytest.approx(pair["rouge_l"], abs=1e-6)
+
+
+@pytest.mark.parametrize("change", ["beta", "sigma", "punctuation"])
+def test_another_definition_is_told_from_the_references(change: str) -> None:
+    """The check would notice rouge-score's beta, plain CIDEr's missing penalty, and tokens that keep their marks."""
+    if change == "punctuation":
+        pairs = [(pair["caption"].lower().split(), [r.lower().split() for r in pair["references"]])
+                 for pair in DATA["pairs"]]  # fmt: skip
+        assert abs(sum(cider(pairs)) / 50 - DATA["cider"]) > 1e-3
+        return
+    tokens = [[text.split() for text in pair["tokens"]] for pair in DATA["pairs"]]
+    if change == "beta":
+        assert abs(sum(rouge_l(t[0], t[1:], beta=1.0) for t in tokens) / 50 - DATA["rouge_l"]) > 1e-3
+    else:
+        assert abs(sum(cider([(t[0], t[1:]) for t in tokens], sigma=1e6)) / 50 - DATA["cider"]) > 1e-3
+
+
+def test_statistics_by_hand() -> None:
+    ours = results(["an ox an ox an ox", "cat dog", "Cat dog."], [["an ox ran"], ["xy"], ["xy yz"]])
+    assert ours["words"] == pytest.approx(10 / 3) and ours["words_truth"] == pytest.approx(2)
+    assert ours["repetition"] == pytest.approx((1 / 3 + 0 + 0) / 3)  # of its three 4-grams the last repeats the first
+    assert ours["distinct_1"] == pytest.approx(4 / 10) and ours["distinct_2"] == pytest.approx(3 / 7)
+    assert ours["unique"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("caption", ["", "...", "\n\t", "word"])
+def test_captions_without_words_and_single_samples_score_nothing(caption: str) -> None:
+    ours = results([caption], [["a cat sits on a mat"]])
+    assert ours["bleu4"] == ours["rouge_l"] == ours["cider"] == 0.0
+    assert all(torch.tensor(value).isfinite() for value in ours.values())
+
+
+def test_two_processes_score_as_one(tmp_path: Path) -> None:
+    """The first process has 33 captions (or all), the second the rest (or none)."""
+    expected = results(CAPTIONS, REFERENCES)
+    run_processes(Path(__file__), [str(tmp_path), "33", "50"])
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found == [pytest.approx(expected, abs=1e-6)] * 2
+
+
+def main() -> None:
+    torch.distributed.init_process_group("gloo")
+    rank, found = torch.distributed.get_rank(), []
+    for share in map(int, sys.argv[2:]):
+        part = slice(share) if rank == 0 else slice(share, None)
+        found.append(results(CAPTIONS[part], REFERENCES[part]))
+    (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""What an epoch held, in the logs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
+
+from univigu.data.buckets import Bucket
+from univigu.data.build import SpawnPool
+from univigu.data.datamodule import VideoTextDataModule
+from univigu.data.filters import LengthFilter
+from univigu.data.sources import Source
+from univigu.shapes.write import write_shapes
+from univigu.training.callbacks import DataStatistics
+
+
+class Seen(LightningModule):
+    """Learns nothing and notes what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.batches: list[dict[str, Any]] = []
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        self.batches.append(batch)
+        return self.weight * 1.0
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, pool: SpawnPool) -> list[Path]:
+    """One source of 9 wide clips, one of 5 square ones."""
+    made = [tmp_path_factory.mktemp(name) for name in ("wide", "square")]
+    for folder, count, width in ((made[0], 9, 64), (made[1], 5, 32)):
+        write_shapes(folder / "train", "train", count, pool=pool, height=32, width=width, num_frames=5)
+        write_shapes(folder / "val", "val", 6, pool=pool, height=32, width=width, num_frames=5)
+    return made
+
+
+def make(folders: list[Path]) -> VideoTextDataModule:
+    return VideoTextDataModule(
+        sources=[Source(str(folder), weight) for folder, weight in zip(folders, (1.0, 2.0), strict=True)],
+        buckets=[Bucket(32, 64, 5), Bucket(32, 32, 5)], batch_size=2, num_workers=0, prompt_length=64,
+        precompute=False, length_filter=LengthFilter(max_caption=200),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def length(folders: list[Path]) -> int:
+    """Batches an epoch."""
+    data = make(folders)
+    data.setup("fit")
+    return len(data.train_dataloader())
+
+
+def fit(folders: list[Path], log: Path, steps: int, ckpt: Path | None = None) -> tuple[Seen, VideoTextDataModule]:
+    data = make(folders)
+    model, checkpoint = Seen(), ModelCheckpoint(log, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = Trainer(
+        max_steps=steps, accelerator="cpu", logger=TensorBoardLogger(str(log), name=None, version="tb"),
+        callbacks=[checkpoint, DataStatistics()], enable_progress_bar=False, enable_model_summary=False,
+        limit_val_batches=0, default_root_dir=str(log),
+    )  # fmt: skip
+    trainer.fit(model, datamodule=data, ckpt_path=ckpt)
+    return model, data
+
+
+def events(log: Path) -> EventAccumulator:
+    found = EventAccumulator(str(log / "tb"), size_guidance={"histograms": 0, "scalars": 0})
+    found.Reload()
+    return found
+
+
+def logged(log: Path, step: int) -> dict[str, float]:
+    found = events(log)
+    scalars = {tag: found.Scalars(tag) for tag in found.Tags()["scalars"] if tag.startswith("data/")}
+    return {tag: e.value for tag, rows in scalars.items() for e in rows if e.step == step}
+
+
+def test_every_epoch_is_told(folders: list[Path], length: int, tmp_path: Path) -> None:
+    model, data = fit(folders, tmp_path, 3 * length)
+    found = events(tmp_path)
+    for number in range(3):
+        step = (number + 1) * length
+        batches = model.batches[number * length : step]
+        keys = [pair for b in batches for pair in zip(b["source"], b["key"], strict=True)]
+        sources, buckets = Counter(source for source, _ in keys), Counter(n for b in batches for n in b["bucket"])
+        values = logged(tmp_path, step)
+        assert values["data/epoch/samples"] == len(keys)
+        assert values["data/epoch/repeated"] == len(keys) - len(set(keys)) > 0
+        assert [values[f"data/epoch/source_{i}"] for i in (0, 1)] == [sources[0], sources[1]]
+        assert [values[f"data/epoch/bucket_{b}"] for b in ("32x64x5", "32x32x5")] == [buckets[0], buckets[1]]
+        assert values["data/filtered/caption_long"] == data.filter_counts["train"]["caption_long"] > 0
+        for name in ("prompt", "caption"):
+            lengths = [int((ids != 0).sum()) for b in batches for ids in b[f"{name}_ids"]]
+            (event,) = [e for e in found.Histograms(f"data/epoch/{name}_tokens") if e.step == step]
+            told = event.histogram_value
+            assert (told.num, told.sum) == (len(lengths), sum(lengths))
+            assert (told.min, told.max) == (min(lengths), max(lengths))
+        (event,) = [e for e in found.Histograms("data/epoch/buckets") if e.step == step]
+        assert (event.histogram_value.num, event.histogram_value.sum) == (len(keys), buckets[1])
+
+
+def test_a_resumed_epoch_is_told_whole(folders: list[Path], length: int, tmp_path: Path) -> None:
+    fit(folders, tmp_path / "whole", length)
+    fit(folders, tmp_path / "rest", length, tmp_path / "whole" / f"step={length - 2}.ckpt")
+    expected = logged(tmp_path / "whole", length)
+    assert expected["data/epoch/samples"] == 2 * length
+    assert logged(tmp_path / "rest", length) == expected
+
+
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    rows = [{"x": torch.zeros(1)}] * 2
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[DataStatistics()], default_root_dir=str(tmp_path),
+    )  # fmt: skip
+    with pytest.raises(MisconfigurationException, match="DataStatistics: the data are not a VideoTextDataModule's"):
+        trainer.fit(Seen(), DataLoader(rows))  # type: ignore[arg-type]

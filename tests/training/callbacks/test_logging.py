@@ -1,0 +1,228 @@
+"""What a training run leaves in TensorBoard: scalars, captions as text, videos as moving pictures."""
+
+from __future__ import annotations
+
+import io
+import runpy
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+from tests import tiny
+from tests.conftest import REPO
+from tests.training import test_stages as stages
+from univigu.cli import main
+from univigu.training.callbacks import FinalReport, LastCheckpoint, MediaLogger, StageSwitch, TrainingMonitor
+from univigu.training.callbacks.media import HeldOutCallback
+from univigu.training.module import UniViGU
+
+CALLBACKS = """
+trainer:
+  callbacks:
+    - class_path: univigu.training.callbacks.StageSwitch
+      init_args:
+        stages:
+          - {name: recall, steps: 3, target: prompt, text_length: 32, warmup_steps: 1}
+    - {class_path: univigu.training.callbacks.TrainingMonitor, init_args: {every_n_steps: 1}}
+    - class_path: univigu.training.callbacks.MediaLogger
+      init_args: {every_n_steps: 2, num_samples: 3, scale: 2, fps: 8}
+    - {class_path: univigu.training.callbacks.FinalReport, init_args: {num_samples: 3}}
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path, foundation: str) -> tuple[EventAccumulator, str]:
+    """The events and the printed end of a run of three steps."""
+    import contextlib
+
+    folder = tmp_path_factory.mktemp("logged")
+    (folder / "callbacks.yaml").write_text(CALLBACKS)
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(folder)
+        main(
+            [
+                "fit", f"--config={REPO}/configs/recall.yaml", "--config=callbacks.yaml",
+                f"--model.foundation={foundation}", f"--data.root={shapes_root}", "--data.num_train_clips=8",
+                "--data.num_val_clips=4", "--data.num_test_clips=4", "--data.batch_size=4", "--data.num_workers=0",
+                "--model.sampling.num_inference_steps=2", "--model.sampling.caption_steps=2",
+                "--trainer.log_every_n_steps=1", "--trainer.val_check_interval=2",
+                "--trainer.enable_checkpointing=false",
+            ]
+        )  # fmt: skip
+    events = EventAccumulator(str(folder / "runs/recall/tensorboard"), size_guidance={"images": 0, "tensors": 0})
+    events.Reload()
+    return events, printed.getvalue()
+
+
+def test_scalars(run: tuple[EventAccumulator, str]) -> None:
+    tags = set(run[0].Tags()["scalars"])
+    assert {
+        "train/loss", "train/video_loss", "train/text_loss", "train/grad_norm", "val/text_loss", "val/video_loss",
+        "lr/video", "lr/text", "throughput/samples_per_second", "throughput/data_wait_share", "data/train/kept",
+    } <= tags  # fmt: skip
+    assert any(tag.startswith("train/text_loss_t0.") for tag in tags)
+    assert any(tag.startswith("train/video_loss_t0.") for tag in tags)
+    assert run[0].Scalars("data/train/kept")[0].value == 8
+    # A first prediction of uniform logits costs log V a masked token; the mean is over half of them, roughly.
+    assert 0 < run[0].Scalars("train/text_loss")[0].value < 10
+
+
+def test_captions_are_logged_beside_the_truth(run: tuple[EventAccumulator, str]) -> None:
+    (event,) = run[0].Tensors("held_out/captions/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert event.step == 2
+    assert text.count("\n") == 4 and "| truth | model |" in text and "background" in text
+
+
+def test_videos_are_logged_as_moving_pictures(run: tuple[EventAccumulator, str]) -> None:
+    (event,) = run[0].Images("held_out/clips")
+    assert Image.open(io.BytesIO(event.encoded_image_string)).n_frames == 9  # type: ignore[attr-defined]
+    (event,) = run[0].Images("held_out/generated")
+    image = Image.open(io.BytesIO(event.encoded_image_string))
+    assert image.format == "GIF" and image.n_frames == 9
+    assert image.size == (3 * 64 * 2, 64 * 2) == (event.width, event.height)
+
+
+def test_the_end_shows_captions_and_where_to_look(run: tuple[EventAccumulator, str]) -> None:
+    assert "held-out clips" in run[1] and "truth" in run[1]
+    assert "accuracy over 3 held-out clips" in run[1]
+    assert "tensorboard --logdir runs/recall" in run[1]
+
+
+def test_sampling_leaves_training_alone(in_tmp: Path, small_data: list[str]) -> None:
+    """The losses with media logged at every step are those without."""
+
+    def losses(media: int) -> list[float]:
+        Path("callbacks.yaml").write_text(CALLBACKS.replace("every_n_steps: 2", f"every_n_steps: {media}"))
+        root = f"runs/media{media}"
+        main(
+            [
+                "fit", "--config=configs/recall.yaml", "--config=callbacks.yaml", *small_data,
+                "--model.sampling.num_inference_steps=2", "--model.sampling.caption_steps=2",
+                "--trainer.log_every_n_steps=1", "--trainer.enable_checkpointing=false",
+                f"--trainer.logger.init_args.save_dir={root}",
+            ]
+        )  # fmt: skip
+        events = EventAccumulator(f"{root}/tensorboard")
+        events.Reload()
+        return [event.value for event in events.Scalars("train/loss")]
+
+    quiet = losses(0)
+    assert len(quiet) == 3
+    assert losses(1) == quiet
+
+
+def test_a_report_that_fails_costs_no_training(in_tmp: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fit_tiny([StageSwitch([stages.RECALL]), FinalReport(), LastCheckpoint()])  # there are no held-out clips
+    assert torch.load("checkpoints/last.ckpt", weights_only=True)["global_step"] == stages.RECALL.steps
+    assert "could not be captioned; the training itself is whole" in caplog.text
+
+
+def test_held_out_clips_are_looked_at_once_a_step(in_tmp: Path) -> None:
+    """Also where a step takes several batches."""
+
+    class Look(HeldOutCallback):
+        steps: ClassVar[list[int]] = []
+
+        def look(self, trainer: Trainer, pl_module: Any) -> None:
+            self.steps.append(trainer.global_step)
+
+    trainer = fit_tiny([StageSwitch([stages.REFINE]), Look(2, 1)], accumulate_grad_batches=3)
+    assert trainer.global_step == stages.REFINE.steps == 4 and Look.steps == [2, 4]
+
+
+class CountingLoader(DataLoader):
+    """Says of itself how long it has been waited for, as TrainLoader does."""
+
+    waited = 0.0
+
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            self.waited += 0.01
+            yield batch
+
+
+@pytest.mark.parametrize("loader, low, high", [(CountingLoader, 0.0, 0.2), (DataLoader, 0.5, 1.0)])
+def test_only_data_is_waited_for(in_tmp: Path, loader: Any, low: float, high: float) -> None:
+    """What other callbacks do between two batches is no waiting for data, if the loader can tell."""
+
+    class Busy(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            time.sleep(0.5)
+
+    callbacks = [StageSwitch([stages.REFINE]), TrainingMonitor(3), Busy()]
+    trainer = fit_tiny(callbacks, loader, logger=CSVLogger("."), log_every_n_steps=1)
+    assert low < trainer.callback_metrics["throughput/data_wait_share"] < high
+
+
+def fit_tiny(callbacks: list[Callback], loader: Any = DataLoader, **options: Any) -> Trainer:
+    tiny.make_pipeline().save_pretrained("foundation")
+    trainer = Trainer(
+        default_root_dir=".", accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
+        callbacks=callbacks, **({"logger": False} | options),
+    )  # fmt: skip
+    trainer.fit(UniViGU("foundation"), loader(stages.Clips(), batch_size=stages.BATCH))
+    return trainer
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(ValueError, match="every_n_steps=0"):
+        TrainingMonitor(every_n_steps=0)
+    with pytest.raises(ValueError, match="num_samples=0"):
+        MediaLogger(num_samples=0)
+
+
+def test_frames_stay_what_they_are(tmp_path: Path) -> None:
+    """A logged clip holds its frames in order, each side by side with the others' of its time."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    from univigu.training.callbacks.media import add_video
+
+    frames = torch.zeros(2, 3, 3, 8, 8, dtype=torch.uint8)
+    for i in range(3):
+        frames[0, i], frames[1, i] = 60 * i, 255 - 60 * i
+    writer = SummaryWriter(str(tmp_path))
+    add_video(writer, "clip", frames, 0, fps=8, scale=1)
+    writer.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    image = Image.open(io.BytesIO(events.Images("clip")[0].encoded_image_string))
+    for i in range(3):
+        image.seek(i)
+        picture = image.convert("L")
+        assert abs(picture.getpixel((3, 3)) - 60 * i) < 4 and abs(picture.getpixel((11, 3)) - (255 - 60 * i)) < 4
+
+
+def test_a_report_shows_the_run(run: tuple[EventAccumulator, str], tmp_path: Path) -> None:
+    tool = runpy.run_path(str(REPO / "tools" / "report.py"))["main"]
+    folder, page, document = Path(run[0].path).parent, tmp_path / "new" / "report.html", tmp_path / "RESULTS.md"
+    begin, end = "<!-- runs: written by tools/report.py -->", "<!-- end of runs -->"
+    document.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    with SummaryWriter(str(folder / "tensorboard")) as writer:  # as `lightning test` does
+        writer.add_scalar("test/caption/shape", 0.875, 3)
+        writer.add_scalar("test/flow/ratio", 1.0625, 3)
+    arguments = ["--run", str(folder), "--output", str(page), "--document", str(document)]
+    assert tool(arguments) == 0
+    text = page.read_text()
+    assert text.count("data:image/gif;base64,") == 2 and text.count("data:image/png;base64,") == 1
+    for part in ("<td>recall</td>", ">87.5</td>", ">1.062</td>", "Learning curves", "00000002", "optimizer steps"):
+        assert part in text
+    assert "://" not in text and "src=" in text  # no other file, no network
+    assert "| caption | 87.5 |" in document.read_text() and "old" not in document.read_text()
+    assert document.read_text().startswith("before\n") and document.read_text().endswith("after\n")
+
+
+def test_mistakes_in_a_report_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tool, page = runpy.run_path(str(REPO / "tools" / "report.py"))["main"], tmp_path / "report.html"
+    assert tool(["--run", str(tmp_path), "--output", str(page)]) == 2
+    assert f"{tmp_path}: no TensorBoard events" in capsys.readouterr().err and not page.exists()

@@ -1,0 +1,71 @@
+"""SLURM's signal in the middle of a step: saved is what its end left, so that training goes on exactly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from torch.utils.data import DataLoader
+
+from tests.training import test_stages as stages
+from univigu.training.callbacks import LastCheckpoint, StageSwitch
+from univigu.training.module import UniViGU
+
+
+class Preempted(Callback):
+    """Sends the signal from within the second step, and notes the weights after every step."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.global_step == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.weights.append({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job of one task, and a command that requeues it and writes down that it was asked to."""
+    command = tmp_path / "bin" / "scontrol"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    command.chmod(command.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    for name, value in {"NTASKS": "1", "JOB_ID": "77", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    return tmp_path / "asked"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal")
+def test_the_signal_waits_for_the_steps_end(folder: Path, tmp_path: Path, slurm: Path) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    noted = Preempted()
+    trainer = Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, plugins=[SLURMEnvironment(auto_requeue=True)],
+        callbacks=[StageSwitch([stages.RECALL, stages.REFINE]), noted, LastCheckpoint()],
+    )  # fmt: skip
+    trainer.fit(UniViGU(str(folder), seed=3), DataLoader(stages.Clips(), batch_size=stages.BATCH))
+    assert slurm.read_text().split() == ["requeue", "77"]
+    saved = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
+    assert saved["global_step"] == 2  # Lightning alone would have saved 1, in the middle of the second step
+    assert saved["state_dict"].keys() == noted.weights[1].keys()
+    assert all(torch.equal(value, noted.weights[1][name]) for name, value in saved["state_dict"].items())
+    assert not all(torch.equal(value, noted.weights[0][name]) for name, value in saved["state_dict"].items())
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    stages.tiny.make_pipeline().save_pretrained(tmp_path / "foundation")
+    return tmp_path / "foundation"

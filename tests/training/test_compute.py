@@ -1,0 +1,93 @@
+"""Compiled blocks compute what others do, in training and in prediction; the VAE's options reach it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from univigu.data.video import to_model_range
+from univigu.flow.text import make_text_flow
+from univigu.models import UniViGUTransformer3DModel
+from univigu.models.foundation import Foundation, decode_latents, encode_video
+from univigu.sampling.options import SamplingOptions
+from univigu.sampling.sampler import Sampler
+from univigu.shapes.scenes import render, sample_scene
+from univigu.training.compute import ComputeOptions
+from univigu.training.module import UniViGU
+
+VOCAB = 11
+
+
+def make(compiled: bool) -> UniViGUTransformer3DModel:
+    model = tiny.make_unified(tiny.make_wan(), VOCAB, text_flow="mask", clean_video_reads_text=False)
+    # The tracing is torch.compile's own; the backend spares the tests a C++ compiler.
+    ComputeOptions(compile_blocks=compiled, compile_backend="aot_eager").compile(model)
+    return model
+
+
+def inputs() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, tiny.CHANNELS, 2, 4, 6, generator=generator)
+    prompt = torch.randn(2, 5, tiny.TEXT_DIM, generator=generator)
+    return latents, prompt, torch.randint(VOCAB, (2, 7), generator=generator)
+
+
+def test_training_and_sampling_are_the_same() -> None:
+    latents, prompt, text = inputs()
+    results: list[dict[str, torch.Tensor]] = []
+    compiled_calls = []
+    for compiled in (False, True):
+        model = make(compiled)
+        compiled_calls.append(all(block._compiled_call_impl is not None for block in model.blocks))
+        out = model(latents, torch.tensor([0.0, 300.0]), prompt, text, torch.tensor([700.0, 300.0]))
+        (out.sample.square().mean() + out.text.square().mean()).backward()
+        found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        model.zero_grad(set_to_none=True)
+        for steps in (3, 4):
+            options = SamplingOptions(caption_steps=steps, num_inference_steps=2, guidance_scale=2.0)
+            sampler = Sampler(model, make_text_flow("mask", VOCAB), tiny.make_pipeline().scheduler, options)
+            generator = torch.Generator().manual_seed(1)
+            found[f"caption {steps}"] = sampler.caption(latents, prompt, 7, generator).tokens
+            joint = sampler.joint(prompt, prompt[:1], latents.shape[1:], 7, generator)
+            found |= {f"joint {steps}": joint.tokens, f"video {steps}": joint.latents}
+        results.append({**found, "sample": out.sample, "text": out.text})
+    assert compiled_calls == [False, True]
+    plain, compiled_results = results
+    assert plain.keys() == compiled_results.keys() and len(plain) > 40
+    for name, value in plain.items():
+        torch.testing.assert_close(
+            compiled_results[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_the_module_compiles_and_keeps_the_weights_names(foundation: str) -> None:
+    module = UniViGU(foundation, compute=ComputeOptions(compile_blocks=True, compile_backend="eager"))
+    module.configure_model()
+    assert module.transformer is not None
+    assert all(block._compiled_call_impl is not None for block in module.transformer.blocks)
+    plain = UniViGU(foundation)
+    plain.configure_model()
+    assert module.state_dict().keys() == plain.state_dict().keys()
+    assert all(block._compiled_call_impl is None for block in plain.transformer.blocks)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("options", [{}, {"vae_slicing": True}, {"vae_tiling": True}])
+def test_the_vaes_options_reach_it(options: dict[str, Any], foundation: str) -> None:
+    vae = UniViGU(foundation, compute=ComputeOptions(**options)).foundation.vae
+    assert (vae.use_slicing, vae.use_tiling) == (bool(options.get("vae_slicing")), bool(options.get("vae_tiling")))
+
+
+@torch.no_grad()
+def test_slices_are_exact_and_tiles_nearly(foundation: str) -> None:
+    vae = Foundation(foundation).vae
+    clips = torch.stack([render(sample_scene(seed), 96, 160, 5) for seed in range(2)])
+    latents = encode_video(vae, to_model_range(clips))
+    whole = decode_latents(vae, latents)
+    vae.enable_slicing()
+    torch.testing.assert_close(decode_latents(vae, latents), whole, rtol=1e-4, atol=1e-4)
+    vae.enable_tiling(64, 64, 48, 48)
+    difference = (decode_latents(vae, latents) - whole).abs().mean()
+    assert 1e-4 < difference < 0.1 * whole.abs().mean()

@@ -1,0 +1,331 @@
+"""Sharded training: two processes on the CPU do what one does, and either takes up what the other left.
+
+The processes run this file as a script (``python -m torch.distributed.run``), each with a list of jobs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from tests import tiny
+from univigu.checkpoint import load_weights, read_checkpoint
+from univigu.flow.objective import FlowOptions, TaskMixture
+from univigu.flow.random import make_generator
+from univigu.models import UniViGUTransformer3DModel
+from univigu.training.callbacks import LastCheckpoint, StageSwitch, WeightEMA
+from univigu.training.compute import ComputeOptions
+from univigu.training.module import UniViGU
+from univigu.training.parallel import ParallelOptions, ShardedStrategy
+from univigu.training.stages import Stage
+
+REPO = Path(__file__).resolve().parents[2]
+
+BATCH, EPOCH = 4, 2  # samples a process and step, steps an epoch
+STAGES = [
+    Stage(name="recall", steps=10, text_length=8, learning_rate=0.0, warmup_steps=2,
+          tasks=TaskMixture(joint=1, understand=1, generate=0)),
+    Stage(name="refine", steps=10, target="caption", text_length=12, learning_rate=1e-3, warmup_steps=0),
+]  # fmt: skip
+
+
+class Clips(Dataset):
+    """Random latents, prompts and captions, as the loaders give them."""
+
+    def __len__(self) -> int:
+        return 2 * BATCH * EPOCH
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(index)
+        texts = {
+            name: torch.cat([torch.randint(3, 100, (length - 2,), generator=generator), torch.tensor([1, 0])])
+            for name, length in (("prompt_ids", 8), ("caption_ids", 12))
+        }
+        return {"key": str(index), "latents": torch.randn(tiny.CHANNELS, 2, 4, 4, generator=generator), **texts}
+
+
+class AsTwo(UniViGU):
+    """One process that takes a step of two: each half of its batch with that process's random numbers."""
+
+    rank = 0
+
+    def _generator(self, *numbers: int) -> torch.Generator:
+        return make_generator(self.device, self.seed, self.rank, *numbers)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        losses = []
+        for self.rank in (0, 1):
+            part = {name: value[self.rank :: 2] for name, value in batch.items()}
+            losses.append(super().training_step(part, batch_idx))
+        return torch.stack(losses).mean()
+
+
+class Diary(Callback):
+    """The losses, and what the sharded weights look like."""
+
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+        self.moved: dict[int, bool] = {}
+        self._before: torch.Tensor | None = None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses[trainer.global_step - 1] = outputs["loss"].item()
+        weight = pl_module.transformer.blocks[1].ffn.net[2].weight.detach()
+        local = (weight.to_local() if hasattr(weight, "to_local") else weight).clone()
+        self.moved[trainer.global_step - 1] = self._before is not None and not torch.equal(local, self._before)
+        self._before = local
+
+
+def train(
+    folder: str, root: str, *, processes: int, sharded: bool = True, ckpt_path: str | None = None, steps: int = 20,
+    compute_dtype: str = "float32", compile_backend: str | None = None, saves: int | None = None, **options: Any,
+) -> Diary:  # fmt: skip
+    """A run of this process's share, with a checkpoint at every ``saves`` steps; one process stands for two."""
+    torch.set_num_threads(1)
+    kind = UniViGU if processes == 2 else AsTwo
+    options = {"text_flow": "mask", "gradient_checkpointing": True} | options
+    if compile_backend is not None:
+        options["compute"] = ComputeOptions(compile_blocks=True, compile_backend=compile_backend)
+    module = kind(folder, seed=3, flow=FlowOptions(max_logits=500), parallel=ParallelOptions(compute_dtype), **options)  # type: ignore[arg-type]
+    diary = Diary()
+    saver = [ModelCheckpoint(root, filename="{step}", every_n_train_steps=saves, save_top_k=-1)] if saves else []
+    trainer = Trainer(
+        default_root_dir=root, accelerator="cpu", devices=processes if sharded else 1, logger=False, max_steps=steps,
+        strategy=ShardedStrategy() if sharded else "auto", gradient_clip_val=0.5, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=bool(saves), use_distributed_sampler=False,  # would shuffle
+        callbacks=[StageSwitch(STAGES), diary, *saver],
+    )  # fmt: skip
+    share = Subset(Clips(), range(int(os.environ.get("RANK", 0)), len(Clips()), processes))
+    loader: DataLoader = DataLoader(share, batch_size=BATCH * 2 // processes)
+    trainer.fit(module, loader, ckpt_path=ckpt_path)
+    return diary
+
+
+def average(folder: str, root: str, *, processes: int, distributed: bool) -> Diary:
+    """A run with averaged weights, cut short; its evaluation, whose weights are checked; a resume without the mean."""
+    torch.set_num_threads(1)
+    path = Path(root) / "last.ckpt"
+    loader: DataLoader = DataLoader(Clips(), batch_size=BATCH)
+
+    def make(*callbacks: Callback, **options: Any) -> tuple[Trainer, UniViGU]:
+        trainer = Trainer(
+            default_root_dir=root, accelerator="cpu", devices=processes, logger=False, enable_progress_bar=False,
+            enable_model_summary=False, enable_checkpointing=bool(callbacks), use_distributed_sampler=False,
+            strategy=ShardedStrategy(save_distributed_checkpoint=distributed), limit_val_batches=0,
+            callbacks=[StageSwitch(STAGES), *callbacks], **options,
+        )  # fmt: skip
+        return trainer, UniViGU(folder, seed=3, parallel=ParallelOptions("float32"))
+
+    trainer, module = make(WeightEMA(decay=0.5, warmup=False), LastCheckpoint(root), max_steps=3)
+    trainer.fit(module, loader)
+    trainer, module = make()
+    trainer.validate(module, loader, ckpt_path=path)
+    expected = load_weights(path).state_dict()
+    for name, value in module.transformer.state_dict().items():  # type: ignore[union-attr]
+        assert torch.equal(value.full_tensor(), expected[name]), name
+    trained = (read_checkpoint(path)["state_dict"])["transformer.text_head.linear.weight"]
+    assert not torch.equal(trained, expected["text_head.linear.weight"])
+    assert not hasattr(module, "ema")
+
+    trainer, module = make(max_steps=4)
+    with pytest.raises(MisconfigurationException, match=r"averages weights': \('WeightEMA', None\)"):
+        trainer.fit(module, loader, ckpt_path=path)
+    return Diary()
+
+
+def launch(processes: int, folder: Path, *jobs: dict[str, Any]) -> list[list[Diary]]:
+    """Run jobs in new processes; the diaries of each, by process."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    root = Path(jobs[0]["root"])
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "jobs.json").write_text(json.dumps([{"folder": str(folder), **job} for job in jobs]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port"]
+    result = subprocess.run(
+        [*command, str(port), __file__, str(root / "jobs.json")], capture_output=True, text=True, check=False,
+        cwd=REPO, env={"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return [
+        [SimpleNamespace(**{name: {int(k): v for k, v in value.items()} for name, value in page.items()})  # type: ignore[misc]
+         for page in json.loads((root / f"diary-{rank}.json").read_text())]
+        for rank in range(processes)
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """What each of the processes does."""
+    warnings.filterwarnings("error", message="FSDP2-wrapped module")  # of outputs that are views
+    path = Path(sys.argv[1])
+    processes = int(os.environ["WORLD_SIZE"])
+    diaries = [
+        (average if "distributed" in job else train)(processes=processes, **job) for job in json.loads(path.read_text())
+    ]
+    pages = [{"losses": diary.losses, "moved": diary.moved} for diary in diaries]
+    (path.parent / f"diary-{torch.distributed.get_rank()}.json").write_text(json.dumps(pages))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("foundation")
+    tiny.make_pipeline().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Both stages in one process without sharding."""
+    root = tmp_path_factory.mktemp("plain")
+    diary = train(str(folder), str(root), processes=1, sharded=False, saves=20)
+    return SimpleNamespace(losses=diary.losses, moved=diary.moved, root=root)
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The same in two; and some steps of other kinds."""
+    root = tmp_path_factory.mktemp("two")
+    jobs = (
+        {"root": str(root), "saves": 4},
+        {"root": str(root / "embedding"), "text_flow": "embedding", "steps": 5},
+        {"root": str(root / "bfloat16"), "compute_dtype": "bfloat16", "steps": 12, "separate_text_ffn": False},
+        {"root": str(root / "compiled"), "compile_backend": "aot_eager", "steps": 12},
+    )
+    return SimpleNamespace(diaries=launch(2, folder, *jobs), root=root)
+
+
+def mean(diaries: list[Any]) -> dict[int, float]:
+    return {step: sum(diary.losses[step] for diary in diaries) / len(diaries) for step in diaries[0].losses}
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(plain: SimpleNamespace, two: SimpleNamespace) -> None:
+    """The same global batch: the same losses, before and after the stage switch, which unfreezes the generator."""
+    losses = mean([diaries[0] for diaries in two.diaries])
+    assert list(losses) == list(plain.losses) == list(range(20))
+    for step, loss in plain.losses.items():
+        assert losses[step] == pytest.approx(loss, rel=1e-5, abs=1e-5), step
+    assert len({diaries[0].losses[0] for diaries in two.diaries}) == 2  # each has samples of its own
+    for diary in (plain, *(diaries[0] for diaries in two.diaries)):
+        assert [step for step, moved in diary.moved.items() if moved] == list(range(10, 20))
+
+
+@pytest.mark.slow
+def test_the_embedding_flows_table_is_trained_from_all_processes(
+    folder: Path, two: SimpleNamespace, tmp_path: Path
+) -> None:
+    diary = train(str(folder), str(tmp_path), processes=1, sharded=False, text_flow="embedding", steps=5)
+    losses = mean([diaries[1] for diaries in two.diaries])
+    for step, loss in diary.losses.items():
+        assert losses[step] == pytest.approx(loss, rel=1e-5, abs=1e-5), step
+
+
+@pytest.mark.slow
+def test_bfloat16_trains_past_a_stage_that_freezes_whole_blocks(two: SimpleNamespace) -> None:
+    for diaries in two.diaries:
+        losses, moved = diaries[2].losses, diaries[2].moved
+        assert len(losses) == 12 and all(torch.tensor(list(losses.values())).isfinite())
+        assert moved[10] and moved[11] and not moved[9]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_as_others(plain: SimpleNamespace, two: SimpleNamespace) -> None:
+    losses = mean([diaries[3] for diaries in two.diaries])
+    assert list(losses) == list(range(12))
+    for step, loss in losses.items():
+        assert loss == pytest.approx(plain.losses[step], rel=1e-4, abs=1e-4), step
+
+
+@pytest.mark.slow
+def test_checkpoints_go_from_two_processes_to_one_and_back(
+    folder: Path, plain: SimpleNamespace, two: SimpleNamespace, tmp_path: Path
+) -> None:
+    """Saved by two in each of the stages, continued by one, saved, continued by two."""
+    ((first, second),) = launch(
+        1, folder,
+        {"root": str(tmp_path / "one"), "ckpt_path": str(two.root / "step=8.ckpt"), "steps": 12},
+        {"root": str(tmp_path / "late"), "ckpt_path": str(two.root / "step=12.ckpt"), "steps": 18, "saves": 16},
+    )  # fmt: skip
+    assert list(first.losses) == [8, 9, 10, 11] and list(second.losses) == list(range(12, 18))
+    for diary in (first, second):
+        for step, loss in diary.losses.items():
+            assert loss == pytest.approx(plain.losses[step], rel=1e-5, abs=1e-5), step
+    back = launch(2, folder, {"root": str(tmp_path / "back"), "ckpt_path": str(tmp_path / "late" / "step=16.ckpt")})
+    losses = mean([diaries[0] for diaries in back])
+    assert list(losses) == [16, 17, 18, 19]
+    for step, loss in losses.items():
+        assert loss == pytest.approx(plain.losses[step], rel=1e-5, abs=1e-5), step
+
+
+@pytest.mark.slow
+def test_a_sharded_checkpoint_becomes_a_folder(plain: SimpleNamespace, two: SimpleNamespace, tmp_path: Path) -> None:
+    from tools import convert
+
+    path = two.root / "step=20.ckpt"
+    assert path.is_dir() and len(list(path.glob("*.distcp"))) == 2
+    assert convert.main(["transformer", "--checkpoint", str(path), "--output", str(tmp_path / "made")]) == 0
+    made = UniViGUTransformer3DModel.from_pretrained(tmp_path / "made")
+    whole = load_weights(plain.root / "step=20.ckpt")
+    assert made.config.text_length == whole.config.text_length == 12
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(made.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distributed", [True, False], ids=["folder", "file"])
+def test_a_sharded_model_is_evaluated_on_the_mean(folder: Path, tmp_path: Path, distributed: bool) -> None:
+    """Each process takes its share of the mean, from a checkpoint of either kind; see ``average``."""
+    launch(2, folder, {"root": str(tmp_path), "distributed": distributed})
+    assert (tmp_path / "last.ckpt").is_dir() == distributed
+
+
+@pytest.mark.slow
+def test_the_shipped_overlay_runs_with_its_callbacks(small_data: list[str], tmp_path: Path) -> None:
+    """Recall, sharded over two processes: held-out samples, the mean of the weights, the report, the checkpoint."""
+    configs = [f"--config={REPO}/configs/{name}.yaml" for name in ("recall", "fsdp")]
+    (tmp_path / "mine.yaml").write_text(
+        "overrides:\n  callbacks: {MediaLogger: {every_n_steps: 2, num_samples: 2}, FinalReport: {num_samples: 2}}\n"
+    )
+    args = ["fit", *configs, f"--config={tmp_path}/mine.yaml", *small_data, "--trainer.devices=2",
+            "--trainer.accelerator=cpu", "--trainer.max_steps=3", "--trainer.val_check_interval=2",
+            "--trainer.callbacks+=univigu.training.callbacks.WeightEMA",
+            "--trainer.callbacks+=univigu.training.callbacks.ThroughputLogger", "--trainer.callbacks.every_n_steps=2",
+            "--data.batch_size=2",
+            "--model.sampling.num_inference_steps=2", "--model.sampling.caption_steps=2"]  # fmt: skip
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    result = subprocess.run(
+        [sys.executable, *launcher, "-m", "univigu.cli", *args],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert result.returncode == 0, (errors, result.stdout[-2000:], result.stderr[-4000:])
+    assert "FSDP2-wrapped module" not in result.stderr
+    assert result.stdout.count("captioned from the video alone") == 1  # rank 0 alone prints
+    path = tmp_path / "runs/recall/checkpoints/last.ckpt"
+    assert path.is_dir() and [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+    model = load_weights(path)
+    assert model.config.text_length == 32 and model.text_head.linear.weight.abs().sum() > 0
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"parallel\.compute_dtype='float16'"):
+        ParallelOptions("float16")  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""Plans: Wan2.1's sizes from the overlays, and numbers that small real runs agree with."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.conftest import REPO
+from univigu.flow.objective import FlowOptions, TaskMixture, UniFlowBatch, UniFlowObjective
+from univigu.flow.text import make_text_flow
+from univigu.models import UniViGUTransformer3DModel
+from univigu.models.conventions import CONVENTIONS
+from univigu.models.lora import LoraOptions
+from univigu.models.official import check_exportable, official_differences
+from univigu.models.transformer import is_text_parameter
+from univigu.models.weights import empty_model
+from univigu.training.plan import Workload, added_parameters, make_plan, step_flops
+from univigu.training.published import WAN21, workloads_of
+from univigu.training.stages import Stage
+
+plan_tool = SimpleNamespace(**runpy.run_path(str(REPO / "tools" / "plan.py")))
+
+SIZES = {"1.3b": (1536, 12, 30, 8960), "14b": (5120, 40, 40, 13824)}  # width, heads, layers, FFN, as published
+
+
+def wan_count(width: int, layers: int, ffn: int) -> int:
+    """Parameters of Wan2.1 T2V, added up by hand: text 4096, sinusoid 256, 16 channels, patches of 1x2x2."""
+    attention = 4 * (width * width + width) + 2 * width
+    block = 2 * attention + 2 * width + (2 * width * ffn + ffn + width) + 6 * width
+    embeddings = (
+        (16 * 4 * width + width)
+        + (4096 * width + width + width * width + width)
+        + (256 * width + width + width * width + width)
+        + (width * 6 * width + 6 * width)
+    )
+    return layers * block + embeddings + (width * 64 + 64) + 2 * width
+
+
+# ---------------------------------------------------------------------- the overlays
+
+
+def overlay(size: str, stage: str = "recall") -> list[str]:
+    return [f"--config={REPO}/configs/{name}.yaml" for name in (stage, f"wan2.1-{size}", "fsdp")]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_overlays_are_wan21(size: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (work,) = workloads_of(overlay(size))
+    width, heads, layers, ffn = SIZES[size]
+    assert work.video_tokens == 21 * 30 * 52 == 32760 and work.stage.text_length == 256
+    assert work.compute_dtype == torch.bfloat16 and work.prompt_length == 512 and work.trains == "all"
+    model = empty_model(UniViGUTransformer3DModel, work.transformer)
+    config = model.config
+    assert config.num_attention_heads == heads and config.num_layers == layers and config.ffn_dim == ffn
+    assert (config.vocab_size, config.text_flow, config.text_positions) == (256384, "uniform", 0)
+    check_exportable(model, accept_differences=True)  # the paper's, which its authors' code can load
+    wans = {name: value for name, value in model.named_parameters() if not is_text_parameter(name)}
+    count = wan_count(width, layers, ffn)
+    assert sum(value.numel() for value in wans.values()) == count
+    assert count == {"1.3b": 1_418_996_800, "14b": 14_288_491_584}[size]
+    # A Wan folder's weights fit, with none missing but the text stream's.
+    with torch.device("meta"):
+        theirs = WanTransformer3DModel(**{k: v for k, v in WAN21[f"Wan2.1-T2V-{size.upper()}"].items()}).state_dict()
+    missing, unexpected = model.load_state_dict(theirs, strict=False, assign=True)
+    assert not unexpected and missing and all(is_text_parameter(name) for name in missing)
+    text = sum(value.numel() for name, value in model.named_parameters() if is_text_parameter(name))
+    added = added_parameters(work.model())
+    assert sum(row[1] for row in added.values()) == text
+    assert added["vocab_embed"] == (256384 * width,) * 3
+    assert added["blocks.*.ffn_t"][1] == layers * (2 * width * ffn + ffn + width) and added["blocks.*.attn1"][1] == 0
+
+
+@pytest.mark.parametrize("stage", ["recall", "refine", "two_stage"])
+@pytest.mark.parametrize("size", SIZES)
+def test_overlays_take_nothing_over_from_the_small_world(
+    size: str, stage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its own ways with text and clean video are reset; what still differs is how Wan's inputs are made."""
+    monkeypatch.chdir(tmp_path)
+    for work in workloads_of(overlay(size, stage)):
+        model = empty_model(UniViGUTransformer3DModel, work.transformer | {"num_layers": 1})
+        model.register_to_config(text_length=work.stage.text_length)
+        check_exportable(model, accept_differences=True)
+        assert set(official_differences(model)) == set(CONVENTIONS)
+
+
+def test_one_callback_needs_no_list(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text(
+        "trainer:\n  callbacks:\n    class_path: univigu.training.callbacks.StageSwitch\n"
+        "    init_args: {stages: [{name: alone, steps: 3}]}\noverrides: {stages: {alone: {text_length: 32}}}\n"
+    )
+    (work,) = workloads_of([f"--config={tmp_path}/one.yaml"])
+    assert (work.stage.name, work.stage.steps, work.stage.text_length) == ("alone", 3, 32)
+
+
+def test_a_foundation_that_is_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
+    args = [f"--config={REPO}/configs/recall.yaml", "--model.foundation=nowhere"]
+    assert plan_tool.main(args) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert plan_tool.main([*args, "--utilisation", "2"]) == 2
+    assert "--utilisation 2.0" in capsys.readouterr().err
+
+
+def test_the_command_prints_both_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    args = [f"--config={REPO}/configs/two_stage.yaml", "--data.batch_size=4"]
+    assert plan_tool.main([*args, "--world-size", "2", "--device", "h100", "--utilisation", "0.3"]) == 0
+    printed = capsys.readouterr().out
+    assert "stage recall, batch 4 on each of 2" in printed and "stage refine" in printed and "30% used" in printed
+    assert printed.count("50% of the text, up to step 360") == 1
+    assert plan_tool.main([*args, "--modules", "--model.trains=lora", "--model.lora.rank=4"]) == 0
+    printed = capsys.readouterr().out
+    assert "blocks.*.ffn_t" in printed and "trains lora" in printed and "of Wan's own" in printed
+
+
+# ---------------------------------------------------------------------- against what is measured
+
+SMALL: dict[str, Any] = {
+    "num_attention_heads": 4, "attention_head_dim": 64, "in_channels": 16, "out_channels": 16, "text_dim": 64,
+    "freq_dim": 64, "ffn_dim": 1024, "num_layers": 5, "vocab_size": 2048, "text_flow": "mask",
+}  # fmt: skip
+
+
+def small(**changes: Any) -> Workload:
+    stage = Stage(text_length=64, tasks=TaskMixture(1, 0, 0), learning_rate=1e-4)
+    return replace(Workload(dict(SMALL), (16, 9, 32, 32), 32, stage), **changes)
+
+
+def real_step(work: Workload, checkpointing: bool, batch_size: int = 1) -> None:
+    """A step of it on the CPU, with the optimizer's."""
+    model = UniViGUTransformer3DModel(**work.transformer).train()
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    batch = UniFlowBatch(
+        torch.randn(batch_size, *work.latents), torch.randn(batch_size, work.prompt_length, 64),
+        torch.zeros(1, work.prompt_length, 64), torch.zeros(batch_size, work.stage.text_length, dtype=torch.int64),
+    )  # fmt: skip
+    counts = [batch_size * (name > 0) for name in vars(work.stage.tasks).values()]
+    objective = UniFlowObjective(make_text_flow(model.config.text_flow, model.config.vocab_size), work.flow)
+    for _ in range(2):  # the optimizer's state is there in the second
+        objective(model, batch, counts).total(1.0, 1.0, batch_size).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("task", ["joint", "understand", "generate"])
+@pytest.mark.parametrize("text_flow", ["mask", "embedding"])
+def test_operations_are_those_that_are_done(text_flow: str, task: str, checkpointing: bool) -> None:
+    tasks = TaskMixture(**{name: float(name == task) for name in vars(TaskMixture())})
+    work = small(
+        transformer=SMALL | {"num_layers": 2, "ffn_dim": 128, "text_flow": text_flow},
+        latents=(16, 3, 16, 16),
+        stage=Stage(text_length=24, tasks=tasks),
+        batch_size=2,
+        flow=FlowOptions(max_logits=2048 * 10),
+    )
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # others on the CPU are not counted
+        real_step(work, checkpointing, batch_size=2)
+    assert step_flops(work, checkpointing) == pytest.approx(counter.get_total_flops() / 2, rel=0.1)
+
+
+def test_a_part_of_the_text_costs_less() -> None:
+    """As much as a slot that has no more places, but for what is looked up and gathered."""
+    half, short = small(text_share=0.5), small(stage=replace(small().stage, text_length=32))
+    assert half.text_tokens == short.text_tokens == 32 and small().text_tokens == 64
+    assert step_flops(half, False) == pytest.approx(step_flops(short, False), rel=1e-6)
+    assert step_flops(half, False) < 0.99 * step_flops(small(), False)
+
+
+def test_freezing_and_adapters_cost_less() -> None:
+    layers = {"transformer": SMALL | {"num_layers": 2}, "latents": (16, 3, 16, 16)}
+    frozen = Stage(text_length=64, tasks=TaskMixture(1, 0, 0), learning_rate=0)
+    everything = make_plan(small(**layers))
+    text = make_plan(small(**layers, trains="text"))
+    lora = make_plan(small(**layers, trains="lora", lora=LoraOptions(rank=4)))
+    assert make_plan(small(**layers, stage=frozen)).trained_parameters == text.trained_parameters
+    assert text.trained_parameters < lora.trained_parameters < everything.trained_parameters
+    assert lora.parameters - everything.parameters == 2 * 2 * 4 * 2 * 4 * 256
+    assert text.flops < lora.flops < everything.flops < everything.flops_checkpointed
+    assert text.optimizer < lora.optimizer < everything.optimizer == 8 * everything.parameters
+    split = make_plan(small(**layers), world_size=4)
+    assert split.weights == everything.weights // 4 and split.gathered > 0 == everything.gathered
+    assert everything.activations_checkpointed < everything.activations
+    assert make_plan(small(**layers, averaged=True)).weights == 2 * everything.weights
+    with pytest.raises(ValueError, match="world_size=0"):
+        make_plan(small(), 0)
+
+
+MEASURE = """
+import runpy, sys, torch
+from types import SimpleNamespace
+torch.set_num_threads(1)
+tests = SimpleNamespace(**runpy.run_path(sys.argv[1]))
+tiny = tests.replace(tests.small(), transformer=tests.SMALL | {"num_layers": 1}, latents=(16, 1, 4, 4))
+tests.real_step(tiny, sys.argv[2] == "True")
+def kib(field):  # not getrusage's ru_maxrss, which begins at the size of the process that started this one
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
+before = kib("VmRSS")
+tests.real_step(tests.small(), sys.argv[2] == "True")
+print(kib("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_is_what_a_run_takes(checkpointing: bool) -> None:
+    """Resident memory of a process of its own, within a tenth; freed memory goes back at once."""
+    planned = make_plan(small()).total(checkpointing)
+    clean = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG")}
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, __file__, str(checkpointing)], capture_output=True, text=True, check=False,
+        cwd=REPO, env=clean | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "16384"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    measured = int(result.stdout.split()[-1]) * 1024
+    print(f"checkpointing {checkpointing}: planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
+    assert planned == pytest.approx(measured, rel=0.1)

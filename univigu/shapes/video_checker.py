@@ -1,0 +1,402 @@
+"""Reading the embedded world back out of pixels: find the objects by colour, then track and measure each.
+
+Everything is measured on the world's canvas of 64x64 pixels; clips of another size are resized to it first.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from univigu.shapes.scenes import (
+    BACKGROUNDS,
+    CANVAS,
+    COLORS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    SPEEDS,
+    Object,
+    place_of,
+    shape_mask,
+)
+from univigu.shapes.text_checker import ObjectReading, Reading
+
+# Thresholds, in 8-bit colour units: the least contrast of the palette is 114 (red on brown), the least distance of
+# two object colours 118 (blue, purple) and of two backgrounds 110 (gray, brown).
+FOREGROUND_CONTRAST = 40.0  # a pixel further from the background than this is not background
+MAX_BACKGROUND_ERROR = 45.0  # a border further than this from every known background has no name
+MAX_COLOR_ERROR = 90.0  # likewise for an object's colour
+# Lengths in canvas pixels over the whole clip: slow objects move 16, quick ones 32.
+STILL_BELOW = 8.0
+QUICK_FROM = 24.0
+MIN_COVER = 0.2  # of a pixel; less is noise
+MIN_CORE_AREA = 20.0  # a frame; the least of all objects, the small triangle, has over three times that
+MIN_SHAPE_IOU = 0.6
+# Times the mean of 3x3 pixels is taken of the ideal shapes: edges out of a VAE are soft, and thin arms all edge.
+SHAPE_BLURS = (0, 1)
+# Canvas pixels by which boxes may overlap and still lie left of or above each other; more where only one can hold.
+MAX_BOX_OVERLAP = 2.0
+MAX_BLUR_OVERLAP = 8.0
+
+
+@dataclass
+class _Track:
+    """One object's pixels and their measures in every frame; NaN where it is not seen."""
+
+    color: np.ndarray
+    """Mean colour, RGB [3]."""
+    cover: np.ndarray
+    """How much of each pixel the object covers, in [0, 1], [F, 64, 64]."""
+    centroid: np.ndarray
+    """Centre of gravity (x, y) [F, 2]"""
+    boxes: np.ndarray
+    """left, top, right, bottom [F, 4]"""
+    pieces: int
+    """Separate blobs of this colour in most frames."""
+
+    @property
+    def seen(self) -> np.ndarray:
+        """In which frames the object is seen, bool [F]."""
+        return ~np.isnan(self.centroid[:, 0])
+
+
+def detect(frames: torch.Tensor) -> Reading:
+    """Read a clip of the embedded world from its pixels alone.
+
+    Args:
+        frames: uint8 frames [F, 3, H, W], any size; lengths are measured relative to it.
+
+    Returns:
+        A reading with source "video"; what cannot be told is None, a clip without objects has count 0.
+
+    Raises:
+        ValueError: frames of another shape or type.
+    """
+    if frames.ndim != 4 or frames.shape[1] != 3 or frames.shape[0] == 0:
+        raise ValueError(f"frames must be [F, 3, H, W] with at least one frame, got {list(frames.shape)}")
+    if frames.dtype != torch.uint8:
+        raise ValueError(f"frames must be uint8, got {frames.dtype}")
+    resized = frames.detach().cpu().float()
+    if resized.shape[-2:] != (CANVAS, CANVAS):
+        resized = F.interpolate(resized, (CANVAS, CANVAS), mode="bilinear", antialias=True, align_corners=False)
+    pixels = np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy())  # [F, 64, 64, 3]
+
+    ground = _border_median(pixels)  # [F, 3]: of every frame, so that flicker is not taken for objects
+    background = _nearest(np.median(ground, axis=0), BACKGROUNDS, MAX_BACKGROUND_ERROR)
+    tracks = _find_objects(pixels - ground[:, None, None], ground)
+    found = [_measure(track) for track in tracks]
+    count = sum(track.pieces for track in tracks)
+    if len(found) != 2:
+        order = sorted(range(len(found)), key=lambda i: (found[i].center or (0.0, 0.0))[0])
+        relation = "" if count == 1 else None
+        return Reading("video", count, background, relation, tuple(found[i] for i in order))
+    relation, other = _choose_relation(tracks, found)
+    if _is_second(tracks[0].boxes, tracks[1].boxes, relation):
+        found.reverse()
+    return Reading("video", count, background, relation, tuple(found), other)
+
+
+# ------------------------------------------------------------------ segmentation
+
+
+def _border_median(pixels: np.ndarray, width: int = 2) -> np.ndarray:
+    """Median colour [F, 3] of the frames' borders, of which objects cover only a small part."""
+    rows = np.concatenate([pixels[:, :width], pixels[:, -width:]], 1).reshape(len(pixels), -1, 3)
+    columns = np.concatenate([pixels[:, :, :width], pixels[:, :, -width:]], 2).reshape(len(pixels), -1, 3)
+    return np.median(np.concatenate([rows, columns], 1), axis=1)
+
+
+def _find_objects(difference: np.ndarray, ground: np.ndarray) -> list[_Track]:
+    """Objects in order of area, from the difference [F, 64, 64, 3] to the background colour [F, 3]."""
+    contrast = np.einsum("fhwc,fhwc->fhw", difference, difference)
+    # Edges are mixtures with the background and, in compressed chroma, with anything: only cores vote on colours.
+    core = _box_sum(contrast > FOREGROUND_CONTRAST**2, 1) == 9
+    palette = np.array(list(COLORS.values()), np.float32) - ground[:, None]  # [F, 6, 3]
+    cores = _split(core, _nearest_mixture(difference, core, palette), len(COLORS))
+    cores = _merge_overlapping(cores)
+    if not cores:
+        return []
+    colors = np.stack([np.median(difference[c], axis=0) for c in cores])  # as measured
+    owner = np.zeros(core.shape, np.int64)
+    if len(cores) > 1:  # now with the measured colours, which tell better than the palette's
+        visible = contrast > (FOREGROUND_CONTRAST / 2) ** 2
+        owner = _nearest_mixture(difference, visible, np.broadcast_to(colors, (len(ground), *colors.shape)))
+        cores = [core & (owner == k) & _mostly(core & (owner == k), core) for k in range(len(colors))]
+    tracks = []
+    for k, color in enumerate(colors):
+        near = _box_sum(cores[k], 3) > 0  # what the erosion took away, and no far-off noise
+        cover = (difference @ (color / max(color @ color, 1.0))).clip(0.0, 1.0)
+        cover[~near | (owner != k) | (cover < MIN_COVER)] = 0.0
+        track = _track(cover, color + np.median(ground, axis=0))
+        if track.seen.mean() > 0.5:
+            tracks.append(track)
+    return tracks
+
+
+def _box_sum(mask: np.ndarray, reach: int) -> np.ndarray:
+    """Number of set pixels in the square of side 2*reach + 1 around each pixel of bool masks [F, 64, 64]."""
+    padded = np.pad(mask.astype(np.uint8), ((0, 0), (reach, reach), (reach, reach)))
+    side = range(2 * reach + 1)
+    rows = np.add.reduce([padded[:, i : i + CANVAS] for i in side])
+    return np.add.reduce([rows[:, :, i : i + CANVAS] for i in side])
+
+
+def _nearest_mixture(difference: np.ndarray, where: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """Which colour explains a pixel best that is a mixture of it and the background at any ratio.
+
+    Args:
+        difference: pixels less the background [F, 64, 64, 3].
+        where: the pixels asked for, bool [F, 64, 64].
+        colors: colours less the background [F, K, 3].
+
+    Returns:
+        Index of the colour, int [F, 64, 64]; -1 where not asked for.
+    """
+    pixels, colors = difference[where], colors[where.nonzero()[0]]  # [N, 3], [N, K, 3]
+    square = np.maximum(np.einsum("nkc,nkc->nk", colors, colors), 1.0)
+    product = np.einsum("nkc,nc->nk", colors, pixels)
+    ratio = (product / square).clip(0.0, 1.1)
+    label = np.full(where.shape, -1)
+    label[where] = (ratio * (ratio * square - 2 * product)).argmin(1)  # squared error less the pixel's own square
+    return label
+
+
+def _split(core: np.ndarray, label: np.ndarray, number: int) -> list[np.ndarray]:
+    """The cores [F, 64, 64] of each colour that is seen well enough in more than half of the frames."""
+    cores = []
+    for k in range(number):
+        own = label == k
+        if own.sum() >= MIN_CORE_AREA * len(core) / 2:
+            own &= _mostly(own, core)
+            if ((own.sum((1, 2)) >= MIN_CORE_AREA).mean()) > 0.5:
+                cores.append(own)
+    return cores
+
+
+def _mostly(own: np.ndarray, core: np.ndarray) -> np.ndarray:
+    """Where most of the core nearby is one's own: compression leaves specks of one hue in objects of the next."""
+    return 2 * _box_sum(own, 2) > _box_sum(core, 2)
+
+
+def _merge_overlapping(cores: list[np.ndarray]) -> list[np.ndarray]:
+    """Join a core to a larger one that surrounds or broadly adjoins it: one object of uneven or in-between hue.
+
+    The objects of the world keep apart, so their cores do not adjoin.
+    """
+    merged: list[np.ndarray] = []
+    for core in sorted(cores, key=lambda c: -int(c.sum())):
+        for i, larger in enumerate(merged):
+            center, box = _moments(core.astype(np.float32), core)[0], _moments(larger.astype(np.float32), larger)[1]
+            inside = ((center > box[:, :2]) & (center < box[:, 2:])).all(-1)
+            border = (core & (_box_sum(larger, 1) > 0)).sum((1, 2))
+            adjoins = border > 0.6 * np.sqrt(np.maximum(core.sum((1, 2)), 1))
+            if (inside | adjoins).mean() > 0.5:
+                merged[i] = larger | core
+                break
+        else:
+            merged.append(core)
+    return merged
+
+
+def _track(cover: np.ndarray, color: np.ndarray) -> _Track:
+    pieces = int(np.median([_drop_specks(frame) for frame in cover]))
+    centroid, boxes = _moments(cover, cover > 0.5)
+    return _Track(color, cover, centroid, boxes, pieces)
+
+
+def _moments(weight: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Centre of gravity (x, y) [F, 2] of the weights and box [F, 4] of the mask, both [F, 64, 64]; NaN if empty."""
+    at = np.arange(CANVAS, dtype=np.float32) + 0.5
+    total = weight.sum((1, 2))
+    seen = (total > 0) & mask.any((1, 2))
+    safe = np.where(seen, total, 1.0)
+    centroid = np.stack([weight.sum(1) @ at, weight.sum(2) @ at], -1) / safe[:, None]
+    columns, rows = np.asarray(mask.any(1)), np.asarray(mask.any(2))
+    lows = [columns.argmax(1), rows.argmax(1)]
+    highs = [CANVAS - columns[:, ::-1].argmax(1), CANVAS - rows[:, ::-1].argmax(1)]
+    boxes = np.stack(lows + highs, -1).astype(np.float32)
+    centroid[~seen], boxes[~seen] = np.nan, np.nan
+    return centroid, boxes
+
+
+def _drop_specks(cover: np.ndarray) -> int:
+    """Erase, in one frame's cover [64, 64], what gaps in the row or column sums set apart as too small an area.
+
+    Returns:
+        Number of separate blobs left that such gaps tell apart, at least 1 (all shapes of the world are gapless).
+    """
+    pieces = 1
+    for image in (cover, cover.T):  # two views of one array
+        sums = np.count_nonzero(image > 0.5, axis=0)
+        edges = np.flatnonzero(np.diff(np.asarray(sums > 0, np.int8), prepend=0, append=0))
+        runs = list(zip(edges[::2], edges[1::2], strict=True))
+        areas = [sums[start:end].sum() for start, end in runs]
+        if len(runs) > 1:
+            least = max(MIN_CORE_AREA, 0.2 * max(areas))
+            for (start, end), area in zip(runs, areas, strict=True):
+                if area < least:
+                    image[:, start:end] = 0.0
+            pieces = max(pieces, sum(int(area >= least) for area in areas))
+    return pieces
+
+
+# --------------------------------------------------------------------- measuring
+
+
+def _measure(track: _Track) -> ObjectReading:
+    """Everything about one object but its relation to another."""
+    size, shape = _size_and_shape(track)
+    middle = _center(track, shape, SIZES[size])
+    seen = np.flatnonzero(track.seen)
+    motion, speed = _motion(middle[seen], seen)
+    first, last = middle[seen[0]], middle[seen[-1]]
+    return ObjectReading(
+        size=size,
+        color=_nearest(track.color, COLORS, MAX_COLOR_ERROR),
+        shape=shape,
+        motion=motion,
+        speed=speed,
+        start=_place(first) if seen[0] == 0 else None,
+        end=_place(last) if seen[-1] == len(middle) - 1 else None,
+        center=(float(first[0]), float(first[1])),
+    )
+
+
+def _center(track: _Track, shape: str | None, radius: float) -> np.ndarray:
+    """Centre of the shape's box [F, 2]: by gravity, which noise moves less than it moves the box."""
+    if shape is None:
+        return (track.boxes[:, :2] + track.boxes[:, 2:]) / 2
+    # a triangle's centre of gravity lies a third of its height from the base
+    return track.centroid - np.array([0.0, radius / 3 if shape == "triangle" else 0.0])
+
+
+def _size_and_shape(track: _Track) -> tuple[str, str | None]:
+    """What overlaps best; None if no shape does well, with the size that its box is nearest to.
+
+    The box alone would not do: a blurred triangle's tip is gone, and half of what makes it large.
+    """
+    overlaps = _overlaps(track)
+    best = max(overlaps, key=lambda pair: overlaps[pair])
+    if overlaps[best] >= MIN_SHAPE_IOU:
+        return best
+    extent = (track.boxes[:, 2:] - track.boxes[:, :2])[track.seen]  # [N, 2]
+    half = float(np.median(extent, axis=0).mean()) / 2
+    return min(SIZES, key=lambda name: abs(SIZES[name] - half)), None
+
+
+def _overlaps(track: _Track) -> dict[tuple[str, str], float]:
+    """How well the ideal cover of each size and shape overlaps, averaged over the frames, in [0, 1]."""
+    seen = track.seen
+    reach = max(SIZES.values()) + 4  # pixels around the centre that are compared: all of any object
+    padded = np.pad(track.cover[seen], ((0, 0), (reach, reach), (reach, reach)))
+    corner = track.centroid[seen].astype(int)  # in padded pixels, reach to the left of and above the centre
+    window = np.arange(2 * reach)
+    columns, rows = corner[:, :1] + window, corner[:, 1:] + window  # [F, 2 * reach]
+    cover = padded[np.arange(len(padded))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    at = (np.arange(4 * reach) + 0.5) / 2  # twice the resolution, for the edges
+    overlap = {}
+    for size, shape in itertools.product(SIZES, SHAPES):
+        radius = SIZES[size]
+        offset = _center(track, shape, radius)[seen] - corner + reach
+        fine = shape_mask(shape, at - offset[:, :1, None], at[:, None] - offset[:, 1:, None], radius)
+        rows_two = fine[:, ::2].astype(np.float32) + fine[:, 1::2]
+        ideal = (rows_two[:, :, ::2] + rows_two[:, :, 1::2]) / 4
+        overlap[size, shape] = max(_overlap(cover, _blur(ideal, times)) for times in SHAPE_BLURS)
+    return overlap
+
+
+def _overlap(cover: np.ndarray, ideal: np.ndarray) -> float:
+    """Mean intersection over union of two stacks of covers [F, H, W]."""
+    return float((np.minimum(cover, ideal).sum((1, 2)) / np.maximum(cover, ideal).sum((1, 2))).mean())
+
+
+def _blur(cover: np.ndarray, times: int) -> np.ndarray:
+    """Covers [F, H, W] with the mean of 3x3 pixels taken repeatedly; nothing lies beyond the border."""
+    for _ in range(times):
+        for axis in (1, 2):
+            padded = np.pad(cover, [(0, 0)] + [(1, 1) if axis == side else (0, 0) for side in (1, 2)])
+            cover = np.add.reduce([np.take(padded, range(i, i + cover.shape[axis]), axis) for i in range(3)]) / 3
+    return cover
+
+
+def _motion(centers: np.ndarray, frames: np.ndarray) -> tuple[str | None, str | None]:
+    """Motion and speed of a path [N, 2] at the given frame numbers [N], by the slope of its least-squares line."""
+    if len(frames) < 2:
+        return None, None
+    offset = frames - frames.mean()
+    slope = offset @ (centers - centers.mean(0)) / (offset @ offset)
+    dx, dy = slope * (frames[-1] - frames[0])
+    along, across = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
+    if along < STILL_BELOW:
+        return "still", ""
+    speed = tuple(SPEEDS)[int(along >= QUICK_FROM)]
+    if across > along / 2:  # diagonal: none of the world's motions
+        return None, speed
+    if abs(dx) > abs(dy):
+        return ("right" if dx > 0 else "left"), speed
+    return ("down" if dy > 0 else "up"), speed
+
+
+def _place(center: np.ndarray) -> str:
+    x, y = (float(min(max(v, 0.0), CANVAS)) for v in center)
+    return place_of(Object("", "", "", "still", "", x, y), 0)
+
+
+def _nearest(color: np.ndarray, names: dict[str, tuple[int, int, int]], limit: float) -> str | None:
+    distance = {name: float(np.linalg.norm(color - np.array(value))) for name, value in names.items()}
+    best = min(distance, key=lambda name: distance[name])
+    return best if distance[best] <= limit else None
+
+
+# ---------------------------------------------------------------------- relation
+
+
+def relation_gaps(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
+    """How clearly two objects lie left of and above each other, either way round.
+
+    Args:
+        first, second: boxes [F, 4] (left, top, right, bottom) in canvas pixels; NaN where not seen.
+
+    Returns:
+        For each relation the least gap between the boxes over all frames with both, negative where they overlap.
+    """
+    gaps = {}
+    both = ~np.isnan(first[:, 0] + second[:, 0])
+    for axis, relation in enumerate(RELATIONS):
+        ahead = second[both, axis] - first[both, axis + 2]  # first is the left or upper one
+        behind = first[both, axis] - second[both, axis + 2]
+        gaps[relation] = max(float(ahead.min()), float(behind.min())) if both.any() else -float(CANVAS)
+    return gaps
+
+
+def holding_relations(gaps: dict[str, float]) -> list[str]:
+    """The relations that hold for the whole clip, the clearest first."""
+    order = sorted(gaps, key=lambda relation: -gaps[relation])
+    holding = [relation for relation in order if gaps[relation] >= -MAX_BOX_OVERLAP]
+    # blur can make neighbours touch: then only the clearer one counts
+    return holding or [relation for relation in order[:1] if gaps[relation] >= -MAX_BLUR_OVERLAP]
+
+
+def _choose_relation(tracks: list[_Track], found: list[ObjectReading]) -> tuple[str | None, str | None]:
+    """The relation to report and, where both hold, the other one."""
+    holding = holding_relations(relation_gaps(tracks[0].boxes, tracks[1].boxes))
+    if len(holding) < 2:
+        return next(iter(holding), None), None
+    # objects of the world move across the direction of their relation
+    motions = {obj.motion for obj in found}
+    if motions & {"up", "down"} and not motions & {"left", "right"}:
+        return "left of", "above"
+    if motions & {"left", "right"} and not motions & {"up", "down"}:
+        return "above", "left of"
+    return holding[0], holding[1]
+
+
+def _is_second(boxes: np.ndarray, others: np.ndarray, relation: str | None) -> bool:
+    """Whether the boxes are those of the right or lower one of two objects."""
+    axis = 1 if relation == "above" else 0
+    return bool(np.nanmean(boxes[:, axis] + boxes[:, axis + 2]) > np.nanmean(others[:, axis] + others[:, axis + 2]))

@@ -1,0 +1,341 @@
+"""What a training run will need, before it is paid for: counted on the meta device, where nothing is computed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers.models.transformers.transformer_wan as wan_module
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import univigu.models.attention as attention_module
+from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowObjective, num_places
+from univigu.flow.text import make_text_flow
+from univigu.models.lora import LoraOptions, add_lora, is_lora_parameter
+from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
+from univigu.models.weights import empty_model
+from univigu.training.optim import OptimizerOptions, is_block_matrix
+from univigu.training.stages import Stage
+from univigu.training.trained import Trains, parameter_groups, train_only
+
+META = torch.device("meta")
+TASKS = ("joint", "understand", "generate")
+
+
+@dataclass
+class Workload:
+    """What is trained on what: all that the numbers depend on, but the machine."""
+
+    transformer: dict[str, Any]
+    """Options of :class:`UniViGUTransformer3DModel`."""
+    latents: tuple[int, int, int, int]
+    """A clip's latents (C, T, H, W)."""
+    prompt_length: int
+    """Slot of the prompt in tokens."""
+    stage: Stage
+    """Which text slot, which tasks, what is frozen."""
+    batch_size: int = 1
+    """Clips a process and step."""
+    trains: Trains = "all"
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    flow: FlowOptions = field(default_factory=FlowOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    compute_dtype: torch.dtype = torch.float32
+    """Type of the weights in use and of the activations."""
+    averaged: bool = False
+    """Whether a running mean of the weights is kept."""
+    text_share: float = 1.0
+    """Share of the text's slot that the model is given in the steps meant, see :class:`Stage`."""
+
+    def model(self) -> UniViGUTransformer3DModel:
+        """The transformer without its numbers, frozen as in the stage."""
+        model = empty_model(UniViGUTransformer3DModel, self.transformer)
+        model.rope.to(META)
+        if self.trains == "lora":
+            add_lora(model, self.lora)
+        train_only(model, self.trains, self.stage)
+        return model.train()
+
+    @property
+    def video_tokens(self) -> int:
+        """N of one clip."""
+        _, *size = self.latents
+        patch = self.transformer.get("patch_size", (1, 2, 2))
+        return int(torch.tensor([n // p for n, p in zip(size, patch, strict=True)]).prod())
+
+    @property
+    def text_tokens(self) -> int:
+        """L of one clip."""
+        return num_places(self.stage.text_length, self.text_share)
+
+    def shares(self) -> dict[str, float]:
+        """The tasks' shares of a batch."""
+        tasks = self.stage.tasks
+        total = tasks.joint + tasks.understand + tasks.generate
+        return {name: getattr(tasks, name) / total for name in TASKS}
+
+
+# ---------------------------------------------------------------------------- counting
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What a fused kernel keeps for its backward, no [N, N] matrix, and the products it computes unless ``memory``."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, memory: bool) -> torch.Tensor:
+        q, k, v = (states.transpose(1, 2) for states in (query, key, value))  # [B, heads, S, head_dim]
+        out = torch.empty_like(query) if memory else ((q @ k.mT) @ v).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, out, out.new_empty(q.shape[:3], dtype=torch.float32))
+        ctx.memory = memory
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        if ctx.memory:
+            return (*(torch.empty_like(states) for states in ctx.saved_tensors[:3]), None)
+        q, k, v, g = (states.transpose(1, 2) for states in (*ctx.saved_tensors[:3], grad))
+        scores = g @ v.mT
+        return (scores @ k).transpose(1, 2), (scores.mT @ q).transpose(1, 2), (scores.mT @ g).transpose(1, 2), None
+
+
+@contextmanager
+def _counted_attention(memory: bool = False) -> Iterator[None]:
+    """Attention as on a GPU, which the meta device would not choose."""
+
+    def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
+        return _FusedAttention.apply(query, key, value, memory)
+
+    modules: tuple[Any, ...] = (attention_module, wan_module)
+    originals = [module.dispatch_attention_fn for module in modules]
+    for module in modules:
+        module.dispatch_attention_fn = fused
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module.dispatch_attention_fn = original
+
+
+def _loss(work: Workload, model: UniViGUTransformer3DModel, task: str, batch_size: int) -> torch.Tensor:
+    """The loss of a batch of one task, as training computes it."""
+    # Which clean videos ignore their text is looked up in the data; both cost the same but for 0.8% of attention.
+    model.register_to_config(clean_video_reads_text=True)
+    flow = make_text_flow(model.config.text_flow, model.config.vocab_size)
+    text_dim, dtype = model.config.text_dim, model.dtype
+    ids = torch.zeros(batch_size, work.stage.text_length, dtype=torch.int64, device=META)
+    batch = UniFlowBatch(
+        torch.empty(batch_size, *work.latents, device=META),
+        torch.empty(batch_size, work.prompt_length, text_dim, device=META, dtype=dtype),
+        torch.empty(1, work.prompt_length, text_dim, device=META, dtype=dtype),
+        None if task == "generate" else ids,
+    )
+    hook = model.register_forward_pre_hook(lambda module, args: (args[0].to(dtype), *args[1:]))
+    counts = [batch_size * (name == task) for name in TASKS]
+    objective, stage = UniFlowObjective(flow, work.flow), work.stage
+    losses = objective(model, batch, counts, text_loss=stage.text_loss, text_share=work.text_share)
+    hook.remove()
+    return losses.total(stage.video_weight, stage.text_weight, batch_size)
+
+
+def step_flops(work: Workload, checkpointing: bool) -> float:
+    """Operations of one process's training step (a multiply and an add are two), the mean over the tasks.
+
+    Args:
+        checkpointing: count what is computed again. Utilisation is counted without.
+    """
+    model = work.model()
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    total = 0.0
+    for task, share in work.shares().items():
+        if share:
+            with FlopCounterMode(display=False) as counter, _counted_attention():
+                loss = _loss(work, model, task, 1)
+                if loss.requires_grad:
+                    loss.backward()
+            total += share * work.batch_size * counter.get_total_flops()
+            model.zero_grad(set_to_none=True)
+    return total
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes alive of what is made under it, but for parameters' gradients.
+
+    torch's own MemTracker would do, if it took models some of whose weights are frozen.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        weights = (*model.parameters(), *model.buffers())
+        self._sizes = {id(weight.untyped_storage()): 0 for weight in weights}  # by storage, which views share
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(lambda p: self._forget(p.grad))
+            for parameter in model.parameters()
+            if parameter.requires_grad
+        ]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) in self._sizes:
+            return
+        self._sizes[id(storage)] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, id(storage))
+
+    def _free(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+    def _forget(self, gradient: torch.Tensor | None) -> None:
+        """A gradient that a parameter has now is counted elsewhere."""
+        assert gradient is not None
+        key = id(gradient.untyped_storage())
+        self.now -= self._sizes.get(key, 0)
+        self._sizes[key] = 0
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+
+def activation_bytes(work: Workload, checkpointing: bool) -> int:
+    """Most bytes alive at once in a step besides weights, their gradients and the optimizer's state.
+
+    That is what the forward keeps for the backward, and what either needs for the moment; the costliest task counts.
+    """
+    model = work.model()
+    if work.compute_dtype != torch.float32:
+        nn.Module.to(model, work.compute_dtype)  # diffusers' own warns of what is mended below
+    for embedding in (model.condition_embedder, model.time_embedding_t):
+        embedding.time_embedder.float()  # as in training, whatever the rest computes in
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    peak = 0
+    for task, share in work.shares().items():
+        if not share:
+            continue
+        live = _Live(model)
+        with live, _counted_attention(memory=True):
+            loss = _loss(work, model, task, max(1, round(share * work.batch_size)))
+            if loss.requires_grad:
+                loss.backward()
+            del loss
+        model.zero_grad(set_to_none=True)
+        peak = max(peak, live.peak)
+    return peak
+
+
+# ---------------------------------------------------------------------------- the whole of it
+
+
+@dataclass
+class Plan:
+    """Numbers of one process; bytes, unless said otherwise."""
+
+    parameters: int
+    """Of the transformer, Wan's and the text stream's."""
+    wan_parameters: int
+    trained_parameters: int
+    video_tokens: int
+    flops: float
+    """Of a step, without what is computed again: what utilisation refers to."""
+    flops_checkpointed: float
+    weights: int
+    """Its share, float32, and a running mean if there is one."""
+    gathered: int
+    """Weights of others that it holds at once, in the compute type; 0 in one process that computes in float32."""
+    gradients: int
+    optimizer: int
+    activations: int
+    activations_checkpointed: int
+
+    def total(self, checkpointing: bool) -> int:
+        """Everything but the frozen text encoder and VAE."""
+        rest = self.activations_checkpointed if checkpointing else self.activations
+        return self.weights + self.gathered + self.gradients + self.optimizer + rest
+
+    def seconds(self, peak_flops: float, utilisation: float) -> float:
+        """Time of a step on a device of so many operations a second, of which a share is used."""
+        return self.flops / (peak_flops * utilisation)
+
+
+def make_plan(work: Workload, world_size: int = 1) -> Plan:
+    """Count for one of ``world_size`` processes that shard the transformer."""
+    if world_size < 1:
+        raise ValueError(f"world_size={world_size}: expected at least 1")
+    model = work.model()
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    total = sum(sizes.values())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    width = torch.empty(0, dtype=work.compute_dtype).element_size()
+    sharded = world_size > 1 or width < 4
+    return Plan(
+        parameters=total,
+        wan_parameters=sum(
+            size for name, size in sizes.items() if not is_text_parameter(name) and ".lora_" not in name
+        ),
+        trained_parameters=trained,
+        video_tokens=work.video_tokens,
+        flops=step_flops(work, False),
+        flops_checkpointed=step_flops(work, True),
+        weights=4 * total * (2 if work.averaged else 1) // world_size,
+        gathered=width * _gathered_numbers(model) if sharded else 0,
+        gradients=4 * trained // world_size,
+        optimizer=_optimizer_bytes(model, work) // world_size,
+        activations=activation_bytes(work, False),
+        activations_checkpointed=activation_bytes(work, True),
+    )
+
+
+def _gathered_numbers(model: UniViGUTransformer3DModel) -> int:
+    """Most weights gathered at once: two blocks (one runs, the next is on its way) or the largest table, and the root.
+
+    In the backward a block's gradients exist whole before they are summed, which is a third.
+    """
+    block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
+    tables = [sum(p.numel() for p in table.parameters()) for table in (model.vocab_embed, model.text_head)]
+    root = sum(p.numel() for p in model.parameters()) - len(model.blocks) * block - sum(tables)
+    return root + max(3 * block, block + 2 * max(tables))
+
+
+def _optimizer_bytes(model: nn.Module, work: Workload) -> int:
+    """AdamW keeps two float32 numbers a weight, Muon one."""
+    numbers = 0
+    for members in parameter_groups(model, work.trains).values():
+        for name, parameter in members:
+            if parameter.requires_grad:
+                muon = work.optimizer.name == "muon" and is_block_matrix(name, parameter)
+                numbers += parameter.numel() * (1 if muon else 2)
+    return 4 * numbers
+
+
+def is_added(name: str) -> bool:
+    """Whether a parameter is none of Wan's."""
+    return is_text_parameter(name) or is_lora_parameter(name)
+
+
+def added_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """Per module: parameters in all, of them not Wan's, of them trained.  Blocks are summed up."""
+    table: dict[str, tuple[int, int, int]] = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        module = ".".join(["blocks.*", parts[2]] if parts[0] == "blocks" else parts[:1])
+        size, added = parameter.numel(), is_added(name)
+        before = table.get(module, (0, 0, 0))
+        now = (size, size * added, size * parameter.requires_grad)
+        table[module] = tuple(a + b for a, b in zip(before, now, strict=True))  # type: ignore[assignment]
+    return table
