@@ -16,7 +16,8 @@ import torch
 from tests.conftest import REPO
 from univigu.cli import main
 from univigu.data.video import encode_mp4, read_video
-from univigu.shapes.scenes import render, sample_scene
+from univigu.shapes.renderer import render
+from univigu.shapes.scenes import sample_scene
 from univigu.training.lightning_cli import parse_fit
 from univigu.training.prediction import predict_batch
 from univigu.training.report import RunLog

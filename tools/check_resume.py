@@ -60,9 +60,9 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def write_prompts(common: Path) -> None:
-    from univigu.shapes import scenes
+    from univigu.shapes import scenes, texts
 
-    prompts = [scenes.prompt_of(scenes.sample_scene(seed)) for seed in range(CLIPS)]
+    prompts = [texts.prompt_of(scenes.sample_scene(seed)) for seed in range(CLIPS)]
     (common / "prompts.txt").write_text("\n".join([*prompts, "red " * 200]))  # the last one is left out
 
 

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from univigu.cli import exit_code
 from univigu.data.video import encode_mp4, read_video, to_model_range
 from univigu.models.foundation import encode_prompt
-from univigu.shapes import scenes
+from univigu.shapes import renderer, scenes, texts
 
 LATENT_CHANNELS = 8  # the world fills about six: more would be copies, and details small beside their noise
 
@@ -41,7 +41,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """
     words: dict[str, None] = {}
     for scene in (scenes.sample_scene(seed) for seed in range(2000)):
-        for text in (scenes.prompt_of(scene), scenes.caption_of(scene)):
+        for text in (texts.prompt_of(scene), texts.caption_of(scene)):
             words.update(dict.fromkeys(re.findall(r"\w+", text)))
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1) if not chr(code).isupper()]
     pieces = ["<pad>", "</s>", "<unk>", *sorted(f"▁{word}" for word in words), "▁", *letters]
@@ -102,7 +102,7 @@ def token_meanings(tokenizer: PreTrainedTokenizerFast, scene: scenes.Scene, leng
     The fields: whether the token's object is the only, the first or the second one, then OBJECT_FIELDS of that
     object, then SCENE_FIELDS, which every token is asked for.
     """
-    text = scenes.prompt_of(scene)
+    text = texts.prompt_of(scene)
     encoding = tokenizer(text, padding="max_length", max_length=length, return_offsets_mapping=True)
     about_scene = [options.index(getattr(scene, name)) for name, options in SCENE_FIELDS.items()]
     clauses = re.split(f"(, (?:{'|'.join(scenes.RELATIONS)}) |, on a )", text)  # object, relation, object, ...
@@ -179,7 +179,7 @@ def clips(first_seed: int, count: int) -> torch.Tensor:
     """Clips as training will see them, through an mp4 file: float32 [B, C, F, H, W] in [-1, 1]."""
     size = (scenes.NUM_FRAMES, scenes.CANVAS, scenes.CANVAS)
     drawn = [scenes.sample_scene(first_seed + i) for i in range(count)]
-    return to_model_range(torch.stack([read_video(encode_mp4(scenes.render(s)), *size) for s in drawn]))
+    return to_model_range(torch.stack([read_video(encode_mp4(renderer.render(s)), *size) for s in drawn]))
 
 
 def vae_loss(vae: AutoencoderKLWan, video: torch.Tensor, kl_weight: float = 1e-3) -> tuple[torch.Tensor, torch.Tensor]:

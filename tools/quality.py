@@ -27,7 +27,7 @@ from univigu.cli import exit_code
 from univigu.data.video import to_uint8
 from univigu.pipeline import UniViGUPipeline
 from univigu.sampling.options import SamplingOptions
-from univigu.shapes import scenes
+from univigu.shapes import renderer, scenes, texts
 from univigu.shapes.metrics import ShapesTextAccuracy, score
 from univigu.shapes.scenes import Scene
 from univigu.shapes.video_checker import detect
@@ -44,7 +44,7 @@ def clips(scenes: list[Scene], size: int) -> Iterator[tuple[list[Scene], torch.T
     """Batches of scenes and their frames in [0, 1], [B, F, C, H, W]."""
     for start in range(0, len(scenes), size):
         part = scenes[start : start + size]
-        yield part, torch.stack([scenes.render(scene) for scene in part]).float() / 255
+        yield part, torch.stack([renderer.render(scene) for scene in part]).float() / 255
 
 
 def seeds(start: int, count: int) -> list[torch.Generator]:
@@ -151,7 +151,7 @@ def edit_row(
         start = number * options.batch_size
         targets = wanted[start : start + len(part)]
         made = pipe.edit(
-            video, [scenes.prompt_of(target) for target in targets], strength, seeds(start, len(part)),
+            video, [texts.prompt_of(target) for target in targets], strength, seeds(start, len(part)),
             num_inference_steps=options.num_inference_steps, guidance_scale=options.guidance_scale, output_type="pt",
         )  # fmt: skip
         for clip, target in zip(to_uint8(made.frames), targets, strict=True):

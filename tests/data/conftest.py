@@ -15,7 +15,7 @@ from lightning import LightningModule
 
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.video import encode_mp4
-from univigu.shapes import scenes
+from univigu.shapes import renderer, scenes, texts
 
 SIZES = {"num_train_clips": 13, "num_val_clips": 5, "num_test_clips": 3}
 
@@ -32,8 +32,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, foundation: str) -> dict[str
 def clip(seed: int) -> dict[str, bytes]:
     """The members of a sound sample."""
     scene = scenes.sample_scene(seed)
-    texts = {"prompt": scenes.prompt_of(scene), "caption": scenes.caption_of(scene), "scene": scene.to_dict()}
-    return {"mp4": encode_mp4(scenes.render(scene)), "json": json.dumps(texts).encode()}
+    description = {"prompt": texts.prompt_of(scene), "caption": texts.caption_of(scene), "scene": scene.to_dict()}
+    return {"mp4": encode_mp4(renderer.render(scene)), "json": json.dumps(description).encode()}
 
 
 @pytest.fixture(scope="session")
@@ -78,10 +78,10 @@ def faulty(tmp_path: Path, clips: list[dict[str, bytes]], raw_tar: Callable[...,
         "dict-qa": (video, json.dumps({**good, "qa": {"question": "?"}}).encode()),
     }
     members = []
-    for number, (key, (mp4, texts)) in enumerate(bad.items()):
+    for number, (key, (mp4, member)) in enumerate(bad.items()):
         if number < 3:  # sound ones between the bad ones
             members += [(f"good{number}.{suffix}", data) for suffix, data in clips[number].items()]
-        members += [(f"{key}.{suffix}", data) for suffix, data in (("mp4", mp4), ("json", texts)) if data is not None]
+        members += [(f"{key}.{suffix}", data) for suffix, data in (("mp4", mp4), ("json", member)) if data is not None]
     raw_tar(folder / "a.tar", members)
     (folder / "b-empty.tar").write_bytes(b"")
     (folder / "c-text.tar").write_bytes(b"no tar file " * 1000)

@@ -18,7 +18,7 @@ from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.sample import DataError, SampleError
 from univigu.data.shards import Manifest, index_folder, write_shard
 from univigu.data.video import encode_mp4, read_video
-from univigu.shapes import scenes
+from univigu.shapes import renderer, scenes, texts
 
 encode = runpy.run_path(str(REPO / "tools" / "encode.py"))["main"]
 
@@ -30,9 +30,9 @@ COUNTS = {WIDE: 9, TALL: 7, LONG: 5}
 
 def members(seed: int, height: int, width: int, num_frames: int) -> dict[str, bytes]:
     scene = scenes.sample_scene(seed)
-    texts = {"prompt": scenes.prompt_of(scene), "caption": scenes.caption_of(scene)}
-    video = encode_mp4(scenes.render(scene, height, width, num_frames))
-    return {"mp4": video, "json": json.dumps(texts).encode()}
+    description = {"prompt": texts.prompt_of(scene), "caption": texts.caption_of(scene)}
+    video = encode_mp4(renderer.render(scene, height, width, num_frames))
+    return {"mp4": video, "json": json.dumps(description).encode()}
 
 
 @pytest.fixture(scope="module")

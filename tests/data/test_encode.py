@@ -20,7 +20,8 @@ from univigu.data.sample import DataError, SampleError, parse_sample
 from univigu.data.shards import Manifest, index_folder
 from univigu.models.foundation import Foundation, encode_prompt
 from univigu.models.tokens import tokenize
-from univigu.shapes.scenes import render, sample_scene
+from univigu.shapes.renderer import render
+from univigu.shapes.scenes import sample_scene
 from univigu.shapes.write import write_shapes
 from univigu.training.module import UniViGU
 from univigu.training.stages import Stage

@@ -12,7 +12,7 @@ from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.inputs import find_videos, read_prompts
 from univigu.data.sample import DataError
 from univigu.data.video import encode_mp4
-from univigu.shapes import scenes
+from univigu.shapes import renderer, scenes
 
 
 @pytest.fixture
@@ -20,8 +20,8 @@ def folder(tmp_path: Path, clips: list[dict[str, bytes]]) -> Path:
     """Videos of several sizes, and files that are none."""
     scene = scenes.sample_scene(3)
     (tmp_path / "a.mp4").write_bytes(clips[0]["mp4"])
-    (tmp_path / "b-wide.mp4").write_bytes(encode_mp4(scenes.render(scene, 48, 130, 5)))
-    (tmp_path / "c-tall.MP4").write_bytes(encode_mp4(scenes.render(scene, 102, 34, 20)))
+    (tmp_path / "b-wide.mp4").write_bytes(encode_mp4(renderer.render(scene, 48, 130, 5)))
+    (tmp_path / "c-tall.MP4").write_bytes(encode_mp4(renderer.render(scene, 102, 34, 20)))
     (tmp_path / "d-text.mp4").write_text("not a video")
     (tmp_path / "e-empty.mp4").write_bytes(b"")
     (tmp_path / "f-cut.mp4").write_bytes(clips[1]["mp4"][:400])

@@ -14,13 +14,13 @@ from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.pairs import Pair, read_pairs
 from univigu.data.sample import DataError
 from univigu.data.video import encode_mp4
-from univigu.shapes import scenes
+from univigu.shapes import renderer, scenes
 
 
 @pytest.fixture
 def clip(tmp_path: Path) -> str:
     path = tmp_path / "clip.mp4"
-    path.write_bytes(encode_mp4(scenes.render(scenes.sample_scene(3), 48, 130, 5)))
+    path.write_bytes(encode_mp4(renderer.render(scenes.sample_scene(3), 48, 130, 5)))
     return str(path)
 
 

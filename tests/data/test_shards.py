@@ -19,7 +19,7 @@ from univigu.data.encode import encode_shards
 from univigu.data.sample import SAMPLE_REASONS, DataError, SampleError, parse_sample, parse_texts
 from univigu.data.shards import Manifest, ShardInfo, index_folder, scan_shard, write_shard
 from univigu.data.video import read_video
-from univigu.shapes import scenes
+from univigu.shapes import renderer, scenes, texts
 from univigu.shapes.write import write_shapes
 
 
@@ -47,10 +47,10 @@ def test_samples_are_what_was_rendered(world: dict[str, Any]) -> None:
         sample = parse_sample(refs[seed].read_all(), refs[seed].shard, refs[seed].key)
         scene = scenes.sample_scene(seed)
         assert scenes.Scene.from_dict({**sample.texts.scene, "objects": scene.to_dict()["objects"]})  # type: ignore[dict-item]
-        assert sample.texts.prompt == scenes.prompt_of(scene)
-        assert sample.texts.caption == scenes.caption_of(scene)
+        assert sample.texts.prompt == texts.prompt_of(scene)
+        assert sample.texts.caption == texts.caption_of(scene)
         assert sample.video is not None
-        difference = read_video(sample.video, 9, 64, 64).float() - scenes.render(scene).float()
+        difference = read_video(sample.video, 9, 64, 64).float() - renderer.render(scene).float()
         assert difference.abs().mean() < 6  # 4:2:0 chroma and compression
     with pytest.raises(ValueError, match="num_clips=0"):
         write_shapes("anywhere", "train", 0)

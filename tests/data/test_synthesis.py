@@ -25,12 +25,12 @@ from univigu.data.synthesis.options import CaptionOptions, Clip, VideoOptions, d
 from univigu.data.synthesis.sources import PromptSource
 from univigu.data.video import read_video
 from univigu.models.tokens import token_count
-from univigu.shapes import scenes
+from univigu.shapes import renderer, scenes, texts
 
 main = runpy.run_path(str(REPO / "tools" / "synthesize.py"))["main"]
 write_captioner = runpy.run_path(str(REPO / "tests" / "tiny_captioner.py"))["write_captioner"]
 
-PROMPTS = [scenes.prompt_of(scenes.sample_scene(seed)) for seed in range(5)]
+PROMPTS = [texts.prompt_of(scenes.sample_scene(seed)) for seed in range(5)]
 FAST = ["--steps", "2", "--guidance-scale", "1", "--shard-size", "2", "--batch-size", "2"]
 Tool = Callable[..., Manifest]
 
@@ -126,7 +126,7 @@ def test_the_embedded_world_is_a_source_like_others(tool: Tool, tmp_path: Path) 
     assert manifest.counts == {"kept": 3} and manifest.parameters["split"] == "val"
     for seed, text in zip((4, 5, 6), texts_of(tmp_path / "world"), strict=True):
         scene = scenes.sample_scene(seed, "val")
-        assert (text["prompt"], text["caption"]) == (scenes.prompt_of(scene), scenes.caption_of(scene))
+        assert (text["prompt"], text["caption"]) == (texts.prompt_of(scene), texts.caption_of(scene))
         assert text["scene"]["background"] == scene.background and text["seed"] == seed
 
 
@@ -162,7 +162,7 @@ def test_the_model_sees_frames_and_prompt(captioner_folder: Path) -> None:
         captioner.describe([clip], attempt)
         return clip.caption
 
-    red, blue = (scenes.render(scenes.sample_scene(seed)) for seed in (0, 1))
+    red, blue = (renderer.render(scenes.sample_scene(seed)) for seed in (0, 1))
     first = describe("a red circle", red)
     assert first == describe("a red circle", red)
     others = [describe("a blue ring", red), describe("a red circle", blue), describe("a red circle", red, attempt=1)]

@@ -14,14 +14,14 @@ import torch
 
 from tests.conftest import REPO
 from univigu.data.video import VideoError, encode_mp4, even_indices, probe_video, read_video
-from univigu.shapes import scenes
+from univigu.shapes import renderer, scenes
 
 NARROW = (2, 4, 6, 8, 12, 16, 24, 48, 72)
 """Widths at which decord pads the rows of its frames and then cannot copy them."""
 
 
 def clip(height: int, width: int, num_frames: int = 9) -> torch.Tensor:
-    return scenes.render(scenes.sample_scene(3), height, width, num_frames)
+    return renderer.render(scenes.sample_scene(3), height, width, num_frames)
 
 
 def test_decord_fails_on_these_widths_and_no_others() -> None:
@@ -77,7 +77,8 @@ def test_sizes_are_read_from_headers() -> None:
 
 READS = """
 import sys
-from univigu.shapes.scenes import render, sample_scene
+from univigu.shapes.renderer import render
+from univigu.shapes.scenes import sample_scene
 from univigu.data.video import VideoError, encode_mp4, read_video
 
 def resident():  # KiB

@@ -19,8 +19,10 @@ from univigu.shapes.metrics import (
     reading_of,
     score,
 )
-from univigu.shapes.scenes import Object, Scene, caption_of, prompt_of, render, sample_scene
+from univigu.shapes.renderer import render
+from univigu.shapes.scenes import Object, Scene, sample_scene
 from univigu.shapes.text_checker import Reading, parse_caption
+from univigu.shapes.texts import caption_of, prompt_of
 from univigu.shapes.video_checker import detect
 
 RING = Object("small", "red", "ring", "right", "quickly", 12.0, 12.0)

@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 
 from univigu.shapes.metrics import reading_of
-from univigu.shapes.scenes import Object, Scene, caption_of, prompt_of, sample_scene
+from univigu.shapes.scenes import Object, Scene, sample_scene
 from univigu.shapes.text_checker import Reading, normalize_text, parse_caption, parse_prompt, parse_text
+from univigu.shapes.texts import caption_of, prompt_of
 
 SEEDS = range(400)
 RING = Object("small", "red", "ring", "right", "quickly", 12.0, 12.0)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from univigu.data.video import encode_mp4, read_video
 from univigu.shapes.metrics import ShapesVideoAccuracy, reading_of, score
-from univigu.shapes.scenes import BACKGROUNDS, Object, Scene, render, sample_scene
+from univigu.shapes.renderer import render
+from univigu.shapes.scenes import BACKGROUNDS, Object, Scene, sample_scene
 from univigu.shapes.text_checker import Reading
 from univigu.shapes.video_checker import detect
 

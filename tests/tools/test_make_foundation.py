@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from univigu.models.foundation import encode_prompt
-from univigu.shapes.scenes import Object, Scene, prompt_of
+from univigu.shapes.scenes import Object, Scene
+from univigu.shapes.texts import prompt_of
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_foundation.py"
 tool = SimpleNamespace(**runpy.run_path(str(TOOL)))

@@ -14,7 +14,8 @@ from univigu.models import UniViGUTransformer3DModel
 from univigu.models.foundation import Foundation, decode_latents, encode_video
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.sampler import Sampler
-from univigu.shapes.scenes import render, sample_scene
+from univigu.shapes.renderer import render
+from univigu.shapes.scenes import sample_scene
 from univigu.training.compute import ComputeOptions
 from univigu.training.module import UniViGU
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from univigu.data.video import encode_mp4
-from univigu.shapes import scenes
+from univigu.shapes import renderer, scenes, texts
 
 Members = dict[str, bytes]
 """A sample's members by suffix."""
@@ -23,8 +23,8 @@ Members = dict[str, bytes]
 def good_sample(seed: int) -> Members:
     """A sound clip of the embedded world."""
     scene = scenes.sample_scene(seed)
-    texts = {"prompt": scenes.prompt_of(scene), "caption": scenes.caption_of(scene), "scene": scene.to_dict()}
-    return {"mp4": encode_mp4(scenes.render(scene)), "json": json.dumps(texts).encode()}
+    description = {"prompt": texts.prompt_of(scene), "caption": texts.caption_of(scene), "scene": scene.to_dict()}
+    return {"mp4": encode_mp4(renderer.render(scene)), "json": json.dumps(description).encode()}
 
 
 def _with_texts(good: Members, **changes: Any) -> Members:
@@ -117,7 +117,7 @@ def _variable_rate() -> bytes:
         stream = container.add_stream("libx264", rate=Fraction(30))
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"  # type: ignore[attr-defined]
         stream.codec_context.time_base = Fraction(1, 600)
-        for image, time in zip(scenes.render(scene, num_frames=8), (0, 1, 9, 90, 91, 500, 501, 4000), strict=True):
+        for image, time in zip(renderer.render(scene, num_frames=8), (0, 1, 9, 90, 91, 500, 501, 4000), strict=True):
             frame = av.VideoFrame.from_ndarray(image.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
             frame.pts, frame.time_base = time, Fraction(1, 600)
             container.mux(stream.encode(frame))  # type: ignore[attr-defined]
@@ -150,9 +150,9 @@ DAMAGES: dict[str, Callable[[random.Random, Members], Members]] = {
 """What makes a sample unusable, by name."""
 
 ODD: dict[str, Callable[[random.Random, Members], Members]] = {
-    "one-frame": lambda rng, good: {**good, "mp4": encode_mp4(scenes.render(scenes.sample_scene(0), num_frames=1))},
+    "one-frame": lambda rng, good: {**good, "mp4": encode_mp4(renderer.render(scenes.sample_scene(0), num_frames=1))},
     "variable-rate": lambda rng, good: {**good, "mp4": _variable_rate()},
-    "odd-size": lambda rng, good: {**good, "mp4": encode_mp4(scenes.render(scenes.sample_scene(0), 18, 202, 40))},
+    "odd-size": lambda rng, good: {**good, "mp4": encode_mp4(renderer.render(scenes.sample_scene(0), 18, 202, 40))},
     "unknown-fields": lambda rng, good: _with_texts(good, extra={"a": [1]}, scene={"weather": "fog"}),
     "other-members": lambda rng, good: {**good, "txt": b"notes", "srt": rng.randbytes(100)},
 }

@@ -13,7 +13,6 @@ The ``webdataset`` library groups these as ``mp4``, ``latents.safetensors`` and 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Any, Literal, get_args
 import torch
 
 from univigu.data.jsonl import is_unicode
-from univigu.shapes import scenes
 
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov", "avi", "m4v")
 LATENTS_SUFFIX = "latents.safetensors"
@@ -150,20 +148,12 @@ def parse_texts(raw: bytes | None, shard: str, key: str) -> Texts:
 
 
 def _embedded_scene(value: Any) -> dict[str, Any] | None:
-    """The value where it describes a clip of the embedded world, else None: it is the metadata of someone else."""
-    try:
-        scene = scenes.Scene.from_dict(value)
-        known = scene.background in scenes.BACKGROUNDS and 1 <= len(scene.objects) <= 2
-        known = known and scene.relation in (("",) if len(scene.objects) == 1 else scenes.RELATIONS)
-        return value if known and all(map(_is_object, scene.objects)) else None
-    except (KeyError, TypeError, OverflowError):
+    """The value if it describes a clip of the embedded world, else None: it is the metadata of another data set."""
+    if value is None:
         return None
+    from univigu.shapes.scenes import is_scene
 
-
-def _is_object(thing: scenes.Object) -> bool:
-    names = thing.size in scenes.SIZES and thing.color in scenes.COLORS and thing.shape in scenes.SHAPES
-    speeds = ("",) if thing.motion == "still" else tuple(scenes.SPEEDS)
-    return names and thing.motion in scenes.MOTIONS and thing.speed in speeds and math.isfinite(thing.x + thing.y)
+    return value if is_scene(value) else None
 
 
 def _is_qa(value: Any) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torchmetrics import Metric
 
-from univigu.shapes.scenes import NUM_FRAMES, SIZES, Object, Scene, Split, caption_of, place_of, prompt_of, sample_scene
+from univigu.shapes.scenes import NUM_FRAMES, SIZES, Object, Scene, Split, sample_scene
 from univigu.shapes.text_checker import (
     ObjectReading,
     Reading,
@@ -24,6 +24,7 @@ from univigu.shapes.text_checker import (
     parse_prompt,
     parse_text,
 )
+from univigu.shapes.texts import caption_of, prompt_of, region_of
 from univigu.shapes.video_checker import detect, holding_relations, relation_gaps
 
 ATTRIBUTES = ("count", "background", "size", "color", "shape", "motion", "speed", "relation", "start", "end")
@@ -46,7 +47,9 @@ def reading_of(scene: Scene, source: Source = "caption") -> Reading:
 
 
 def _true_object(obj: Object, source: Source) -> ObjectReading:
-    start, end = (place_of(obj, 0), place_of(obj, NUM_FRAMES - 1)) if source != "prompt" else (None, None)
+    start, end = (
+        (region_of(obj.center(0)), region_of(obj.center(NUM_FRAMES - 1))) if source != "prompt" else (None, None)
+    )
     center = obj.center(0) if source == "video" else None
     return ObjectReading(obj.size, obj.color, obj.shape, obj.motion, obj.speed, start, end, center)
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from univigu.shapes.renderer import shape_mask
 from univigu.shapes.scenes import (
     BACKGROUNDS,
     CANVAS,
@@ -20,11 +21,9 @@ from univigu.shapes.scenes import (
     SHAPES,
     SIZES,
     SPEEDS,
-    Object,
-    place_of,
-    shape_mask,
 )
 from univigu.shapes.text_checker import ObjectReading, Reading
+from univigu.shapes.texts import region_of
 
 # Thresholds, in 8-bit colour units: the least contrast of the palette is 114 (red on brown), the least distance of
 # two object colours 118 (blue, purple) and of two backgrounds 110 (gray, brown).
@@ -261,8 +260,8 @@ def _measure(track: _Track) -> ObjectReading:
         shape=shape,
         motion=motion,
         speed=speed,
-        start=_place(first) if seen[0] == 0 else None,
-        end=_place(last) if seen[-1] == len(middle) - 1 else None,
+        start=region_of((first[0], first[1])) if seen[0] == 0 else None,
+        end=region_of((last[0], last[1])) if seen[-1] == len(middle) - 1 else None,
         center=(float(first[0]), float(first[1])),
     )
 
@@ -340,11 +339,6 @@ def _motion(centers: np.ndarray, frames: np.ndarray) -> tuple[str | None, str | 
     if abs(dx) > abs(dy):
         return ("right" if dx > 0 else "left"), speed
     return ("down" if dy > 0 else "up"), speed
-
-
-def _place(center: np.ndarray) -> str:
-    x, y = (float(min(max(v, 0.0), CANVAS)) for v in center)
-    return place_of(Object("", "", "", "still", "", x, y), 0)
 
 
 def _nearest(color: np.ndarray, names: dict[str, tuple[int, int, int]], limit: float) -> str | None:

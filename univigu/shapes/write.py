@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +11,9 @@ from pathlib import Path
 from univigu.data.build import SpawnPool, build_folder
 from univigu.data.shards import Manifest, ShardInfo, write_shard
 from univigu.data.video import encode_mp4
-from univigu.shapes import scenes
+from univigu.shapes import renderer, scenes, texts
+
+ENCODING = b"h264-1"  # change it when encode_mp4 writes other files
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,13 @@ class _Job:
 
 @cache
 def world_fingerprint() -> str:
-    """A short hash of the code that draws, describes and encodes the clips: other code, other data."""
-    source = inspect.getsource(scenes) + inspect.getsource(encode_mp4)
-    return hashlib.sha256(source.encode()).hexdigest()[:8]
+    """A short hash of what this version of the world draws and writes: other content, other data folders."""
+    digest = hashlib.sha256(ENCODING)
+    for seed in range(8):
+        scene = scenes.sample_scene(seed)
+        digest.update(json.dumps([scene.to_dict(), texts.prompt_of(scene), texts.caption_of(scene)]).encode())
+        digest.update(renderer.render(scene).numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 def write_shapes(
@@ -83,6 +88,6 @@ def _write(path: Path, job: _Job) -> ShardInfo:
 
 def _clip(job: _Job, seed: int) -> tuple[str, dict[str, bytes]]:
     scene = scenes.sample_scene(seed, job.split)
-    texts = {"prompt": scenes.prompt_of(scene), "caption": scenes.caption_of(scene), "scene": scene.to_dict()}
-    video = encode_mp4(scenes.render(scene, job.height, job.width, job.num_frames), fps=scenes.FPS)
-    return f"{seed:08d}", {"mp4": video, "json": json.dumps(texts).encode()}
+    description = {"prompt": texts.prompt_of(scene), "caption": texts.caption_of(scene), "scene": scene.to_dict()}
+    video = encode_mp4(renderer.render(scene, job.height, job.width, job.num_frames), fps=scenes.FPS)
+    return f"{seed:08d}", {"mp4": video, "json": json.dumps(description).encode()}

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from univigu.cli import main
-from univigu.shapes.scenes import prompt_of, sample_scene
+from univigu.shapes.scenes import sample_scene
+from univigu.shapes.texts import prompt_of
 from univigu.training.callbacks import CaptionAccuracy
 from univigu.training.stages import Stage
 

@@ -15,7 +15,7 @@ from univigu.data.fingerprint import folder_fingerprint
 from univigu.data.sample import DataError
 from univigu.data.synthesis.options import Captioner, CaptionOptions, Clip, check_dtype, derived_seed
 from univigu.data.video import even_indices
-from univigu.shapes import scenes
+from univigu.shapes import scenes, texts
 
 
 class NoCaptioner:
@@ -49,7 +49,7 @@ class TemplateCaptioner:
     def describe(self, clips: list[Clip], attempt: int) -> None:
         for clip in clips:
             if clip.scene is not None:
-                clip.caption = scenes.caption_of(scenes.Scene.from_dict(clip.scene))
+                clip.caption = texts.caption_of(scenes.Scene.from_dict(clip.scene))
                 continue
             assert clip.frames is not None
             num_frames, _, height, width = clip.frames.shape

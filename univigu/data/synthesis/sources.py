@@ -16,7 +16,7 @@ from univigu.data.sample import DataError
 from univigu.data.shards import sha256_of
 from univigu.data.synthesis.options import Clip, Rejection, VideoOptions, check_dtype
 from univigu.data.video import to_uint8
-from univigu.shapes import scenes
+from univigu.shapes import renderer, scenes, texts
 from univigu.shapes.write import world_fingerprint
 
 
@@ -123,10 +123,10 @@ class ShapesSource:
     def clip(self, number: int) -> Clip:
         seed = self.options.seed + number
         scene = scenes.sample_scene(seed, self.split)
-        return Clip(f"{number:08d}", scenes.prompt_of(scene), seed, scene=scene.to_dict())
+        return Clip(f"{number:08d}", texts.prompt_of(scene), seed, scene=scene.to_dict())
 
     def render(self, clips: list[Clip]) -> None:
         o = self.options
         for clip in clips:
             scene = scenes.sample_scene(clip.seed, self.split)
-            clip.frames = scenes.render(scene, o.height, o.width, o.num_frames)
+            clip.frames = renderer.render(scene, o.height, o.width, o.num_frames)
