@@ -23,7 +23,7 @@ from univigu.flow.random import Generators
 from univigu.flow.text import make_text_flow
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
 from univigu.models.conventions import Conventions
-from univigu.models.foundation import encode_prompt
+from univigu.models.foundation import encode_prompt, set_conv_layout
 from univigu.models.tokens import TextTooLongError, detokenize, tokenize
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import compute_device
@@ -93,6 +93,13 @@ class UniViGUPipeline(WanPipeline):
         super().__init__(
             tokenizer, text_encoder, vae, scheduler, transformer, transformer_2, boundary_ratio, expand_timesteps
         )
+        set_conv_layout(self.vae)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As in diffusers; the VAE's kernels get the memory format of the device."""
+        super().to(*args, **kwargs)
+        set_conv_layout(self.vae)
+        return self
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:

@@ -156,7 +156,8 @@ def test_evaluation_sees_every_clip_once(mixed: Path, encoded: Path) -> None:
 
 
 def test_latents_are_those_of_each_clips_bucket(mixed: Path, encoded: Path, foundation: str) -> None:
-    from univigu.data.encode import encode_clips
+    from univigu.data.video import to_model_range
+    from univigu.models.encode import encode_clips
     from univigu.models.foundation import Foundation
 
     vae = Foundation(foundation).vae
@@ -166,7 +167,7 @@ def test_latents_are_those_of_each_clips_bucket(mixed: Path, encoded: Path, foun
         raw = videos[batch["key"][0]].read("mp4") or b""
         with torch.inference_mode():
             frames = read_video(raw, bucket.num_frames, bucket.height, bucket.width)
-            assert torch.equal(encode_clips(vae, frames[None]), batch["latents"])
+            assert torch.equal(encode_clips(vae, to_model_range(frames[None])), batch["latents"])
     manifest = Manifest.load(encoded / "train")
     assert manifest is not None and manifest.parameters["buckets"] == [str(bucket) for bucket in SIZES]
     with pytest.raises(DataError, match=r"encoded with buckets=\['32x64x5', .*this run has buckets=\['64x32x5'"):

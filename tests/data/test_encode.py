@@ -13,15 +13,11 @@ import torch
 import webdataset
 
 from tests.conftest import REPO
+from univigu import UniViGUPipeline
 from univigu.data.build import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.encode import clips_at_once, encode_clips, encode_prompts
 from univigu.data.sample import DataError, SampleError, parse_sample
 from univigu.data.shards import Manifest, index_folder
-from univigu.models.foundation import Foundation, encode_prompt
-from univigu.models.tokens import tokenize
-from univigu.shapes.renderer import render
-from univigu.shapes.scenes import sample_scene
 from univigu.shapes.write import write_shapes
 from univigu.training.module import UniViGU
 from univigu.training.stages import Stage
@@ -136,26 +132,17 @@ def test_the_manifest_says_what_made_them(encoded: dict[str, Path], videos: Path
     assert {name for name in samples[0] if name[0] != "_"} == {"json", "latents.safetensors", "prompt.safetensors"}
 
 
-def test_a_clip_is_encoded_alike_in_any_company(foundation: str) -> None:
-    frames = torch.stack([render(sample_scene(seed, "train")) for seed in range(7)])
-    vae = Foundation(foundation).vae
-    with torch.no_grad():
-        latents = encode_clips(vae, frames)
-        assert clips_at_once(9, 64, 64) == 4 and len(latents) == 7
-        for order in ([3], [6, 0, 2, 5, 1], [4, 3]):
-            assert torch.equal(encode_clips(vae, frames[order]), latents[order])
-    assert clips_at_once(81, 480, 832) == 1
-
-
-def test_padding_does_not_matter() -> None:
-    parts = Foundation()
-    texts = ["a red circle", "", "a large blue ring moving left quickly, on a white background"]
-    short, long = (tokenize(parts.tokenizer, texts, length) for length in (24, 128))
-    with torch.no_grad():
-        ours = [encode_prompts(parts.text_encoder, ids, 0) for ids in (short, long)]
-        padded = encode_prompt(parts.text_encoder, long, 0)
-    assert torch.equal(ours[0], ours[1][:, :24]) and not ours[1][:, 24:].any()
-    torch.testing.assert_close(ours[1], padded, atol=1e-5, rtol=0)
+def test_latents_do_not_depend_on_the_entry_point(
+    module: UniViGU, videos: Path, encoded: dict[str, Path], foundation: str
+) -> None:
+    pipe = UniViGUPipeline.from_pretrained(foundation, transformer=module._model)
+    stored = data(encoded["float32"]).val_dataloader()
+    for batch, by_tool in zip(data(videos).val_dataloader(), stored, strict=True):
+        frames = batch["video"]
+        training, latents = module.encode_frames(frames), by_tool["latents"]
+        assert torch.equal(training, latents)
+        assert torch.equal(pipe._latents_of(frames / 255, None, None), latents)
+        assert torch.equal(pipe._latents_of(frames[1] / 255, None, None)[0], latents[1])
 
 
 def test_other_encoders_are_refused(videos: Path, encoded: dict[str, Path], tmp_path: Path, foundation: str) -> None:

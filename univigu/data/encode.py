@@ -1,8 +1,7 @@
 """Precomputation: video shards to shards of latents and prompt embeddings, once, so that training runs neither encoder.
 
 What is stored is bit for bit what training would encode itself on the same device (float32): both go through
-:func:`encode_clips`, a clip at a time or, of small ones, four, and :func:`encode_prompts`, a prompt at a time, so that
-nothing depends on the batch it comes in.
+``univigu.models.encode``, whose results do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -35,8 +34,6 @@ from univigu.data.video import VideoError, read_video, to_model_range
 
 LatentDtype = Literal["float32", "bfloat16", "float16"]
 ROWS = 500  # samples of a list or a folder of files that go to one shard
-MOST_CLIPS, MOST_PIXELS = 4, 2**18
-"""Limits of what is encoded together: clips, and pixels of all their frames."""
 MAX_PROMPT = 512
 """Tokens that Wan's text encoder is given at most; longer prompts are left out."""
 
@@ -52,45 +49,6 @@ class _Job:
     strict: bool
     part: Found | None = field(default=None, compare=False)
     """Some of the source's samples, and what is wrong with others; None takes all."""
-
-
-def encode_clips(vae: Any, frames: torch.Tensor) -> torch.Tensor:
-    """Frames uint8 [B, F, C, H, W] -> normalised float32 latents [B, C, T, H, W], a few clips at a time.
-
-    A clip's last bits depend on how many are encoded beside it, not on which: so each group holds the same number,
-    the last one filled up with copies. On a CPU they depend on the number of threads, too: it is one.
-    """
-    from univigu.models.foundation import encode_video
-
-    size = clips_at_once(frames.shape[1], *frames.shape[-2:])
-    filled = torch.cat([frames, frames[-1:].expand(-len(frames) % size, *frames.shape[1:])])
-    threads = torch.get_num_threads()
-    if size > 1 and frames.device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        latents = torch.cat([encode_video(vae, to_model_range(clips)) for clips in filled.split(size)])
-    finally:
-        torch.set_num_threads(threads)
-    return latents[: len(frames)]
-
-
-def clips_at_once(num_frames: int, height: int, width: int) -> int:
-    """How many clips of that size are encoded together: one of real size, some of small ones, whose calls cost most."""
-    return max(1, min(MOST_CLIPS, MOST_PIXELS // (num_frames * height * width)))
-
-
-def encode_prompts(text_encoder: Any, ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
-    """Token ids [B, S] -> prompt embeddings [B, S, text_dim], zero past each end; each encoded alone, without padding.
-
-    Padding is masked out of the encoder's attention, so that leaving it out changes rounding only.
-    """
-    from univigu.models.foundation import encode_prompt
-
-    rows = []
-    for row, length in zip(ids, (ids != pad_token_id).sum(1).tolist(), strict=True):
-        embeds = encode_prompt(text_encoder, row[None, :length], pad_token_id)
-        rows.append(torch.nn.functional.pad(embeds, (0, 0, 0, ids.shape[1] - length)))
-    return torch.cat(rows)
 
 
 def vae_parameters(foundation_path: str | Path) -> dict[str, Any]:
@@ -225,6 +183,8 @@ def _write(path: Path, job: _Job) -> ShardInfo:
 
 
 def _encoded(refs: list[SampleRef], job: _Job, errors: list[SampleError]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    from univigu.models.encode import group_size
+
     choose = BucketChooser(job.buckets)
     waiting: dict[int, list[tuple[SampleRef, dict[str, bytes], torch.Tensor]]] = {}  # clips of a size, not yet enough
     for ref in refs:
@@ -238,7 +198,7 @@ def _encoded(refs: list[SampleRef], job: _Job, errors: list[SampleError]) -> Ite
                 raise
             errors.append(without_trace(error))
             continue
-        if len(waiting[number]) == clips_at_once(bucket.num_frames, bucket.height, bucket.width):
+        if len(waiting[number]) == group_size(bucket.num_frames, bucket.height, bucket.width):
             yield from _with_latents(waiting.pop(number), job)
     for samples in waiting.values():
         yield from _with_latents(samples, job)
@@ -248,9 +208,11 @@ def _with_latents(
     samples: list[tuple[SampleRef, dict[str, bytes], torch.Tensor]], job: _Job
 ) -> Iterator[tuple[str, Mapping[str, bytes]]]:
     """Keys and members of samples whose clips are encoded together."""
+    from univigu.models.encode import encode_clips
+
     vae, clips = _foundation(job.foundation).to(job.device).vae, torch.stack([frames for _, _, frames in samples])
     with torch.inference_mode():
-        latents = encode_clips(vae, clips.to(job.device))
+        latents = encode_clips(vae, to_model_range(clips.to(job.device)))
     for (ref, texts, _), of_clip in zip(samples, latents, strict=True):
         yield ref.key, {LATENTS_SUFFIX: _packed(job, latents=of_clip), **texts}
 
@@ -279,6 +241,7 @@ def _texts(sample: Sample, ref: SampleRef, job: _Job) -> dict[str, bytes]:
 
 def _prompt_embeds(prompt: str, job: _Job) -> torch.Tensor:
     """Embeddings [S, text_dim] of a prompt, as many as it has tokens."""
+    from univigu.models.encode import encode_prompts
     from univigu.models.tokens import tokenize
 
     foundation = _foundation(job.foundation)

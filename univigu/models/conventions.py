@@ -9,7 +9,8 @@ from typing import Any, Literal, Self
 import torch
 from diffusers import AutoencoderKLWan
 
-from univigu.models.foundation import decode_latents, denormalize_latents, encode_video, normalize_latents
+from univigu.models.encode import encode_clips
+from univigu.models.foundation import decode_latents, denormalize_latents, normalize_latents
 
 NullCondition = Literal["encoded", "zeros"]
 PromptPadding = Literal["zeros", "encoded"]
@@ -42,7 +43,7 @@ class Conventions:
 
     def encode(self, vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
         """Video [B, C, F, H, W] in [-1, 1] -> float32 latents [B, C, T, H, W] as the transformer wants them."""
-        return self.from_normalized(encode_video(vae, video), vae)
+        return self.from_normalized(encode_clips(vae, video), vae)
 
     def from_normalized(self, latents: torch.Tensor, vae: AutoencoderKLWan) -> torch.Tensor:
         """Normalised latents, as shards hold them, as the transformer wants them."""

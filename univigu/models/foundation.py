@@ -128,7 +128,7 @@ class Foundation:
             model.enable_slicing()
         if self._vae_tiling:
             model.enable_tiling()
-        return _arranged(model.requires_grad_(False).eval().to(self._device))
+        return set_conv_layout(model.requires_grad_(False).eval().to(self._device))
 
     @property
     def vocab_size(self) -> int:
@@ -153,12 +153,15 @@ class Foundation:
             if name in self.__dict__:
                 self.__dict__[name].to(device)
         if "vae" in self.__dict__:
-            _arranged(self.vae)
+            set_conv_layout(self.vae)
         return self
 
 
-def _arranged(vae: AutoencoderKLWan) -> AutoencoderKLWan:
-    """With its kernels in the order that its device's convolutions are quickest in: on a CPU channels last."""
+def set_conv_layout(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """Store a VAE's kernels in the memory format that convolutions are fastest in: channels last on a CPU.
+
+    The format changes the rounding of latents, so that every VAE that encodes needs the same.
+    """
     layout = torch.channels_last_3d if vae.device.type == "cpu" else torch.contiguous_format
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d):

@@ -11,14 +11,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from univigu.checkpoint import averaging_of, check_resumed, load_weights, plain, take_for_use, take_sharded
 from univigu.data.buckets import Bucket, latents_shape
-from univigu.data.encode import encode_clips, encode_prompts
 from univigu.data.sample import questions_of
-from univigu.data.video import to_frames
+from univigu.data.video import to_frames, to_model_range
 from univigu.evaluation.held_out import EvaluatedModule, EvaluationOptions
 from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowLosses, UniFlowObjective, by_noise_level
 from univigu.flow.random import make_generator
 from univigu.flow.text import TextFlow, make_text_flow
 from univigu.models.conventions import CONVENTIONS, Conventions
+from univigu.models.encode import encode_prompts
 from univigu.models.foundation import EMBEDDED_FOUNDATION, Foundation, encode_prompt
 from univigu.models.lora import LoraOptions, add_lora
 from univigu.models.tokens import detokenize, fit_slot, tokenize
@@ -274,7 +274,7 @@ class UniViGU(EvaluatedModule):
     def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
         """Frames uint8 [B, F, C, H, W] -> latents [B, C, T, H, W] as the transformer wants them."""
         with torch.no_grad():
-            return self.conventions.from_normalized(encode_clips(self.foundation.vae, frames), self.foundation.vae)
+            return self.conventions.encode(self.foundation.vae, to_model_range(frames))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The transformer's latents [B, C, T, H, W] -> frames uint8 [B, F, C, H, W]."""

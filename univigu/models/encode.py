@@ -1,0 +1,57 @@
+"""Clips to latents and prompts to embeddings: the one implementation for training, pipeline and precomputation.
+
+A clip's latents and a prompt's embeddings depend on neither the batch nor the entry point, bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from transformers import UMT5EncoderModel
+
+from univigu.models.foundation import encode_prompt, encode_video
+
+MAX_CLIPS, MAX_PIXELS = 4, 2**18
+"""Limits of a group of clips that is encoded in one call: clips, and pixels of all their frames."""
+
+
+def group_size(num_frames: int, height: int, width: int) -> int:
+    """Number of clips that are encoded in one call: one at real sizes, up to four small ones."""
+    return max(1, min(MAX_CLIPS, MAX_PIXELS // (num_frames * height * width)))
+
+
+def encode_clips(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
+    """Video [B, C, F, H, W] in [-1, 1] -> normalised float32 latents [B, C, T, H, W].
+
+    The rounding of a clip's latents depends on the number of clips in the call, and on a CPU on the number of threads.
+    So every call has the same number of clips (the last group is filled up with copies) and runs on one thread.
+    It also depends on the memory format of the VAE's kernels, see :func:`univigu.models.foundation.set_conv_layout`.
+    """
+    size = group_size(*video.shape[2:])
+    filled = torch.cat([video, video[-1:].expand(-len(video) % size, *video.shape[1:])])
+    threads = torch.get_num_threads()
+    if size > 1 and filled.device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        latents = torch.cat([encode_video(vae, clips) for clips in filled.split(size)])
+    finally:
+        torch.set_num_threads(threads)
+    return latents[: len(video)]
+
+
+def encode_prompts(
+    text_encoder: UMT5EncoderModel, ids: torch.Tensor, pad_token_id: int, zero_padding: bool = True
+) -> torch.Tensor:
+    """Token ids [B, S] -> prompt embeddings [B, S, text_dim], each prompt encoded by itself.
+
+    With ``zero_padding`` a prompt is encoded without its padding, which the encoder's attention masks anyway, and the
+    embeddings past its end are zero.  Otherwise they are what the encoder gives for padding.
+    """
+    if not zero_padding:
+        return torch.cat([encode_prompt(text_encoder, row[None], pad_token_id, False) for row in ids])
+    rows = []
+    for row, length in zip(ids, (ids != pad_token_id).sum(1).tolist(), strict=True):
+        embeds = encode_prompt(text_encoder, row[None, :length], pad_token_id)
+        rows.append(F.pad(embeds, (0, 0, 0, ids.shape[1] - length)))
+    return torch.cat(rows)
