@@ -46,7 +46,7 @@ def test_diffusers_runs_it_and_samples_show_what_was_asked(foundation: str) -> N
     ).frames  # fmt: skip
     frames = (video * 255).round().to(torch.uint8)
     assert frames.shape == (24, 9, 3, 64, 64)
-    metric, shuffled = ShapesVideoAccuracy(places=False), ShapesVideoAccuracy(places=False)
+    metric, shuffled = ShapesVideoAccuracy(positions=False), ShapesVideoAccuracy(positions=False)
     metric.update(frames, scenes)
     shuffled.update(frames, scenes[1:] + scenes[:1])  # negative control: other scenes' truth
     results, control, chance = metric.compute(), shuffled.compute(), chance_levels("video")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,6 @@ import pytest
 import torch
 from transformers import CLIPModel, CLIPProcessor, VideoMAEModel
 
-from tests.conftest import run_processes
 from tests.tiny_clip import FRAMES, SIZE, write_clip, write_detector, write_video_encoder
 from univigu.evaluation.video_metrics import ClipEncoder, FrechetVideoDistance, VideoCLIPScore, VideoFeatures
 
@@ -92,7 +89,7 @@ def test_frechet_distance_by_numpy(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("kind", [ClipEncoder, VideoFeatures])
 @pytest.mark.parametrize("damage", ["missing", "empty", "other"])
-def test_model_folders_that_are_none(folder: Path, tmp_path: Path, kind: type, damage: str) -> None:
+def test_wrong_model_folders_are_named(folder: Path, tmp_path: Path, kind: type, damage: str) -> None:
     path = tmp_path / damage
     if damage == "empty":
         path.mkdir()
@@ -103,33 +100,3 @@ def test_model_folders_that_are_none(folder: Path, tmp_path: Path, kind: type, d
     with pytest.raises(ValueError, match=r"^evaluation\.(clip|video_features)='.*': ") as error:
         kind(path)
     assert "\n" not in str(error.value)
-
-
-def distance(folder: Path, part: slice) -> float:
-    metric = FrechetVideoDistance(VideoFeatures(folder / "detector.pt"))
-    real, made = videos(1, 24)[part], videos(2, 24)[part] // 2
-    if len(real):
-        metric.update(real, real=True)
-        metric.update(made, real=False)
-    return float(metric.compute())
-
-
-def test_two_processes_score_as_one(folder: Path, tmp_path: Path) -> None:
-    expected = {"clip": clip_score(folder, videos(0), TEXTS), "fvd": distance(folder, slice(None))}
-    run_processes(Path(__file__), [str(folder), str(tmp_path)])
-    for rank in (0, 1):
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(expected, rel=1e-5)
-
-
-def main() -> None:
-    torch.distributed.init_process_group("gloo")
-    rank, folder = torch.distributed.get_rank(), Path(sys.argv[1])
-    part = slice(4, None) if rank == 0 else slice(4)
-    every = slice(None) if rank == 0 else slice(0)  # the second process sees no video at all
-    found = {"clip": clip_score(folder, videos(0)[part], TEXTS[part]), "fvd": distance(folder, every)}
-    (Path(sys.argv[2]) / f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,7 @@ from univigu.shapes.scenes import Object, Scene, sample_scene
 from univigu.shapes.text_checker import Reading, normalize_text, parse_caption, parse_prompt, parse_text
 from univigu.shapes.texts import caption_of, prompt_of
 
-SEEDS = range(400)
+SEEDS = range(150)
 RING = Object("small", "red", "ring", "right", "quickly", 12.0, 12.0)
 SQUARE = Object("large", "blue", "square", "still", "", 30.0, 45.0)
 ONE = Scene((RING,), "gray", "")
@@ -19,7 +19,7 @@ TWO = Scene((RING, SQUARE), "white", "above")
 
 
 def wrong(reading: Reading, truth: Reading) -> list[str]:
-    """What a reading states although it is not so; None states nothing, missing objects neither."""
+    """The false statements of a reading; None and missing objects state nothing."""
     bad = [n for n in ("count", "background", "relation") if getattr(reading, n) not in (None, getattr(truth, n))]
     for i, (ours, true) in enumerate(zip(reading.objects, truth.objects, strict=False)):
         for field in dataclasses.fields(true):
@@ -50,7 +50,7 @@ def test_nothing_to_read_is_not_an_error(text):
         assert all(obj.shape is None for obj in reading.objects)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 def test_truncated_captions_state_nothing_false(seed):
     scene = sample_scene(seed)
     text, truth = caption_of(scene), reading_of(scene)
@@ -58,7 +58,7 @@ def test_truncated_captions_state_nothing_false(seed):
         assert wrong(parse_caption(text[:length]), truth) == [], text[:length]
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 def test_truncated_prompts_state_nothing_false_of_the_objects(seed):
     scene = sample_scene(seed)
     text, truth = prompt_of(scene), reading_of(scene, "prompt")
@@ -67,7 +67,7 @@ def test_truncated_prompts_state_nothing_false_of_the_objects(seed):
         assert set(bad) <= {"count", "relation"}, text[:length]  # a second object may have been cut off whole
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("write", [caption_of, prompt_of])
 def test_lost_and_doubled_words_cost_little(seed, write):
     scene = sample_scene(seed)

@@ -1,12 +1,10 @@
-"""Scores of captions against references, as papers report them: coco-caption's BLEU-4, ROUGE-L and CIDEr.
+"""Caption scores as papers report them: coco-caption's BLEU-4, ROUGE-L and CIDEr.
 
-THE reference is coco-caption (Chen et al., 2015, arXiv:1504.00325), which MSR-VTT's, VATEX's and ActivityNet's captions
-are scored by, and whose Python 3 edition is ``pycocoevalcap``.  Its definitions differ from those of other libraries of
-the same names: ROUGE-L weighs recall (beta 1.2, rouge-score has 1), BLEU sums over the corpus, CIDEr is CIDEr-D times
-10.  ``tests/evaluation/caption_pairs.json`` holds figures made with it and its Java tokenizer; ours equal them to 1e-4.
-
-Texts are tokenised here in pure Python.  Every score is a ``torchmetrics.Metric``: the ranks of a run together come to
-what one process would have.
+coco-caption (Chen et al., 2015, arXiv:1504.00325) is what captions of MSR-VTT, VATEX and ActivityNet are scored with;
+its Python 3 edition is ``pycocoevalcap``.  Other libraries define the same names differently: here ROUGE-L weighs
+recall (beta 1.2, rouge-score has 1), BLEU sums over the corpus, CIDEr is CIDEr-D times 10, and tokens are those of
+Stanford's PTBTokenizer.  ``tests/evaluation/caption_pairs.json`` holds coco-caption's own figures; ours equal them to
+1e-4.
 """
 
 from __future__ import annotations
@@ -18,9 +16,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.text import BLEUScore
+from torchmetrics import Metric
+from torchmetrics.functional.text import bleu_score
 from torchmetrics.utilities import dim_zero_cat
+
+Tokens = Sequence[str]
 
 _ABBREVIATIONS = "mr|mrs|ms|dr|prof|st|jr|sr|vs|etc|fig|inc|co|corp|ltd|approx"
 _SPLIT = {"cannot": "can not", "gonna": "gon na", "wanna": "wan na", "gotta": "got ta", "gimme": "gim me"}
@@ -48,8 +48,8 @@ _TOKEN = re.compile(
 def tokenize_caption(text: str) -> list[str]:
     """Lower-case words as coco-caption counts them: Penn Treebank tokens without most punctuation.
 
-    It follows Stanford's PTBTokenizer (3.4.1, ``-lowerCase``) in contractions, hyphens, numbers, brackets, common
-    abbreviations, tags and addresses; rare things (emoticons, long abbreviations, markup) may be cut otherwise.
+    This follows Stanford's PTBTokenizer (3.4.1, ``-lowerCase``) for contractions, hyphens, numbers, brackets, common
+    abbreviations, tags and addresses; emoticons, rare abbreviations and markup may be split differently.
     """
     tokens: list[str] = []
     for token in _TOKEN.findall(text.translate(_UNICODE).lower()):
@@ -59,20 +59,15 @@ def tokenize_caption(text: str) -> list[str]:
     return tokens
 
 
-# ------------------------------------------------------------------------- scores of pairs
+def _ngrams(tokens: Tokens, size: int) -> list[tuple[str, ...]]:
+    return [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
 
 
-def ngrams(tokens: Sequence[str], longest: int = 4) -> Counter[tuple[str, ...]]:
-    """How often each run of 1 to ``longest`` tokens occurs."""
-    sizes = range(1, longest + 1)
-    return Counter(tuple(tokens[i : i + n]) for n in sizes for i in range(len(tokens) - n + 1))
+def rouge_l(tokens: Tokens, references: Sequence[Tokens], beta: float = 1.2) -> float:
+    """ROUGE-L of one caption in [0, 1], Lin (2004), as in coco-caption: (1 + beta^2) P R / (R + beta^2 P).
 
-
-def rouge_l(tokens: Sequence[str], references: Sequence[Sequence[str]], beta: float = 1.2) -> float:
-    """ROUGE-L of one caption in [0, 1], Lin (2004), as coco-caption has it.
-
-    With P and R the longest common subsequence's share of the caption's and of a reference's tokens, each the best
-    over the references: (1 + beta^2) P R / (R + beta^2 P).
+    P and R are the longest common subsequence's share of the caption's and of a reference's tokens, each the maximum
+    over the references.
     """
     common = [_common_subsequence(tokens, reference) for reference in references]
     precision = max(common) / max(len(tokens), 1)
@@ -82,7 +77,7 @@ def rouge_l(tokens: Sequence[str], references: Sequence[Sequence[str]], beta: fl
     return (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
 
 
-def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+def _common_subsequence(first: Tokens, second: Tokens) -> int:
     """Length of the longest common subsequence."""
     row = [0] * (len(second) + 1)
     for token in first:
@@ -94,153 +89,100 @@ def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     return row[-1]
 
 
-def cider(pairs: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]], sigma: float = 6.0) -> list[float]:
+def cider(pairs: Sequence[tuple[Tokens, Sequence[Tokens]]], sigma: float = 6.0) -> list[float]:
     """CIDEr-D of each caption, in [0, 10] (papers print its mean times 100), Vedantam et al., arXiv:1411.5726.
 
-    Captions and references become vectors g_n of their n-grams' counts, n = 1..4, weighed by log(N / df), where df is
-    in how many of the N samples' references an n-gram occurs.  The score is 10 times the mean over n and references of
-    exp(-(l_c - l_r)^2 / (2 sigma^2)) * min(g_c, g_r) . g_r / (|g_c| |g_r|), l being lengths in tokens less one.
+    Captions and references become vectors g_n of their n-grams' counts, n = 1..4, weighted by log(N / df), where df is
+    the number of the N samples in whose references an n-gram occurs.  The score is 10 times the mean over n and
+    references of exp(-(l_c - l_r)^2 / (2 sigma^2)) * min(g_c, g_r) . g_r / (|g_c| |g_r|), l the number of bigrams.
 
     Args:
         pairs: (caption, its references) of the whole corpus, tokenised.  With one sample all weights are 0.
-        sigma: tolerated difference of lengths.
+        sigma: tolerance for differences of length.
     """
-    counts = [(ngrams(tokens), [ngrams(reference) for reference in references]) for tokens, references in pairs]
-    frequency = Counter(gram for _, references in counts for gram in set().union(*references))
-    samples = math.log(max(len(pairs), 1))
+    frequency = Counter(
+        gram
+        for _, texts in pairs
+        for gram in {gram for text in texts for n in range(1, 5) for gram in _ngrams(text, n)}
+    )
+    log_samples = math.log(max(len(pairs), 1))
 
-    def vectors(grams: Counter[tuple[str, ...]]) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
-        parts: list[dict[tuple[str, ...], float]] = [{}, {}, {}, {}]
-        for gram, count in grams.items():
-            parts[len(gram) - 1][gram] = count * (samples - math.log(max(1, frequency[gram])))
-        norms = [math.sqrt(sum(v * v for v in part.values())) for part in parts]
-        return parts, norms, sum(count for gram, count in grams.items() if len(gram) == 2)
+    def vector(tokens: Tokens, size: int) -> dict[tuple[str, ...], float]:
+        counts = Counter(_ngrams(tokens, size))
+        return {gram: count * (log_samples - math.log(max(1, frequency[gram]))) for gram, count in counts.items()}
+
+    def similarity(caption: dict[tuple[str, ...], float], reference: dict[tuple[str, ...], float]) -> float:
+        product = sum(
+            min(value, reference[gram]) * reference[gram] for gram, value in caption.items() if gram in reference
+        )
+        norms = [math.sqrt(sum(value * value for value in vector.values())) for vector in (caption, reference)]
+        return product / (norms[0] * norms[1]) if all(norms) else 0.0
 
     scores = []
-    for caption, references in counts:
-        own, own_norms, own_length = vectors(caption)
-        total = 0.0
+    for caption, references in pairs:
+        total, own = 0.0, [vector(caption, n) for n in range(1, 5)]
         for reference in references:
-            other, other_norms, other_length = vectors(reference)
-            penalty = math.exp(-((own_length - other_length) ** 2) / (2 * sigma**2))
-            for a, b, norm_a, norm_b in zip(own, other, own_norms, other_norms, strict=True):
-                product = sum(min(value, b[gram]) * b[gram] for gram, value in a.items() if gram in b)
-                total += penalty * product / (norm_a * norm_b) if norm_a and norm_b else 0.0
+            difference = max(len(caption) - 1, 0) - max(len(reference) - 1, 0)
+            cosine = sum(similarity(grams, vector(reference, n)) for n, grams in enumerate(own, 1))
+            total += math.exp(-(difference**2) / (2 * sigma**2)) * cosine
         scores.append(10.0 * total / (4 * len(references)))
     return scores
 
 
-# ------------------------------------------------------------------------- metrics
+def bleu_4(pairs: Sequence[tuple[Tokens, Sequence[Tokens]]]) -> float:
+    """Corpus BLEU-4 in [0, 1]; if no 4-gram at all is right it is 0, where coco-caption gives 1e-4 or less."""
+    # Of two references equally near in length coco-caption takes the shorter, torchmetrics the first.
+    references = [[" ".join(text) for text in sorted(texts, key=len)] for _, texts in pairs]
+    return float(bleu_score([" ".join(caption) for caption, _ in pairs], references, n_gram=4))
 
 
-class CaptionBLEU(BLEUScore):
-    """Corpus BLEU-4 in [0, 1] by coco-caption's tokens: torchmetrics', whose sums add up over ranks.
+class CaptionScores(Metric):
+    """Scores of captions against references, and statistics that show a collapse to a few sentences.
 
-    Where no 4-gram at all is right it is 0; coco-caption then gives some 1e-4 or less.
+    bleu4, rouge_l, cider  :func:`bleu_4`, the means of :func:`rouge_l` and :func:`cider`
+    words, words_truth     mean length of the captions and of the references in tokens
+    repetition             mean share of a caption's 4-grams that repeat earlier ones (arXiv:1908.04319)
+    distinct_1/2           different words (pairs) divided by all words (pairs) of the captions (arXiv:1510.03055)
+    unique                 share of different captions
     """
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(n_gram=4, **kwargs)
-
-    def update(self, captions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-        """Add a batch: a caption and its references each."""
-        spaced = [[" ".join(tokenize_caption(text)) for text in texts] for texts in references]
-        # Of two references equally near in length coco-caption takes the shorter, torchmetrics the first.
-        spaced = [sorted(texts, key=lambda text: len(text.split())) for texts in spaced]
-        super().update([" ".join(tokenize_caption(caption)) for caption in captions], spaced)
-
-
-class CaptionROUGE(Metric):
-    """Mean :func:`rouge_l` in [0, 1]."""
-
-    is_differentiable, higher_is_better, full_state_update = False, True, False
-    total: torch.Tensor
-    samples: torch.Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("samples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, captions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-        """Add a batch: a caption and its references each."""
-        for caption, texts in zip(captions, references, strict=True):
-            self.total += rouge_l(tokenize_caption(caption), [tokenize_caption(text) for text in texts])
-            self.samples += 1
-
-    def compute(self) -> torch.Tensor:
-        return (self.total / self.samples.clamp_min(1)).float()
-
-
-class _Corpus(Metric):
-    """Keeps tokenised texts, for scores that are no sum over samples; as bytes, because ranks exchange tensors."""
 
     is_differentiable, full_state_update = False, False
     texts: list[torch.Tensor]
-    """uint8: a line a sample, its texts between tabs, tokens between spaces (none of which tokens contain)."""
+    """uint8, because ranks exchange tensors: a line per sample, texts separated by tabs, tokens by spaces."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("texts", [], dist_reduce_fx="cat")
 
-    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        if not self.texts:  # torchmetrics would send an empty tensor of floats to ranks that expect bytes
-            self.texts = [torch.zeros(0, dtype=torch.uint8, device=self.device)]
-        super()._sync_dist(*args, **kwargs)
-
-    def _keep(self, samples: Iterable[Sequence[str]]) -> None:
+    def update(self, captions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+        """Add a batch of captions, each with its references."""
+        samples = [[caption, *texts] for caption, texts in zip(captions, references, strict=True)]
         lines = ["\t".join(" ".join(tokenize_caption(text)) for text in texts) + "\n" for texts in samples]
-        data = bytearray("".join(lines).encode())
-        if data:
+        if lines:
+            data = bytearray("".join(lines).encode())
             self.texts.append(torch.frombuffer(data, dtype=torch.uint8).to(self.device))
 
-    def _kept(self) -> list[list[list[str]]]:
-        """Samples, their texts, their tokens."""
-        if not len(self.texts):
-            return []
-        data = bytes(dim_zero_cat(self.texts).to(torch.uint8).cpu().numpy()).decode()
-        return [[text.split() for text in line.split("\t")] for line in data.split("\n")[:-1]]
-
-
-class CaptionCIDEr(_Corpus):
-    """Mean :func:`cider` over the corpus, in [0, 10]."""
-
-    higher_is_better = True
-
-    def update(self, captions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-        """Add a batch: a caption and its references each."""
-        self._keep([caption, *texts] for caption, texts in zip(captions, references, strict=True))
-
-    def compute(self) -> torch.Tensor:
-        scores = cider([(texts[0], texts[1:]) for texts in self._kept()])
-        return torch.tensor(math.fsum(scores) / max(len(scores), 1), device=self.device)
-
-
-class CaptionStatistics(_Corpus):
-    """How long, repetitive and diverse captions are; what models that collapse to one sentence fail.
-
-    words         mean length in tokens
-    words_truth   the references'
-    repetition    mean share of a caption's 4-grams that it has had before (Welleck et al., 2019, arXiv:1908.04319)
-    distinct_1/2  different words (pairs) a word (pair) of all captions (Li et al., 2016, arXiv:1510.03055)
-    unique        share of the captions that differ from all before them
-    """
-
-    def update(self, captions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-        """Add a batch: a caption and its references each."""
-        self._keep([caption, *texts] for caption, texts in zip(captions, references, strict=True))
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Exchange texts between ranks."""
+        if not self.texts:  # torchmetrics would send an empty float tensor to ranks that expect bytes
+            self.texts = [torch.zeros(0, dtype=torch.uint8, device=self.device)]
+        super().sync(*args, **kwargs)
 
     def compute(self) -> dict[str, torch.Tensor]:
-        samples = self._kept()
-        captions = [texts[0] for texts in samples]
-        truth = [tokens for texts in samples for tokens in texts[1:]]
+        data = bytes(dim_zero_cat(self.texts).cpu().numpy()).decode() if len(self.texts) else ""
+        samples = [[text.split() for text in line.split("\t")] for line in data.split("\n")[:-1]]
+        pairs = [(texts[0], texts[1:]) for texts in samples]
+        captions = [caption for caption, _ in pairs]
         values = {
-            "words": _mean(len(tokens) for tokens in captions),
-            "words_truth": _mean(len(tokens) for tokens in truth),
-            "repetition": _mean(_repeated(tokens) for tokens in captions),
+            "bleu4": bleu_4(pairs) if pairs else 0.0,
+            "rouge_l": _mean(rouge_l(caption, references) for caption, references in pairs),
+            "cider": _mean(cider(pairs)),
+            "words": _mean(map(len, captions)),
+            "words_truth": _mean(len(reference) for _, references in pairs for reference in references),
+            "repetition": _mean(1 - _distinct([caption], 4) if len(caption) >= 4 else 0.0 for caption in captions),
             "distinct_1": _distinct(captions, 1),
             "distinct_2": _distinct(captions, 2),
-            "unique": len({tuple(tokens) for tokens in captions}) / max(len(captions), 1),
+            "unique": len(set(map(tuple, captions))) / max(len(captions), 1),
         }
         return {name: torch.tensor(value, device=self.device) for name, value in values.items()}
 
@@ -250,24 +192,7 @@ def _mean(values: Iterable[float]) -> float:
     return math.fsum(values) / max(len(values), 1)
 
 
-def _repeated(tokens: Sequence[str], size: int = 4) -> float:
-    grams = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def _distinct(captions: Iterable[Sequence[str]], size: int) -> float:
-    grams = [tuple(tokens[i : i + size]) for tokens in captions for i in range(len(tokens) - size + 1)]
+def _distinct(captions: Iterable[Tokens], size: int) -> float:
+    """Number of different n-grams of the captions divided by the number of all."""
+    grams = [gram for tokens in captions for gram in _ngrams(tokens, size)]
     return len(set(grams)) / max(len(grams), 1)
-
-
-def caption_metrics() -> MetricCollection:
-    """All of them: ``update(captions, references)``, ``compute`` gives bleu4, rouge_l, cider, words, ... by name."""
-    return MetricCollection(
-        {
-            "bleu4": CaptionBLEU(),
-            "rouge_l": CaptionROUGE(),
-            "cider": CaptionCIDEr(),
-            "statistics": CaptionStatistics(),
-        },
-        compute_groups=False,  # comparing states to find equal ones would compare texts that are still empty
-    )

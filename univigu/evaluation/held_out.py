@@ -26,7 +26,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from univigu.data.sample import questions_of
-from univigu.evaluation.caption_metrics import caption_metrics
+from univigu.evaluation.caption_metrics import CaptionScores
 from univigu.flow.random import randn
 from univigu.flow.time import shift_sigma, time_from_sigma, to_timestep
 from univigu.flow.video import flow_matching_loss, interpolate
@@ -104,7 +104,7 @@ class HeldOutEvaluation(nn.Module):
         self.options = options
         metrics: dict[str, nn.Module] = {
             "caption": ShapesTextAccuracy(kind),
-            "captions": caption_metrics(),
+            "captions": CaptionScores(),
             "tokens": MeanMetric(),
             "psnr": PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3, 4)),
             "ssim": StructuralSimilarityIndexMeasure(data_range=1.0),
@@ -112,7 +112,7 @@ class HeldOutEvaluation(nn.Module):
             "flow_foundation": MeanMetric(),
         }
         if options.generation:
-            metrics |= {"generate": ShapesVideoAccuracy(places=False), "joint": ShapesAgreement()}
+            metrics |= {"generate": ShapesVideoAccuracy(positions=False), "joint": ShapesAgreement()}
         metrics |= _model_metrics(options)
         self.metrics: Any = nn.ModuleDict(metrics)
         self.counts = _Counts(list(metrics))

@@ -1,29 +1,42 @@
-"""Scores of videos by pretrained networks that lie in local folders: CLIPScore and the Frechet video distance.
+"""Video scores by pretrained networks in local folders: CLIPScore and the Frechet video distance.
 
-torchmetrics' own CLIPScore takes models by their hub names only and does not know transformers 5; its Frechet distance
-takes any network of ours.
+torchmetrics' own CLIPScore accepts hub names only and does not support transformers 5.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchmetrics import Metric
-from torchmetrics.image.fid import FrechetInceptionDistance  # the package exports it only beside torch-fidelity
+from torchmetrics.image.fid import FrechetInceptionDistance  # exported by the package only if torch-fidelity is there
 from transformers import AutoModel, CLIPModel, CLIPProcessor
 
 from univigu.data.video import even_indices
 
+T = TypeVar("T")
+
+
+def _load(option: str, path: str | Path, expected: str, load: Callable[[], T]) -> T:
+    """Call ``load``; errors become one line that names the option and the path."""
+    if not Path(path).exists():
+        raise ValueError(f"evaluation.{option}={str(path)!r}: no such file or folder")
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"evaluation.{option}={str(path)!r}: expected {expected} ({reason[:160]})") from error
+
 
 class ClipEncoder(nn.Module):
-    """A CLIP of transformers' folder layout: unit vectors of images and of texts.
+    """A CLIP model: unit vectors of images and of texts.
 
     Args:
-        folder: holds model, tokenizer and image processor.
+        folder: model, tokenizer and image processor in transformers' layout.
 
     Raises:
         ValueError: the folder is missing or holds no CLIP.
@@ -31,22 +44,20 @@ class ClipEncoder(nn.Module):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
-        _check("clip", folder, Path(folder).is_dir(), "no such folder")
-        try:
-            self.model = CLIPModel.from_pretrained(folder).eval().requires_grad_(False)
-            self.processor = CLIPProcessor.from_pretrained(folder)
-        except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-            raise _unreadable("clip", folder, "a CLIP model with its processor", error) from error
+        expected = "a CLIP model with its processor"
+        model = _load("clip", folder, expected, lambda: CLIPModel.from_pretrained(folder))
+        self.model = model.eval().requires_grad_(False)
+        self.processor = _load("clip", folder, expected, lambda: CLIPProcessor.from_pretrained(folder))
 
     @torch.no_grad()
     def images(self, frames: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, C, H, W] -> float32 [N, D], of length 1."""
+        """uint8 [N, C, H, W] -> float32 unit vectors [N, D]."""
         pixels = self.processor.image_processor(list(frames.cpu().numpy()), return_tensors="pt")["pixel_values"]
         return _unit(self.model.get_image_features(pixel_values=pixels.to(self.model.device, self.model.dtype)))
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> torch.Tensor:
-        """Texts -> float32 [N, D], of length 1; what is behind the model's last position (CLIP's 77th) is cut off."""
+        """Texts -> float32 unit vectors [N, D]; tokens past the model's last position (CLIP's 77th) are cut off."""
         longest = self.model.config.text_config.max_position_embeddings
         ids = self.processor.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
         ids = {name: ids[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
@@ -54,7 +65,7 @@ class ClipEncoder(nn.Module):
 
 
 def _unit(features: Any) -> torch.Tensor:
-    """transformers 5 wraps the projected features, 4 gives them as they are."""
+    """transformers 5 wraps the projected features, 4 returns them directly."""
     tensor: torch.Tensor = getattr(features, "pooler_output", features)
     return F.normalize(tensor.float(), dim=-1)
 
@@ -62,12 +73,12 @@ def _unit(features: Any) -> torch.Tensor:
 class VideoCLIPScore(Metric):
     """How well videos match texts: 100 max(cos, 0), mean over frames and then over videos; in [0, 100].
 
-    Hessel et al., 2021 (arXiv:2104.08718), with a weight of 100 as in torchmetrics, over frames as in CLIPSIM (Wu et
-    al., 2021, arXiv:2104.14806).
+    Hessel et al., 2021 (arXiv:2104.08718), with weight 100 as in torchmetrics, over frames as in CLIPSIM (Wu et al.,
+    2021, arXiv:2104.14806).
 
     Args:
         clip: the encoder; several metrics may share one.
-        num_frames: frames of each video that are looked at, spread evenly.
+        num_frames: number of evenly spaced frames per video that are scored.
     """
 
     is_differentiable, higher_is_better, full_state_update = False, True, False
@@ -81,7 +92,7 @@ class VideoCLIPScore(Metric):
         self.add_state("samples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, videos: torch.Tensor, texts: list[str]) -> None:
-        """Add uint8 videos [B, F, C, H, W] and a text for each."""
+        """Add uint8 videos [B, F, C, H, W], each with a text."""
         chosen = videos[:, even_indices(videos.shape[1], min(self.num_frames, videos.shape[1]))]
         images = self.clip.images(chosen.flatten(0, 1)).unflatten(0, chosen.shape[:2])  # [B, f, D]
         cosine = torch.einsum("bfd,bd->bf", images, self.clip.texts(texts))
@@ -93,16 +104,13 @@ class VideoCLIPScore(Metric):
 
 
 class VideoFeatures(nn.Module):
-    """A network that turns videos into vectors: a TorchScript file, or the folder of a transformers video encoder.
+    """A network that maps videos to feature vectors.
 
-    * a file: called as StyleGAN-V's ``i3d_torchscript.pt``, which papers take for FVD:
-      ``(video [B, C, F, H, W] in 0..255, rescale=True, resize=True, return_features=True)``;
-    * a folder: an encoder whose forward takes ``pixel_values`` [B, F, C, H, W], such as VideoMAE; its last hidden
-      states' mean.  Frames are chosen evenly (``num_frames``), scaled to ``image_size`` and normalised with ImageNet's
-      mean and deviation, as all of these are trained.
-
-    Args:
-        path: of the file or folder.
+    * A TorchScript file, called like StyleGAN-V's ``i3d_torchscript.pt``, which papers use for FVD:
+      ``(video [B, C, F, H, W] in 0..255, rescale=True, resize=True, return_features=True)``.
+    * The folder of a transformers video encoder whose forward takes ``pixel_values`` [B, F, C, H, W], such as VideoMAE:
+      the mean of its last hidden states.  ``num_frames`` evenly spaced frames are resized to ``image_size`` and
+      normalised with ImageNet's mean and standard deviation.
 
     Raises:
         ValueError: there is no such file or folder, or it cannot be read.
@@ -113,19 +121,17 @@ class VideoFeatures(nn.Module):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
-        path = Path(path)
-        _check("video_features", path, path.exists(), "no such file or folder")
-        self.scripted = path.is_file()
-        try:
-            network = torch.jit.load(path, map_location="cpu") if self.scripted else AutoModel.from_pretrained(path)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            expected = "a TorchScript file or a transformers folder"
-            raise _unreadable("video_features", path, expected, error) from error
+        self.scripted = Path(path).is_file()
+        network = _load(
+            "video_features",
+            path,
+            "a TorchScript file or a transformers folder",
+            lambda: torch.jit.load(path, map_location="cpu") if self.scripted else AutoModel.from_pretrained(path),
+        )
         self.network = network.eval()
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
-        # As long a clip as any: I3D wants ten frames or so.
-        self.num_features = self(torch.zeros(1, 17, 3, 64, 64, dtype=torch.uint8)).shape[-1]
+        self.num_features = self(torch.zeros(1, 17, 3, 64, 64, dtype=torch.uint8)).shape[-1]  # I3D needs ten frames
 
     @torch.no_grad()
     def forward(self, videos: torch.Tensor) -> torch.Tensor:
@@ -144,21 +150,11 @@ class VideoFeatures(nn.Module):
 
 
 class FrechetVideoDistance(FrechetInceptionDistance):
-    """FVD, Unterthiner et al., 2018 (arXiv:1812.01717): torchmetrics' Frechet distance of videos' features.
+    """FVD, Unterthiner et al., 2018 (arXiv:1812.01717): torchmetrics' Frechet distance of video features.
 
-    It means little under some hundred videos, and depends on their number: compare equal numbers only.
+    It is meaningless for fewer than some hundred videos and depends on their number: compare equal numbers only.
     """
 
     def __init__(self, features: VideoFeatures, **kwargs: Any) -> None:
         super().__init__(feature=features, **kwargs)
-        self.orig_dtype = torch.float32  # else known only where a video has been seen, which not every rank has
-
-
-def _check(name: str, path: str | Path, good: bool, problem: str) -> None:
-    if not good:
-        raise ValueError(f"evaluation.{name}={str(path)!r}: {problem}")
-
-
-def _unreadable(name: str, path: str | Path, expected: str, error: Exception) -> ValueError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ValueError(f"evaluation.{name}={str(path)!r}: expected {expected} ({reason[:160]})")
+        self.orig_dtype = torch.float32  # torchmetrics sets it in update, which a rank without videos never calls

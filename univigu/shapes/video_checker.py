@@ -1,6 +1,6 @@
-"""Reading the embedded world back out of pixels: find the objects by colour, then track and measure each.
+"""Reads clips of the embedded world: finds the objects by colour, then tracks and measures each.
 
-Everything is measured on the world's canvas of 64x64 pixels; clips of another size are resized to it first.
+Everything is measured on the world's canvas of 64x64 pixels; clips of another size are resized first.
 """
 
 from __future__ import annotations
@@ -13,32 +13,26 @@ import torch
 import torch.nn.functional as F
 
 from univigu.shapes.renderer import shape_mask
-from univigu.shapes.scenes import (
-    BACKGROUNDS,
-    CANVAS,
-    COLORS,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    SPEEDS,
-)
+from univigu.shapes.scenes import BACKGROUNDS, CANVAS, COLORS, RELATIONS, SHAPES, SIZES, SPEEDS
 from univigu.shapes.text_checker import ObjectReading, Reading
 from univigu.shapes.texts import region_of
 
-# Thresholds, in 8-bit colour units: the least contrast of the palette is 114 (red on brown), the least distance of
+# Thresholds in 8-bit colour units.  The smallest contrast of an object is 114 (red on brown), the smallest distance of
 # two object colours 118 (blue, purple) and of two backgrounds 110 (gray, brown).
-FOREGROUND_CONTRAST = 40.0  # a pixel further from the background than this is not background
-MAX_BACKGROUND_ERROR = 45.0  # a border further than this from every known background has no name
-MAX_COLOR_ERROR = 90.0  # likewise for an object's colour
-# Lengths in canvas pixels over the whole clip: slow objects move 16, quick ones 32.
+FOREGROUND_CONTRAST = 40.0  # a pixel that differs more from the background is foreground
+MAX_BACKGROUND_ERROR = 45.0  # a background further than this from every known one has no name
+MAX_COLOR_ERROR = 90.0  # the same for an object's colour
+# Lengths in canvas pixels over the clip: slow objects move 16, quick ones 32.
 STILL_BELOW = 8.0
 QUICK_FROM = 24.0
-MIN_COVER = 0.2  # of a pixel; less is noise
-MIN_CORE_AREA = 20.0  # a frame; the least of all objects, the small triangle, has over three times that
+MIN_COVER = 0.2  # share of a pixel; less is noise
+MIN_CORE_AREA = 20.0  # pixels per frame; the smallest object, the small triangle, has over three times that
 MIN_SHAPE_IOU = 0.6
-# Times the mean of 3x3 pixels is taken of the ideal shapes: edges out of a VAE are soft, and thin arms all edge.
-SHAPE_BLURS = (0, 1)
-# Canvas pixels by which boxes may overlap and still lie left of or above each other; more where only one can hold.
+SHAPE_BLURS = (
+    0,
+    1,
+)  # numbers of 3x3 blurs of the ideal shapes: edges out of a VAE are soft, and thin arms are all edge
+# Pixels by which boxes may overlap and still be left of or above each other; more if only one relation can hold.
 MAX_BOX_OVERLAP = 2.0
 MAX_BLUR_OVERLAP = 8.0
 
@@ -52,11 +46,11 @@ class _Track:
     cover: np.ndarray
     """How much of each pixel the object covers, in [0, 1], [F, 64, 64]."""
     centroid: np.ndarray
-    """Centre of gravity (x, y) [F, 2]"""
+    """Centre of gravity (x, y) [F, 2]."""
     boxes: np.ndarray
-    """left, top, right, bottom [F, 4]"""
+    """Bounding boxes (left, top, right, bottom) [F, 4]."""
     pieces: int
-    """Separate blobs of this colour in most frames."""
+    """Median number of separate blobs of this colour in a frame."""
 
     @property
     def seen(self) -> np.ndarray:
@@ -71,7 +65,7 @@ def detect(frames: torch.Tensor) -> Reading:
         frames: uint8 frames [F, 3, H, W], any size; lengths are measured relative to it.
 
     Returns:
-        A reading with source "video"; what cannot be told is None, a clip without objects has count 0.
+        A reading with source "video"; what cannot be determined is None, a clip without objects has count 0.
 
     Raises:
         ValueError: frames of another shape or type.
@@ -85,19 +79,20 @@ def detect(frames: torch.Tensor) -> Reading:
         resized = F.interpolate(resized, (CANVAS, CANVAS), mode="bilinear", antialias=True, align_corners=False)
     pixels = np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy())  # [F, 64, 64, 3]
 
-    ground = _border_median(pixels)  # [F, 3]: of every frame, so that flicker is not taken for objects
+    ground = _border_median(pixels)  # [F, 3], per frame, so that flicker is not taken for objects
     background = _nearest(np.median(ground, axis=0), BACKGROUNDS, MAX_BACKGROUND_ERROR)
     tracks = _find_objects(pixels - ground[:, None, None], ground)
-    found = [_measure(track) for track in tracks]
+    objects = [_measure(track) for track in tracks]
     count = sum(track.pieces for track in tracks)
-    if len(found) != 2:
-        order = sorted(range(len(found)), key=lambda i: (found[i].center or (0.0, 0.0))[0])
-        relation = "" if count == 1 else None
-        return Reading("video", count, background, relation, tuple(found[i] for i in order))
-    relation, other = _choose_relation(tracks, found)
-    if _is_second(tracks[0].boxes, tracks[1].boxes, relation):
-        found.reverse()
-    return Reading("video", count, background, relation, tuple(found), other)
+    if len(objects) != 2:
+        objects.sort(key=lambda obj: (obj.center or (0.0, 0.0))[0])
+        return Reading("video", count, background, "" if count == 1 else None, tuple(objects))
+    relation, other = _choose_relation(tracks, objects)
+    axis = 1 if relation == "above" else 0
+    middles = [np.nanmean(track.boxes[:, axis] + track.boxes[:, axis + 2]) for track in tracks]
+    if middles[0] > middles[1]:  # the left or upper object comes first
+        objects.reverse()
+    return Reading("video", count, background, relation, tuple(objects), other)
 
 
 # ------------------------------------------------------------------ segmentation
@@ -116,22 +111,22 @@ def _find_objects(difference: np.ndarray, ground: np.ndarray) -> list[_Track]:
     # Edges are mixtures with the background and, in compressed chroma, with anything: only cores vote on colours.
     core = _box_sum(contrast > FOREGROUND_CONTRAST**2, 1) == 9
     palette = np.array(list(COLORS.values()), np.float32) - ground[:, None]  # [F, 6, 3]
-    cores = _split(core, _nearest_mixture(difference, core, palette), len(COLORS))
-    cores = _merge_overlapping(cores)
+    cores = _merge_overlapping(_split(core, _nearest_mixture(difference, core, palette), len(COLORS)))
     if not cores:
         return []
     colors = np.stack([np.median(difference[c], axis=0) for c in cores])  # as measured
     owner = np.zeros(core.shape, np.int64)
-    if len(cores) > 1:  # now with the measured colours, which tell better than the palette's
+    if len(cores) > 1:  # assign again, by the measured colours, which separate better than the palette's
         visible = contrast > (FOREGROUND_CONTRAST / 2) ** 2
         owner = _nearest_mixture(difference, visible, np.broadcast_to(colors, (len(ground), *colors.shape)))
-        cores = [core & (owner == k) & _mostly(core & (owner == k), core) for k in range(len(colors))]
+        cores = [_majority(core & (owner == k), core) for k in range(len(colors))]
     tracks = []
     for k, color in enumerate(colors):
-        near = _box_sum(cores[k], 3) > 0  # what the erosion took away, and no far-off noise
+        near = _box_sum(cores[k], 3) > 0  # restores what the erosion removed, and excludes distant noise
         cover = (difference @ (color / max(color @ color, 1.0))).clip(0.0, 1.0)
         cover[~near | (owner != k) | (cover < MIN_COVER)] = 0.0
-        track = _track(cover, color + np.median(ground, axis=0))
+        pieces = int(np.median([_drop_specks(frame) for frame in cover]))
+        track = _Track(color + np.median(ground, axis=0), cover, *_moments(cover, cover > 0.5), pieces)
         if track.seen.mean() > 0.5:
             tracks.append(track)
     return tracks
@@ -146,40 +141,39 @@ def _box_sum(mask: np.ndarray, reach: int) -> np.ndarray:
 
 
 def _nearest_mixture(difference: np.ndarray, where: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """Which colour explains a pixel best that is a mixture of it and the background at any ratio.
+    """Which colour explains a pixel best as a mixture of it and the background at any ratio.
 
     Args:
-        difference: pixels less the background [F, 64, 64, 3].
-        where: the pixels asked for, bool [F, 64, 64].
-        colors: colours less the background [F, K, 3].
+        difference: pixels minus the background [F, 64, 64, 3].
+        where: pixels to label, bool [F, 64, 64].
+        colors: colours minus the background [F, K, 3].
 
     Returns:
-        Index of the colour, int [F, 64, 64]; -1 where not asked for.
+        Index of the colour, int [F, 64, 64]; -1 for the other pixels.
     """
     pixels, colors = difference[where], colors[where.nonzero()[0]]  # [N, 3], [N, K, 3]
     square = np.maximum(np.einsum("nkc,nkc->nk", colors, colors), 1.0)
     product = np.einsum("nkc,nc->nk", colors, pixels)
     ratio = (product / square).clip(0.0, 1.1)
     label = np.full(where.shape, -1)
-    label[where] = (ratio * (ratio * square - 2 * product)).argmin(1)  # squared error less the pixel's own square
+    label[where] = (ratio * (ratio * square - 2 * product)).argmin(1)  # squared error minus the pixel's own square
     return label
 
 
 def _split(core: np.ndarray, label: np.ndarray, number: int) -> list[np.ndarray]:
-    """The cores [F, 64, 64] of each colour that is seen well enough in more than half of the frames."""
+    """The cores [F, 64, 64] of each colour that is large enough in more than half of the frames."""
     cores = []
-    for k in range(number):
-        own = label == k
+    for own in (label == k for k in range(number)):
         if own.sum() >= MIN_CORE_AREA * len(core) / 2:
-            own &= _mostly(own, core)
-            if ((own.sum((1, 2)) >= MIN_CORE_AREA).mean()) > 0.5:
+            own = _majority(own, core)
+            if (own.sum((1, 2)) >= MIN_CORE_AREA).mean() > 0.5:
                 cores.append(own)
     return cores
 
 
-def _mostly(own: np.ndarray, core: np.ndarray) -> np.ndarray:
-    """Where most of the core nearby is one's own: compression leaves specks of one hue in objects of the next."""
-    return 2 * _box_sum(own, 2) > _box_sum(core, 2)
+def _majority(own: np.ndarray, core: np.ndarray) -> np.ndarray:
+    """A core without the pixels whose neighbourhood is mostly others': compression mixes hues of adjacent objects."""
+    return own & (2 * _box_sum(own, 2) > _box_sum(core, 2))
 
 
 def _merge_overlapping(cores: list[np.ndarray]) -> list[np.ndarray]:
@@ -202,12 +196,6 @@ def _merge_overlapping(cores: list[np.ndarray]) -> list[np.ndarray]:
     return merged
 
 
-def _track(cover: np.ndarray, color: np.ndarray) -> _Track:
-    pieces = int(np.median([_drop_specks(frame) for frame in cover]))
-    centroid, boxes = _moments(cover, cover > 0.5)
-    return _Track(color, cover, centroid, boxes, pieces)
-
-
 def _moments(weight: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Centre of gravity (x, y) [F, 2] of the weights and box [F, 4] of the mask, both [F, 64, 64]; NaN if empty."""
     at = np.arange(CANVAS, dtype=np.float32) + 0.5
@@ -224,10 +212,10 @@ def _moments(weight: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _drop_specks(cover: np.ndarray) -> int:
-    """Erase, in one frame's cover [64, 64], what gaps in the row or column sums set apart as too small an area.
+    """Erase, in one frame's cover [64, 64], parts of too small an area that gaps in the row or column sums separate.
 
     Returns:
-        Number of separate blobs left that such gaps tell apart, at least 1 (all shapes of the world are gapless).
+        Number of remaining blobs that such gaps separate, at least 1 (the shapes themselves have no such gaps).
     """
     pieces = 1
     for image in (cover, cover.T):  # two views of one array
@@ -253,21 +241,15 @@ def _measure(track: _Track) -> ObjectReading:
     middle = _center(track, shape, SIZES[size])
     seen = np.flatnonzero(track.seen)
     motion, speed = _motion(middle[seen], seen)
-    first, last = middle[seen[0]], middle[seen[-1]]
-    return ObjectReading(
-        size=size,
-        color=_nearest(track.color, COLORS, MAX_COLOR_ERROR),
-        shape=shape,
-        motion=motion,
-        speed=speed,
-        start=region_of((first[0], first[1])) if seen[0] == 0 else None,
-        end=region_of((last[0], last[1])) if seen[-1] == len(middle) - 1 else None,
-        center=(float(first[0]), float(first[1])),
-    )
+    color = _nearest(track.color, COLORS, MAX_COLOR_ERROR)
+    start, end = ((float(x), float(y)) for x, y in (middle[seen[0]], middle[seen[-1]]))
+    first = region_of(start) if seen[0] == 0 else None
+    last = region_of(end) if seen[-1] == len(middle) - 1 else None
+    return ObjectReading(size, color, shape, motion, speed, first, last, start)
 
 
 def _center(track: _Track, shape: str | None, radius: float) -> np.ndarray:
-    """Centre of the shape's box [F, 2]: by gravity, which noise moves less than it moves the box."""
+    """Centre of the shape's box [F, 2], from the centre of gravity, which noise moves less than the box."""
     if shape is None:
         return (track.boxes[:, :2] + track.boxes[:, 2:]) / 2
     # a triangle's centre of gravity lies a third of its height from the base
@@ -275,9 +257,9 @@ def _center(track: _Track, shape: str | None, radius: float) -> np.ndarray:
 
 
 def _size_and_shape(track: _Track) -> tuple[str, str | None]:
-    """What overlaps best; None if no shape does well, with the size that its box is nearest to.
+    """The size and shape that overlap best; if none overlaps well, no shape and the size nearest to the box.
 
-    The box alone would not do: a blurred triangle's tip is gone, and half of what makes it large.
+    The box alone is not enough: blur removes a triangle's tip, and with it half of what makes it large.
     """
     overlaps = _overlaps(track)
     best = max(overlaps, key=lambda pair: overlaps[pair])
@@ -289,24 +271,24 @@ def _size_and_shape(track: _Track) -> tuple[str, str | None]:
 
 
 def _overlaps(track: _Track) -> dict[tuple[str, str], float]:
-    """How well the ideal cover of each size and shape overlaps, averaged over the frames, in [0, 1]."""
+    """Overlap of the track with the ideal cover of each size and shape, averaged over the frames, in [0, 1]."""
     seen = track.seen
-    reach = max(SIZES.values()) + 4  # pixels around the centre that are compared: all of any object
+    reach = max(SIZES.values()) + 4  # compare this many pixels around the centre: contains any object
     padded = np.pad(track.cover[seen], ((0, 0), (reach, reach), (reach, reach)))
-    corner = track.centroid[seen].astype(int)  # in padded pixels, reach to the left of and above the centre
+    corner = track.centroid[seen].astype(int)  # in padded pixels: reach to the left of and above the centre
     window = np.arange(2 * reach)
     columns, rows = corner[:, :1] + window, corner[:, 1:] + window  # [F, 2 * reach]
     cover = padded[np.arange(len(padded))[:, None, None], rows[:, :, None], columns[:, None, :]]
     at = (np.arange(4 * reach) + 0.5) / 2  # twice the resolution, for the edges
-    overlap = {}
+    overlaps = {}
     for size, shape in itertools.product(SIZES, SHAPES):
         radius = SIZES[size]
         offset = _center(track, shape, radius)[seen] - corner + reach
         fine = shape_mask(shape, at - offset[:, :1, None], at[:, None] - offset[:, 1:, None], radius)
         rows_two = fine[:, ::2].astype(np.float32) + fine[:, 1::2]
         ideal = (rows_two[:, :, ::2] + rows_two[:, :, 1::2]) / 4
-        overlap[size, shape] = max(_overlap(cover, _blur(ideal, times)) for times in SHAPE_BLURS)
-    return overlap
+        overlaps[size, shape] = max(_overlap(cover, _blur(ideal, times)) for times in SHAPE_BLURS)
+    return overlaps
 
 
 def _overlap(cover: np.ndarray, ideal: np.ndarray) -> float:
@@ -315,11 +297,10 @@ def _overlap(cover: np.ndarray, ideal: np.ndarray) -> float:
 
 
 def _blur(cover: np.ndarray, times: int) -> np.ndarray:
-    """Covers [F, H, W] with the mean of 3x3 pixels taken repeatedly; nothing lies beyond the border."""
-    for _ in range(times):
-        for axis in (1, 2):
-            padded = np.pad(cover, [(0, 0)] + [(1, 1) if axis == side else (0, 0) for side in (1, 2)])
-            cover = np.add.reduce([np.take(padded, range(i, i + cover.shape[axis]), axis) for i in range(3)]) / 3
+    """Covers [F, H, W] blurred with 3x3 boxes, zero beyond the border."""
+    for axis in (1, 2) * times:
+        padded = np.pad(cover, [(0, 0)] + [(1, 1) if axis == side else (0, 0) for side in (1, 2)])
+        cover = np.add.reduce([np.take(padded, range(i, i + cover.shape[axis]), axis) for i in range(3)]) / 3
     return cover
 
 
@@ -351,21 +332,20 @@ def _nearest(color: np.ndarray, names: dict[str, tuple[int, int, int]], limit: f
 
 
 def relation_gaps(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    """How clearly two objects lie left of and above each other, either way round.
+    """How clearly two objects are left of and above each other, in either order.
 
     Args:
         first, second: boxes [F, 4] (left, top, right, bottom) in canvas pixels; NaN where not seen.
 
     Returns:
-        For each relation the least gap between the boxes over all frames with both, negative where they overlap.
+        For each relation the smallest gap between the boxes over all frames with both, negative if they overlap.
     """
-    gaps = {}
     both = ~np.isnan(first[:, 0] + second[:, 0])
-    for axis, relation in enumerate(RELATIONS):
-        ahead = second[both, axis] - first[both, axis + 2]  # first is the left or upper one
-        behind = first[both, axis] - second[both, axis + 2]
-        gaps[relation] = max(float(ahead.min()), float(behind.min())) if both.any() else -float(CANVAS)
-    return gaps
+    if not both.any():
+        return dict.fromkeys(RELATIONS, -float(CANVAS))
+    a, b = first[both], second[both]
+    gaps = [max((b[:, i] - a[:, i + 2]).min(), (a[:, i] - b[:, i + 2]).min()) for i in range(len(RELATIONS))]
+    return dict(zip(RELATIONS, map(float, gaps), strict=True))
 
 
 def holding_relations(gaps: dict[str, float]) -> list[str]:
@@ -376,21 +356,13 @@ def holding_relations(gaps: dict[str, float]) -> list[str]:
     return holding or [relation for relation in order[:1] if gaps[relation] >= -MAX_BLUR_OVERLAP]
 
 
-def _choose_relation(tracks: list[_Track], found: list[ObjectReading]) -> tuple[str | None, str | None]:
-    """The relation to report and, where both hold, the other one."""
+def _choose_relation(tracks: list[_Track], objects: list[ObjectReading]) -> tuple[str | None, str | None]:
+    """The relation to report and, if both hold, the other one."""
     holding = holding_relations(relation_gaps(tracks[0].boxes, tracks[1].boxes))
-    if len(holding) < 2:
-        return next(iter(holding), None), None
-    # objects of the world move across the direction of their relation
-    motions = {obj.motion for obj in found}
-    if motions & {"up", "down"} and not motions & {"left", "right"}:
-        return "left of", "above"
-    if motions & {"left", "right"} and not motions & {"up", "down"}:
-        return "above", "left of"
-    return holding[0], holding[1]
-
-
-def _is_second(boxes: np.ndarray, others: np.ndarray, relation: str | None) -> bool:
-    """Whether the boxes are those of the right or lower one of two objects."""
-    axis = 1 if relation == "above" else 0
-    return bool(np.nanmean(boxes[:, axis] + boxes[:, axis + 2]) > np.nanmean(others[:, axis] + others[:, axis + 2]))
+    if len(holding) == 2:  # objects of the world move perpendicular to their relation
+        motions = {obj.motion for obj in objects}
+        vertical, horizontal = bool(motions & {"up", "down"}), bool(motions & {"left", "right"})
+        if vertical != horizontal:
+            return ("left of", "above") if vertical else ("above", "left of")
+    first, second = (*holding, None, None)[:2]
+    return first, second
