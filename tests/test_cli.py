@@ -292,7 +292,7 @@ def test_weights_to_evaluate_may_be_named(
     from univigu.training.lightning_cli import UniViGUCLI
 
     args = ["test", "--config=configs/refine.yaml", *small_data, *QUICK, "--model.evaluation.generation=false"]
-    cli = UniViGUCLI([*args, f"--model.init_from={checkpoint}", "--model.text_positions=300"])
+    cli = UniViGUCLI([*args, f"--model.init_from={checkpoint}", "--model.architecture.text_positions=300"])
     assert cli.model.transformer.config.text_positions == 256  # the configuration's of recall
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert all(torch.equal(value, saved[name]) for name, value in cli.model.state_dict().items() if name in saved)
@@ -386,15 +386,26 @@ def test_overlays_change_the_scale(in_tmp: Path, name: str, size: str) -> None:
     args = [f"--config=configs/{file}.yaml" for file in (name, f"wan2.1-{size}", "fsdp")]
     fit = parse_fit(args)
     (stage,) = fit.stages
-    assert (stage.name, stage.text_length, stage.tasks.generate, stage.joint_dropout) == (name, 256, 0.25, None)
+    assert (stage.name, stage.text_length, stage.tasks.generate, stage.condition_dropout.joint) == (
+        name,
+        256,
+        0.25,
+        0.5,
+    )
     assert stage.learning_rate > 0 and stage.target == {"recall": "prompt", "refine": "caption"}[name]
-    assert fit.model.foundation.endswith(f"Wan2.1-T2V-{size.upper()}-Diffusers") and fit.model.text_flow == "uniform"
+    assert (
+        fit.model.foundation.endswith(f"Wan2.1-T2V-{size.upper()}-Diffusers")
+        and fit.model.architecture.text_flow == "uniform"
+    )
     assert (fit.data.height, fit.data.width, fit.data.num_frames, fit.data.caption_length) == (480, 832, 81, 256)
     assert fit.strategy.class_path == "univigu.training.parallel.ShardedStrategy" and fit.model.gradient_checkpointing
     assert fit.model.parallel.compute_dtype == "bfloat16"
     assert {"StageSwitch", "LastCheckpoint", "MediaLogger"} <= set(fit.callbacks)
     alone = parse_fit(args[:1])
-    assert alone.stages[0].text_length == {"recall": 32, "refine": 256}[name] and alone.model.text_flow == "mask"
+    assert (
+        alone.stages[0].text_length == {"recall": 32, "refine": 256}[name]
+        and alone.model.architecture.text_flow == "mask"
+    )
 
 
 def test_overrides_reach_callbacks_and_stages(in_tmp: Path, small_data: list[str]) -> None:
@@ -417,7 +428,7 @@ def test_overrides_reach_callbacks_and_stages(in_tmp: Path, small_data: list[str
     [
         ("{stages: {recall: {stepz: 7}}}", "overrides.stages.recall.stepz"),
         ("{stages: {recall: {tasks: {caption: 1}}}}", "overrides.stages.recall.tasks.caption"),
-        ("{stages: {recall: {condition_dropout: 2}}}", "condition_dropout"),
+        ("{stages: {recall: {condition_dropout: {joint: 2}}}}", "condition_dropout"),
         ("{callbacks: {MediaLogger: {samples: 7}}}", "samples"),
     ],
 )
@@ -442,7 +453,7 @@ def test_misspelt_stage_field(in_tmp: Path, failing: Callable[[list[str]], str])
 
 
 def test_stage_value_out_of_range(in_tmp: Path, failing: Callable[[list[str]], str]) -> None:
-    text = (REPO / "configs/recall.yaml").read_text().replace("condition_dropout: 0.9", "condition_dropout: 1.75")
+    text = (REPO / "configs/recall.yaml").read_text().replace("understand: 0.9", "understand: 1.75")
     Path("wrong.yaml").write_text(text)
     printed = failing(["fit", "--config=wrong.yaml"])
     assert "condition_dropout" in printed and "1.75" in printed

@@ -55,7 +55,7 @@ class Asked(UniViGU):
 
 def run(folder: Path, command: str, texts: str) -> tuple[Asked, Trainer]:
     module = Asked(
-        str(folder / "foundation"), str(folder / "unified"), text_flow="uniform", seed=1,
+        str(folder / "foundation"), str(folder / "unified"), seed=1,
         sampling=SamplingOptions(caption_steps=2),
         evaluation=EvaluationOptions(generation=texts == "qa"),
     )  # fmt: skip

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from transformers import UMT5Config, UMT5EncoderModel
 
 from univigu.models import UniViGUTransformer3DModel
+from univigu.models.options import ArchitectureOptions
 
 CHANNELS, TEXT_DIM, HEADS, HEAD_DIM = 4, 32, 2, 12
 MAKE_FOUNDATION = Path(__file__).resolve().parents[1] / "tools" / "make_foundation.py"
@@ -35,17 +36,10 @@ def make_wan(seed: int = 0, **options: Any) -> WanTransformer3DModel:
     return wan.eval()
 
 
-OWN_ATTENTION = (
-    {"separate_text_attention": True},
-    {"separate_text_attention": True, "text_projects_video": True},
-)
-"""Ways in which text has an attention of its own."""
-
-
 def make_unified(wan: WanTransformer3DModel, vocab_size: int = 11, **options: Any) -> UniViGUTransformer3DModel:
     """A unified model on it, all of whose weights are random and none of whose parts are copies of each other."""
     torch.manual_seed(1)
-    model = UniViGUTransformer3DModel.from_wan(wan, vocab_size, **options)
+    model = UniViGUTransformer3DModel.from_wan(wan, vocab_size, ArchitectureOptions(**options))
     video = {name: value.clone() for name, value in wan.state_dict().items()}
     shake(model)
     model.load_state_dict(video, strict=False)

@@ -57,8 +57,8 @@ READING = "text attention (recipe: own, of the video, too)"
 VARIANTS = {
     "recipe": Variant("the recipe", ""),
     "trained": Variant("trained", "generator's weights (recipe: frozen)", {}, TRAINED),
-    "uniform": Variant("uniform", "text flow (recipe: mask)", {"text_flow": "uniform"}),
-    "embedding": Variant("embedding", "text flow (recipe: mask)", {"text_flow": "embedding"}),
+    "uniform": Variant("uniform", "text flow (recipe: mask)", {"architecture": {"text_flow": "uniform"}}),
+    "embedding": Variant("embedding", "text flow (recipe: mask)", {"architecture": {"text_flow": "embedding"}}),
     "random": Variant("random, trained", "initialisation (recipe: foundation)", {"random_init": True}, TRAINED),
     "random_fast": Variant(
         "random, trained at the text's rate",
@@ -67,14 +67,19 @@ VARIANTS = {
         TRAINED | {"learning_rate": 6.0e-3},
     ),
     "random_frozen": Variant("random, frozen", "initialisation (recipe: foundation)", {"random_init": True}),
-    "dropout0": Variant("0", "condition dropout (recipe: 0.9)", {}, {"condition_dropout": 0.0}),
-    "dropout50": Variant("0.5", "condition dropout (recipe: 0.9)", {}, {"condition_dropout": 0.5}),
-    "shared": Variant("shared, trained", "text FFN (recipe: separate)", {"separate_text_ffn": False}, TRAINED),
-    "own": Variant("own, video's keys the generator's", READING, {"text_projects_video": False}),
-    "attention": Variant("shared", READING, {"separate_text_attention": False, "text_projects_video": False}),
-    "rotary": Variant("yes", "rotary positions of the text (recipe: no)", {"text_rotary": True}),
-    "told0": Variant("0", "timestep told of clean video (recipe: 300)", {"clean_video_timestep": 0}),
-    "reads": Variant("yes", "clean video reads text (recipe: no)", {"clean_video_reads_text": True}),
+    "dropout0": Variant(
+        "0", "condition dropout (recipe: 0.9)", {}, {"condition_dropout": {"joint": 0.5, "understand": 0.0}}
+    ),
+    "dropout50": Variant(
+        "0.5", "condition dropout (recipe: 0.9)", {}, {"condition_dropout": {"joint": 0.5, "understand": 0.5}}
+    ),
+    "shared": Variant(
+        "shared, trained", "text FFN (recipe: separate)", {"architecture": {"separate_text_ffn": False}}, TRAINED
+    ),
+    "attention": Variant("shared", READING, {"architecture": {"text_attention": "shared"}}),
+    "rotary": Variant("rotary", "positions of the text (recipe: learned)", {"architecture": {"text_positions": 0}}),
+    "told0": Variant("0", "timestep told of clean video (recipe: 300)", {"architecture": {"clean_video_timestep": 0}}),
+    "reads": Variant("yes", "clean video reads text (recipe: no)", {"architecture": {"clean_video_reads_text": True}}),
 }
 
 
@@ -128,7 +133,9 @@ def configuration(base: dict[str, Any], run: Run, options: argparse.Namespace) -
         switch,
         {"class_path": "univigu.training.callbacks.CaptionAccuracy", "init_args": accuracy},
     ]
-    config["model"] = config.get("model", {}) | variant.model
+    model = config.get("model", {})
+    architecture = model.get("architecture", {}) | variant.model.get("architecture", {})
+    config["model"] = model | variant.model | {"architecture": architecture}
     config["model"]["sampling"] = config["model"].get("sampling", {}) | {"caption_steps": options.caption_steps}
     return config
 

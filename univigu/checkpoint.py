@@ -25,6 +25,7 @@ from univigu.models.conventions import CONVENTIONS
 from univigu.models.foundation import Foundation
 from univigu.models.lora import LoraOptions, is_lora_parameter, lora_differences, lora_options, merge_lora
 from univigu.models.official import export_official, import_official, import_wan
+from univigu.models.options import check_replaced
 from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
 from univigu.models.weights import CheckpointError, known_options
 from univigu.training.parallel import reshard
@@ -135,6 +136,7 @@ def load_weights(path: str | Path, like: UniViGUTransformer3DModel | None = None
         checkpoint = read_checkpoint(path)
         config, weights = checkpoint["univigu"]["transformer_config"], usable_weights(checkpoint)
         state = {key[len(PREFIX) :]: value for key, value in weights.items() if key.startswith(PREFIX)}
+    check_replaced(config, path)
     config = with_defaults(config)
     _check_config(path, config, like)
     model = like if like is not None else UniViGUTransformer3DModel(**config)

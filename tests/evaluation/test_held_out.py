@@ -73,7 +73,7 @@ def evaluate(
     everything = {"clip": str(folder / "clip"), "video_features": str(folder / "detector.pt"), "clip_frames": 2}
     evaluation = EvaluationOptions(**(everything if options is None else options))
     module = UniViGU(
-        str(folder / "foundation"), str(folder / "unified"), text_flow="uniform", evaluation=evaluation, seed=1,
+        str(folder / "foundation"), str(folder / "unified"), evaluation=evaluation, seed=1,
         sampling=SamplingOptions(num_inference_steps=2, caption_steps=2),
     )  # fmt: skip
     five = {"shards": str(folder / "shards"), "height": 32, "width": 32, "num_frames": 5, "precompute": False}

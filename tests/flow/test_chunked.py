@@ -60,7 +60,7 @@ def test_a_loss_that_fits_is_computed_as_ever() -> None:
     flow = make_text_flow("uniform", VOCAB)
     corrupted = flow.corrupt(tokens, torch.zeros(2))
     fits, over = (TextScore(flow, corrupted, torch.zeros(2), None, "cross_entropy", 10 * VOCAB - n) for n in (0, 1))
-    assert fits.inputs == {} and list(over.inputs) == ["text_reader"]
+    assert fits.reader is None and over.reader == over.read
     logits = torch.randn(2, 5, VOCAB)
     assert torch.equal(fits.losses(logits), flow.loss(logits, corrupted, torch.zeros(2)))
 
@@ -121,9 +121,9 @@ limit = 10**12 if way == "plain" else FlowOptions().max_logits
 score = TextScore(flow, corrupted, t, None, kind, limit)
 head.linear.weight.grad, head.linear.bias.grad = torch.zeros(vocab, width), torch.zeros(vocab)
 small = TextScore(flow, type(corrupted)(corrupted.x_t[:, :1], tokens[:, :1]), t, None, kind, limit)
-small.losses(head(hidden[:, :1], shift, scale, **{"reader": small.read} if small.inputs else {})).sum().backward()
+small.losses(head(hidden[:, :1], shift, scale, small.reader)).sum().backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-score.losses(head(hidden, shift, scale, **{"reader": score.read} if score.inputs else {})).sum().backward()
+score.losses(head(hidden, shift, scale, score.reader)).sum().backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, hidden.grad.norm().item())
 """
 

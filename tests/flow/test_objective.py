@@ -11,13 +11,14 @@ import torch
 
 from tests import tiny
 from univigu.flow.objective import (
+    ConditionDropout,
     FlowOptions,
     TaskMixture,
     UniFlowBatch,
     UniFlowLosses,
     UniFlowObjective,
     by_noise_level,
-    sample_places,
+    sample_positions,
 )
 from univigu.flow.text import make_text_flow
 from univigu.flow.time import VideoTimeSampling
@@ -49,12 +50,11 @@ class Watch:
     """Records what the model is called with."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.calls, self.places = model, [], []
+        self.model, self.calls = model, []
 
-    def __call__(self, *args: Any, text_places: torch.Tensor | None = None) -> Any:
+    def __call__(self, *args: Any) -> Any:
         self.calls.append(args)
-        self.places.append(text_places)
-        return self.model(*args, **({} if text_places is None else {"text_places": text_places}))
+        return self.model(*args)
 
     def token_table(self) -> torch.Tensor:
         return self.model.token_table()
@@ -106,8 +106,8 @@ def test_each_task_sees_what_it_should(models: dict[str, Any], flow: str) -> Non
     watch, batch = Watch(models[flow]), make_batch(6)
     losses = measure(watch, batch, (2, 1, 3), flow)
     joint, understand, (noisy_only, timestep_only, _) = watch.calls
-    noisy, timestep, _, text, text_timestep = joint
-    clean, timestep_clean, _, text_clean, text_timestep_clean = understand
+    noisy, timestep, _, (text, text_timestep, *_) = joint
+    clean, timestep_clean, _, (text_clean, text_timestep_clean, *_) = understand
     assert timestep_clean.tolist() == [0] and torch.equal(clean, batch.latents[2:3])
     assert (timestep > 0).all() and (noisy != batch.latents[:2]).all()
     assert (timestep_only > 0).all() and (noisy_only != batch.latents[3:]).all()
@@ -137,7 +137,7 @@ def test_full_dropout_hides_the_prompt_and_none_shows_it(models: dict[str, Any],
     other = replace(batch, prompt_embeds=batch.prompt_embeds + 1)
 
     def both(batch: UniFlowBatch, dropout: float) -> torch.Tensor:
-        losses = measure(models["mask"], batch, counts, condition_dropout=dropout, guidance_dropout=dropout)
+        losses = measure(models["mask"], batch, counts, dropout=ConditionDropout(dropout, dropout, dropout))
         return torch.cat([losses.video, losses.text])
 
     assert torch.equal(both(batch, 1.0), both(other, 1.0))
@@ -146,11 +146,11 @@ def test_full_dropout_hides_the_prompt_and_none_shows_it(models: dict[str, Any],
 
 def test_each_dropout_belongs_to_its_tasks(models: dict[str, Any]) -> None:
     batch, watch = make_batch(), Watch(models["mask"])
-    measure(watch, batch, (1, 1, 2), condition_dropout=1.0, guidance_dropout=0.0)
+    measure(watch, batch, (1, 1, 2), dropout=ConditionDropout(1.0, 1.0, 0.0))
     assert torch.equal(watch.calls[0][2], batch.null_embeds)
     assert torch.equal(watch.calls[1][2], batch.null_embeds)
     assert torch.equal(watch.calls[2][2], batch.prompt_embeds[2:])
-    measure(watch, batch, (1, 1, 2), condition_dropout=1.0, joint_dropout=0.0)
+    measure(watch, batch, (1, 1, 2), dropout=ConditionDropout(0.0, 1.0, 0.0))
     assert torch.equal(watch.calls[3][2], batch.prompt_embeds[:1])
     assert torch.equal(watch.calls[4][2], batch.null_embeds)
 
@@ -164,7 +164,7 @@ def test_dropout_has_the_given_rate() -> None:
         kept.append(embeds.mean().item())
         return SimpleNamespace(sample=noisy)
 
-    measure(model, small, (0, 0, count), guidance_dropout=0.3)
+    measure(model, small, (0, 0, count), dropout=ConditionDropout(0.0, 0.0, 0.3))
     assert abs(kept[0] - 0.7) < 4 * (0.21 / count) ** 0.5
 
 
@@ -185,30 +185,30 @@ def test_same_seed_same_losses(models: dict[str, Any], flow: str) -> None:
         assert not torch.equal(getattr(first, name), getattr(other, name))
 
 
-def test_places_are_drawn_evenly_and_in_order() -> None:
-    places = sample_places(4000, 6, 0.5, torch.device("cpu"), torch.Generator().manual_seed(0))
-    assert places.shape == (4000, 3) and (places.diff(dim=1) > 0).all()
-    assert places.flatten().bincount().tolist() == pytest.approx([2000] * 6, rel=0.06)
-    assert sample_places(2, 6, 1e-3, torch.device("cpu")).shape == (2, 1)
+def test_positions_are_drawn_evenly_and_in_order() -> None:
+    positions = sample_positions(4000, 6, 0.5, torch.device("cpu"), torch.Generator().manual_seed(0))
+    assert positions.shape == (4000, 3) and (positions.diff(dim=1) > 0).all()
+    assert positions.flatten().bincount().tolist() == pytest.approx([2000] * 6, rel=0.06)
+    assert sample_positions(2, 6, 1e-3, torch.device("cpu")).shape == (2, 1)
 
 
 @pytest.mark.parametrize("flow", FLOWS)
-def test_a_share_of_the_text_is_the_tokens_at_its_places(models: dict[str, Any], flow: str) -> None:
-    """The targets are those places' tokens: the loss of each task's text is that of a model given just these."""
+def test_a_share_of_the_text_is_the_tokens_at_its_positions(models: dict[str, Any], flow: str) -> None:
+    """The targets are those positions' tokens: the loss of each task's text is that of a model given just these."""
     watch, batch = Watch(models[flow]), make_batch(6)
     losses = measure(watch, batch, (2, 3, 1), flow, text_share=0.5)
-    joint, understand, none = watch.places
-    assert none is None and joint.shape == (2, 3) and understand.shape == (3, 3)
-    assert [call[3].shape[1] for call in watch.calls[:2]] == [3, 3]
+    joint, understand = (call[3].positions for call in watch.calls[:2])
+    assert len(watch.calls[2]) == 3 and joint.shape == (2, 3) and understand.shape == (3, 3)
+    assert [call[3].tokens.shape[1] for call in watch.calls[:2]] == [3, 3]
     assert batch.text_ids is not None
-    for rows, places, call in ((slice(0, 2), joint, watch.calls[0]), (slice(2, 5), understand, watch.calls[1])):
-        truth = batch.text_ids[rows].gather(1, places)
+    for rows, positions, call in ((slice(0, 2), joint, watch.calls[0]), (slice(2, 5), understand, watch.calls[1])):
+        truth = batch.text_ids[rows].gather(1, positions)
         if flow == "mask":  # what is shown of the text is the truth or the mask
-            assert ((call[3] == truth) | (call[3] == VOCAB)).all()
+            assert ((call[3].tokens == truth) | (call[3].tokens == VOCAB)).all()
     assert losses.text.shape == (5,) and losses.text.isfinite().all()
     whole = Watch(models[flow])
     measure(whole, batch, (2, 3, 1), flow, text_share=1.0)
-    assert whole.places == [None] * 3 and whole.calls[0][3].shape[1] == 6
+    assert whole.calls[0][3].positions is None and whole.calls[0][3].tokens.shape[1] == 6
 
 
 def test_time_options_are_used(models: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests import tiny
+from univigu.flow.inputs import TextInputs
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.cache import AttentionCache
 
@@ -42,66 +43,73 @@ def times(value: float) -> torch.Tensor:
 def test_text_beside_a_cached_clean_video_is_exact(flow: str, dtype: torch.dtype) -> None:
     model, video = make(flow, dtype, clean_video_reads_text=False, clean_video_timestep=250.0), draw_video(dtype=dtype)
     cache = AttentionCache()
-    first = model(*video, draw_text(0, flow), times(1000.0), cache=cache)
-    plain = model(*video, draw_text(0, flow), times(1000.0))
+    first = model(*video, TextInputs(draw_text(0, flow), times(1000.0)), cache=cache)
+    plain = model(*video, TextInputs(draw_text(0, flow), times(1000.0)))
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(first.text, plain.text, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(first.sample, plain.sample, rtol=tolerance, atol=tolerance)
     for step in (1, 2):
         text, time = draw_text(step, flow), times(1000.0 - 300 * step)
-        cached = model(None, None, None, text, time, cache=cache)
+        cached = model(None, None, None, TextInputs(text, time), cache=cache)
         assert cached.sample is None and cached.text.dtype == plain.text.dtype
-        torch.testing.assert_close(cached.text, model(*video, text, time).text, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            cached.text, model(*video, TextInputs(text, time)).text, rtol=tolerance, atol=tolerance
+        )
     # negative controls: another video's cache, another prompt's
     for changed in (draw_video(4)[0], video[0]):
         other = AttentionCache()
         prompt = video[2] if changed is not video[0] else draw_video(4)[2]
-        model(changed.to(dtype), video[1], prompt.to(dtype), text, time, cache=other)
-        wrong = model(None, None, None, text, time, cache=other).text
+        model(changed.to(dtype), video[1], prompt.to(dtype), TextInputs(text, time), cache=other)
+        wrong = model(None, None, None, TextInputs(text, time), cache=other).text
         assert (wrong - cached.text).abs().max() > max(2 * tolerance, 1e-2)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attention", [{}, *tiny.OWN_ATTENTION])
-def test_with_hidden_tokens_positions_and_a_shared_ffn(attention: dict[str, bool]) -> None:
-    options = {"separate_text_ffn": False, "text_positions": LENGTH, "text_rotary": False}
-    model = make(clean_video_reads_text=False, **attention, **options)
-    if attention:
+@pytest.mark.parametrize("attention", ["shared", "own"])
+def test_with_hidden_tokens_positions_and_a_shared_ffn(attention: str) -> None:
+    options = {"separate_text_ffn": False, "text_positions": LENGTH}
+    model = make(clean_video_reads_text=False, text_attention=attention, **options)
+    if attention == "own":
         for block in model.blocks:
             torch.nn.init.normal_(block.attn1_t.to_v.weight, std=0.3)
     video, cache = draw_video(), AttentionCache()
     mask = torch.arange(LENGTH)[None] < torch.tensor([[7], [4], [1]])
-    model(*video, draw_text(0), times(900.0), mask, cache=cache)
+    model(*video, TextInputs(draw_text(0), times(900.0), mask), cache=cache)
     text, time = draw_text(1), times(400.0)
-    cached = model(None, None, None, text, time, mask, cache=cache).text
-    torch.testing.assert_close(cached, model(*video, text, time, mask).text, rtol=1e-5, atol=1e-5)
-    assert (cached - model(*video, text, time).text).abs().max() > 1e-3
+    cached = model(None, None, None, TextInputs(text, time, mask), cache=cache).text
+    torch.testing.assert_close(cached, model(*video, TextInputs(text, time, mask)).text, rtol=1e-5, atol=1e-5)
+    assert (cached - model(*video, TextInputs(text, time)).text).abs().max() > 1e-3
 
 
 @torch.no_grad()
-def test_with_some_places_of_a_slot() -> None:
+def test_with_some_positions_of_a_slot() -> None:
     model, video, cache = make(clean_video_reads_text=False, text_positions=LENGTH), draw_video(), AttentionCache()
-    places = torch.tensor([[0, 1, 4], [2, 5, 6], [1, 3, 6]])
-    few, more = ({"text_tokens": draw_text(i)[:, :3], "text_places": places} for i in range(2))
-    model(*video, text_timestep=times(900.0), cache=cache, **few)
-    cached = model(None, None, None, text_timestep=times(400.0), cache=cache, **more).text
-    expected = model(*video, text_timestep=times(400.0), **more).text
+    positions = torch.tensor([[0, 1, 4], [2, 5, 6], [1, 3, 6]])
+
+    def some(i: int, time: float) -> TextInputs:
+        return TextInputs(draw_text(i)[:, :3], times(time), positions=positions)
+
+    model(*video, some(0, 900.0), cache=cache)
+    cached = model(None, None, None, some(1, 400.0), cache=cache).text
+    expected = model(*video, some(1, 400.0)).text
     torch.testing.assert_close(cached, expected, rtol=1e-5, atol=1e-5)
-    elsewhere = model(None, None, None, draw_text(1)[:, :3], times(400.0), cache=cache).text
+    elsewhere = model(None, None, None, TextInputs(draw_text(1)[:, :3], times(400.0)), cache=cache).text
     assert (elsewhere - cached).abs().max() > 1e-4
 
 
 @torch.no_grad()
 def test_where_video_reads_text_it_is_an_approximation() -> None:
     model, video, cache = make(), draw_video(), AttentionCache()
-    model(*video, draw_text(0), times(1000.0), cache=cache)
-    same = model(None, None, None, draw_text(0), times(1000.0), cache=cache).text
-    torch.testing.assert_close(same, model(*video, draw_text(0), times(1000.0)).text, rtol=1e-5, atol=1e-5)
+    model(*video, TextInputs(draw_text(0), times(1000.0)), cache=cache)
+    same = model(None, None, None, TextInputs(draw_text(0), times(1000.0)), cache=cache).text
+    torch.testing.assert_close(same, model(*video, TextInputs(draw_text(0), times(1000.0))).text, rtol=1e-5, atol=1e-5)
     text, time = draw_text(1), times(500.0)
-    full = model(*video, text, time).text
-    assert (model(None, None, None, text, time, cache=cache).text - full).abs().max() > 1e-4  # stale
-    model(*video, text, time, cache=cache)  # refreshed
-    torch.testing.assert_close(model(None, None, None, text, time, cache=cache).text, full, rtol=1e-5, atol=1e-5)
+    full = model(*video, TextInputs(text, time)).text
+    assert (model(None, None, None, TextInputs(text, time), cache=cache).text - full).abs().max() > 1e-4  # stale
+    model(*video, TextInputs(text, time), cache=cache)  # refreshed
+    torch.testing.assert_close(
+        model(None, None, None, TextInputs(text, time), cache=cache).text, full, rtol=1e-5, atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -116,34 +124,34 @@ def test_the_prompts_keys_are_computed_once_for_video_alone(monkeypatch: pytest.
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attention", [{}, *tiny.OWN_ATTENTION])
-def test_fused_projections(attention: dict[str, bool]) -> None:
-    model, video, cache = make(clean_video_reads_text=False, **attention), draw_video(), AttentionCache()
-    expected = model(*video, draw_text(1), times(300.0)).text
+@pytest.mark.parametrize("attention", ["shared", "own"])
+def test_fused_projections(attention: str) -> None:
+    model, video, cache = make(clean_video_reads_text=False, text_attention=attention), draw_video(), AttentionCache()
+    expected = model(*video, TextInputs(draw_text(1), times(300.0))).text
     model.fuse_qkv_projections()
-    model(*video, draw_text(0), times(1000.0), cache=cache)
-    cached = model(None, None, None, draw_text(1), times(300.0), cache=cache).text
+    model(*video, TextInputs(draw_text(0), times(1000.0)), cache=cache)
+    cached = model(None, None, None, TextInputs(draw_text(1), times(300.0)), cache=cache).text
     torch.testing.assert_close(cached, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_misuse_is_named() -> None:
     model, (latents, clean, prompt), text = make(), draw_video(), draw_text(0)
     with pytest.raises(ValueError, match="no gradients"):
-        model(latents, clean, prompt, text, times(1.0), cache=AttentionCache())
+        model(latents, clean, prompt, TextInputs(text, times(1.0)), cache=AttentionCache())
     with torch.no_grad():
         for empty in (None, AttentionCache()):
-            with pytest.raises(ValueError, match="a cache filled by a pass with both"):
-                model(None, None, None, text, times(1.0), cache=empty)
+            with pytest.raises(ValueError, match="a cache filled by a pass"):
+                model(None, None, None, TextInputs(text, times(1.0)), cache=empty)
         cache = AttentionCache()
         model(latents, clean, prompt, cache=cache)  # holds the prompt, not the video
-        with pytest.raises(ValueError, match="a cache filled by a pass with both"):
-            model(None, None, None, text, times(1.0), cache=cache)
-        model(latents, clean, prompt, text, times(1.0), cache=cache)
+        with pytest.raises(ValueError, match="a cache filled by a pass"):
+            model(None, None, None, TextInputs(text, times(1.0)), cache=cache)
+        model(latents, clean, prompt, TextInputs(text, times(1.0)), cache=cache)
         with pytest.raises(ValueError, match="another prompt's embeddings"):
-            model(latents, clean, prompt + 1e-3, text, times(1.0), cache=cache)
-        model(latents, clean, prompt.clone(), text, times(1.0), cache=cache)  # a copy is no other prompt
+            model(latents, clean, prompt + 1e-3, TextInputs(text, times(1.0)), cache=cache)
+        model(latents, clean, prompt.clone(), TextInputs(text, times(1.0)), cache=cache)  # a copy is no other prompt
         with pytest.raises(ValueError, match=r"shape \[3, 5\]: the cache was filled with \[3, 7\]"):
-            model(None, None, None, text[:, :5], times(1.0), cache=cache)
+            model(None, None, None, TextInputs(text[:, :5], times(1.0)), cache=cache)
         deeper = tiny.make_unified(tiny.make_wan(num_layers=3), VOCAB)
         with pytest.raises(ValueError, match="2 layers, the model has 3"):
-            deeper(None, None, None, text, times(1.0), cache=cache)
+            deeper(None, None, None, TextInputs(text, times(1.0)), cache=cache)

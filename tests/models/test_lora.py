@@ -21,6 +21,7 @@ from univigu.evaluation.held_out import EvaluationOptions
 from univigu.flow.objective import TaskMixture
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.lora import LoraOptions, add_lora, is_lora_parameter, merge_lora
+from univigu.models.options import ArchitectureOptions
 from univigu.models.transformer import is_text_parameter
 from univigu.training.callbacks import StageSwitch
 from univigu.training.module import UniViGU
@@ -153,7 +154,11 @@ def with_texts(items: list[dict[str, Any]]) -> dict[str, Any]:
         {"trains": "lora", "lora": LoraOptions(rank=2, alpha=4)},
         {"trains": "lora", "lora": LoraOptions(rank=2, alpha=64)},
         {"trains": "lora", "lora": LoraOptions(rank=3, attention=("attn1",))},
-        {"trains": "lora", "lora": LoraOptions(rank=2, alpha=4), "clean_video_reads_text": False},
+        {
+            "trains": "lora",
+            "lora": LoraOptions(rank=2, alpha=4),
+            "architecture": ArchitectureOptions(clean_video_reads_text=False),
+        },
         {"trains": "all"},
     ],
     ids=["same", "alpha", "rank", "architecture", "all"],

@@ -115,7 +115,7 @@ def test_output_follows_the_formulas(official: Path, wan: WanTransformer3DModel)
     imported = import_official(official, wan)
     assert not imported.training and all(p.requires_grad for p in imported.parameters())
     with torch.no_grad():
-        output = imported(**inputs)
+        output = imported(**formulas.arguments(inputs))
     theirs = torch.load(official, weights_only=True)["model"]
     names = {theirs_name: ours for ours, theirs_name in zip(
         imported.state_dict(), (name for name in official_state(imported) if "inv_freq" not in name), strict=True
@@ -193,8 +193,8 @@ class Payload:
         ({"separate_text_ffn": False}, "separate_text_ffn=False"), ({"text_positions": 4}, "text_positions=4"),
         ({"text_flow": "embedding"}, "text_flow='embedding'"),
         # as the embedded world's recipes
-        ({"separate_text_attention": True, "text_rotary": False, "text_positions": 4},
-         r"separate_text_attention=True \(official: False\), text_positions=4 .*, text_rotary=False"),
+        ({"text_attention": "own", "text_positions": 4},
+         r"text_attention='own' \(official: 'shared'\), text_positions=4"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("accept", [False, True])
@@ -291,7 +291,7 @@ def imported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_honours_the_conventions(folder: Path, imported: Path) -> None:
-    module = UniViGU(str(folder), init_from=str(imported), text_flow="uniform")
+    module = UniViGU(str(folder), init_from=str(imported))
     module.configure_model()
     assert module.conventions == OFFICIAL
     foundation = module.foundation
@@ -306,7 +306,7 @@ def test_training_honours_the_conventions(folder: Path, imported: Path) -> None:
     assert torch.equal(inputs.prompt_embeds[:, :end], clean[:, :end]) and not clean[:, end:].any()
     assert not module.encode_prompts(["a"], 8)[1].any()
 
-    plain = UniViGU(str(folder), text_flow="uniform")
+    plain = UniViGU(str(folder))
     inputs = plain.prepare(batch)
     assert plain.conventions == Conventions() and torch.equal(inputs.latents, batch["latents"])
     assert inputs.null_embeds.any() and not inputs.prompt_embeds[:, -1].any()
@@ -314,7 +314,7 @@ def test_training_honours_the_conventions(folder: Path, imported: Path) -> None:
 
 def test_frames_go_through_the_same_latents(folder: Path, imported: Path) -> None:
     """What a model without normalisation is shown, and what is made of its samples, are the VAE's own latents."""
-    theirs, ours = (UniViGU(str(folder), init_from=path, text_flow="uniform") for path in (str(imported), None))
+    theirs, ours = (UniViGU(str(folder), init_from=path) for path in (str(imported), None))
     theirs.configure_model()
     frames = torch.randint(256, (1, 5, 3, 32, 32), dtype=torch.uint8)
     raw, normalized = theirs.encode_frames(frames), ours.encode_frames(frames)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 from tests import tiny
+from univigu.flow.inputs import TextInputs
 from univigu.models import UniViGUTransformer3DModel, UniViGUTransformerOutput
+from univigu.models.options import ArchitectureOptions, check_replaced
 
 VOCAB = 11
 TEXT_KEYS = ("ffn_t.", "attn1_t.", "time_embedding_t.", "vocab_embed.", "text_head.", "scale_shift_table_t")
@@ -46,9 +49,15 @@ def video_only(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if not name.startswith("text_")}
 
 
+def arguments(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``forward``: what is called text_* in a test goes into TextInputs."""
+    text = {name.removeprefix("text_"): value for name, value in inputs.items() if name.startswith("text_")}
+    return video_only(inputs) | ({"text": TextInputs(**text)} if text else {})
+
+
 @torch.no_grad()
 def run(model: Any, inputs: dict[str, Any]) -> UniViGUTransformerOutput:
-    return model(**inputs)
+    return model(**arguments(inputs))
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -221,12 +230,11 @@ class Reference:
             return [self.rotate(query, grid), self.rotate(key, grid), value]
 
         video = turned(name)
-        if not self.config.separate_text_attention:
+        if self.config.text_attention == "shared":
             return self.attention(name, *video, bias)
         own = turned(f"{name}_t")
         each = [torch.cat([a[:, :count], b[:, count:]], dim=1) for a, b in zip(video, own, strict=True)]
-        projects = self.config.text_projects_video and self.fault != "text_finds_the_generators_keys"
-        text = own if projects else each
+        text = each if self.fault == "text_finds_the_generators_keys" else own
         out = self.attention(name, *each, bias)[:, :count]
         return torch.cat([out, self.attention(f"{name}_t", *text, bias)[:, count:]], dim=1)
 
@@ -343,11 +351,8 @@ def test_joint_forward_agrees_for_other_sizes() -> None:
 
 
 @pytest.mark.parametrize("reads", [True, False])
-@pytest.mark.parametrize("options", tiny.OWN_ATTENTION)
-def test_joint_forward_agrees_with_an_attention_of_the_texts_own(
-    wan: WanTransformer3DModel, options: dict[str, bool], reads: bool
-) -> None:
-    model = tiny.make_unified(wan, VOCAB, clean_video_reads_text=reads, **options)
+def test_joint_forward_agrees_with_the_texts_own_attention(wan: WanTransformer3DModel, reads: bool) -> None:
+    model = tiny.make_unified(wan, VOCAB, clean_video_reads_text=reads, text_attention="own")
     inputs = make_inputs()
     for clean in (0, 1, 3):  # rows; the two streams part where a row is clean, and where the text projects the video
         inputs["timestep"][:clean] = 0.0
@@ -356,12 +361,7 @@ def test_joint_forward_agrees_with_an_attention_of_the_texts_own(
         assert_close(output.sample, sample)
         assert_close(output.text, text)
         _, wrong = Reference(model, "text_finds_the_generators_keys")(inputs)
-        assert ((wrong - text).abs().max() > 1e-3) == ("text_projects_video" in options)
-
-
-def test_projecting_the_video_takes_projections(wan: WanTransformer3DModel) -> None:
-    with pytest.raises(ValueError, match="text_projects_video=True: separate_text_attention=False"):
-        tiny.make_unified(wan, VOCAB, text_projects_video=True)
+        assert (wrong - text).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -409,22 +409,22 @@ def test_masked_text_equals_truncated_text(model: Any, one_way: Any, reads: bool
     assert_close(run(unified, inputs | {"text_mask": torch.ones_like(mask)}).text, unmasked)
 
 
-@pytest.mark.parametrize("options", [{}, {"text_positions": 9}, {"text_positions": 9, "text_rotary": False}])
-def test_some_places_of_a_slot_equal_the_slot_with_the_others_masked(
+@pytest.mark.parametrize("options", [{}, {"text_positions": 9}])
+def test_some_positions_of_a_slot_equal_the_slot_with_the_others_masked(
     wan: WanTransformer3DModel, options: dict[str, Any]
 ) -> None:
-    """Each sample with places of its own: every token keeps the position that it has in the whole slot."""
+    """Each sample with positions of its own: every token keeps the position that it has in the whole slot."""
     model, inputs = tiny.make_unified(wan, VOCAB, **options), make_inputs()
-    places = torch.tensor([[0, 1, 4], [2, 5, 6], [1, 3, 6]])
-    few = {"text_tokens": inputs["text_tokens"].gather(1, places), "text_places": places}
+    positions = torch.tensor([[0, 1, 4], [2, 5, 6], [1, 3, 6]])
+    few = {"text_tokens": inputs["text_tokens"].gather(1, positions), "text_positions": positions}
     some = run(model, inputs | few)
-    mask = torch.zeros(3, 7, dtype=torch.bool).scatter(1, places, True)
+    mask = torch.zeros(3, 7, dtype=torch.bool).scatter(1, positions, True)
     masked = run(model, inputs | {"text_mask": mask})
     assert_close(some.sample, masked.sample)
-    assert_close(some.text, masked.text.gather(1, places[..., None].expand(-1, -1, VOCAB)))
-    moved = run(model, inputs | few | {"text_places": torch.arange(3).expand(3, -1)})
+    assert_close(some.text, masked.text.gather(1, positions[..., None].expand(-1, -1, VOCAB)))
+    moved = run(model, inputs | few | {"text_positions": torch.arange(3).expand(3, -1)})
     assert (moved.text - some.text).abs().max() > 1e-4  # where they stand does matter
-    whole = run(model, inputs | {"text_places": torch.arange(7).expand(3, -1)})
+    whole = run(model, inputs | {"text_positions": torch.arange(7).expand(3, -1)})
     assert_close(whole.text, run(model, inputs).text)
 
 
@@ -466,7 +466,7 @@ def test_batches_of_one_kind_of_row(model: Any, one_way: Any, timesteps: list[fl
 def test_from_wan_copies_wan(tmp_path: Path, wan: WanTransformer3DModel, source: str) -> None:
     wan.save_pretrained(tmp_path / "transformer")
     origin = {"memory": wan, "transformer": str(tmp_path / "transformer"), "pipeline": tmp_path}[source]
-    model = UniViGUTransformer3DModel.from_wan(origin, VOCAB, "mask", clean_video_reads_text=False)
+    model = UniViGUTransformer3DModel.from_wan(origin, VOCAB, ArchitectureOptions("mask", clean_video_reads_text=False))
     ours, theirs = model.state_dict(), wan.state_dict()
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
     assert not {value.data_ptr() for value in ours.values()} & {value.data_ptr() for value in theirs.values()}
@@ -589,17 +589,22 @@ def test_diffusers_finds_our_blocks(model: UniViGUTransformer3DModel) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"text_timestep": None}, r"text_timestep=None"),
-        ({"timestep": torch.zeros(2)}, r"^timestep has shape \[2\]: expected \[3\]"),
-        ({"timestep": torch.zeros(3, 45)}, r"^timestep has shape \[3, 45\]: expected \[3\]"),
-        ({"text_timestep": torch.tensor(5.0)}, r"^text_timestep has shape \[\]: expected \[3\]"),
-        ({"text_tokens": torch.zeros(3, 7, 24)}, r"text_tokens is torch\.float32 \[3, 7, 24\]: the uniform .*\[B, L\]"),
-        ({"text_tokens": torch.zeros(21, dtype=torch.int64)}, r"text_tokens is torch\.int64 \[21\]"),
-        ({"text_tokens": torch.zeros(2, 7, dtype=torch.int64)}, r"text_tokens has 2 rows: expected 3"),
-        ({"text_mask": torch.ones(3, 7)}, r"text_mask is torch\.float32 \[3, 7\]: expected bool \[3, 7\]"),
-        ({"text_mask": torch.ones(3, 6).bool()}, r"text_mask is torch\.bool \[3, 6\]: expected bool \[3, 7\]"),
-        ({"text_places": torch.arange(7)}, r"text_places is torch\.int64 \[7\]: expected int64 \[3, 7\]"),
-        ({"text_places": torch.ones(3, 7)}, r"text_places is torch\.float32 \[3, 7\]: expected int64 \[3, 7\]"),
+        ({"timestep": torch.zeros(2)}, r"^timestep is torch\.float32 \[2\]: expected float \[3\]"),
+        ({"timestep": torch.zeros(3, 45)}, r"^timestep is torch\.float32 \[3, 45\]: expected float \[3\]"),
+        ({"text_timestep": torch.tensor(5.0)}, r"^text\.timestep is torch\.float32 \[\]: expected float \[3\]"),
+        (
+            {"text_tokens": torch.zeros(3, 7, 24)},
+            r"text\.tokens is torch\.float32 \[3, 7, 24\]: the uniform .*\[B, L\]",
+        ),
+        ({"text_tokens": torch.zeros(21, dtype=torch.int64)}, r"text\.tokens is torch\.int64 \[21\]"),
+        ({"text_tokens": torch.zeros(2, 7, dtype=torch.int64)}, r"text\.tokens has 2 rows: expected 3"),
+        ({"text_mask": torch.ones(3, 7)}, r"text\.mask is torch\.float32 \[3, 7\]: expected torch\.bool \[3, 7\]"),
+        ({"text_mask": torch.ones(3, 6).bool()}, r"text\.mask is torch\.bool \[3, 6\]: expected torch\.bool \[3, 7\]"),
+        ({"text_positions": torch.arange(7)}, r"text\.positions is torch\.int64 \[7\]: expected torch\.int64 \[3, 7\]"),
+        (
+            {"text_positions": torch.ones(3, 7)},
+            r"text\.positions is torch\.float32 \[3, 7\]: expected torch\.int64 \[3, 7\]",
+        ),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(model: Any, changes: dict[str, Any], message: str) -> None:
@@ -609,13 +614,13 @@ def test_inputs_that_do_not_fit_are_named(model: Any, changes: dict[str, Any], m
 
 def test_embedding_flow_wants_states(wan: WanTransformer3DModel) -> None:
     model = tiny.make_unified(wan, VOCAB, text_flow="embedding")
-    with pytest.raises(ValueError, match=r"text_tokens is torch\.int64 \[3, 7\]: the embedding .*\[B, L, D\]"):
+    with pytest.raises(ValueError, match=r"text\.tokens is torch\.int64 \[3, 7\]: the embedding .*\[B, L, D\]"):
         run(model, make_inputs())
 
 
 def gradients(model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor | None]:
     model.zero_grad(set_to_none=True)
-    output = model(**inputs)
+    output = model(**arguments(inputs))
     (output.sample.square().mean() + output.text.square().mean()).backward()
     return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
@@ -628,7 +633,7 @@ def test_gradients_reach_every_parameter(model: UniViGUTransformer3DModel) -> No
 def test_a_fresh_text_head_is_undecided_and_learns(wan: WanTransformer3DModel) -> None:
     model = UniViGUTransformer3DModel.from_wan(wan, VOCAB)
     inputs = make_inputs()
-    logits = model(**inputs).text
+    logits = model(**arguments(inputs)).text
     assert not logits.any()  # the first posterior is uniform
     F.cross_entropy(logits.flatten(0, 1), inputs["text_tokens"].flatten()).backward()
     assert model.text_head.linear.weight.grad.abs().sum() > 0
@@ -659,8 +664,8 @@ def test_gradient_checkpointing_changes_nothing(wan: WanTransformer3DModel, read
 def test_a_shared_ffn_is_an_own_one_with_the_same_weights(wan: WanTransformer3DModel) -> None:
     """As built from Wan, where the text's FFN is a copy, both agree; they no longer do once the copy is changed."""
     torch.manual_seed(0)
-    separate = UniViGUTransformer3DModel.from_wan(wan, VOCAB, "mask").eval()
-    shared = UniViGUTransformer3DModel.from_wan(wan, VOCAB, "mask", separate_text_ffn=False).eval()
+    separate = UniViGUTransformer3DModel.from_wan(wan, VOCAB, ArchitectureOptions("mask")).eval()
+    shared = UniViGUTransformer3DModel.from_wan(wan, VOCAB, ArchitectureOptions("mask", separate_text_ffn=False)).eval()
     text_only = {name: value for name, value in separate.state_dict().items() if "ffn_t." not in name}
     text_only["text_head.linear.weight"] = torch.randn_like(text_only["text_head.linear.weight"])  # zero at first
     separate.load_state_dict(text_only, strict=False)
@@ -676,7 +681,7 @@ def test_a_shared_ffn_is_an_own_one_with_the_same_weights(wan: WanTransformer3DM
 
 
 def test_a_shared_ffn_is_saved_and_needs_its_own_weights(tmp_path: Path, wan: WanTransformer3DModel) -> None:
-    shared = UniViGUTransformer3DModel.from_wan(wan, VOCAB, separate_text_ffn=False).eval()
+    shared = UniViGUTransformer3DModel.from_wan(wan, VOCAB, ArchitectureOptions(separate_text_ffn=False)).eval()
     shared.save_pretrained(tmp_path)
     again = UniViGUTransformer3DModel.from_pretrained(tmp_path).eval()
     assert again.config.separate_text_ffn is False
@@ -691,61 +696,46 @@ def test_a_shared_ffn_is_saved_and_needs_its_own_weights(tmp_path: Path, wan: Wa
 # ---------------------------------------------------------------------- absolute text positions
 
 
-def test_text_positions_are_added_to_the_tokens(wan: WanTransformer3DModel) -> None:
-    """With positions at zero it is the model without them; moved, text changes by place and video alone does not."""
-    plain = tiny.make_unified(wan, VOCAB, text_flow="mask")
-    model = UniViGUTransformer3DModel.from_wan(wan, VOCAB, "mask", text_positions=9).eval()
-    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
-    assert missing == ["text_position_embed.weight"] and not unexpected
-    inputs = make_inputs()
-    torch.nn.init.zeros_(model.text_position_embed.weight)
-    assert torch.equal(run(model, inputs).text, run(plain, inputs).text)
-    torch.nn.init.normal_(model.text_position_embed.weight)
-    assert torch.equal(run(model, video_only(inputs)).sample, run(plain, video_only(inputs)).sample)
-    # what is added is what the embedding flow would be given as states: token rows plus position rows
+def test_learned_positions_are_added_to_the_tokens(wan: WanTransformer3DModel) -> None:
+    model, inputs = tiny.make_unified(wan, VOCAB, text_flow="mask", text_positions=9), make_inputs()
     states = model.vocab_embed(inputs["text_tokens"]) + model.text_position_embed.weight[:7]
-    expected = []
-    hook = model.blocks[0].register_forward_hook(lambda *args: expected.append(args[1][4]))
+    streams = []
+    hook = model.blocks[0].register_forward_hook(lambda *args: streams.append(args[1][4]))
     run(model, inputs)
     hook.remove()
-    assert torch.equal(expected[0], states)
+    assert torch.equal(streams[0].states, states) and streams[0].rotary is None
+    assert torch.equal(run(model, video_only(inputs)).sample, run(wan, video_only(inputs)).sample)
     with pytest.raises(ValueError, match="10 positions: the model has 9"):
         run(model, make_inputs(length=10))
     with pytest.raises(ValueError, match="text_positions=-1"):
-        UniViGUTransformer3DModel.from_wan(wan, VOCAB, text_positions=-1)
+        ArchitectureOptions(text_positions=-1)
 
 
-def test_without_rotary_positions_only_the_learned_ones_tell_text_tokens_apart(wan: WanTransformer3DModel) -> None:
-    """Text tokens and their learned positions shuffled together shuffle the output, and nothing else changes."""
-    inputs = make_inputs()
+@pytest.mark.parametrize("learned", [True, False])
+def test_only_positions_tell_text_tokens_apart(wan: WanTransformer3DModel, learned: bool) -> None:
+    """Text tokens shuffled together with their positions shuffle the output, and nothing else changes."""
+    model, inputs = tiny.make_unified(wan, VOCAB, text_flow="mask", text_positions=7 * learned), make_inputs()
     order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
     shuffled = inputs | {"text_tokens": inputs["text_tokens"][:, order]}
-    differences = {}
-    for rotary in (False, True):
-        torch.manual_seed(0)
-        model = UniViGUTransformer3DModel.from_wan(wan, VOCAB, "mask", text_positions=7, text_rotary=rotary).eval()
-        torch.nn.init.normal_(model.text_head.linear.weight)
-        output = run(model, inputs)
-        model.text_position_embed.weight.data = model.text_position_embed.weight.data[order]
-        again = run(model, shuffled)
-        differences[rotary] = (output.text[:, order] - again.text).abs().max().item()
-        video = (output.sample - again.sample).abs().max().item()
-        assert (video < 1e-5) != rotary
-    assert differences[False] < 1e-4 < 1e-2 < differences[True]
-    with pytest.raises(ValueError, match="text_rotary=False"):
-        UniViGUTransformer3DModel.from_wan(wan, VOCAB, text_rotary=False)
+    output, moved = run(model, inputs), run(model, shuffled)
+    same = run(model, shuffled | {"text_positions": order.expand(3, -1)})
+    assert_close(output.text[:, order], same.text)
+    assert_close(output.sample, same.sample)
+    assert (output.text[:, order] - moved.text).abs().max() > 1e-3 < (output.sample - moved.sample).abs().max()
 
 
 def test_a_frozen_generators_clean_video_takes_no_part_in_the_backward_pass(wan: WanTransformer3DModel) -> None:
     """What text learns is the same as if the graph went through the video, but the video has no graph."""
-    model = UniViGUTransformer3DModel.from_wan(wan, VOCAB, "mask", clean_video_reads_text=False)
+    model = UniViGUTransformer3DModel.from_wan(wan, VOCAB, ArchitectureOptions("mask", clean_video_reads_text=False))
     torch.nn.init.normal_(model.text_head.linear.weight)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_text_key(name))
     inputs = make_inputs() | {"timestep": torch.zeros(3)}
     gradients = []
     for through_video in (False, True):
-        output = model(**inputs | {"hidden_states": inputs["hidden_states"].clone().requires_grad_(through_video)})
+        output = model(
+            **arguments(inputs) | {"hidden_states": inputs["hidden_states"].clone().requires_grad_(through_video)}
+        )
         assert output.sample.requires_grad == through_video
         model.zero_grad()
         output.text.square().mean().backward()
@@ -755,16 +745,17 @@ def test_a_frozen_generators_clean_video_takes_no_part_in_the_backward_pass(wan:
         assert_close(gradient, gradients[1][name])
 
 
-@pytest.mark.parametrize("own_options", tiny.OWN_ATTENTION)
-def test_own_attention_projections_start_as_the_videos(
-    wan: WanTransformer3DModel, own_options: dict[str, bool], tmp_path: Path
-) -> None:
+def test_own_attention_projections_start_as_the_videos(wan: WanTransformer3DModel, tmp_path: Path) -> None:
     """A new model is the shared one; then text alone has what text alone learns, in an attention still joint."""
     options = {"text_positions": 7, "clean_video_reads_text": False}
     models = []
-    for chosen in ({}, own_options):
+    for attention in ("shared", "own"):
         torch.manual_seed(0)
-        models.append(UniViGUTransformer3DModel.from_wan(wan, VOCAB, "mask", **chosen, **options).eval())
+        models.append(
+            UniViGUTransformer3DModel.from_wan(
+                wan, VOCAB, ArchitectureOptions("mask", text_attention=attention, **options)
+            ).eval()
+        )
         torch.nn.init.normal_(models[-1].text_head.linear.weight, generator=torch.Generator().manual_seed(1))
     shared, own = models
     assert sum(p.numel() for p in own.parameters()) - sum(p.numel() for p in shared.parameters()) == sum(
@@ -785,3 +776,13 @@ def test_own_attention_projections_start_as_the_videos(
     assert torch.equal(run(own, alone).sample, run(shared, alone).sample)
     own.save_pretrained(tmp_path)
     assert torch.equal(run(UniViGUTransformer3DModel.from_pretrained(tmp_path), inputs).text, after.text)
+
+
+@pytest.mark.parametrize("key", ["text_rotary", "separate_text_attention", "text_projects_video"])
+def test_a_config_with_a_former_key_is_refused(model: UniViGUTransformer3DModel, tmp_path: Path, key: str) -> None:
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {key: True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"{key} is no longer an option of the transformer; use text_\w+: "):
+        UniViGUTransformer3DModel.from_pretrained(tmp_path)
+    check_replaced(model.config, "x")

@@ -149,8 +149,8 @@ def test_caption_leaves_the_video_alone(embeds: Any) -> None:
     assert len(sampler.model.calls) == 4
     for (video, timestep, condition), text in sampler.model.calls:
         assert torch.equal(video, before) and not timestep.any() and torch.equal(condition, prompts)
-        assert text["text_timestep"].shape == (3,)
-    times = [text["text_timestep"][0].item() for _, text in sampler.model.calls]
+        assert text["text"].timestep.shape == (3,)
+    times = [text["text"].timestep[0].item() for _, text in sampler.model.calls]
     assert times == [1000.0, 750.0, 500.0, 250.0]
     assert [(s.step, s.num_steps, s.video_time, s.text_time) for s in seen] == [
         (0, 4, 1.0, 0.25), (1, 4, 1.0, 0.5), (2, 4, 1.0, 0.75), (3, 4, 1.0, 1.0),
@@ -167,17 +167,17 @@ def test_guidance_costs_a_second_pass_only_above_one(embeds: Any, task: str, gui
     getattr(sampler, task)(prompts, null, *arguments, on_step=lambda state: seen.append(state.step))
     assert len(sampler.model.calls) == 3 * passes and seen == [0, 1, 2]
     for args, kwargs in sampler.model.calls[::passes]:
-        assert torch.equal(args[2], prompts) and ("text_tokens" in kwargs) == (task == "joint")
+        assert torch.equal(args[2], prompts) and ("text" in kwargs) == (task == "joint")
     if passes == 2:  # the second sees neither prompt nor text
         for args, kwargs in sampler.model.calls[1::2]:
-            assert torch.equal(args[2], null.expand(3, -1, -1)) and "text_tokens" not in kwargs
+            assert torch.equal(args[2], null.expand(3, -1, -1)) and "text" not in kwargs
 
 
 def test_joint_moves_both_in_parallel(embeds: Any) -> None:
     sampler, (prompts, null) = make_sampler(guidance_scale=1.0, solver="euler", num_inference_steps=4), embeds
     sampler.joint(prompts, null, SHAPE, LENGTH)
     video = torch.stack([args[1] for args, _ in sampler.model.calls])
-    text = torch.stack([kwargs["text_timestep"] for _, kwargs in sampler.model.calls])
+    text = torch.stack([kwargs["text"].timestep for _, kwargs in sampler.model.calls])
     even = torch.tensor([1.0, 0.75, 0.5, 0.25])
     torch.testing.assert_close(text, (1000 * even)[:, None].expand(4, 3))
     shifted = 3 * even / (1 + 2 * even)  # the scheduler's flow_shift
@@ -191,7 +191,7 @@ def test_the_text_of_joint_may_end_after_the_video(embeds: Any, reads_text: bool
     seen: list[StepState] = []
     samples = sampler.joint(prompts, null, SHAPE, LENGTH, generators(1, 2, 3), seen.append)
     calls = sampler.model.calls
-    assert [round(float(kwargs["text_timestep"][0])) for _, kwargs in calls] == [1000, 800, 600, 400, 200]
+    assert [round(float(kwargs["text"].timestep[0])) for _, kwargs in calls] == [1000, 800, 600, 400, 200]
     # the finished video under the prompt; one that reads no text is computed once
     for args, _ in calls[3:] if reads_text else calls[3:4]:
         assert torch.equal(args[0], samples.latents) and not args[1].any() and torch.equal(args[2], prompts)
@@ -297,9 +297,9 @@ def test_the_noise_that_guidance_contrasts_with_reads_text(embeds: Any, refresh:
     passes = ["vt"[alone] for alone in text_only(calls)]
     assert "".join(passes[::2]) == "vttt" and "".join(passes[1::2]) == noise
     for (args, kwargs), reads in zip(calls[:2], (False, True), strict=True):
-        texts = (kwargs["text_tokens"], kwargs["text_tokens"] + 1.0)
+        texts = (kwargs["text"], kwargs["text"]._replace(tokens=kwargs["text"].tokens + 1.0))
         with torch.no_grad():
-            one, other = (sampler.model.model(*args, text, kwargs["text_timestep"]).sample for text in texts)
+            one, other = (sampler.model.model(*args, text).sample for text in texts)
         assert torch.equal(one, other) != reads
 
 

@@ -40,7 +40,7 @@ def test_a_short_sweep_trains_reports_and_is_not_repeated(
     assert "| text FFN (recipe: separate) | shared, trained |" in text and "never" in text
     assert {path.name for path in Path("docs/results").iterdir()} == {"architecture.png"}
     config = yaml.safe_load(Path("runs/ablate/shared-0/config.yaml").read_text())
-    assert config["model"]["separate_text_ffn"] is False
+    assert config["model"]["architecture"]["separate_text_ffn"] is False
     before = Path("runs/ablate/recipe-0/metrics.csv").stat().st_mtime_ns
     assert ablate.main(arguments) == 0
     assert Path("runs/ablate/recipe-0/metrics.csv").stat().st_mtime_ns == before

@@ -9,6 +9,7 @@ import torch
 
 from tests import tiny
 from univigu.data.video import to_model_range
+from univigu.flow.inputs import TextInputs
 from univigu.flow.text import make_text_flow
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.foundation import Foundation, decode_latents, encode_video
@@ -43,7 +44,7 @@ def test_training_and_sampling_are_the_same() -> None:
     for compiled in (False, True):
         model = make(compiled)
         compiled_calls.append(all(block._compiled_call_impl is not None for block in model.blocks))
-        out = model(latents, torch.tensor([0.0, 300.0]), prompt, text, torch.tensor([700.0, 300.0]))
+        out = model(latents, torch.tensor([0.0, 300.0]), prompt, TextInputs(text, torch.tensor([700.0, 300.0])))
         (out.sample.square().mean() + out.text.square().mean()).backward()
         found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
         model.zero_grad(set_to_none=True)

@@ -13,8 +13,9 @@ trainer:
     - class_path: univigu.training.callbacks.StageSwitch
       init_args:
         stages:
-          - {name: overfit, steps: 120, target: prompt, text_length: 32, condition_dropout: 1.0, warmup_steps: 20,
-             tasks: {joint: 0, understand: 1, generate: 0}, learning_rate: 1.0e-3, text_learning_rate: 6.0e-3}
+          - {name: overfit, steps: 120, target: prompt, text_length: 32, condition_dropout: {joint: 1, understand: 1},
+             warmup_steps: 20, tasks: {joint: 0, understand: 1, generate: 0}, learning_rate: 1.0e-3,
+             text_learning_rate: 6.0e-3}
 """
 
 

@@ -27,6 +27,7 @@ from univigu.checkpoint import load_weights, read_checkpoint
 from univigu.flow.objective import FlowOptions, TaskMixture
 from univigu.flow.random import make_generator
 from univigu.models import UniViGUTransformer3DModel
+from univigu.models.options import ArchitectureOptions
 from univigu.training.callbacks import LastCheckpoint, StageSwitch, WeightEMA
 from univigu.training.compute import ComputeOptions
 from univigu.training.module import UniViGU
@@ -92,12 +93,13 @@ class Diary(Callback):
 
 def train(
     folder: str, root: str, *, processes: int, sharded: bool = True, ckpt_path: str | None = None, steps: int = 20,
-    compute_dtype: str = "float32", compile_backend: str | None = None, saves: int | None = None, **options: Any,
+    compute_dtype: str = "float32", compile_backend: str | None = None, saves: int | None = None,
+    text_flow: Any = "mask", **options: Any,
 ) -> Diary:  # fmt: skip
     """A run of this process's share, with a checkpoint at every ``saves`` steps; one process stands for two."""
     torch.set_num_threads(1)
     kind = UniViGU if processes == 2 else AsTwo
-    options = {"text_flow": "mask", "gradient_checkpointing": True} | options
+    options = {"architecture": ArchitectureOptions(text_flow), "gradient_checkpointing": True} | options
     if compile_backend is not None:
         options["compute"] = ComputeOptions(compile_blocks=True, compile_backend=compile_backend)
     module = kind(folder, seed=3, flow=FlowOptions(max_logits=500), parallel=ParallelOptions(compute_dtype), **options)  # type: ignore[arg-type]

@@ -29,8 +29,8 @@ from univigu.training.stages import Stage
     ("field", "value"),
     [
         ("steps", 0), ("target", "title"), ("text_length", 1), ("warmup_steps", -1), ("text_loss", "mse"),
-        ("condition_dropout", 1.5), ("guidance_dropout", -0.1), ("final_lr_ratio", 2.0), ("video_weight", -1.0),
-        ("joint_dropout", 1.01), ("text_weight", -1.0), ("learning_rate", -1e-4), ("text_learning_rate", math.nan),
+        ("final_lr_ratio", 2.0), ("video_weight", -1.0),
+        ("text_weight", -1.0), ("learning_rate", -1e-4), ("text_learning_rate", math.nan),
         ("text_share", 0.0), ("text_share", 1.5), ("whole_text_from", -0.5),
     ],
 )  # fmt: skip
@@ -122,7 +122,7 @@ class Diary(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         def watch(module: Any, args: tuple[Any, ...]) -> None:
             if len(args) > 3:
-                self.shown.append(args[3].shape[1])
+                self.shown.append(args[3].tokens.shape[1])
 
         self.shown, self.hook = [], pl_module.transformer.register_forward_pre_hook(watch)
 

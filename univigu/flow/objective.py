@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
+from univigu.flow.inputs import TextInputs
 from univigu.flow.random import rand, randn
 from univigu.flow.score import TextScore
 from univigu.flow.text import CorruptedText, TextFlow
@@ -56,6 +57,27 @@ class TaskMixture:
 
 def _share(samples: int, share: float) -> int:
     return int(round(samples * share, 6))  # rounded first: 0.3 * 10 must not be 2
+
+
+@dataclass
+class ConditionDropout:
+    """Probability by task that a sample's prompt is replaced by the null condition."""
+
+    joint: float = 0.5
+    """Where both modalities are noisy."""
+    understand: float = 0.5
+    """Where text is read off clean video."""
+    generate: float = 0.1
+    """Where only the video is learned, for classifier-free guidance."""
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            if not 0 <= getattr(self, option.name) <= 1:
+                value = getattr(self, option.name)
+                raise ValueError(f"condition_dropout.{option.name}={value!r}: expected a number in [0, 1]")
+
+
+NO_DROPOUT = ConditionDropout(0.0, 0.0, 0.0)
 
 
 @dataclass
@@ -124,23 +146,22 @@ def by_noise_level(losses: torch.Tensor, times: torch.Tensor, num_bins: int = 4)
     return {name: values.mean() for name, values in named.items() if values.numel()}
 
 
-def num_places(length: int, share: float) -> int:
-    """How many places of a text's slot a share of it is; at least one."""
+def num_positions(length: int, share: float) -> int:
+    """Number of positions in a share of a text's slot; at least one."""
     return max(1, round(share * length))
 
 
-def sample_places(
+def sample_positions(
     batch: int, length: int, share: float, device: torch.device, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Which places of a text's slot a sample is shown in a training step: int64 [B, K] in order, K = share * length.
+    """Random positions of a text that a training step uses: int64 [B, K], ascending, K = share * length.
 
-    A step costs about as many of the text's tokens as there are, and a long slot's mostly tell what others tell, too.
-    Leaving some out at random (masked or not) leaves each token's loss what it was, but for the smaller context.
+    A step on fewer tokens is cheaper, and each token's loss differs only by the smaller context.
 
     Args:
-        share: over 0, at most 1; at least one place is kept.
+        share: over 0, at most 1; at least one position is kept.
     """
-    count = num_places(length, share)
+    count = num_positions(length, share)
     return rand((batch, length), generator, device).topk(count, dim=1).indices.sort(dim=1).values
 
 
@@ -161,9 +182,7 @@ class UniFlowObjective:
         model: torch.nn.Module,
         batch: UniFlowBatch,
         counts: Sequence[int],
-        condition_dropout: float = 0.0,
-        guidance_dropout: float = 0.0,
-        joint_dropout: float | None = None,
+        dropout: ConditionDropout = NO_DROPOUT,
         text_loss: str = "cross_entropy",
         generator: torch.Generator | None = None,
         text_share: float = 1.0,
@@ -174,22 +193,18 @@ class UniFlowObjective:
             model: a UniViGUTransformer3DModel (or its wrapper).
             batch: the samples; they are given to the tasks in order, which a shuffled batch makes random.
             counts: how many samples are (joint, understand, generate); their sum is the batch size.
-            condition_dropout: probability of the null condition where text is read off clean video.
-            guidance_dropout: probability of the null condition where video alone is learned.
-            joint_dropout: probability of the null condition where both are; None takes ``condition_dropout``.
+            dropout: probabilities of the null condition.
             text_loss: "cross_entropy" or "generalized_kl" (discrete flows).
             generator: source of all randomness.
-            text_share: share of the text's slot that the model is given, see :func:`sample_places`.
+            text_share: share of the text's slot that the model is given, see :func:`sample_positions`.
         """
         joint, understand, generate = counts
         with_text = joint + understand
         if with_text + generate != batch.latents.shape[0]:
             raise ValueError(f"counts={tuple(counts)}: expected a sum of {batch.latents.shape[0]}, the batch size")
         device = batch.latents.device
-        joint_dropout = condition_dropout if joint_dropout is None else joint_dropout
-        rates = [joint_dropout] * joint + [condition_dropout] * understand + [guidance_dropout] * generate
-        dropout = torch.tensor(rates, device=device)
-        dropped = rand((with_text + generate,), generator, device) < dropout
+        rates = [dropout.joint] * joint + [dropout.understand] * understand + [dropout.generate] * generate
+        dropped = rand((with_text + generate,), generator, device) < torch.tensor(rates, device=device)
         embeds = torch.where(dropped[:, None, None], batch.null_embeds, batch.prompt_embeds)
 
         # Clean rows keep t = 1, where the interpolation is the data itself.
@@ -237,10 +252,10 @@ class UniFlowObjective:
             raise ValueError("text_ids=None: tasks joint and understand need target tokens")
         table = model.token_table() if self.text_flow.needs_table else None  # type: ignore[operator]
         t_text = self.options.text_times.sample(sum(counts), noisy.device, generator)
-        tokens, places = batch.text_ids[: sum(counts)], None
+        tokens, positions = batch.text_ids[: sum(counts)], None
         if text_share < 1:
-            places = sample_places(tokens.shape[0], tokens.shape[1], text_share, tokens.device, generator)
-            tokens = tokens.gather(1, places)
+            positions = sample_positions(tokens.shape[0], tokens.shape[1], text_share, tokens.device, generator)
+            tokens = tokens.gather(1, positions)
         corrupted = self.text_flow.corrupt(tokens, t_text, table, generator)
         losses, videos, start = [], [], 0
         for count in counts:
@@ -250,8 +265,8 @@ class UniFlowObjective:
             part = CorruptedText(*(None if value is None else value[rows] for value in corrupted))  # type: ignore[arg-type]
             score = TextScore(self.text_flow, part, t_text[rows], table, text_loss, self.options.max_logits)
             times = to_timestep(t_video[rows]), to_timestep(t_text[rows])
-            inputs = score.inputs if places is None else score.inputs | {"text_places": places[rows]}
-            output = model(noisy[rows], times[0], embeds[rows], part.x_t, times[1], **inputs)
+            text = TextInputs(part.x_t, times[1], None, None if positions is None else positions[rows], score.reader)
+            output = model(noisy[rows], times[0], embeds[rows], text)
             losses.append(score.losses(output.text).mean(dim=1))
             videos.append(output.sample)
         return t_text, torch.cat(losses), videos[0]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from univigu.flow.chunked import chunked_scores, parts
+from univigu.flow.inputs import TextReader
 from univigu.flow.text import CorruptedText, TextFlow
 
 
@@ -31,9 +31,9 @@ class TextScore:
         return self.corrupted.tokens.numel() * self.flow.vocab_size > self.max_logits
 
     @property
-    def inputs(self) -> dict[str, Any]:
-        """What the model's forward must be given besides: logits in parts exist in its head only."""
-        return {"text_reader": self.read} if self.in_parts and not self.flow.needs_table else {}
+    def reader(self) -> TextReader | None:
+        """What the model's forward must be given: logits in parts exist in its head only."""
+        return self.read if self.in_parts and not self.flow.needs_table else None
 
     def losses(self, output: torch.Tensor) -> torch.Tensor:
         """The model's ``text`` output as losses, float32 [B, L]."""

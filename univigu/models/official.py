@@ -32,7 +32,7 @@ RENAMED = (
     ("video_head.proj_out.", "proj_out."),
 )
 WAN_HEAD_DIM = 128  # of every Wan model; the weights do not tell
-ARCHITECTURE = {"separate_text_ffn": True, "separate_text_attention": False, "text_positions": 0, "text_rotary": True}
+ARCHITECTURE = {"separate_text_ffn": True, "text_attention": "shared", "text_positions": 0}
 CONDITIONS = {"clean_video_reads_text": True, "clean_video_timestep": 0, "text_length": 256} | vars(OFFICIAL)
 """What the official model was trained under: no weight tells, so that a file of weights alone loses it."""
 

@@ -1,8 +1,7 @@
-"""The parts a text stream adds to Wan: time embedding, output head, rotary positions, checks."""
+"""The text stream's inputs and the modules it adds to Wan: time embedding, output head, rotary positions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +9,9 @@ from diffusers.models.embeddings import TimestepEmbedding, get_1d_rotary_pos_emb
 from diffusers.models.normalization import FP32LayerNorm
 from torch import nn
 
-TextReader = Callable[[torch.Tensor, nn.Linear], torch.Tensor]
-"""What to make of the text's last hidden states [B, L, D] and the linear that would turn them into logits."""
+from univigu.flow.inputs import TextInputs, TextReader
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 class TextTimeEmbedding(nn.Module):
@@ -34,7 +34,7 @@ class TextTimeEmbedding(nn.Module):
 
 
 class TextHead(nn.Module):
-    """LayerNorm (weight only), modulation, linear; the linear starts at zero, so the first prediction is uniform."""
+    """LayerNorm (weight only), modulation, linear. The linear starts at zero, so the first prediction is uniform."""
 
     def __init__(self, dim: int, out_features: int) -> None:
         super().__init__()
@@ -44,38 +44,36 @@ class TextHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(
-        self, text_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, reader: TextReader | None = None
+        self, states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, reader: TextReader | None = None
     ) -> torch.Tensor:
-        """Text states [B, L, D] with shift, scale [B, 1, D] -> [B, L, out_features], or what the reader makes of them.
+        """Text states [B, L, D] with shift and scale [B, 1, D] -> [B, L, out_features], or the reader's output.
 
-        Args:
-            reader: given the hidden states [B, L, D] and the linear instead of letting them make logits. It is called
-                in here because this is where a sharded linear's weight is whole.
+        The reader is called in here because a sharded linear's weight is gathered only during this forward.
         """
-        normed = self.norm_final(text_states.float()) * (1 + scale) + shift
-        hidden = normed.type_as(text_states)
+        normed = self.norm_final(states.float()) * (1 + scale) + shift
+        hidden = normed.type_as(states)
         return self.linear(hidden) if reader is None else reader(hidden, self.linear)
 
 
-def text_rotary_table(places: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and signed sines, float32 [..., L, 1, head_dim] each, of places int64 [..., L] with base 10000.
+def text_rotary_table(positions: torch.Tensor, head_dim: int) -> Rotary:
+    """Cosines and signed sines, float32 [..., L, 1, head_dim] each, of positions int64 [..., L] with base 10000.
 
     The sines of the first half are negative, so that a rotation is ``x * cos + roll(x, head_dim / 2) * sin``.
     """
     cos, sin = get_1d_rotary_pos_embed(
-        head_dim, places.flatten(), theta=10000.0, use_real=True, repeat_interleave_real=False
+        head_dim, positions.flatten(), theta=10000.0, use_real=True, repeat_interleave_real=False
     )  # both halves hold the same
-    cos, sin, half = cos.unflatten(0, places.shape), sin.unflatten(0, places.shape), head_dim // 2
+    cos, sin, half = cos.unflatten(0, positions.shape), sin.unflatten(0, positions.shape), head_dim // 2
     return cos.unsqueeze(-2), torch.cat([-sin[..., :half], sin[..., half:]], dim=-1).unsqueeze(-2)
 
 
-def rotate_text(states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+def rotate_text(states: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
     """Half-split rotary embedding, pairs (j, j + head_dim/2), in float32; states [B, L, heads, head_dim].
 
-    It is diffusers' ``apply_rotary_emb`` in three operations instead of eight: with few tokens, calls are what costs.
+    Equal to diffusers' ``apply_rotary_emb``, in three operations instead of eight.
 
     Args:
-        rotary: of :func:`text_rotary_table`; None leaves the states as they are.
+        rotary: of :func:`text_rotary_table`; None returns the states.
     """
     if rotary is None:
         return states
@@ -84,7 +82,7 @@ def rotate_text(states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] 
     return torch.addcmul(full * cos, full.roll(full.shape[-1] // 2, dims=-1), sin).type_as(states)
 
 
-def rotate_video(states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def rotate_video(states: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """Wan's interleaved rotary embedding, pairs (2j, 2j+1); states [B, N, heads, head_dim]."""
     cos, sin = rotary[0][..., 0::2], rotary[1][..., 1::2]
     first, second = states.unflatten(-1, (-1, 2)).unbind(-1)
@@ -93,46 +91,23 @@ def rotate_video(states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
 
 
 def check_text(
-    config: Any,
-    hidden_states: torch.Tensor | None,
-    timestep: torch.Tensor | None,
-    text_tokens: torch.Tensor,
-    text_timestep: torch.Tensor | None,
-    text_mask: torch.Tensor | None,
-    text_places: torch.Tensor | None = None,
+    config: Any, text: TextInputs, hidden_states: torch.Tensor | None, timestep: torch.Tensor | None
 ) -> None:
-    """Refuse a forward pass's inputs that do not belong together.
-
-    Args:
-        config: the transformer's; the others are its ``forward``'s arguments, ``text_tokens`` given.
-
-    Raises:
-        ValueError: naming the argument, what it is and what was expected.
-    """
-    batch = (text_tokens if hidden_states is None else hidden_states).shape[0]
-    if text_timestep is None:
-        raise ValueError("text_timestep=None: text_tokens need a text_timestep [B]")
-    for name, value in (("timestep", timestep), ("text_timestep", text_timestep)):
-        if value is not None and value.shape != (batch,):
-            raise ValueError(f"{name} has shape {list(value.shape)}: expected [{batch}], one time a sample")
+    """Raise a ValueError naming the first input of a forward pass whose type or shape does not fit the others."""
     embedding = config.text_flow == "embedding"
-    if embedding != text_tokens.is_floating_point() or text_tokens.ndim != (3 if embedding else 2):
-        expected = "float states [B, L, D]" if embedding else "integer ids [B, L]"
-        raise ValueError(
-            f"text_tokens is {text_tokens.dtype} {list(text_tokens.shape)}: "
-            f"the {config.text_flow} flow expects {expected}"
-        )
-    if text_tokens.shape[0] != batch:
-        raise ValueError(f"text_tokens has {text_tokens.shape[0]} rows: expected {batch}, as hidden_states")
-    positions = config.text_positions
-    if 0 < positions < text_tokens.shape[1]:
-        raise ValueError(f"text_tokens has {text_tokens.shape[1]} positions: the model has {positions}")
-    if text_mask is not None and (text_mask.dtype != torch.bool or text_mask.shape != text_tokens.shape[:2]):
-        raise ValueError(
-            f"text_mask is {text_mask.dtype} {list(text_mask.shape)}: expected bool {list(text_tokens.shape[:2])}"
-        )
-    if text_places is not None and (text_places.dtype != torch.int64 or text_places.shape != text_tokens.shape[:2]):
-        raise ValueError(
-            f"text_places is {text_places.dtype} {list(text_places.shape)}: "
-            f"expected int64 {list(text_tokens.shape[:2])}"
-        )
+    if embedding != text.tokens.is_floating_point() or text.tokens.ndim != (3 if embedding else 2):
+        expected = f"the {config.text_flow} flow expects {'float states [B, L, D]' if embedding else 'ids [B, L]'}"
+        raise ValueError(f"text.tokens is {text.tokens.dtype} {list(text.tokens.shape)}: {expected}")
+    batch, length = text.tokens.shape[:2]
+    if hidden_states is not None and hidden_states.shape[0] != batch:
+        raise ValueError(f"text.tokens has {batch} rows: expected {hidden_states.shape[0]}, as hidden_states")
+    for name, value, dtype, shape in (
+        ("timestep", timestep, None, [batch]),
+        ("text.timestep", text.timestep, None, [batch]),
+        ("text.mask", text.mask, torch.bool, [batch, length]),
+        ("text.positions", text.positions, torch.int64, [batch, length]),
+    ):
+        if value is not None and (list(value.shape) != shape or dtype not in (None, value.dtype)):
+            raise ValueError(f"{name} is {value.dtype} {list(value.shape)}: expected {dtype or 'float'} {shape}")
+    if 0 < config.text_positions < length:
+        raise ValueError(f"text.tokens has {length} positions: the model has {config.text_positions}")

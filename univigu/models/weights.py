@@ -12,6 +12,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch.distributed.tensor import DTensor, Partial
 
+from univigu.models.internals import execution_device
+
 AnyWan = TypeVar("AnyWan", bound=WanTransformer3DModel)
 
 
@@ -42,11 +44,10 @@ def gathered(weight: torch.Tensor) -> torch.Tensor:
 
 
 def compute_device(component: torch.nn.Module) -> torch.device:
-    """Where a component computes: where it is, or where offloading brings its weights when it is called."""
+    """The device a component computes on: its own, or the one that offloading moves its weights to for a call."""
     for module in component.modules():
-        place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if place is not None:
-            return torch.device(place)
+        if (device := execution_device(module)) is not None:
+            return device
     return next(component.parameters()).device
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from univigu.flow.inputs import TextInputs
 from univigu.flow.random import Generators, randn
 from univigu.flow.text import TextFlow
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
@@ -76,7 +77,7 @@ class VideoContext:
 
     def text_output(self, model: Any, step: int, text: torch.Tensor, text_timestep: torch.Tensor) -> torch.Tensor:
         """The model's text output [B, L, ...] at a step; the video is computed along with it only when it is due."""
-        inputs = {"text_tokens": text, "text_timestep": text_timestep, "cache": self.cache}
+        inputs = {"text": TextInputs(text, text_timestep), "cache": self.cache}
         due = step == 0 if self.refresh is None else step % self.refresh == 0
         if due:
             return model(self.latents, self.timestep, self.prompt_embeds, **inputs).text
@@ -251,7 +252,7 @@ class Sampler:
             else:
                 text_inputs: dict[str, Any] = {}
                 if text is not None:
-                    text_inputs = {"text_tokens": text, "text_timestep": _timestep(text_times[i], video)}
+                    text_inputs = {"text": TextInputs(text, _timestep(text_times[i], video))}
                 output = predict(inputs, embeds, **text_inputs)
                 prediction = output.sample
                 unconditional = predict(inputs, null).sample if guided else prediction

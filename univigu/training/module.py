@@ -14,15 +14,23 @@ from univigu.data.buckets import Bucket, latents_shape
 from univigu.data.sample import questions_of
 from univigu.data.video import to_frames, to_model_range
 from univigu.evaluation.held_out import EvaluatedModule, EvaluationOptions
-from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowLosses, UniFlowObjective, by_noise_level
+from univigu.flow.objective import (
+    ConditionDropout,
+    FlowOptions,
+    UniFlowBatch,
+    UniFlowLosses,
+    UniFlowObjective,
+    by_noise_level,
+)
 from univigu.flow.random import make_generator
 from univigu.flow.text import TextFlow, make_text_flow
 from univigu.models.conventions import CONVENTIONS, Conventions
 from univigu.models.encode import encode_prompts
 from univigu.models.foundation import EMBEDDED_FOUNDATION, Foundation, encode_prompt
 from univigu.models.lora import LoraOptions, add_lora
+from univigu.models.options import ArchitectureOptions, check_replaced
 from univigu.models.tokens import detokenize, fit_slot, tokenize
-from univigu.models.transformer import TextFlowName, UniViGUTransformer3DModel
+from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import known_options
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.sampler import Sampler
@@ -42,9 +50,7 @@ class UniViGU(EvaluatedModule):
         init_from: weights to start from instead of the foundation's transformer: a checkpoint of an earlier
             stage (.ckpt file or sharded folder) or a saved transformer folder.
         random_init: ignore the foundation's transformer weights (for ablations).
-        text_flow: the text's process, "embedding", "uniform" or "mask".
-        clean_video_reads_text, clean_video_timestep: see :class:`UniViGUTransformer3DModel`.
-        separate_text_ffn, separate_text_attention, text_projects_video, text_positions, text_rotary: likewise.
+        architecture: what the text stream adds to the generator.
         flow: distributions of the times.
         optimizer: which optimizer, and its constants.
         sampling: how samples are drawn in validation and prediction.
@@ -67,14 +73,7 @@ class UniViGU(EvaluatedModule):
         foundation: str = EMBEDDED_FOUNDATION,
         init_from: str | None = None,
         random_init: bool = False,
-        text_flow: TextFlowName = "mask",
-        clean_video_reads_text: bool = True,
-        clean_video_timestep: float = 0.0,
-        separate_text_ffn: bool = True,
-        separate_text_attention: bool = False,
-        text_projects_video: bool = False,
-        text_positions: int = 0,
-        text_rotary: bool = True,
+        architecture: ArchitectureOptions = ArchitectureOptions(),  # noqa: B008
         flow: FlowOptions = FlowOptions(),  # noqa: B008
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008
         sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
@@ -95,14 +94,7 @@ class UniViGU(EvaluatedModule):
         self._foundation = (Foundation(foundation, dtype, *memory),)
         self.init_from = init_from
         self.random_init = random_init
-        self.text_flow_name = text_flow
-        self.clean_video_reads_text = clean_video_reads_text
-        self.clean_video_timestep = clean_video_timestep
-        self.separate_text_ffn = separate_text_ffn
-        self.separate_text_attention = separate_text_attention
-        self.text_projects_video = text_projects_video
-        self.text_positions = text_positions
-        self.text_rotary = text_rotary
+        self.architecture = architecture
         self.flow_options = flow
         self.optimizer_options = optimizer
         self.sampling = sampling
@@ -167,18 +159,7 @@ class UniViGU(EvaluatedModule):
         if self.init_from is not None and self._trainer is not None and self.trainer.state.fn != "fit":
             return load_weights(self.init_from)  # brings its own architecture, as a checkpoint does
         torch.manual_seed(self.seed)  # the text stream's new weights
-        model = UniViGUTransformer3DModel.from_wan(
-            self.foundation.path,
-            vocab_size=self.foundation.vocab_size,
-            text_flow=self.text_flow_name,
-            clean_video_reads_text=self.clean_video_reads_text,
-            clean_video_timestep=self.clean_video_timestep,
-            separate_text_ffn=self.separate_text_ffn,
-            separate_text_attention=self.separate_text_attention,
-            text_projects_video=self.text_projects_video,
-            text_positions=self.text_positions,
-            text_rotary=self.text_rotary,
-        )
+        model = UniViGUTransformer3DModel.from_wan(self.foundation.path, self.foundation.vocab_size, self.architecture)
         if self.random_init:
             # Not from_config, which takes the values that it believes to be defaults for Wan 14B's.
             model = UniViGUTransformer3DModel(**known_options(UniViGUTransformer3DModel, model.config))
@@ -225,9 +206,7 @@ class UniViGU(EvaluatedModule):
             self._model,
             inputs,
             counts=stage.tasks.counts(size, step),
-            condition_dropout=stage.condition_dropout,
-            guidance_dropout=stage.guidance_dropout,
-            joint_dropout=stage.joint_dropout,
+            dropout=stage.condition_dropout,
             text_loss=stage.text_loss,
             generator=self._generator(step),
             text_share=self.text_share,
@@ -326,10 +305,13 @@ class UniViGU(EvaluatedModule):
             if counts[1] and inputs.text_ids is None:
                 continue
             losses = self.objective(
-                self._model, inputs, counts,
-                condition_dropout=0.0 if questions_of(batch) else 1.0, text_loss=self.stage.text_loss,
-                generator=make_generator(self.device, self.seed, 1, batch_idx),
-            )  # fmt: skip
+                self._model,
+                inputs,
+                counts,
+                ConditionDropout(0.0, 0.0 if questions_of(batch) else 1.0, 0.0),
+                self.stage.text_loss,
+                make_generator(self.device, self.seed, 1, batch_idx),
+            )
             for modality, values in (("video", losses.video), ("text", losses.text)):
                 if values.numel():
                     self.log(f"val/{modality}_loss", values.mean(), prog_bar=True, batch_size=size, sync_dist=True)
@@ -430,6 +412,7 @@ class UniViGU(EvaluatedModule):
         saved = checkpoint.get("univigu", {}).get("transformer_config")
         if saved is None:
             raise ValueError("ckpt_path: not a checkpoint of this project (it holds no 'univigu' entry)")
+        check_replaced(saved, "ckpt_path")
         ours = {name: self._model.config[name] for name in saved}
         differing = {name: (saved[name], ours[name]) for name in saved if plain(saved[name]) != plain(ours[name])}
         for name in {"text_length", *CONVENTIONS} & differing.keys():  # what no weight depends on comes with them

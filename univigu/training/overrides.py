@@ -56,8 +56,8 @@ def apply_overrides(overrides: Overrides, callbacks: list[Namespace]) -> None:
 
 def _change_stage(stage: Namespace, changes: dict[str, Any]) -> None:
     for option, value in changes.items():
-        if option == "tasks":
+        if option in ("tasks", "condition_dropout"):
             for task, share in value.items():
-                stage["tasks"][task] = share
+                stage[option][task] = share
         else:
             stage[option] = value

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import univigu.models.attention as attention_module
-from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowObjective, num_places
+from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowObjective, num_positions
 from univigu.flow.text import make_text_flow
 from univigu.models.lora import LoraOptions, add_lora, is_lora_parameter
 from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
@@ -72,7 +72,7 @@ class Workload:
     @property
     def text_tokens(self) -> int:
         """L of one clip."""
-        return num_places(self.stage.text_length, self.text_share)
+        return num_positions(self.stage.text_length, self.text_share)
 
     def shares(self) -> dict[str, float]:
         """The tasks' shares of a batch."""

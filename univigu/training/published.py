@@ -38,20 +38,7 @@ def workloads_of(args: list[str]) -> list[Workload]:
     model, data = cli.model, cli.data
     foundation = Path(model.foundation)
     transformer, vocab_size, (channels, temporal, spatial) = _sizes(foundation)
-    options = {
-        name: model[name]
-        for name in (
-            "text_flow",
-            "clean_video_reads_text",
-            "clean_video_timestep",
-            "separate_text_ffn",
-            "text_positions",
-            "separate_text_attention",
-            "text_projects_video",
-            "text_rotary",
-        )
-    }
-    transformer |= options | {"vocab_size": vocab_size}
+    transformer |= dict(model.architecture) | {"vocab_size": vocab_size}
     latents = (channels, *latents_shape(Bucket(data.height, data.width, data.num_frames), temporal, spatial))
     sharded = "Sharded" in str(cli.strategy)
     return [

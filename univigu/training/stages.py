@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import cos, pi
 from typing import Literal
 
-from univigu.flow.objective import TaskMixture
+from univigu.flow.objective import ConditionDropout, TaskMixture
 
 
 @dataclass
@@ -32,12 +32,8 @@ class Stage:
     ``whole_text_from``; below 1 a step costs less."""
     whole_text_from: float = 0.5
     """From which fraction of the stage's steps on all places are shown, as sampling does."""
-    condition_dropout: float = 0.5
-    """Probability that the prompt is replaced by the encoded empty prompt where text is read off clean video."""
-    joint_dropout: float | None = None
-    """The same where both modalities are noisy; None takes ``condition_dropout``."""
-    guidance_dropout: float = 0.1
-    """The same where video alone is learned, for classifier-free guidance."""
+    condition_dropout: ConditionDropout = field(default_factory=ConditionDropout)
+    """Probability by task that the prompt is replaced by the encoded empty prompt."""
     video_weight: float = 1.0
     """Weight of the video loss."""
     text_weight: float = 1.0
@@ -64,9 +60,8 @@ class Stage:
         check("text_share", 0.0 < self.text_share <= 1.0, "over 0, at most 1")
         check("warmup_steps", self.warmup_steps >= 0, "at least 0")
         check("text_loss", self.text_loss in ("cross_entropy", "generalized_kl"), "'cross_entropy' or 'generalized_kl'")
-        for name in ("condition_dropout", "guidance_dropout", "final_lr_ratio", "whole_text_from"):
+        for name in ("final_lr_ratio", "whole_text_from"):
             check(name, 0.0 <= getattr(self, name) <= 1.0, "a number in [0, 1]")
-        check("joint_dropout", self.joint_dropout is None or 0.0 <= self.joint_dropout <= 1.0, "a number in [0, 1]")
         for name in ("video_weight", "text_weight", "learning_rate", "text_learning_rate"):
             check(name, getattr(self, name) >= 0.0, "at least 0")
         learns_text = self.writes_text and self.text_learning_rate > 0

@@ -1,0 +1,24 @@
+"""Private names of diffusers and accelerate that the models need; a test fails when one of them changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanAttention
+
+
+def attention_backend(attn: WanAttention) -> Any:
+    """The backend chosen by ``model.set_attention_backend(...)``; None is diffusers' default."""
+    return attn.processor._attention_backend
+
+
+def execution_device(module: torch.nn.Module) -> torch.device | None:
+    """Where accelerate's offloading runs a module; None for a module that is not offloaded."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return None if device is None else torch.device(device)
+
+
+def checkpointed(model: Any, block: torch.nn.Module, *inputs: Any) -> Any:
+    """A block's output under the function that ``model.enable_gradient_checkpointing`` has chosen."""
+    return model._gradient_checkpointing_func(block, *inputs)
