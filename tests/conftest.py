@@ -67,7 +67,6 @@ def small_data(shapes_root: Path, foundation: str) -> list[str]:
         f"--data.root={shapes_root}",
         "--data.num_train_clips=8",
         "--data.num_val_clips=4",
-        "--data.num_test_clips=4",
         "--data.batch_size=4",
         "--data.num_workers=0",
     ]

@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path, foun
             [
                 "fit", f"--config={REPO}/configs/recall.yaml", f"--model.foundation={foundation}",
                 f"--data.root={shapes_root}", "--data.num_train_clips=8", "--data.num_val_clips=4",
-                "--data.num_test_clips=4", "--data.batch_size=4", "--data.num_workers=0",
+                "--data.batch_size=4", "--data.num_workers=0",
                 "--trainer.max_steps=2", *QUICK,
             ]
         )  # fmt: skip
@@ -150,10 +150,10 @@ def test_edits_write_videos_and_a_manifest(in_tmp: Path, foundation: str, checkp
         "predict", "--config=configs/edit.yaml", f"--model.foundation={foundation}", "--data.num_workers=0",
         f"--ckpt_path={checkpoint}", *QUICK[1:], "--model.sampling.num_inference_steps=4",
     ]  # fmt: skip
-    main([*args, "--data.pairs=edits.jsonl", "--data.strength=0.5"])
+    main([*args, "--data.pairs=edits.jsonl"])
     folder = in_tmp / "runs/edit"
     rows = rows_of(folder / "manifest.jsonl")
-    assert [row["strength"] for row in rows] == [1.0, 0.5, 0.5, None, 0.25]
+    assert [row["strength"] for row in rows] == [1.0, 0.8, 0.8, None, 0.25]
     assert [row["source"] for row in rows] == [edit["video"] for edit in edits]
     assert [row["error"] is None for row in rows] == [True, False, True, False, True]
     assert "broken_text.mp4" in rows[1]["error"] and "edits.jsonl:4: strength=2" in rows[3]["error"]
@@ -163,7 +163,7 @@ def test_edits_write_videos_and_a_manifest(in_tmp: Path, foundation: str, checkp
     distance = {i: (read_video(made[i], 9, 64, 64).float() - source).abs().mean() for i in (0, 4)}
     assert distance[4] < distance[0]
     # The same seed makes the same video, whatever is in the batch.
-    main([*args, "--data.pairs=edits.jsonl", "--data.strength=0.5", "--data.batch_size=1"])
+    main([*args, "--data.pairs=edits.jsonl", "--data.batch_size=1"])
     assert [row["seed"] for row in rows_of(folder / "manifest.jsonl")] == [row["seed"] for row in rows]
     for i, video in made.items():
         again = read_video((folder / f"videos/{i:05d}.mp4").read_bytes(), 9, 64, 64)
@@ -188,7 +188,7 @@ def test_questions_are_answered(in_tmp: Path, foundation: str, checkpoint: Path,
         assert set(row) == {"video", "question", "answer", "error", "seconds", "seed"}
         broken = "broken" in row["video"]
         assert (row["error"] is not None) == broken and (row["answer"] is None) == broken
-    assert "data.pairs[2]: expected a non-empty string 'question'" in rows[9]["error"]
+    assert "data.pairs[2]: " in rows[9]["error"]
     main([*args, f"--data.pairs={json.dumps(questions)}", "--data.batch_size=1"])
     assert [row["answer"] for row in rows_of(path)] == [row["answer"] for row in rows]
 

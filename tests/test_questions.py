@@ -62,7 +62,7 @@ def run(folder: Path, command: str, texts: str) -> tuple[Asked, Trainer]:
     module.prompts = []  # type: ignore[assignment]
     data = VideoTextDataModule(
         str(folder / "foundation"), shards=str(folder / "shards"), height=32, width=32, num_frames=5, prompt_length=16,
-        batch_size=2, num_workers=0, texts=texts, length_filter=LengthFilter(min_prompt=0, min_caption=0),
+        batch_size=2, num_workers=0, texts=texts, length_filter=LengthFilter(min_caption=0),
     )  # fmt: skip
     tasks = TaskMixture(joint=0, understand=1, generate=0)
     stage = Stage(name="refine", steps=1, target="caption", text_length=16, tasks=tasks)

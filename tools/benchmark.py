@@ -32,8 +32,8 @@ from univigu.data.buckets import Bucket
 from univigu.data.build import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.encode import encode_shards
+from univigu.data.index import SampleRef, index_folder
 from univigu.data.loader import TrainLoader
-from univigu.data.shards import SampleRef, index_folder
 from univigu.flow.objective import TaskMixture, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
 from univigu.models import UniViGUTransformer3DModel

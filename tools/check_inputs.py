@@ -30,10 +30,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tests import damage
 from univigu import cli
-from univigu.data import damage
-from univigu.data.jsonl import split_lines
-from univigu.data.shards import Manifest, index_folder
+from univigu.data.index import index_folder
+from univigu.data.rows import split_lines
+from univigu.data.shards import Manifest
 from univigu.data.video import VideoError, read_video
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 
@@ -288,7 +289,7 @@ def make_parts(folder: Path) -> Parts:
     setup = Outcome(0, 0)
     args = [
         "fit", f"--config={ROOT}/configs/recall.yaml", f"--trainer.default_root_dir={folder}", "--trainer.max_steps=1",
-        f"--data.root={folder}/data", "--data.num_train_clips=4", "--data.num_val_clips=2", "--data.num_test_clips=2",
+        f"--data.root={folder}/data", "--data.num_train_clips=4", "--data.num_val_clips=2",
         "--data.batch_size=2", "--trainer.logger=false", "--trainer.callbacks=univigu.training.callbacks.StageSwitch",
         "--trainer.callbacks.stages=[{name: recall, steps: 1, target: prompt, text_length: 32}]",
         "--trainer.callbacks+=univigu.training.callbacks.LastCheckpoint", f"--trainer.callbacks.dirpath={folder}",

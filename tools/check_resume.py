@@ -79,7 +79,7 @@ def prepare_fit(common: Path) -> None:
 def _data(common: Path) -> Any:
     from univigu.data.datamodule import VideoTextDataModule
 
-    sizes = {"num_train_clips": 13, "num_val_clips": 1, "num_test_clips": 1}
+    sizes = {"num_train_clips": 13, "num_val_clips": 1}
     return VideoTextDataModule(root=str(common / "world"), batch_size=2, num_workers=1, prompt_length=32, **sizes)
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from univigu.data.damage import kind_of, write_damaged
+from tests.damage import kind_of, write_damaged
 from univigu.data.datamodule import VideoTextDataModule
 
 

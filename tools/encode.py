@@ -18,7 +18,7 @@ from pathlib import Path
 
 from univigu.cli import exit_code
 from univigu.data.build import Share, SpawnPool, this_device
-from univigu.data.shards import find_split
+from univigu.data.index import find_split
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 
 
@@ -53,7 +53,7 @@ def places(source: Path) -> list[tuple[str, Path]]:
 def run(options: argparse.Namespace) -> None:
     from univigu.data.buckets import Bucket, Grid
     from univigu.data.encode import encode_shards
-    from univigu.data.resources import encoding_processes
+    from univigu.data.sources import has_large_encoder
 
     grid, buckets = Grid.of(options.foundation), [Bucket.parse(text) for text in options.buckets or ()]
     for bucket in buckets:
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     share, device = Share.from_environment(options.rank, options.world_size), options.device or this_device()
     prompts, workers = not options.no_prompts, options.workers
     if device == "cpu" and workers is None:
-        workers = encoding_processes(options.foundation, device, prompts)
+        workers = 1 if prompts and has_large_encoder(options.foundation) else None
     with SpawnPool(workers) as pool:
         for name, source in places(options.source):
             manifest = encode_shards(

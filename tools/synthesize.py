@@ -65,7 +65,6 @@ def parser() -> argparse.ArgumentParser:
     caption.add_argument("--caption-dtype", default=c.dtype, help="of the language model")
 
     f, lengths = LengthFilter(), top.add_argument_group("lengths, in tokens")
-    lengths.add_argument("--min-prompt", type=int, default=f.min_prompt)
     lengths.add_argument("--max-prompt", type=int, default=f.max_prompt)
     lengths.add_argument("--min-caption", type=int, default=f.min_caption)
     lengths.add_argument("--max-caption", type=int, default=f.max_caption)
@@ -89,7 +88,7 @@ def run(o: argparse.Namespace) -> str:
         o.frames, o.tries, o.caption_batch_size, o.max_new_tokens, o.temperature, o.top_p, o.instruction, o.template,
         o.caption_dtype,
     )  # fmt: skip
-    lengths = LengthFilter(o.min_prompt, o.max_prompt, o.min_caption, o.max_caption)
+    lengths = LengthFilter(o.max_prompt, o.min_caption, o.max_caption)
     source: Source
     if o.source == "shapes":
         source = ShapesSource(o.num_clips, o.split, video)

@@ -17,7 +17,7 @@ from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.video import encode_mp4
 from univigu.shapes import renderer, scenes, texts
 
-SIZES = {"num_train_clips": 13, "num_val_clips": 5, "num_test_clips": 3}
+SIZES = {"num_train_clips": 13, "num_val_clips": 5}
 
 
 @pytest.fixture(scope="session")

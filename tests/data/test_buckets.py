@@ -15,8 +15,9 @@ from tests.conftest import REPO
 from tests.data.conftest import ranked
 from univigu.data.buckets import Bucket, BucketChooser, best_bucket
 from univigu.data.datamodule import VideoTextDataModule
+from univigu.data.index import index_folder
 from univigu.data.sample import DataError, SampleError
-from univigu.data.shards import Manifest, index_folder, write_shard
+from univigu.data.shards import Manifest, write_shard
 from univigu.data.video import encode_mp4, read_video
 from univigu.shapes import renderer, scenes, texts
 
@@ -145,7 +146,7 @@ def test_resuming_with_other_ranks_or_buckets(mixed: Path, caplog: pytest.LogCap
     assert sorted(key for loader in loaders for key in next(iter(loader))["key"]) == expected and not caplog.messages
     data(mixed, batch_size=2).train_dataloader().load_state_dict(state)
     assert "another global batch and buckets" in caplog.text
-    with pytest.raises(DataError, match=r"refers to dataset=.* with the same data, sources, buckets"):
+    with pytest.raises(DataError, match=r"refers to dataset=.* with the same shards, weights, buckets"):
         data(mixed, buckets=[TALL, WIDE, LONG]).train_dataloader().load_state_dict(state)
 
 

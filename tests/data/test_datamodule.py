@@ -105,7 +105,7 @@ def test_latents_of_another_vae_or_size_are_refused(world: dict[str, Any], tmp_p
     copy = tmp_path / "copy"
     shutil.copytree(base, copy)
     make(world, shards=str(copy))
-    shutil.copy(base / "test" / "test-000000.tar", copy / "val" / "val-000000.tar")
+    shutil.copy(base / "train" / "train-000000.tar", copy / "val" / "val-000000.tar")
     with pytest.raises(DataError, match="latents were encoded with source="):
         make(world, shards=str(copy))
     manifest = json.loads((latents / "train" / "manifest.json").read_text())
@@ -146,7 +146,7 @@ def test_broken_samples_are_skipped_and_counted(
 def test_errors_do_not_hold_on_to_videos(faulty_world: dict[str, Any]) -> None:
     """A traceback would, until the garbage collector comes by: a few frames of 8K are gigabytes."""
     dataset = make(faulty_world, stage="fit").train_dataloader()._loader.dataset  # type: ignore[attr-defined]
-    found = [error for number in range(len(dataset)) for error in dataset[(0, [number])].errors]
+    found = [error for number in range(len(dataset)) for error in dataset[[number]].errors]
     assert len(found) >= 3
     assert all(error.__traceback__ is error.__cause__ is error.__context__ is None for error in found)
 
@@ -266,7 +266,7 @@ def test_length_histograms_are_logged(world: dict[str, Any], recorder: Any, tmp_
     events = EventAccumulator(logger.log_dir)
     events.Reload()
     (histogram,) = events.Histograms("data/train/caption_tokens")
-    lengths = data.text_lengths["train"]["caption"]
+    lengths = [ref.tokens[1] for ref in data._refs["train"]]
     assert histogram.histogram_value.num == len(lengths) == 13
     assert histogram.histogram_value.min == min(lengths) >= 128 and histogram.histogram_value.max == max(lengths) <= 256
 

@@ -16,8 +16,9 @@ from tests.conftest import REPO
 from univigu import UniViGUPipeline
 from univigu.data.build import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
+from univigu.data.index import index_folder
 from univigu.data.sample import DataError, SampleError, parse_sample
-from univigu.data.shards import Manifest, index_folder
+from univigu.data.shards import Manifest
 from univigu.shapes.write import write_shapes
 from univigu.training.module import UniViGU
 from univigu.training.stages import Stage

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from tests.conftest import REPO
+from tests.damage import good_sample, write_raw
 from univigu.data import encode as encoding
 from univigu.data.buckets import Bucket
-from univigu.data.damage import good_sample, write_raw
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.filters import LengthFilter
+from univigu.data.index import index_folder
 from univigu.data.sample import DataError
-from univigu.data.shards import Manifest, index_folder
+from univigu.data.shards import Manifest
 from univigu.shapes import scenes
 
 COUNT = 5

@@ -12,8 +12,9 @@ import pytest
 import webdataset
 
 from tests.conftest import REPO
-from univigu.data.damage import good_sample
-from univigu.data.shards import index_folder, write_shard
+from tests.damage import good_sample
+from univigu.data.index import index_folder
+from univigu.data.shards import write_shard
 
 SAMPLES = {f"{i:04d}": good_sample(i) for i in range(3)}
 

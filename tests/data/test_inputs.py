@@ -91,7 +91,11 @@ def test_where_prompts_come_from(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     rows = read_prompts(str(tmp_path / "p.jsonl"))
     assert [row[0] for row in rows] == ["a", "", "", "c"]
-    assert rows[0][1] is None and "p.jsonl:2: not JSON" in str(rows[1][1]) and 'string "prompt"' in str(rows[2][1])
+    assert (
+        rows[0][1] is None
+        and "p.jsonl:2: not JSON" in str(rows[1][1])
+        and "p.jsonl:3: expected a string 'prompt'" in str(rows[2][1])
+    )
     for name, content in (("bom.txt", "first\nsecond"), ("bom.jsonl", '{"prompt": "first"}\n{"prompt": "second"}')):
         (tmp_path / name).write_text(content, encoding="utf-8-sig")  # as Windows' editors write it
         assert read_prompts(str(tmp_path / name)) == [("first", None), ("second", None)]

@@ -14,9 +14,8 @@ import pytest
 
 from univigu.data.build import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.remote import fetch_shards, is_remote, local_folder
 from univigu.data.sample import DataError
-from univigu.data.sources import Source
+from univigu.data.sources import Source, fetch_shards, is_remote, local_folder
 from univigu.shapes.write import write_shapes
 
 
@@ -91,7 +90,7 @@ def test_only_what_is_missing_is_fetched(served: tuple[Path, str], tmp_path: Pat
 
 def test_damage_on_the_way_and_wrong_places_are_named(served: tuple[Path, str], tmp_path: Path) -> None:
     folder, url = served
-    assert is_remote(url) and not is_remote("a/b") and not is_remote(None)
+    assert is_remote(url) and not is_remote("a/b")
     tar = folder / "train" / "train-000000.tar"
     tar.write_bytes(bytes(tar.stat().st_size))
     with pytest.raises(DataError, match=r"train-000000\.tar: arrived with another checksum"):
@@ -107,11 +106,11 @@ def test_sources_behind_urls_may_be_for_training_alone(served: tuple[Path, str],
     folder, url = served
     shutil.copytree(folder / "train", folder / "more" / "train")
     sources = [Source(url, 1.0), Source(f"{url}/more/", 3.0)]
-    data = VideoTextDataModule(sources=sources, root=str(tmp_path / "r"), batch_size=2, num_workers=0, precompute=False)
+    data = VideoTextDataModule(shards=sources, root=str(tmp_path / "r"), batch_size=2, num_workers=0, precompute=False)
     data.prepare_data()
     data.setup("fit")
     assert data.group_counts == {"train": {"source_0": 4, "source_1": 4}, "val": {"source_0": 2, "source_1": 0}}
     drawn = [source for batch in data.train_dataloader() for source in batch["source"]]
     assert (drawn.count(0), drawn.count(1)) == (2, 6)
     with pytest.raises(DataError, match=r"/gone: cannot be read|/gone/train"):
-        VideoTextDataModule(sources=[Source(f"{url}/gone"), Source(url)], root=str(tmp_path / "r")).prepare_data()
+        VideoTextDataModule(shards=[Source(f"{url}/gone"), Source(url)], root=str(tmp_path / "r")).prepare_data()

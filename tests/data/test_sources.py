@@ -26,14 +26,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory, foundation: str, pool: Spa
             clips = count if split == "train" else 2
             write_shapes(folder / split, split, clips, 100 * number, shard_size=3, pool=pool)  # type: ignore[arg-type]
     sources = [Source(str(folder)) for folder in made]
-    VideoTextDataModule(foundation=foundation, sources=sources, prompt_length=64).prepare_data()
+    VideoTextDataModule(foundation=foundation, shards=sources, prompt_length=64).prepare_data()
     return made
 
 
 def data(folders: list[Path], *weights: float | None, **changes: Any) -> VideoTextDataModule:
     sources = [Source(str(folder), weight) for folder, weight in zip(folders, weights, strict=True)]
     options: dict[str, Any] = {"batch_size": 2, "num_workers": 0, "prompt_length": 64}
-    return VideoTextDataModule(sources=sources, **options | changes)
+    return VideoTextDataModule(shards=sources, **options | changes)
 
 
 def keys(loader: Any) -> list[tuple[int, str]]:
@@ -113,28 +113,23 @@ def test_a_position_under_other_weights_is_refused(folders: list[Path]) -> None:
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        ([], r"data\.sources=\[\]: expected at least one"),
-        ([("a", 1.0), ("a", 2.0)], r"data\.sources: 'a' is there twice"),
-        ([("a", 1.0), ("b", None)], r"data\.sources: 'b' has no weight, but others have"),
-        ([("a", 0.0)], r"data\.sources: weight=0.0 of 'a': expected a number over 0"),
-        ([("a", float("nan"))], r"data\.sources: weight=nan"),
+        ([], r"data\.shards=\[\]: expected at least one"),
+        ([("a", 1.0), ("a", 2.0)], r"data\.shards: 'a' is there twice"),
+        ([("a", 1.0), ("b", None)], r"data\.shards: 'b' has no weight, but others have"),
+        ([("a", 0.0)], r"data\.shards: weight=0.0 of 'a': expected a number over 0"),
+        ([("a", float("nan"))], r"data\.shards: weight=nan"),
     ],
 )
 def test_unusable_sources_are_named(sources: list[tuple[str, float | None]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        VideoTextDataModule(sources=[Source(*source) for source in sources])
-
-
-def test_shards_and_sources_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match=r"data\.shards and data\.sources: both are given"):
-        VideoTextDataModule(shards="a", sources=[Source("b")])
+        VideoTextDataModule(shards=[Source(*source) for source in sources])
 
 
 def test_what_is_missing_is_named(folders: list[Path], tmp_path: Path) -> None:
     (tmp_path / "val").mkdir()
     with pytest.raises(DataError, match=r"/train: no such folder of shards"):
         data([folders[0], tmp_path], None, None, precompute=False).setup("fit")
-    with pytest.raises(DataError, match=r"data\.sources: none of \['.*', '.*'\] holds a val folder"):
+    with pytest.raises(DataError, match=r"data\.shards: none of \['.*', '.*'\] holds a val folder"):
         copies = [tmp_path / "x", tmp_path / "y"]
         for copy in copies:
             copy.mkdir()
@@ -147,18 +142,18 @@ def test_the_command_line_takes_sources_and_buckets(tmp_path: Path) -> None:
 
     config = tmp_path / "data.yaml"
     config.write_text(
-        "data:\n  sources:\n    - {shards: a, weight: 3}\n    - {shards: 's3://b', weight: 1}\n"
+        "data:\n  shards:\n    - {path: a, weight: 3}\n    - {path: 's3://b', weight: 1}\n"
         "  buckets:\n    - {height: 480, width: 832, num_frames: 81}\n    - {height: 832, width: 480, num_frames: 81}\n"
     )
     parsed = parse_fit(["--config", "configs/recall.yaml", "--config", str(config)]).data
-    assert [(source.shards, source.weight) for source in parsed.sources] == [("a", 3), ("s3://b", 1)]
+    assert [(source.path, source.weight) for source in parsed.shards] == [("a", 3), ("s3://b", 1)]
     assert [bucket.width for bucket in parsed.buckets] == [832, 480]
 
 
 def test_a_missing_split_is_named_before_another_is_encoded(folders: list[Path], tmp_path: Path) -> None:
     (tmp_path / "train").symlink_to(folders[2] / "train")
     module = VideoTextDataModule(shards=str(tmp_path))
-    with pytest.raises(DataError, match=r"/val: no such folder of shards.* held-out losses on clips kept apart there"):
+    with pytest.raises(DataError, match=r"/val: no such folder of shards.* held-out losses on the clips of this split"):
         module.prepare_data()
     (tmp_path / "val").mkdir()
     with pytest.raises(DataError, match=r"/val: holds no .tar shard"):

@@ -18,8 +18,9 @@ from tests.conftest import REPO
 from univigu.data.build import Share
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.filters import LengthFilter
+from univigu.data.index import index_folder
 from univigu.data.sample import DataError
-from univigu.data.shards import Manifest, index_folder, sha256_of
+from univigu.data.shards import Manifest, sha256_of
 from univigu.data.synthesis.captioners import ModelCaptioner, make_captioner
 from univigu.data.synthesis.options import CaptionOptions, Clip, VideoOptions, derived_seed
 from univigu.data.synthesis.sources import PromptSource

@@ -79,7 +79,7 @@ def evaluate(
     five = {"shards": str(folder / "shards"), "height": 32, "width": 32, "num_frames": 5, "precompute": False}
     loaded = VideoTextDataModule(
         str(folder / "foundation"), batch_size=batch_size, num_workers=0, prompt_length=32,
-        length_filter=LengthFilter(min_prompt=0, min_caption=0), **(five | (data or {})),
+        length_filter=LengthFilter(min_caption=0), **(five | (data or {})),
     )  # fmt: skip
     driver = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
@@ -187,7 +187,7 @@ def test_latents_are_enough_for_what_is_made(folder: Path) -> None:
 
 def test_the_page_lists_every_name(folder: Path, alone: dict[str, float]) -> None:
     """Those of clips without scenes, and those of the embedded world's, which have properties besides."""
-    world = {"shards": None, "root": str(folder / "world"), "num_test_clips": 6, "height": 64, "width": 64}
+    world = {"shards": None, "root": str(folder / "world"), "num_val_clips": 6, "height": 64, "width": 64}
     longer = Stage(name="recall", steps=1, text_length=32)
     found = evaluate(folder, devices=1, batch_size=6, data=world | {"num_frames": 9}, stage=longer)
     assert {f"test/{name}" for name in ("caption/exact_text", "caption/shape", "generate/color")} <= found.keys()

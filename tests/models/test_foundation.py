@@ -11,10 +11,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 
 from tests import tiny
+from univigu.models.fingerprint import folder_fingerprint
 from univigu.models.foundation import (
     COMPONENTS,
     Foundation,
-    component_fingerprint,
     decode_latents,
     denormalize_latents,
     encode_prompt,
@@ -118,18 +118,18 @@ def test_missing_components_are_named(folder: Path, tmp_path: Path, lacking: tup
 def test_fingerprint_follows_the_weights_and_not_the_place(folder: Path, tmp_path: Path) -> None:
     copied = tmp_path / "vae"
     shutil.copytree(folder / "vae", copied)
-    mark = component_fingerprint(folder / "vae")
+    mark = folder_fingerprint(folder / "vae")
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps({**config, "_diffusers_version": "9.9", "_name_or_path": "x"}))
-    assert component_fingerprint(copied) == mark
+    assert folder_fingerprint(copied) == mark
     (copied / "config.json").write_text(json.dumps({**config, "latents_std": [2.0] * tiny.CHANNELS}))
-    assert component_fingerprint(copied) != mark
+    assert folder_fingerprint(copied) != mark
     shutil.copy(folder / "vae" / "config.json", copied)
     weights = copied / "diffusion_pytorch_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
-    assert component_fingerprint(copied) != mark
+    assert folder_fingerprint(copied) != mark
 
 
 @pytest.mark.parametrize(

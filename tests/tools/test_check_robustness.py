@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPO
-from univigu.data.damage import DAMAGES, SHARD_DAMAGES
+from tests.damage import DAMAGES, SHARD_DAMAGES
 from univigu.data.sample import SAMPLE_REASONS, SampleError
 
 tool = runpy.run_path(str(REPO / "tools" / "check_robustness.py"))

@@ -1,4 +1,4 @@
-"""Buckets: the few sizes that videos of many sizes are brought to, so that a batch can hold several of them."""
+"""Buckets: the few sizes that videos are resized and cropped to, so that the clips of a batch have one size."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from univigu.data.index import SampleRef
 from univigu.data.sample import LATENTS_SUFFIX, DataError, SampleError, media_suffix
-from univigu.data.shards import SampleRef
 from univigu.data.video import VideoError, probe_video
 
 
@@ -44,21 +44,16 @@ class Bucket:
         return cls(*map(int, parts))
 
     def kept(self, height: int, width: int, num_frames: int) -> float:
-        """Share of a clip that is left in this bucket: of its area after the crop, times of its length.
+        """Share of a clip's area that the crop keeps, times the share of its frames that are used.
 
-        A clip that is shorter than the bucket repeats frames, which counts like the frames that a longer one loses.
+        A clip that is shorter than the bucket repeats frames, which counts like frames lost from a longer one.
         """
         aspect = abs(math.log(width / height) - math.log(self.width / self.height))
         return math.exp(-aspect - abs(math.log(num_frames / self.num_frames)))
 
 
 def best_bucket(buckets: Sequence[Bucket], height: int, width: int, num_frames: int) -> int:
-    """Number of the bucket that keeps most of a clip; of equals the one nearest in area, then the first.
-
-    Args:
-        buckets: to choose among.
-        height, width, num_frames: the clip's.
-    """
+    """Number of the bucket that keeps most of a clip of that size; of equals the nearest in area, then the first."""
 
     def badness(number: int) -> tuple[float, float]:
         bucket = buckets[number]
@@ -69,7 +64,7 @@ def best_bucket(buckets: Sequence[Bucket], height: int, width: int, num_frames: 
 
 
 def size_parameters(buckets: Sequence[Bucket]) -> dict[str, Any]:
-    """What a manifest of latents records of the sizes that videos were brought to."""
+    """The sizes as a manifest of latents records them."""
     return asdict(buckets[0]) if len(buckets) == 1 else {"buckets": [str(bucket) for bucket in buckets]}
 
 
@@ -80,24 +75,24 @@ def latents_shape(bucket: Bucket, temporal: int, spatial: int) -> tuple[int, int
 
 @dataclass(frozen=True)
 class Grid:
-    """Which sizes of videos a foundation takes: its VAE makes latents of pixels, its transformer tokens of latents."""
+    """Compression of a foundation's VAE and patches of its transformer, which decide the video sizes it takes."""
 
     temporal: int
-    """Frames that a latent frame stands for, but the first, which stands for one."""
+    """Frames a latent frame; the first latent frame stands for one."""
     spatial: int
-    """Pixels that a latent stands for, down and across."""
+    """Pixels a latent, in height and width."""
     patch: tuple[int, int, int] = (1, 2, 2)
-    """Latents that a token stands for: frames, down, across."""
+    """Latents a token: frames, height, width."""
 
     @classmethod
     def of(cls, foundation: str | Path) -> Grid:
-        """That of a WanPipeline folder; the patches are Wan's where it does not describe a transformer.
+        """The grid of a WanPipeline folder; the patches are Wan's if it has no transformer config.
 
         Raises:
-            DataError: the config of its VAE or transformer cannot be read or holds no such numbers.
+            DataError: a config cannot be read or lacks these numbers.
         """
-        there = (Path(foundation) / "transformer" / "config.json").exists()
-        vae, transformer = _config(foundation, "vae"), _config(foundation, "transformer") if there else {}
+        has_transformer = (Path(foundation) / "transformer" / "config.json").exists()
+        vae, transformer = _config(foundation, "vae"), _config(foundation, "transformer") if has_transformer else {}
         try:
             scales = int(vae.get("scale_factor_temporal", 4)), int(vae.get("scale_factor_spatial", 8))
             frames, down, across = map(int, transformer.get("patch_size", cls.patch))
@@ -106,11 +101,11 @@ class Grid:
         return cls(*scales, (frames, down, across))
 
     def check(self, bucket: Bucket, name: Callable[[str], str] = str) -> None:
-        """Refuse a size that is not made of whole tokens.
+        """Refuse a size that is no whole number of tokens.
 
         Args:
             bucket: the size.
-            name: how its field of that name is spelt where the user gave it.
+            name: gives the user's name of a field.
 
         Raises:
             DataError: naming the field, its value and what it must be.
@@ -142,11 +137,11 @@ def _config(foundation: str | Path, component: str) -> dict[str, Any]:
 
 
 class BucketChooser:
-    """Finds out which bucket a sample belongs to, from the headers of its video or latents; nothing is decoded.
+    """Chooses a sample's bucket by the headers of its video or latents; nothing is decoded.
 
     Args:
-        buckets: to choose among; of a single one no header is read.
-        shapes: (T, H, W) of each bucket's latents, where samples may be latents.
+        buckets: to choose among; with a single one no header is read.
+        shapes: (T, H, W) of each bucket's latents, if samples may be latents.
     """
 
     def __init__(self, buckets: Sequence[Bucket], shapes: Sequence[tuple[int, int, int]] = ()) -> None:
@@ -156,7 +151,7 @@ class BucketChooser:
         """The bucket's number.
 
         Raises:
-            SampleError: unreadable_video, corrupt_latents, or wrong_shape where latents fit no bucket.
+            SampleError: unreadable_video, corrupt_latents, or wrong_shape if latents fit no bucket.
         """
         if len(self.buckets) == 1:
             return 0
@@ -166,16 +161,16 @@ class BucketChooser:
             return self._of_latents(ref)
         with ref.open(suffix) as file:
             try:
-                size = probe_video(_Part(file, *ref.members[suffix]))
+                size = probe_video(_FileSection(file, *ref.members[suffix]))
             except VideoError as error:
                 raise SampleError("unreadable_video", ref.shard, ref.key, "video", str(error)) from error
         return best_bucket(self.buckets, *size)
 
     def _of_latents(self, ref: SampleRef) -> int:
-        """By the header of the safetensors file: its length in 8 bytes, then JSON."""
+        """By the header of the safetensors file: 8 bytes of length, then JSON."""
         offset, size = ref.members[LATENTS_SUFFIX]
         with ref.open(LATENTS_SUFFIX) as file:
-            part = _Part(file, offset, size)
+            part = _FileSection(file, offset, size)
             try:
                 header = json.loads(part.read(min(int.from_bytes(part.read(8), "little"), size)))
                 shape = tuple(header["latents"]["shape"][1:])
@@ -187,8 +182,8 @@ class BucketChooser:
         return self.shapes.index(shape)
 
 
-class _Part(io.RawIOBase):
-    """A part of a file as a file of its own; a size of -1 is all that follows the offset."""
+class _FileSection(io.RawIOBase):
+    """A section of a file as a file of its own; a size of -1 is the rest of the file."""
 
     def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
         if size < 0:

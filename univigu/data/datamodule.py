@@ -18,14 +18,20 @@ from torch.utils.data import DataLoader
 from univigu.data.buckets import Bucket, BucketChooser, Grid
 from univigu.data.build import SpawnPool, this_device
 from univigu.data.filters import LengthFilter, Selection, select
-from univigu.data.inputs import PromptInputs, VideoInputs, find_videos, read_prompts
+from univigu.data.index import SampleRef
+from univigu.data.inputs import PromptInputs, VideoInput, VideoInputs, find_videos, read_pairs, read_prompts
 from univigu.data.loader import ErrorLog, SampleLoader, TrainLoader, VideoTextDataset
 from univigu.data.order import EvalOrder, TrainOrder
-from univigu.data.pairs import PairInputs, TextField, check_strength, read_pairs
-from univigu.data.resources import encoding_processes, warn_if_slow
 from univigu.data.sample import LATENTS_SUFFIX, DataError
-from univigu.data.shards import SampleRef
-from univigu.data.sources import LatentsOptions, Place, Source, Split, weights_of
+from univigu.data.sources import (
+    Source,
+    SourceFolder,
+    Split,
+    has_large_encoder,
+    is_remote,
+    local_folder,
+    source_weights,
+)
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 from univigu.shapes.write import world_fingerprint, write_shapes
 from univigu.training.prediction import INPUTS, PredictTask
@@ -44,48 +50,42 @@ class VideoTextDataModule(LightningDataModule):
     """Videos with a brief prompt and a detailed caption, from shards; and the inputs of prediction.
 
     Args:
-        foundation: WanPipeline folder that gives the tokenizer, and the VAE for precomputation.
-        root: where the embedded world is written when ``shards`` is not given, and remote shards are copied to.
-        shards: folder or URL with train/, val/ and test/ folders of shards; in a folder also plain videos with their
-            texts, or train.csv and so on (docs/DATA.md).  None takes the embedded world.
-        sources: several of these in place of ``shards``, with weights that say how often training draws from each;
-            validation and test take every sample of the sources that have such a folder, once.
+        foundation: WanPipeline folder with the tokenizer, and the encoders for precomputation.
+        root: folder for the embedded world if ``shards`` is not given, and for copies of remote shards.
+        shards: folder or URL with train/, val/ and test/ folders of shards, of videos with their texts, or lists
+            train.csv and so on (docs/DATA.md); or a list of sources with weights for training, of which validation
+            and test take every sample once.  None takes the embedded world.
         num_train_clips: size of the embedded world's training split.
-        num_val_clips: size of its validation split.
-        num_test_clips: size of its test split.
+        num_val_clips: size of its validation split and of its test split.
         batch_size: samples a batch and device.
-        num_workers: processes that load; 0 loads in the training process.
+        num_workers: loader processes; 0 loads in the training process.
         height: of the videos in pixels.
         width: of the videos in pixels.
         num_frames: frames a video, 4k+1 for Wan's VAE.
-        buckets: several sizes in place of the one above: each clip is brought to the one that keeps most of it, and a
-            batch holds clips of one.  The size above stays that of what prediction makes.
-        prompt_length: slot of the prompt in tokens, its end-of-sequence token counted.
-        caption_length: slot of the caption in tokens, its end-of-sequence token counted.
-        length_filter: which lengths of texts are trained and evaluated on.
+        buckets: several sizes instead: each clip is brought to the one that keeps most of it, and a batch holds clips
+            of one size.  Prediction uses the size above.
+        prompt_length: slot of the prompt in tokens, end-of-sequence token included.
+        caption_length: slot of the caption in tokens, end-of-sequence token included.
+        length_filter: lengths of texts that are trained and evaluated on.
         precompute: encode videos and prompts once, into a folder beside the shards; False encodes them on the fly.
-        strict: raise on the first sample that cannot be used instead of skipping it.
-        texts: "caption" trains on prompt and caption; "qa" on each of a sample's questions as the prompt and its answer
+        strict: raise on the first unusable sample instead of skipping it.
+        texts: "caption" trains on prompt and caption; "qa" on each question of a sample as the prompt and its answer
             as the caption (with ``length_filter`` for short answers).
-        seed: seeds the order of the training samples.
-        videos: what ``lightning predict`` captions: a video file, a folder, a glob pattern, or a list of these.
-        prompts: what ``lightning predict`` generates from: a prompt, a .txt, .jsonl or .parquet file, or a list of
-            prompts.
-        pairs: what ``lightning predict`` edits or answers: a .jsonl or .csv file of ``{video, prompt, strength}`` or
-            ``{video, question}``, or such objects themselves; see :func:`univigu.data.pairs.read_pairs`.
-        strength: of edits that name none: how far back towards noise they start, in (0, 1].
-        predict_task: what ``lightning predict`` makes; the model's.
+        seed: of the order of the training samples.
+        videos: inputs of captioning: a video file, a folder, a glob pattern, or a list of these.
+        prompts: inputs of generation: a prompt, a .txt, .jsonl, .csv or .parquet file, or a list of prompts.
+        pairs: inputs of editing or question answering: a .jsonl, .csv or .parquet file of ``{video, prompt,
+            strength}`` or ``{video, question}``, or such objects; see :func:`univigu.data.inputs.read_pairs`.
+        predict_task: the model's.
     """
 
     def __init__(
         self,
         foundation: str = EMBEDDED_FOUNDATION,
         root: str = "runs/data/shapes",
-        shards: str | None = None,
-        sources: list[Source] | None = None,
+        shards: list[Source] | str | None = None,
         num_train_clips: int = 4000,
         num_val_clips: int = 200,
-        num_test_clips: int = 200,
         batch_size: int = 16,
         num_workers: int = 1,
         height: int = 64,
@@ -102,50 +102,37 @@ class VideoTextDataModule(LightningDataModule):
         videos: str | list[str] | None = None,
         prompts: str | list[str] | None = None,
         pairs: dict[str, Any] | list[dict[str, Any]] | str | None = None,
-        strength: float = 0.8,
         predict_task: PredictTask | None = None,
     ) -> None:
         super().__init__()
-        self.foundation, self.root, self.shards, self.sources = foundation, root, shards, sources
-        self.num_clips: dict[Split, int] = {"train": num_train_clips, "val": num_val_clips, "test": num_test_clips}
+        self.foundation, self.root = foundation, root
+        self.sources = [Source(shards)] if isinstance(shards, str) else shards
+        self.weights = None if self.sources is None else source_weights(self.sources)
+        self.num_train_clips, self.num_val_clips = num_train_clips, num_val_clips
         self.batch_size, self.num_workers = batch_size, num_workers
         self.height, self.width, self.num_frames = height, width, num_frames
         self.prompt_length, self.caption_length = prompt_length, caption_length
-        self.length_filter = length_filter
+        self.length_filter, self.texts = length_filter, texts
         self.precompute, self.strict, self.seed = precompute, strict, seed
-        self.texts = texts
-        self.weights = None if sources is None else weights_of(sources)
-        self.videos, self.prompts, self.pairs = videos, prompts, pairs
-        self.strength, self.predict_task = strength, predict_task
+        self.videos, self.prompts, self.pairs, self.predict_task = videos, prompts, pairs, predict_task
+        positive = ("batch_size", "num_frames", "prompt_length", "caption_length", "num_train_clips", "num_val_clips")
+        for name, least in {**dict.fromkeys(positive, 1), "num_workers": 0, "height": 2, "width": 2}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name}={getattr(self, name)}: expected at least {least}")
+        self.buckets = buckets or [Bucket(height, width, num_frames)]
+        """Sizes that videos are brought to."""
+        for bucket in self.buckets:
+            if self.buckets.count(bucket) > 1:
+                raise ValueError(f"data.buckets={list(map(str, self.buckets))}: {bucket} is there twice")
         self.filter_counts: dict[str, dict[str, int]] = {}
-        """By split: how many samples are "kept", and how many are not by reason.  Known after ``setup``."""
-        self.errors = ErrorLog(strict)
-        """What the loaders met since: samples that could not be read, counted by reason."""
-        self.text_lengths: dict[str, dict[str, list[int]]] = {}
-        """By split: tokens of the kept samples' prompts and captions, their closing token counted."""
+        """By split: numbers of samples, "kept" and the others by reason.  Known after ``setup``."""
         self.group_counts: dict[str, dict[str, int]] = {}
-        """By split: kept samples of each source and bucket, where there are several."""
+        """By split: kept samples of each source and bucket, if there are several."""
+        self.errors = ErrorLog(strict)
+        """Unusable samples that were found so far, counted by reason."""
         self._refs: dict[Split, list[SampleRef]] = {}
         self._inputs: VideoInputs | PromptInputs | None = None
         self._tokenizer: Any = None
-        self._check_arguments()
-        for bucket in buckets or ():
-            if (buckets or []).count(bucket) > 1:
-                raise ValueError(f"data.buckets={list(map(str, buckets or ()))}: {bucket} is there twice")
-        self.buckets = buckets or [Bucket(height, width, num_frames)]
-        """The sizes that videos are brought to."""
-
-    def _check_arguments(self) -> None:
-        least = {"batch_size": 1, "num_workers": 0, "height": 2, "width": 2, "num_frames": 1, "prompt_length": 1}
-        for name, bound in (least | {"caption_length": 1}).items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"data.{name}={getattr(self, name)}: expected at least {bound}")
-        for split, count in self.num_clips.items():
-            if count < 1:
-                raise ValueError(f"data.num_{split}_clips={count}: expected at least 1")
-        if self.shards is not None and self.sources is not None:
-            raise ValueError("data.shards and data.sources: both are given, expected one of them")
-        check_strength(self.strength, "data")
 
     # --------------------------------------------------------------- preparing
 
@@ -156,67 +143,75 @@ class VideoTextDataModule(LightningDataModule):
         return SPLITS[self.trainer.state.fn]
 
     def prepare_data(self) -> None:
-        """Write the embedded world and encode the shards, where that has not been done yet (one process a node)."""
+        """Write the embedded world and encode the shards, if that has not been done yet (one process a node)."""
         splits = self._splits()
         if not splits:
             return
-        self._check_size()
-        places = self._places()
-        for place in places:
+        self._latents_shapes()  # checks the sizes
+        folders = self._folders()
+        for folder in folders:
             for split in splits:
-                place.fetch(split, optional=split != "train" and len(places) > 1)
-        device = self._encoding_device()
-        with SpawnPool() as pool, SpawnPool(encoding_processes(self.foundation, device)) as fewer:
-            if self.shards is None and self.sources is None:
+                folder.fetch(split, optional=split != "train" and len(folders) > 1)
+        with SpawnPool() as pool, SpawnPool(1) as single:
+            if self.sources is None:
                 size = {"height": self.height, "width": self.width, "num_frames": self.num_frames}
                 for split in splits:
-                    write_shapes(places[0].videos(split), split, self.num_clips[split], pool=pool, **size)
-            having = [(place, split) for split in splits for _, place in self._having(split)]
-            for place, split in having if self.precompute else ():
-                place.check(split)
-            if not all(place.is_ready(split) for place, split in having):
-                warn_if_slow(self.foundation, device)
-            encoders = pool if device == "cpu" and fewer.workers == pool.workers else fewer
-            for place, split in having:
-                place.encode(split, self.strict, encoders, device)
+                    num_clips = self.num_train_clips if split == "train" else self.num_val_clips
+                    write_shapes(folders[0].videos(split), split, num_clips, pool=pool, **size)
+            jobs = [(folder, split) for split in splits for _, folder in self._folders_of(split)]
+            for folder, split in jobs if self.precompute else ():
+                folder.check(split)
+            if all(folder.is_ready(split) for folder, split in jobs):
+                encoders, device = pool, "cpu"
+            else:
+                device = self._encoding_device()
+                encoders = single if device != "cpu" or has_large_encoder(self.foundation) else pool
+            for folder, split in jobs:
+                folder.encode(split, self.strict, encoders, device)
 
     def _encoding_device(self) -> str:
-        """The GPU that training takes, or else the CPU; without a trainer this process's GPU, if there is one."""
+        """The trainer's GPU, or else the CPU; without a trainer this process's GPU, if there is one."""
         if self.trainer is None:
             return this_device()
         device = self.trainer.strategy.root_device
         return str(device) if device.type == "cuda" else "cpu"
 
-    def _places(self) -> list[Place]:
-        """Where the shards of each source lie."""
-        latents = LatentsOptions(self.foundation, tuple(self.buckets), self.precompute)
-        if self.shards is not None or self.sources is not None:
-            names = [source.shards for source in self.sources or ()] or [str(self.shards)]
-            return [Place.of(name, self.root, latents) for name in names]
-        # Other clips go to another folder: nothing is overwritten that a running training reads.
-        sizes = (self.height, self.width, self.num_frames), tuple(self.num_clips.values())
-        name = "-".join(["x".join(map(str, part)) for part in sizes] + [world_fingerprint()])
-        return [Place(Path(self.root) / name, latents)]
+    def _folders(self) -> list[SourceFolder]:
+        """The local folder of each source."""
+        options = self.foundation, tuple(self.buckets), self.precompute
+        if self.sources is None:
+            # clips of other options go to another folder, which leaves alone what a running training reads
+            sizes = (self.height, self.width, self.num_frames)
+            counts = (self.num_train_clips, self.num_val_clips, self.num_val_clips)
+            name = "-".join(["x".join(map(str, part)) for part in (sizes, counts)] + [world_fingerprint()])
+            return [SourceFolder(Path(self.root) / name, *options)]
+        return [
+            SourceFolder(local_folder(source.path, self.root), *options, url=source.path.rstrip("/"))
+            if is_remote(source.path)
+            else SourceFolder(Path(source.path), *options)
+            for source in self.sources
+        ]
 
-    def _having(self, split: Split) -> list[tuple[int, Place]]:
-        """The sources that take part in a split, with their numbers: all in training, else those that have it."""
-        places = list(enumerate(self._places()))
-        if split == "train" or len(places) == 1:
-            return places
-        having = [(number, place) for number, place in places if place.has(split)]
-        if not having:
-            raise DataError(f"data.sources: none of {[str(place.base) for _, place in places]} holds a {split} folder")
-        return having
+    def _folders_of(self, split: Split) -> list[tuple[int, SourceFolder]]:
+        """Numbers and folders of the sources of a split: all in training, else those that have it."""
+        folders = list(enumerate(self._folders()))
+        if split == "train" or len(folders) == 1:
+            return folders
+        found = [(number, folder) for number, folder in folders if folder.exists(split)]
+        if not found:
+            bases = [str(folder.base) for _, folder in folders]
+            raise DataError(f"data.shards: none of {bases} holds a {split} folder")
+        return found
 
-    def _check_size(self) -> list[tuple[int, int, int]]:
-        """Each bucket's latents' (T, H, W); raises DataError for a size that is not made of whole tokens."""
-        grid = self._check_own_size()
+    def _latents_shapes(self) -> list[tuple[int, int, int]]:
+        """(T, H, W) of each bucket's latents; raises DataError for a size that is no whole number of tokens."""
+        grid = self._check_size()
         for number, bucket in enumerate(self.buckets):
             grid.check(bucket, f"data.buckets[{number}].{{}}".format)
         return [grid.latents_shape(bucket) for bucket in self.buckets]
 
-    def _check_own_size(self) -> Grid:
-        """The same of the size that prediction makes videos of, or brings those to that it reads."""
+    def _check_size(self) -> Grid:
+        """Check height, width and num_frames; returns the foundation's grid."""
         grid = Grid.of(self.foundation)
         grid.check(Bucket(self.height, self.width, self.num_frames), "data.{}".format)
         return grid
@@ -230,10 +225,10 @@ class VideoTextDataModule(LightningDataModule):
             DataError: nothing is left of a split, the latents belong to another VAE, or an input names nothing.
             SampleError: in strict mode, for the first sample that cannot be used.
         """
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the workers' fork
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
         if stage == TrainerFn.PREDICTING:
             self._inputs = self._find_inputs()
-            self._check_own_size()
+            self._check_size()
             return
         for split in SPLITS[stage]:
             if split not in self._refs:
@@ -255,43 +250,34 @@ class VideoTextDataModule(LightningDataModule):
     def _select(self, split: Split) -> list[SampleRef]:
         kept: list[SampleRef] = []
         counts: Counter[str] = Counter(kept=0)
-        self.text_lengths[split] = {"prompt": [], "caption": []}
-        for number, place in self._having(split):
-            selection = self._select_from(place, split)
+        for number, folder in self._folders_of(split):
+            selection = self._select_from(folder, split)
             kept += [replace(ref, source=number) for ref in selection.kept]
             counts += selection.counts
-            for name, lengths in selection.lengths.items():
-                self.text_lengths[split][name] += lengths
         self.filter_counts[split] = dict(sorted(counts.items(), key=lambda item: (item[0] != "kept", item)))
-        self.group_counts[split] = self._group_counts(kept)
-        if self.group_counts[split]:
-            log.info("%s: %s", split, self.group_counts[split])
+        groups: dict[str, int] = {}
+        if len(self.sources or ()) > 1:
+            groups |= {f"source_{i}": sum(ref.source == i for ref in kept) for i in range(len(self.sources or ()))}
+        if len(self.buckets) > 1:
+            groups |= {f"bucket_{b}": sum(ref.bucket == i for ref in kept) for i, b in enumerate(self.buckets)}
+        self.group_counts[split] = groups
+        if groups:
+            log.info("%s: %s", split, groups)
         return kept
 
-    def _select_from(self, place: Place, split: Split) -> Selection:
-        """The samples of one source, and why the rest of it is left out."""
-        shapes = self._check_size()
-        refs, errors = place.index(split)
-        slots = self.prompt_length, self.caption_length
-        selection = select(
-            refs, self.tokenizer, self.length_filter, *slots, questions=self.texts == "qa",
-            bucket_of=BucketChooser(self.buckets, shapes),
-        )  # fmt: skip
+    def _select_from(self, folder: SourceFolder, split: Split) -> Selection:
+        """The usable samples of one source, and counts of the others."""
+        choose = BucketChooser(self.buckets, self._latents_shapes())
+        refs, errors = folder.index(split)
+        slots, questions = (self.prompt_length, self.caption_length), self.texts == "qa"
+        selection = select(refs, self.tokenizer, self.length_filter, *slots, questions, choose)
         self.errors.add(errors + selection.errors)
         selection.counts += Counter(error.reason for error in errors)
         counts = {"kept": len(selection.kept), **dict(sorted(selection.counts.items()))}
-        log.info("%s: %s", place.folder(split), counts)
+        log.info("%s: %s", folder.folder(split), counts)
         if not selection.kept:
-            raise DataError(f"{place.folder(split)}: no sample is left for {split}: {counts}")
+            raise DataError(f"{folder.folder(split)}: no sample is left for {split}: {counts}")
         return selection
-
-    def _group_counts(self, refs: list[SampleRef]) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        if len(self.sources or ()) > 1:
-            counts |= {f"source_{i}": sum(ref.source == i for ref in refs) for i in range(len(self.sources or ()))}
-        if len(self.buckets) > 1:
-            counts |= {f"bucket_{b}": sum(ref.bucket == i for ref in refs) for i, b in enumerate(self.buckets)}
-        return counts
 
     def _log_counts(self) -> None:
         if self.trainer is None or not self.trainer.is_global_zero:
@@ -302,10 +288,10 @@ class VideoTextDataModule(LightningDataModule):
             logger.log_metrics(metrics, step=0)
             if not isinstance(logger, TensorBoardLogger):
                 continue
-            for split, lengths in self.text_lengths.items():
-                for name, values in lengths.items():
-                    if values:
-                        logger.experiment.add_histogram(f"data/{split}/{name}_tokens", torch.tensor(values), 0)
+            for split, refs in self._refs.items():
+                for i, name in enumerate(("prompt", "caption")):
+                    lengths = torch.tensor([ref.tokens[i] for ref in refs])
+                    logger.experiment.add_histogram(f"data/{split}/{name}_tokens", lengths, 0)
 
     def _find_inputs(self) -> VideoInputs | PromptInputs:
         given = [name for name in ("videos", "prompts", "pairs") if getattr(self, name) is not None]
@@ -317,19 +303,17 @@ class VideoTextDataModule(LightningDataModule):
             raise DataError(f"model.predict_task={self.predict_task!r} needs data.{needed}, not data.{given[0]}")
         size = self.num_frames, self.height, self.width
         if self.videos is not None:
-            return VideoInputs(find_videos(self.videos), *size)
+            return VideoInputs([VideoInput(path) for path in find_videos(self.videos)], *size)
         if self.pairs is not None:
-            field: TextField = "question" if self.predict_task == "qa" else "prompt"
-            return PairInputs(
-                read_pairs(self.pairs, field, self.strength), *size, self.tokenizer, self.prompt_length
-            )  # fmt: skip
+            pairs = read_pairs(self.pairs, "question" if self.predict_task == "qa" else "prompt")
+            return VideoInputs(pairs, *size, self.tokenizer, self.prompt_length)
         assert self.prompts is not None
         return PromptInputs(read_prompts(self.prompts), self.tokenizer, self.prompt_length)
 
     # ----------------------------------------------------------------- loaders
 
     def _ranks(self) -> dict[str, int]:
-        """Which share of the batches this process gets; with tensor parallelism several processes get the same."""
+        """This process's rank among those that share the batches; tensor parallel processes have the same."""
         if self.trainer is None or self.trainer.world_size == 1:
             return {"rank": 0, "world_size": 1}
         kwargs = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None)
@@ -337,20 +321,11 @@ class VideoTextDataModule(LightningDataModule):
             return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
         return {"rank": kwargs["rank"], "world_size": kwargs["num_replicas"]}
 
-    def _dataset(self, split: Split, refs: list[SampleRef]) -> VideoTextDataset:
-        return VideoTextDataset(
-            refs,
-            self.tokenizer,
-            self.prompt_length,
-            self.caption_length,
-            buckets=self.buckets,
-            latents_shapes=self._check_size(),
-            replace=split == "train",
-        )
-
-    def _worker_options(self, refs: list[SampleRef]) -> dict[str, Any]:
+    def _loader_options(self, split: Split, refs: list[SampleRef]) -> dict[str, Any]:
+        lengths, shapes = (self.prompt_length, self.caption_length), self._latents_shapes()
+        dataset = VideoTextDataset(refs, self.tokenizer, *lengths, self.buckets, shapes, replace=split == "train")
         decodes = any(LATENTS_SUFFIX not in ref.members for ref in refs)
-        return {"num_workers": self.num_workers, "spawn": decodes}
+        return {"dataset": dataset, "errors": self.errors, "num_workers": self.num_workers, "spawn": decodes}
 
     def train_dataloader(self) -> TrainLoader:
         """Shuffled full batches; its position is saved in checkpoints and restored."""
@@ -361,7 +336,7 @@ class VideoTextDataModule(LightningDataModule):
             wanted = amount if isinstance(amount, int) else max(1, int(amount * len(order)))
             refs = self._first_batches(refs, wanted, order)
             order = self._train_order(refs, None, **ranks)
-        return TrainLoader(self._dataset("train", refs), order, self.errors, **self._worker_options(refs))
+        return TrainLoader(order=order, **self._loader_options("train", refs))
 
     def _train_order(self, refs: list[SampleRef], weights: list[float] | None, **ranks: int) -> TrainOrder:
         buckets, sources = [ref.bucket for ref in refs], [ref.source for ref in refs]
@@ -370,7 +345,7 @@ class VideoTextDataModule(LightningDataModule):
         )
 
     def _first_batches(self, refs: list[SampleRef], count: int, order: TrainOrder) -> list[SampleRef]:
-        """The samples of so many batches, for overfitting: the set's first, or whole batches of a bucket or mixture."""
+        """Samples of ``count`` batches, for overfitting: the first ones, or with buckets or weights whole batches."""
         if len(self.buckets) == 1 and self.weights is None:
             return refs[: count * order.global_batch]
         return [refs[number] for batch in range(min(count, len(order))) for number in order.global_numbers(batch)]
@@ -386,10 +361,10 @@ class VideoTextDataModule(LightningDataModule):
     def _eval_dataloader(self, split: Split) -> SampleLoader:
         refs = self._refs[split]
         order = EvalOrder(len(refs), self.batch_size, buckets=[ref.bucket for ref in refs], **self._ranks())
-        return SampleLoader(self._dataset(split, refs), order, self.errors, **self._worker_options(refs))
+        return SampleLoader(order=order, **self._loader_options(split, refs))
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """One row an input, in order, unreadable ones included; see :mod:`univigu.data.inputs`."""
+        """One row an input, in order, unusable ones included; see :mod:`univigu.data.inputs`."""
         assert self._inputs is not None
         inputs, decodes = self._inputs, isinstance(self._inputs, VideoInputs)
         return DataLoader(

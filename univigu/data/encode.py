@@ -17,8 +17,7 @@ import torch
 
 from univigu.data.buckets import Bucket, BucketChooser, size_parameters
 from univigu.data.build import Share, SpawnPool, build_folder
-from univigu.data.files import Found, walk_files
-from univigu.data.fingerprint import folder_fingerprint
+from univigu.data.index import SampleRef, Scan, list_shards, scan_shard, walk_files
 from univigu.data.sample import (
     LATENTS_SUFFIX,
     PROMPT_SUFFIX,
@@ -27,10 +26,11 @@ from univigu.data.sample import (
     Sample,
     SampleError,
     parse_sample,
-    without_trace,
+    without_traceback,
 )
-from univigu.data.shards import Manifest, SampleRef, ShardInfo, list_shards, scan_shard, write_shard
+from univigu.data.shards import Manifest, ShardInfo, write_shard
 from univigu.data.video import VideoError, read_video, to_model_range
+from univigu.models.fingerprint import folder_fingerprint
 
 LatentDtype = Literal["float32", "bfloat16", "float16"]
 ROWS = 500  # samples of a list or a folder of files that go to one shard
@@ -47,7 +47,7 @@ class _Job:
     device: str
     buckets: tuple[Bucket, ...]
     strict: bool
-    part: Found | None = field(default=None, compare=False)
+    part: Scan | None = field(default=None, compare=False)
     """Some of the source's samples, and what is wrong with others; None takes all."""
 
 
@@ -57,15 +57,13 @@ def vae_parameters(foundation_path: str | Path) -> dict[str, Any]:
     Raises:
         DataError: the folder holds no VAE.
     """
-    from univigu.models.foundation import component_fingerprint
-
     folder = Path(foundation_path) / "vae"
     try:
         config = json.loads((folder / "config.json").read_text())
         normalization = {"mean": config["latents_mean"], "std": config["latents_std"], "of": "mode"}
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise DataError(f"foundation={str(foundation_path)!r}: no readable vae/config.json ({error!r})") from error
-    return {"vae": component_fingerprint(folder), "normalization": normalization}
+    return {"vae": folder_fingerprint(folder), "normalization": normalization}
 
 
 def prompt_parameters(foundation_path: str | Path) -> dict[str, Any]:
@@ -153,7 +151,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in walk_files(path))
 
 
-def _outputs(path: Path) -> Iterator[tuple[str, Found | None]]:
+def _outputs(path: Path) -> Iterator[tuple[str, Scan | None]]:
     """Names of the shards that are made of one of the source's, and which of its samples go there."""
     if path.suffix == ".tar" and path.is_file():
         yield path.name, None
@@ -196,7 +194,7 @@ def _encoded(refs: list[SampleRef], job: _Job, errors: list[SampleError]) -> Ite
         except SampleError as error:
             if job.strict:
                 raise
-            errors.append(without_trace(error))
+            errors.append(without_traceback(error))
             continue
         if len(waiting[number]) == group_size(bucket.num_frames, bucket.height, bucket.width):
             yield from _with_latents(waiting.pop(number), job)
@@ -269,11 +267,9 @@ def decode_sample(ref: SampleRef, num_frames: int, height: int, width: int) -> t
     return sample, decode_video(sample.video, ref, num_frames, height, width)
 
 
-def decode_video(
-    video: bytes, ref: SampleRef, num_frames: int, height: int, width: int, out: torch.Tensor | None = None
-) -> torch.Tensor:
+def decode_video(video: bytes, ref: SampleRef, num_frames: int, height: int, width: int) -> torch.Tensor:
     """:func:`univigu.data.video.read_video` of a sample's bytes, with its errors as SampleError."""
     try:
-        return read_video(video, num_frames, height, width, out)
+        return read_video(video, num_frames, height, width)
     except VideoError as error:
         raise SampleError("unreadable_video", ref.shard, ref.key, "video", str(error)) from error

@@ -1,10 +1,10 @@
-"""Which samples are trained on: the lengths of their texts, counted by reason."""
+"""Filters samples by the lengths of their texts and counts the others by reason."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from univigu.data.sample import TEXT_SUFFIX, SampleError, Texts, parse_texts
@@ -12,21 +12,19 @@ from univigu.data.sample import TEXT_SUFFIX, SampleError, Texts, parse_texts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from univigu.data.shards import SampleRef
+    from univigu.data.index import SampleRef
 
-FilterReason = Literal["prompt_short", "prompt_long", "caption_short", "caption_long"]
+FilterReason = Literal["prompt_long", "caption_short", "caption_long"]
 
 
 @dataclass(frozen=True)
 class LengthFilter:
-    """Bounds on the texts' lengths in tokens, inclusive at both ends.
+    """Bounds on the texts' lengths in tokens, inclusive.
 
-    A length is what the foundation's tokenizer makes of the text, its end-of-sequence token counted.  The defaults
-    are the paper's (Uni-ViGU, arXiv:2604.08121): a brief prompt against a detailed caption.
+    The foundation's tokenizer counts, end-of-sequence token included.  The defaults are the paper's (Uni-ViGU,
+    arXiv:2604.08121): a brief prompt and a detailed caption.
     """
 
-    min_prompt: int = 0
-    """Fewest tokens of a prompt."""
     max_prompt: int = 128
     """Most tokens of a prompt."""
     min_caption: int = 128
@@ -35,38 +33,29 @@ class LengthFilter:
     """Most tokens of a caption."""
 
     def __post_init__(self) -> None:
-        for low, high in (("min_prompt", "max_prompt"), ("min_caption", "max_caption")):
-            if getattr(self, low) < 0:
-                raise ValueError(f"length_filter.{low}={getattr(self, low)}: expected at least 0")
-            if getattr(self, high) < getattr(self, low):
-                raise ValueError(
-                    f"length_filter.{high}={getattr(self, high)}: expected at least {low}={getattr(self, low)}"
-                )
+        for name, least in (("max_prompt", 0), ("min_caption", 0), ("max_caption", self.min_caption)):
+            if getattr(self, name) < least:
+                bound = f"min_caption={least}" if name == "max_caption" else least
+                raise ValueError(f"length_filter.{name}={getattr(self, name)}: expected at least {bound}")
 
     def reason(self, prompt_tokens: int, caption_tokens: int) -> FilterReason | None:
-        """Why a sample with texts of these lengths is dropped, or None if it is kept; the prompt is looked at first."""
-        if prompt_tokens < self.min_prompt:
-            return "prompt_short"
+        """Why a sample with texts of these lengths is dropped, or None if it is kept; the prompt is checked first."""
         if prompt_tokens > self.max_prompt:
             return "prompt_long"
         if caption_tokens < self.min_caption:
             return "caption_short"
-        if caption_tokens > self.max_caption:
-            return "caption_long"
-        return None
+        return "caption_long" if caption_tokens > self.max_caption else None
 
 
 @dataclass
 class Selection:
-    """What is left of a set of samples, and why the rest is not."""
+    """The samples of a set that can be used, and counts of the others."""
 
-    kept: list[SampleRef]
-    counts: Counter[str]
-    """Numbers of samples by what became of them: "kept", a filter's reason, or a sample error's reason."""
-    errors: list[SampleError]
-    """One for every sample that could not be used (filtered ones are not errors)."""
-    lengths: dict[str, list[int]]
-    """Tokens of the kept samples' prompts and captions."""
+    kept: list[SampleRef] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    """Numbers of samples: "kept", and the others by filter reason or error reason."""
+    errors: list[SampleError] = field(default_factory=list)
+    """One for every sample that cannot be used; filtered samples are not errors."""
 
 
 def select(
@@ -78,36 +67,32 @@ def select(
     questions: bool = False,
     bucket_of: Callable[[SampleRef], int] = lambda ref: 0,
 ) -> Selection:
-    """Read every sample's json once and keep those that are sound, pass the filter and fit their slots.
+    """Read every sample's json once and keep those that are valid, pass the filter and fit their slots.
 
     Args:
         refs: samples of the shards, in order.
         tokenizer: counts the tokens.
         length_filter: bounds on the lengths.
         prompt_length, caption_length: slots in tokens.  A text that passes the filter but not its slot is an error
-            with reason "text_over_slot": texts are never cut off.
-        questions: take each of a sample's questions, with its answer for the caption, instead of its own texts.
-            A sample without questions is counted as "no_question".
-        bucket_of: which bucket a sample belongs to; its SampleErrors count like all others.
+            with reason "text_over_slot": texts are never truncated.
+        questions: use each question and its answer instead of prompt and caption.  A sample without questions is
+            counted as "no_question".
+        bucket_of: gives a sample's bucket; its SampleErrors are counted too.
     """
-    from univigu.models.tokens import token_count
+    from univigu.models.tokens import token_count  # not at the top: it loads transformers
 
-    selection = Selection([], Counter(), [], {"prompt": [], "caption": []})
-    slots = {"prompt": prompt_length, "caption": caption_length}
+    selection = Selection()
 
-    def judge(ref: SampleRef, texts: Texts) -> str | None:
-        """Why the texts are not trained on, or None, and then they are."""
-        lengths = {"prompt": token_count(tokenizer, texts.prompt), "caption": token_count(tokenizer, texts.caption)}
-        reason = length_filter.reason(lengths["prompt"], lengths["caption"])
-        for name, slot in slots.items():
-            if reason is None and lengths[name] > slot:
-                value = f"{lengths[name]} tokens, {name}_length={slot}"
-                raise SampleError("text_over_slot", ref.shard, ref.key, name, value)
-        if reason is None:
-            selection.kept.append(replace(ref, tokens=(lengths["prompt"], lengths["caption"])))
-            for name, length in lengths.items():
-                selection.lengths[name].append(length)
-        return reason
+    def keep(ref: SampleRef, texts: Texts) -> str:
+        """Keep the sample unless it is filtered; returns what it counts as."""
+        tokens = token_count(tokenizer, texts.prompt), token_count(tokenizer, texts.caption)
+        if reason := length_filter.reason(*tokens):
+            return reason
+        for name, length, slot in zip(("prompt", "caption"), tokens, (prompt_length, caption_length), strict=True):
+            if length > slot:
+                raise SampleError("text_over_slot", ref.shard, ref.key, name, f"{length} tokens, {name}_length={slot}")
+        selection.kept.append(replace(ref, tokens=tokens))
+        return "kept"
 
     for ref in refs:
         try:
@@ -119,13 +104,12 @@ def select(
             selection.counts[error.reason] += 1
             continue
         numbers: list[int | None] = [*range(len(texts.qa or []))] if questions else [None]
-        if not numbers:
-            selection.counts["no_question"] += 1
+        selection.counts["no_question"] += not numbers
         for number in numbers:
             try:
-                reason = judge(replace(ref, question=number), texts.question(number))
+                selection.counts[keep(replace(ref, question=number), texts.question(number))] += 1
             except SampleError as error:
                 selection.errors.append(error)
-                reason = error.reason
-            selection.counts[reason or "kept"] += 1
+                selection.counts[error.reason] += 1
+    selection.counts = +selection.counts  # without zeros
     return selection

@@ -1,30 +1,49 @@
-"""What ``lightning predict`` reads: video files to caption, or prompts to generate from; one row an input."""
+"""Inputs of ``lightning predict``: videos to caption, prompts to generate from, or pairs of a video and a text.
+
+Every input gives a row; one that cannot be used gives a row with an error.
+"""
 
 from __future__ import annotations
 
 import glob
-import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from univigu.data.jsonl import is_unicode, split_lines
-from univigu.data.sample import VIDEO_SUFFIXES, DataError, is_video
+from univigu.data.rows import Row, make_row, read_rows
+from univigu.data.sample import VIDEO_SUFFIXES, DataError, is_unicode, is_video
 from univigu.data.video import VideoError, read_video
 from univigu.models.tokens import TextTooLongError, tokenize
+
+TextField = Literal["prompt", "question"]
+DEFAULT_STRENGTH = 0.8
+
+
+@dataclass(frozen=True)
+class VideoInput:
+    """A video, with the text of an edit or a question if there is one, or an error."""
+
+    video: str
+    text: str | None = None
+    strength: float | None = None
+    """How far back towards noise an edit starts; None for a question."""
+    error: str | None = None
 
 
 def find_videos(value: str | list[str]) -> list[str]:
     """Paths of the videos that a file, a folder, a glob pattern, or a list of these names.
 
-    Those of one folder or pattern are sorted; a list keeps its order; a path that occurs twice is read once.
-    Files that are named outright may have any suffix, folders are searched for video suffixes.
+    Those of one folder or pattern are sorted; a list keeps its order; duplicates are dropped.  A file may have any
+    suffix; folders are searched for video suffixes.
 
     Raises:
-        DataError: a value names nothing.
+        DataError: a value matches no file.
     """
     values = [value] if isinstance(value, str) else value
     if not values:
@@ -47,10 +66,9 @@ def find_videos(value: str | list[str]) -> list[str]:
 
 
 def read_prompts(value: str | list[str], name: str = "data.prompts") -> list[tuple[str, str | None]]:
-    """(prompt, error) of each prompt of a .txt file (one a line), a .jsonl or .parquet file ("prompt"), or a list.
+    """(prompt, error) of each row of a .txt (a prompt a line), .jsonl, .csv or .parquet file ("prompt"), or of a list.
 
-    Any other string is itself a prompt.  Blank lines are passed over; a row that is not what a .jsonl or .parquet
-    file should hold comes through as an error.
+    Any other string is itself a prompt.
 
     Args:
         value: see above.
@@ -59,91 +77,136 @@ def read_prompts(value: str | list[str], name: str = "data.prompts") -> list[tup
     Raises:
         DataError: the file is missing or not of its kind, or there is no prompt at all.
     """
-    if isinstance(value, list):
-        rows: list[tuple[str, str | None]] = [(prompt, None) for prompt in value]
-    elif value.endswith(".parquet"):
-        rows = _parquet_prompts(value, name)
-    elif value.endswith((".txt", ".jsonl")):
-        try:
-            lines = split_lines(Path(value).read_text(encoding="utf-8-sig"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{name}={value!r}: cannot be read ({error})") from error
-        numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-        if value.endswith(".txt"):
-            rows = [(line, None) for _, line in numbered]
-        else:
-            rows = [_json_prompt(line, f"{value}:{number}") for number, line in numbered]
+    if isinstance(value, str) and value.endswith((".txt", ".jsonl", ".csv", ".parquet")):
+        rows = [_text_of(row, "prompt") for row in _file_rows(value, name)]
     else:
-        rows = [(value, None)]
+        rows = [_text_of(Row(name, {"prompt": v}), "prompt") for v in ([value] if isinstance(value, str) else value)]
     if not rows:
         raise DataError(f"{name}={value!r}: holds no prompt")
-    return [
-        (prompt, error or (None if is_unicode(prompt) else f"no valid Unicode: {prompt!r}")) for prompt, error in rows
-    ]
+    return rows
 
 
-def _json_prompt(line: str, where: str) -> tuple[str, str | None]:
+def read_pairs(
+    value: str | dict[str, Any] | list[dict[str, Any]], field: TextField, name: str = "data.pairs"
+) -> list[VideoInput]:
+    """Videos with their texts of a .jsonl, .csv or .parquet file, of one object, or of a list of objects.
+
+    An object is ``{"video": ..., "prompt": ..., "strength": 0.8}``, of which the strength is optional, or ``{"video":
+    ..., "question": ...}``.  Its video is a value for :func:`find_videos`: a folder or pattern gives several pairs.
+
+    Args:
+        value: see above; paths in a file are relative to the working directory.
+        field: name of the text.
+        name: the option that errors are reported under.
+
+    Raises:
+        DataError: the file is missing or not of its kind, or there is no pair at all.
+    """
+    if isinstance(value, str):
+        if not value.endswith((".jsonl", ".csv", ".parquet")):
+            raise DataError(f"{name}={value!r}: expected a .jsonl, .csv or .parquet file, or objects")
+        rows = _file_rows(value, name)
+    else:
+        objects = [value] if isinstance(value, dict) else value
+        rows = [make_row(f"{name}[{number}]", item) for number, item in enumerate(objects)]
+    pairs = [pair for row in rows for pair in _pairs_of(row, field)]
+    if not pairs:
+        raise DataError(f"{name}={value!r}: holds no pair of a video and a {field}")
+    return pairs
+
+
+def _file_rows(path: str, name: str) -> list[Row]:
     try:
-        data = json.loads(line)
-    except json.JSONDecodeError as error:
-        return "", f"{where}: not JSON ({error})"
-    if not isinstance(data, dict) or not isinstance(data.get("prompt"), str):
-        return "", f'{where}: expected an object with a string "prompt", got {line[:80]}'
-    return data["prompt"], None
+        return list(read_rows(path))
+    except DataError as error:
+        raise DataError(f"{name}={path!r}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
-def _parquet_prompts(path: str, name: str) -> list[tuple[str, str | None]]:
+def _text_of(row: Row, field: str) -> tuple[str, str | None]:
+    """The text, and why it cannot be used."""
+    text = row.fields.get(field)
+    if row.error is not None or not isinstance(text, str):
+        return "", row.error or f"{row.where}: expected a string {field!r}, got {text!r}"
+    return text, None if is_unicode(text) else f"{row.where}: {field!r} is no valid Unicode: {text!r}"
+
+
+def _pairs_of(row: Row, field: TextField) -> list[VideoInput]:
+    """The pairs of one row, one for each video that it names."""
+    (video, video_error), (text, text_error) = _text_of(row, "video"), _text_of(row, field)
+    pair = VideoInput(video, text)
+    if error := video_error or text_error:
+        return [replace(pair, error=error)]
+    for key, value in (("video", video), (field, text)):
+        if not value.strip():
+            return [replace(pair, error=f"{row.where}: {key}={value!r}: expected a non-empty string")]
+    allowed = {"video", field} | ({"strength"} if field == "prompt" else set())
+    if unknown := sorted(row.fields.keys() - allowed):
+        return [replace(pair, error=f"{row.where}: unknown field {unknown[0]!r}, expected {sorted(allowed)}")]
+    if field == "prompt":
+        value = row.fields.get("strength", DEFAULT_STRENGTH)
+        with suppress(TypeError, ValueError):
+            pair = replace(pair, strength=float(value))
+        if pair.strength is None or not 0 < pair.strength <= 1:
+            return [replace(pair, strength=None, error=f"{row.where}: strength={value!r}: expected over 0, at most 1")]
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(f"{name}={path!r}: reading parquet needs pyarrow: pip install pyarrow") from error
-    try:
-        values = pyarrow.parquet.read_table(path, columns=["prompt"])["prompt"].to_pylist()
-    except (OSError, KeyError, pyarrow.ArrowException) as error:
-        raise DataError(f'{name}={path!r}: no parquet file with a column "prompt" ({error})') from error
-    wrong = 'row {} of {}: expected a string "prompt", got {!r}'
-    return [(v, None) if isinstance(v, str) else ("", wrong.format(i, path, v)) for i, v in enumerate(values, 1)]
+        return [replace(pair, video=path) for path in find_videos(video)]
+    except DataError as error:
+        return [replace(pair, error=f"{row.where}: {error}")]
 
 
 class VideoInputs(Dataset[dict[str, Any]]):
-    """Videos to caption; one that cannot be read gives a row with an error.
+    """Videos to caption, edit or answer about.
 
     Args:
-        paths: the files.
+        inputs: the videos.
         num_frames, height, width: size that the videos are brought to.
+        tokenizer: of the foundation; needed for texts.
+        prompt_length: slot of the texts in tokens.
     """
 
-    def __init__(self, paths: list[str], num_frames: int, height: int, width: int) -> None:
-        self.paths = paths
-        self.size = (num_frames, height, width)
+    def __init__(
+        self,
+        inputs: Sequence[VideoInput],
+        num_frames: int,
+        height: int,
+        width: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        prompt_length: int = 0,
+    ) -> None:
+        self.inputs, self.size = inputs, (num_frames, height, width)
+        self.tokenizer, self.prompt_length = tokenizer, prompt_length
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.inputs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row: dict[str, Any] = {"index": index, "path": self.paths[index], "video": None, "error": None}
+        item = self.inputs[index]
+        video, error = None, item.error
         try:
-            row["video"] = read_video(row["path"], *self.size)
-        except VideoError as error:
-            row["error"] = str(error)
-        return row
+            if error is None and item.text is not None and self.tokenizer is not None:
+                tokenize(self.tokenizer, [item.text], self.prompt_length)
+            if error is None:
+                video = read_video(item.video, *self.size)
+        except (TextTooLongError, VideoError) as failure:
+            error = str(failure)
+        row = {"index": index, "path": item.video, "video": video, "error": error}
+        return row if item.text is None else {**row, "text": item.text, "strength": item.strength}
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """``index``, ``path``, ``ok``, ``error`` of all rows; ``video`` uint8 [n, F, C, H, W] of the n good ones."""
+        """``index``, ``path``, ``ok``, ``error`` (``text``, ``strength``) of all rows, ``video`` of the usable ones.
+
+        ``video`` is uint8 [n, F, C, H, W].
+        """
         num_frames, height, width = self.size
+        batch: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0] if name != "video"}
         videos = [row["video"] for row in rows if row["error"] is None]
-        return {
-            "index": [row["index"] for row in rows],
-            "path": [row["path"] for row in rows],
-            "video": torch.stack(videos) if videos else torch.zeros(0, num_frames, 3, height, width, dtype=torch.uint8),
-            "ok": [row["error"] is None for row in rows],
-            "error": [row["error"] for row in rows],
-        }
+        batch["video"] = torch.stack(videos) if videos else torch.zeros(0, num_frames, 3, height, width).byte()
+        batch["ok"] = [row["error"] is None for row in rows]
+        return batch
 
 
 class PromptInputs(Dataset[dict[str, Any]]):
-    """Prompts to generate from; one that does not fit its slot gives a row with an error.
+    """Prompts to generate from.
 
     Args:
         prompts: (prompt, error) pairs of :func:`read_prompts`.
@@ -154,9 +217,7 @@ class PromptInputs(Dataset[dict[str, Any]]):
     def __init__(
         self, prompts: list[tuple[str, str | None]], tokenizer: PreTrainedTokenizerBase, prompt_length: int
     ) -> None:
-        self.prompts = prompts
-        self.tokenizer = tokenizer
-        self.prompt_length = prompt_length
+        self.prompts, self.tokenizer, self.prompt_length = prompts, tokenizer, prompt_length
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -172,12 +233,9 @@ class PromptInputs(Dataset[dict[str, Any]]):
         return row
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """``index``, ``prompt``, ``ok``, ``error`` of all rows; ``prompt_ids`` int64 [n, L] of the n good ones."""
+        """``index``, ``prompt``, ``ok``, ``error`` of all rows; ``prompt_ids`` int64 [n, L] of the n usable ones."""
+        batch: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0] if name != "ids"}
         ids = [row["ids"] for row in rows if row["error"] is None]
-        return {
-            "index": [row["index"] for row in rows],
-            "prompt": [row["prompt"] for row in rows],
-            "prompt_ids": torch.stack(ids) if ids else torch.zeros(0, self.prompt_length, dtype=torch.int64),
-            "ok": [row["error"] is None for row in rows],
-            "error": [row["error"] for row in rows],
-        }
+        batch["prompt_ids"] = torch.stack(ids) if ids else torch.zeros(0, self.prompt_length, dtype=torch.int64)
+        batch["ok"] = [row["error"] is None for row in rows]
+        return batch

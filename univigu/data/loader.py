@@ -1,8 +1,8 @@
-"""Batches in a deterministic order (:mod:`univigu.data.order`) that can be taken up again anywhere.
+"""Loads batches in a deterministic order (:mod:`univigu.data.order`) that can be resumed anywhere.
 
-Which samples make up a batch is a pure function of its position in the endless sequence of training batches, so
-the state of a training loader is a position.  torchdata's StatefulDataLoader was weighed and left: its state is
-one of its workers, so that a run could not be resumed with another number of workers or ranks.
+Which samples make up a batch is a pure function of its position in the endless sequence of training batches, so the
+state of a training loader is a position.  The state of torchdata's StatefulDataLoader belongs to its workers instead,
+so that a run could not be resumed with another number of workers or ranks.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from univigu.data.buckets import Bucket
 from univigu.data.encode import decode_video
+from univigu.data.index import SampleRef
 from univigu.data.order import Order, TrainOrder
-from univigu.data.rooms import SharedRooms
 from univigu.data.sample import (
     LATENTS_SUFFIX,
     PROMPT_SUFFIX,
@@ -31,58 +30,52 @@ from univigu.data.sample import (
     SampleError,
     SampleReason,
     parse_sample,
-    without_trace,
+    without_traceback,
 )
-from univigu.data.shards import SampleRef
-from univigu.data.video import make_room
 from univigu.models.tokens import TextTooLongError, tokenize
 
 log = logging.getLogger(__name__)
 
 
-class _Window(Sampler[tuple[int, list[int]]]):
-    """The batches from ``start`` on, ``len(order)`` of them, each with the number of the pass that it belongs to."""
+class _BatchSampler(Sampler[list[int]]):
+    """The batches from ``start`` on, ``len(order)`` of them."""
 
     def __init__(self, order: Order) -> None:
         self.order = order
         self.start = 0
-        self.passes = 0
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        self.passes += 1
-        start, number = self.start, self.passes
-        return ((number, self.order.batch(start + i)) for i in range(len(self.order)))
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self.start
+        return (self.order.batch(start + i) for i in range(len(self.order)))
 
 
 # ------------------------------------------------------------------ dataset
 
 
 class LoadedBatch(NamedTuple):
-    """What comes from a worker."""
+    """The result of one request to a worker."""
 
     batch: dict[str, Any]
-    """See :func:`collate`; empty if no sample could be read.  From a worker small tensors come as numpy arrays."""
+    """See :func:`collate`; empty if no sample could be read."""
     errors: list[SampleError]
-    """What was wrong with the samples that are not in it."""
-    room: int | None
-    """The shared memory that its video or latents lie in, one of :class:`SharedRooms`."""
+    """Errors of the samples that are missing."""
 
 
 class VideoTextDataset(Dataset[LoadedBatch]):
     """Whole batches of samples by their numbers.
 
-    A sample that cannot be used is reported beside the batch, never raised: exceptions of worker processes lose
-    their type.  With ``replace`` the next usable sample of the set takes its place, so that a batch keeps its size
-    and does not depend on who loads it; without, the batch is smaller (but holds at least one sample).
+    An unusable sample is returned as an error beside the batch and never raised: exceptions of worker processes lose
+    their type.  With ``replace`` the next usable sample of the set takes its position, so that a batch keeps its size
+    and does not depend on the worker; without, the batch is smaller (but holds at least one sample).
 
     Args:
         refs: the samples.
         tokenizer: of the foundation.
         prompt_length, caption_length: slots in tokens.
-        buckets: sizes that videos are brought to; each sample knows its own.
+        buckets: sizes that videos are brought to.
         latents_shapes: (T, H, W) of each bucket's precomputed latents.
         replace: see above.
     """
@@ -103,53 +96,35 @@ class VideoTextDataset(Dataset[LoadedBatch]):
         self.buckets = buckets
         self.latents_shapes = latents_shapes
         self.replace = replace
-        # What is stored is the prompt's embedding, not a question's.
+        # the stored embeddings are the prompt's, not a question's
         self.stored_prompts = all(
             {PROMPT_SUFFIX, LATENTS_SUFFIX} <= ref.members.keys() and ref.question is None for ref in refs
         )
-        """Whether the batches bring the prompts' embeddings along."""
-        self.rooms: SharedRooms | None = None
-        """Where workers put videos and latents."""
+        """Whether the batches hold the prompts' embeddings."""
 
     def __len__(self) -> int:
         return len(self.refs)
 
-    def __getitem__(self, request: tuple[int, list[int]]) -> LoadedBatch:
-        """The batch of the samples with these numbers, after the number of the pass over the data."""
-        turn, numbers = request
+    def __getitem__(self, numbers: list[int]) -> LoadedBatch:
+        """The batch of the samples with these numbers."""
         items: list[dict[str, Any]] = []
         errors: list[SampleError] = []
-        frames: torch.Tensor | None = None
-        room: int | None = None
         for number in numbers:
             last_chance = not items and number == numbers[-1]
             candidates = self._candidates(number, items) if self.replace or last_chance else [number]
             for candidate in candidates:
-                ref = self.refs[candidate]
-                bucket = self.buckets[ref.bucket]
-                shape = (len(numbers), bucket.num_frames, bucket.height, bucket.width, 3)
-                if not items and LATENTS_SUFFIX not in ref.members and (frames is None or frames.shape != shape):
-                    frames, room = self.rooms.take(shape, turn) if self.rooms else (make_room(shape), None)
                 try:
-                    items.append(self.load(ref, None if frames is None else frames[len(items)]))
-                    if not self.replace:
-                        items[-1]["number"] = candidate  # so that evaluation sees what is there twice
-                    break
+                    item = self.load(self.refs[candidate])
                 except SampleError as error:
-                    errors.append(without_trace(error))
-        batch = collate([{name: value for name, value in item.items() if name != "video"} for item in items])
-        if items and frames is not None:
-            batch["video"] = frames[: len(items)].permute(0, 1, 4, 2, 3)
-        if self.rooms and "latents" in batch:
-            memory, room = self.rooms.take((batch["latents"].nbytes,), turn)
-            batch["latents"] = memory.view(torch.float32).view(batch["latents"].shape).copy_(batch["latents"])
-        if get_worker_info() is not None:
-            large = ("video", "latents")
-            batch = {n: v if n in large or not _is_small(v) else v.numpy() for n, v in batch.items()}
-        return LoadedBatch(batch, errors, room)
+                    errors.append(without_traceback(error))
+                    continue
+                # evaluation reads the number to recognise repetitions
+                items.append(item if self.replace else {**item, "number": candidate})
+                break
+        return LoadedBatch(collate(items), errors)
 
     def _candidates(self, number: int, items: list[dict[str, Any]]) -> Iterator[int]:
-        """The sample, then those that may take its place: of its bucket, and if that is of no use, of any other."""
+        """The sample, then its replacements: from its bucket and, if the batch is still empty, from any other."""
         bucket = items[0]["bucket"] if items else self.refs[number].bucket
         for same in (True,) if items else (True, False):
             for offset in range(len(self.refs)):
@@ -157,12 +132,8 @@ class VideoTextDataset(Dataset[LoadedBatch]):
                 if (self.refs[other].bucket == bucket) == same:
                     yield other
 
-    def load(self, ref: SampleRef, frames: torch.Tensor | None = None) -> dict[str, Any]:
+    def load(self, ref: SampleRef) -> dict[str, Any]:
         """One sample, decoded and tokenised, as a batch without the batch dimension.
-
-        Args:
-            ref: the sample.
-            frames: where those of a video go, uint8 [F, H, W, C]; None makes room.
 
         Raises:
             SampleError: naming shard, key and what is wrong.
@@ -179,7 +150,7 @@ class VideoTextDataset(Dataset[LoadedBatch]):
             item["latents"] = sample.latents
         else:
             assert sample.video is not None
-            item["video"] = decode_video(sample.video, ref, bucket.num_frames, bucket.height, bucket.width, frames)
+            item["video"] = decode_video(sample.video, ref, bucket.num_frames, bucket.height, bucket.width)
         for name in ("prompt", "caption"):
             try:
                 item[f"{name}_ids"] = tokenize(self.tokenizer, [item[name]], self.lengths[name], name)[0]
@@ -204,28 +175,21 @@ class VideoTextDataset(Dataset[LoadedBatch]):
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """One batch: tensors are stacked along a new first dimension, everything else becomes a list.
 
-    Given samples of :meth:`VideoTextDataset.load`, that is ``key``, ``prompt``, ``caption``: list[str]; ``scene``:
-    list[dict | None]; ``source``, ``bucket``: list[int]; ``question``: list[str | None], of which the caption is the
-    answer, the prompt then being the question; ``prompt_ids``, ``caption_ids``: int64 [B, L]; and either
-    ``latents``: float32 [B, C, T, H, W] or ``video``: uint8 [B, F, C, H, W] (in memory [B, F, H, W, C]).  Where prompts
-    are precomputed also ``prompt_embeds``: float32 [B, S, text_dim], and ``null_embeds``, the empty prompt's,
-    [1, S, text_dim].  Evaluation's batches also say the samples' places in the split, ``number``: list[int].
+    ``key``, ``prompt``, ``caption``: list[str]; ``scene``: list[dict | None]; ``source``, ``bucket``: list[int];
+    ``question``: list[str | None], equal to the prompts where the captions are answers; ``prompt_ids``,
+    ``caption_ids``: int64 [B, L]; either ``latents``: float32 [B, C, T, H, W] or ``video``: uint8 [B, F, C, H, W] (in
+    memory [B, F, H, W, C]); with precomputed prompts ``prompt_embeds``: float32 [B, S, text_dim] and ``null_embeds``,
+    the empty prompt's, [1, S, text_dim]; in evaluation ``number``: list[int], the samples' numbers in the split.
     """
     batch: dict[str, Any] = {}
     for name, first in items[0].items() if items else ():
         values = [item[name] for item in items]
-        batch[name] = torch.stack(values) if isinstance(first, torch.Tensor) else values
+        if name == "video":  # stacked in their memory order
+            batch[name] = torch.stack([frames.permute(0, 2, 3, 1) for frames in values]).permute(0, 1, 4, 2, 3)
+        else:
+            batch[name] = torch.stack(values) if isinstance(first, torch.Tensor) else values
     if "null_embeds" in batch:
-        batch["null_embeds"] = batch["null_embeds"][:1]  # all samples bring the same
-    return batch
-
-
-def _is_small(value: Any) -> bool:
-    """Whether it is quicker to send a tensor through the workers' pipe than to share its memory: 128 KB."""
-    return isinstance(value, torch.Tensor) and value.nbytes <= 1 << 17
-
-
-def _unchanged(batch: Any) -> Any:
+        batch["null_embeds"] = batch["null_embeds"][:1]  # equal in all samples
     return batch
 
 
@@ -233,14 +197,14 @@ def _unchanged(batch: Any) -> Any:
 
 
 class ErrorLog:
-    """Counts samples that could not be used and logs each of them once; in strict mode it raises the first."""
+    """Counts unusable samples and logs each of them once; in strict mode it raises the first."""
 
     def __init__(self, strict: bool = False) -> None:
         self.strict = strict
         self.counts: Counter[SampleReason] = Counter()
-        """Numbers of unusable samples by reason; one that is met in every epoch counts once."""
+        """Numbers of unusable samples by reason; each sample counts once."""
         self.seen: set[tuple[str, str | None, str]] = set()
-        """(shard, key, reason) of each of them; the key is None where a shard is meant."""
+        """(shard, key, reason) of each of them; the key is None for a whole shard."""
 
     def add(self, errors: list[SampleError]) -> None:
         for error in errors:
@@ -254,32 +218,28 @@ class ErrorLog:
 
 
 class SampleLoader:
-    """Batches of a dataset in a given order; iterating again starts over.
+    """Batches of a dataset in a given order; every pass starts from the beginning.
 
-    It holds a DataLoader instead of being one, because Lightning takes a DataLoader's sampler out and puts
-    its own in.
+    It holds a DataLoader instead of being one, because Lightning replaces a DataLoader's sampler by its own.
 
     Args:
         dataset: gives a batch for a list of numbers.
         order: which numbers.
-        errors: takes note of samples that could not be used.
+        errors: counts samples that could not be used.
         num_workers: worker processes; 0 loads in this one.
-        spawn: start workers afresh instead of forking them; needed where they decode videos, since decord's threads
-            do not survive a fork.
+        spawn: start workers by spawn instead of fork; needed if they decode videos, since decord's threads do not
+            survive a fork.
     """
 
     def __init__(
         self, dataset: VideoTextDataset, order: Order, errors: ErrorLog, num_workers: int = 0, spawn: bool = False
     ) -> None:
-        self.order = order
-        self.errors = errors
-        self._window = _Window(order)
-        self._rooms = dataset.rooms = SharedRooms(num_workers) if num_workers else None
+        self.dataset, self.order, self.errors = dataset, order, errors
+        self._sampler = _BatchSampler(order)
         self._loader = DataLoader(
-            dataset,  # type: ignore[arg-type]
+            dataset,
             batch_size=None,  # the sampler gives whole batches
-            sampler=self._window,
-            collate_fn=_unchanged,
+            sampler=self._sampler,
             num_workers=num_workers,
             multiprocessing_context="spawn" if spawn and num_workers else None,
             persistent_workers=num_workers > 0,
@@ -290,23 +250,15 @@ class SampleLoader:
         return len(self.order)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        if self._rooms is not None:
-            self._rooms.sweep()  # of what was left when the last pass was broken off
-        for batch, errors, room in self._loader:
+        for batch, errors in self._loader:
             self.errors.add(errors)
             if not batch:
-                raise DataError(f"none of {len(self._loader.dataset)} samples can be read: {dict(self.errors.counts)}")  # type: ignore[arg-type]
-            if room is not None and self._rooms is not None:
-                self._rooms.receive(batch["video" if "video" in batch else "latents"], room)
-            batch = {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in batch.items()}
+                raise DataError(f"none of {len(self.dataset)} samples can be read: {dict(self.errors.counts)}")
             yield batch
-            del batch  # or its room would not be free
-            if self._rooms is not None:
-                self._rooms.sweep()
 
-    # Lightning stops a loader's workers through this attribute when it is done or interrupted.
     @property
     def _iterator(self) -> Any:
+        """Lightning stops a loader's workers through DataLoader's private attribute of this name."""
         return self._loader._iterator
 
     @_iterator.setter
@@ -315,20 +267,20 @@ class SampleLoader:
 
 
 def _identity(ref: SampleRef) -> str:
-    """A sample's name, and what else the order of samples depends on, where it does."""
+    """A sample's name, with the question, source and bucket that the order of samples depends on."""
     parts = (("?", ref.question), ("@", ref.source or None), ("#", ref.bucket or None))
     return f"{ref.shard.rpartition('/')[2]}/{ref.key}" + "".join(f"{s}{n}" for s, n in parts if n is not None)
 
 
 class TrainLoader(SampleLoader):
-    """An endless sequence of training batches, handed out ``len(self)`` (an epoch's worth) a pass.
+    """An endless sequence of training batches; each pass gives ``len(self)`` of them, an epoch's worth.
 
-    A pass goes on where the last one was left, in mid-epoch too; its batches may therefore belong to two epochs.
-    That is what Lightning needs after a resume: it takes what is left of its own epoch and then asks for a new pass.
+    A pass starts where the last one stopped, even in mid-epoch, so its batches may belong to two epochs: after a
+    resume Lightning takes the rest of its own epoch and then asks for a new pass.
 
-    The position counts batches handed to the training loop, not those that workers have fetched ahead.  Lightning
+    The position counts batches given to the training loop, not those that workers have fetched ahead.  Lightning
     saves it in every checkpoint (at the end of a step) and restores it; a checkpoint made by an exception *within*
-    a step leaves that step's batch out.
+    a step does not count that step's batch.
     """
 
     order: TrainOrder
@@ -345,28 +297,26 @@ class TrainLoader(SampleLoader):
         self.position = 0
         self.waited = 0.0
         """Seconds that the training loop has waited for batches so far."""
-        self._refs = dataset.refs
         names = "\n".join(_identity(ref) for ref in dataset.refs)
         if order.weights is not None:
             names += f"\n{order.weights}"
         self._fingerprint = hashlib.sha256(names.encode()).hexdigest()[:16]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self._window.start = self.position
+        self._sampler.start = self.position
         batches = super().__iter__()
         while True:
-            asked = time.perf_counter()
+            start = time.perf_counter()
             batch = next(batches, None)
-            self.waited += time.perf_counter() - asked
+            self.waited += time.perf_counter() - start
             if batch is None:
                 return
             self.position += 1
             yield batch
-            del batch
 
     def samples(self, start: int, stop: int) -> list[SampleRef]:
         """The samples of all ranks at the positions from ``start`` to before ``stop``."""
-        return [self._refs[number] for at in range(start, stop) for number in self.order.global_numbers(at)]
+        return [self.dataset.refs[number] for at in range(start, stop) for number in self.order.global_numbers(at)]
 
     def state_dict(self) -> dict[str, Any]:
         """The position in samples over all ranks, and what it refers to."""
@@ -382,10 +332,9 @@ class TrainLoader(SampleLoader):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position.
 
-        With another number of ranks or workers the sequence of samples goes on exactly if the global batch is the
-        same; with another global batch it goes on from the beginning of the batch the position falls into.  With
-        buckets another global batch means other batches: of the epoch at hand, and no other, some samples come twice
-        and others not at all.
+        With the same global batch the sequence of samples goes on exactly, whatever the number of ranks and workers;
+        with another global batch it goes on from the beginning of the batch that holds the position.  With buckets
+        another global batch means other batches: some samples of this epoch come twice and others never.
 
         Raises:
             DataError: the position refers to other samples, weights or buckets, or another seed.
@@ -394,7 +343,7 @@ class TrainLoader(SampleLoader):
             if state[name] != ours:
                 raise DataError(
                     f"the checkpoint's data position refers to {name}={state[name]!r}, this run has {ours!r}; resume "
-                    "with the same data, sources, buckets, filter and seed, or start from the weights with "
+                    "with the same shards, weights, buckets, filter and seed, or start from the weights with "
                     "model.init_from"
                 )
         number, rest = divmod(state["samples"], self.order.global_batch)

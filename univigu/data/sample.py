@@ -1,4 +1,4 @@
-"""One training sample as it lies in a shard, checked when it is read.
+"""One training sample as it is stored in a shard, and the checks made when it is read.
 
 A sample is a group of consecutive tar members that share a key (the name up to its first dot)::
 
@@ -20,24 +20,22 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from univigu.data.jsonl import is_unicode
-
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov", "avi", "m4v")
 LATENTS_SUFFIX = "latents.safetensors"
 PROMPT_SUFFIX = "prompt.safetensors"
 TEXT_SUFFIX = "json"
 
 SampleReason = Literal[
-    "missing_field",  # a member or a json field that every sample has is not there
-    "wrong_type",  # a json field is not what the format says
+    "missing_field",  # a required member or json field is missing
+    "wrong_type",  # a json field has another type than the format says
     "corrupt_json",  # the json member is not UTF-8 JSON
     "unreadable_video",  # the video member does not decode to at least one frame
     "corrupt_latents",  # the latents member is not a safetensors file with a finite "latents" tensor
     "corrupt_embeds",  # the prompt member is not a safetensors file with finite "prompt" and "null" tensors
-    "wrong_shape",  # the latents or embeddings are not of the size that was asked for
+    "wrong_shape",  # the latents or embeddings have another size than configured
     "duplicate_member",  # two members of a shard have the same name, or a key comes back after another
-    "damaged_shard",  # the tar file is empty, cut off, or not a tar file
-    "text_over_slot",  # a text needs more tokens than its slot has
+    "damaged_shard",  # the tar file is empty, truncated, or not a tar file
+    "text_over_slot",  # a text has more tokens than its slot
 ]
 SAMPLE_REASONS: tuple[str, ...] = get_args(SampleReason)
 
@@ -46,15 +44,24 @@ class DataError(ValueError):
     """Data that cannot be used as configured; the message is one line that names the file, field or value."""
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a string is valid Unicode: JSON may hold half of a surrogate pair, which no tokenizer accepts."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class SampleError(DataError):
     """A sample that cannot be used.
 
     Args:
         reason: one of :data:`SAMPLE_REASONS`.
         shard: path of the shard.
-        key: the sample's key; None where a whole shard is meant.
-        field: the member or json field at fault; None where it is the whole sample.
-        value: what was found there, or the decoder's words.
+        key: the sample's key; None for a whole shard.
+        field: the member or json field at fault; None for the whole sample.
+        value: what was found there, or the decoder's message.
     """
 
     def __init__(self, reason: SampleReason, shard: str, key: str | None, field: str | None, value: object) -> None:
@@ -71,8 +78,8 @@ class SampleError(DataError):
         return SampleError, (self.reason, self.shard, self.key, self.field, self.value)
 
 
-def without_trace(error: SampleError) -> SampleError:
-    """The error alone. Its traceback holds the calls it went through, and they hold decoded frames and the error."""
+def without_traceback(error: SampleError) -> SampleError:
+    """The error without its traceback, which would keep decoded frames in memory."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
 
@@ -84,12 +91,12 @@ class Texts:
     prompt: str
     caption: str
     scene: dict[str, Any] | None = None
-    """The embedded world's description of the clip, where there is one; None for whatever else goes by that name."""
+    """The embedded world's description of the clip; None if the field holds anything else."""
     qa: list[dict[str, str]] | None = None
-    """Pairs {"question", "answer"} about the clip, where there are any."""
+    """Pairs {"question", "answer"} about the clip."""
 
     def question(self, number: int | None) -> Texts:
-        """The texts where a question is the condition and its answer the target; None leaves them as they are."""
+        """Texts with that question as the prompt and its answer as the caption; None returns the texts unchanged."""
         if number is None or self.qa is None:
             return self
         pair = self.qa[number]
@@ -97,7 +104,7 @@ class Texts:
 
 
 def questions_of(batch: Mapping[str, Any]) -> list[str] | None:
-    """A batch's questions, where its captions are their answers; else None."""
+    """A batch's questions if its captions are their answers, else None."""
     questions: list[str | None] = batch.get("question") or []
     asked = [question for question in questions if question is not None]
     return asked if asked and len(asked) == len(questions) else None
@@ -115,13 +122,13 @@ class Sample:
     latents: torch.Tensor | None = None
     """Normalised latents float32 [C, T, H, W]."""
     prompt_embeds: torch.Tensor | None = None
-    """The encoded prompt float32 [S, text_dim], S its tokens; may come with latents."""
+    """The encoded prompt float32 [S, text_dim], S its tokens; optional, only with latents."""
     null_embeds: torch.Tensor | None = None
-    """The encoded empty prompt, likewise; both are there or neither."""
+    """The encoded empty prompt; set if and only if ``prompt_embeds`` is."""
 
 
 def parse_texts(raw: bytes | None, shard: str, key: str) -> Texts:
-    """Check and parse a json member; None stands for one that is not there.
+    """Check and parse a json member; None means that the sample has none.
 
     Raises:
         SampleError: missing_field, corrupt_json or wrong_type, naming the field.
@@ -187,12 +194,12 @@ def parse_sample(members: Mapping[str, bytes], shard: str, key: str) -> Sample:
 
 
 def is_video(path: Path) -> bool:
-    """By its suffix, in letters of any size."""
+    """Whether the suffix, in upper or lower case, is a video's."""
     return path.suffix[1:].lower() in VIDEO_SUFFIXES
 
 
 def media_suffix(suffixes: Mapping[str, object]) -> str | None:
-    """Which member of a sample holds its latents or, without them, its video; None if neither is there."""
+    """The member of a sample that holds its latents or, without them, its video; None if it has neither."""
     return next((suffix for suffix in (LATENTS_SUFFIX, *VIDEO_SUFFIXES) if suffix in suffixes), None)
 
 
@@ -213,7 +220,7 @@ def _parse_tensors(
         tensor = tensors[name].float()
         if tensor.ndim != ndim:
             raise SampleError("wrong_shape", shard, key, name, f"expected {layout}, got {list(tensor.shape)}")
-        # A sum is ten times quicker to take than a look at each number; it shows all that are not finite, or too much.
+        # a sum is ten times faster than isfinite of each number, and finite only if they all are
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise SampleError(reason, shard, key, name, "not all values are finite")
         found.append(tensor)

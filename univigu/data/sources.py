@@ -1,168 +1,218 @@
-"""Where shards lie: a folder, a URL, several of these mixed by weights, and the latents that were made of each."""
+"""Data sources: folders or URLs of shards, their weights, and the latents that are computed from them."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from univigu.data.buckets import Bucket, size_parameters
 from univigu.data.build import SpawnPool
 from univigu.data.encode import encode_shards, prompt_parameters, source_parameters, vae_parameters
-from univigu.data.remote import fetch_shards, is_remote, local_folder, remote_exists
+from univigu.data.index import SampleRef, find_split, index_folder, list_shards
 from univigu.data.sample import LATENTS_SUFFIX, DataError, SampleError
-from univigu.data.shards import Manifest, SampleRef, check_latents, find_split, index_folder, list_shards
+from univigu.data.shards import MANIFEST, Manifest, check_latents, sha256_of
 
 log = logging.getLogger(__name__)
 
 Split = Literal["train", "val", "test"]
+LARGE_ENCODER = 2 * 2**30
+"""Bytes of a text encoder from which on it takes seconds a prompt on a CPU."""
 
 
 @dataclass(frozen=True)
 class Source:
     """Shards that are mixed with others."""
 
-    shards: str
+    path: str
     """Folder or URL with train/ and, if it takes part in evaluation, val/ and test/."""
     weight: float | None = None
     """Share of this source in training, relative to the others'; None (for all of them) takes every sample once."""
 
     def __post_init__(self) -> None:
         if self.weight is not None and not 0 < self.weight < float("inf"):
-            raise ValueError(f"data.sources: weight={self.weight} of {self.shards!r}: expected a number over 0")
+            raise ValueError(f"data.shards: weight={self.weight} of {self.path!r}: expected a number over 0")
 
 
-def weights_of(sources: Sequence[Source]) -> list[float] | None:
+def source_weights(sources: Sequence[Source]) -> list[float] | None:
     """The sources' weights, None if none has one.
 
     Raises:
         ValueError: there is no source, one occurs twice, or only some have a weight.
     """
-    places = [source.shards for source in sources]
-    if not places:
-        raise ValueError("data.sources=[]: expected at least one source")
-    if len(set(places)) < len(places):
-        raise ValueError(f"data.sources: {max(places, key=places.count)!r} is there twice; give it a higher weight")
+    paths = [source.path for source in sources]
+    if not paths:
+        raise ValueError("data.shards=[]: expected at least one source")
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"data.shards: {max(paths, key=paths.count)!r} is there twice; give it a higher weight")
     weights = [source.weight for source in sources if source.weight is not None]
     if weights and len(weights) < len(sources):
-        bare = next(source.shards for source in sources if source.weight is None)
-        raise ValueError(f"data.sources: {bare!r} has no weight, but others have; give all of them one, or none")
+        missing = next(source.path for source in sources if source.weight is None)
+        raise ValueError(f"data.shards: {missing!r} has no weight, but others have; give all of them one, or none")
     return weights or None
 
 
 @dataclass(frozen=True)
-class LatentsOptions:
-    """How shards are encoded."""
-
-    foundation: str
-    """WanPipeline folder whose encoders the latents are made with."""
-    buckets: tuple[Bucket, ...]
-    """Sizes that videos are brought to."""
-    precompute: bool
-    """Whether videos are encoded before they are trained on."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """The shards of one source on this machine, and the latents made of them beside them."""
+class SourceFolder:
+    """A source on this machine, with the latents computed from it beside it."""
 
     base: Path
     """Folder with train/, val/ and test/."""
-    latents: LatentsOptions
-    """How they are encoded."""
+    foundation: str
+    """WanPipeline folder whose encoders compute the latents."""
+    buckets: tuple[Bucket, ...]
+    """Sizes that videos are brought to."""
+    precompute: bool
+    """Whether videos are encoded before training."""
     url: str | None = None
     """Where the shards are copied from."""
 
-    @classmethod
-    def of(cls, shards: str, root: str, latents: LatentsOptions) -> Place:
-        """The place of a folder or URL; copies go to ``root``."""
-        if is_remote(shards):
-            return cls(local_folder(shards, root), latents, shards.rstrip("/"))
-        return cls(Path(shards), latents)
-
     def fetch(self, split: Split, optional: bool = False) -> None:
-        """Copy a remote split to this machine; ``optional``: if there is one."""
-        if self.url is None or (optional and not remote_exists(f"{self.url}/{split}")):
-            return
-        fetch_shards(f"{self.url}/{split}", self.base / split)
+        """Copy a remote split to this machine; an optional one may be missing there."""
+        if self.url is not None:
+            fetch_shards(f"{self.url}/{split}", self.base / split, optional)
 
-    def has(self, split: Split) -> bool:
-        """Whether there is such a split here."""
+    def exists(self, split: Split) -> bool:
         return self.videos(split).exists()
 
     def check(self, split: Split) -> None:
-        """Raise a DataError if the split is not there or holds nothing, before hours go into encoding another."""
+        """Raise a DataError if the split is missing or empty, before hours are spent on encoding another."""
         try:
             list_shards(self.videos(split))
         except DataError as error:
-            if split != "val" or self.has(split):
+            if split != "val" or self.exists(split):
                 raise
-            raise DataError(f"{error}; training measures its held-out losses on clips kept apart there") from None
+            raise DataError(f"{error}; training measures its held-out losses on the clips of this split") from None
 
     def videos(self, split: Split) -> Path:
         """The original shards: a folder, or a list of paths."""
         return find_split(self.base, split)
 
     def folder(self, split: Split) -> Path:
-        """The shards that are trained on: the originals, or the latents made of them."""
+        """The shards that are loaded: the originals, or the latents computed from them."""
         videos = self.videos(split)
-        if not self.latents.precompute or _holds_latents(videos):
+        manifest = Manifest.load(videos)
+        if not self.precompute or (manifest is not None and manifest.kind == "latents"):
             return videos
-        foundation, buckets = self.latents.foundation, self.latents.buckets
-        encoders = vae_parameters(foundation)["vae"], prompt_parameters(foundation)["text_encoder"]
-        sizes = str(buckets[0])
-        if len(buckets) > 1:
-            digest = hashlib.sha256(" ".join(map(str, buckets)).encode()).hexdigest()[:8]
-            sizes = f"{len(buckets)}buckets-{digest}"
+        encoders = vae_parameters(self.foundation)["vae"], prompt_parameters(self.foundation)["text_encoder"]
+        sizes = str(self.buckets[0])
+        if len(self.buckets) > 1:
+            digest = hashlib.sha256(" ".join(map(str, self.buckets)).encode()).hexdigest()[:8]
+            sizes = f"{len(self.buckets)}buckets-{digest}"
         return self.base / "-".join(("latents", *encoders, sizes)) / split
 
     def is_ready(self, split: Split) -> bool:
-        """Whether the split need not be encoded, or has been; a folder that has lost files is not looked through."""
-        source, target = self.videos(split), self.folder(split)
-        manifest = None if source == target else Manifest.load(target)
-        return source == target or (manifest is not None and manifest.complete)
+        """Whether the split needs no encoding or its manifest says that it is complete; files are not checked."""
+        target = self.folder(split)
+        manifest = Manifest.load(target)
+        return self.videos(split) == target or (manifest is not None and manifest.complete)
 
     def encode(self, split: Split, strict: bool, pool: SpawnPool, device: str) -> None:
-        """Encode the split in the pool's processes, if it is to be and has not been."""
-        source, target, options = self.videos(split), self.folder(split), self.latents
+        """Encode the split in the pool's processes, if it needs to be."""
+        source, target = self.videos(split), self.folder(split)
         if source != target:
-            encode_shards(
-                source, target, options.foundation, buckets=options.buckets, strict=strict, pool=pool, device=device
-            )
+            options: dict[str, Any] = {"buckets": self.buckets, "strict": strict, "pool": pool, "device": device}
+            encode_shards(source, target, self.foundation, **options)
 
     def index(self, split: Split) -> tuple[list[SampleRef], list[SampleError]]:
-        """The split's samples, and what is wrong with the rest.
+        """The split's samples, and errors of the others.
 
         Raises:
-            DataError: there are no shards, or latents of which it is not known that they are the right ones.
+            DataError: there are no shards, or latents that other encoders or sizes made.
         """
-        folder = self.folder(split)
-        errors = self._check_manifest(split)
-        refs, damage = index_folder(folder)
-        if Manifest.load(folder) is None and any(LATENTS_SUFFIX in ref.members for ref in refs):
-            raise DataError(f"{folder}: holds latents but no manifest.json, so nothing says which VAE made them")
-        return refs, errors + damage
-
-    def _check_manifest(self, split: Split) -> list[SampleError]:
-        """Check that precomputed latents are the right ones; returns what had to be left out of them."""
         folder, videos = self.folder(split), self.videos(split)
-        manifest = Manifest.load(folder)
-        if manifest is None or manifest.kind == "video":
+        manifest, skipped = Manifest.load(folder), []
+        if manifest is not None and manifest.kind == "latents":
+            expected = {**vae_parameters(self.foundation), **size_parameters(self.buckets)}
+            if "text_encoder" in manifest.parameters:  # else prompts are encoded during training
+                expected |= prompt_parameters(self.foundation)
             if folder != videos:
-                raise DataError(f"{folder}: has not been encoded; run prepare_data first")
-            return []
-        expected = {**vae_parameters(self.latents.foundation), **size_parameters(self.latents.buckets)}
-        if "text_encoder" in manifest.parameters:  # else there are latents alone, and prompts are encoded in training
-            expected |= prompt_parameters(self.latents.foundation)
-        if folder != videos:
-            expected["source"] = source_parameters(videos)
-        check_latents(folder, manifest, expected)
-        return manifest.skipped(videos)
+                expected["source"] = source_parameters(videos)
+            check_latents(folder, manifest, expected)
+            skipped = manifest.skipped(videos)
+        elif folder != videos:
+            raise DataError(f"{folder}: has not been encoded; run prepare_data first")
+        refs, errors = index_folder(folder)
+        if manifest is None and any(LATENTS_SUFFIX in ref.members for ref in refs):
+            raise DataError(f"{folder}: holds latents but no manifest.json, so nothing says which VAE made them")
+        return refs, skipped + errors
 
 
-def _holds_latents(folder: Path) -> bool:
-    manifest = Manifest.load(folder)
-    return manifest is not None and manifest.kind == "latents"
+def has_large_encoder(foundation: str | Path) -> bool:
+    """Whether the text encoder is so large that on a CPU only one process should run it; warns of the time it takes."""
+    size = sum(path.stat().st_size for path in (Path(foundation) / "text_encoder").glob("*.safetensors"))
+    if size > LARGE_ENCODER:
+        log.warning("encoding on the CPU with %s's large text encoder is slow; see docs/CLUSTER.md", foundation)
+    return size > LARGE_ENCODER
+
+
+# ------------------------------------------------------------ remote shards
+
+
+def is_remote(path: str) -> bool:
+    """Whether it is a URL, such as s3://bucket/data or https://host/data."""
+    return "://" in path
+
+
+def local_folder(url: str, root: str | Path) -> Path:
+    """Folder of a URL's local copy."""
+    return Path(root) / "remote" / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+
+
+def fetch_shards(url: str, folder: Path, optional: bool = False) -> None:
+    """Copy a remote folder of shards by fsspec (http, s3, gs, hf, ...), except for intact shards that are here already.
+
+    A shard appears under its name only when it is complete and has the checksum of the remote manifest.  Without a
+    manifest the sizes are compared, and the server must be able to list the folder.
+
+    Raises:
+        DataError: the folder cannot be reached or holds no shard, or a shard arrives damaged.
+    """
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(url.rstrip("/"))
+        has_manifest = system.exists(f"{path}/{MANIFEST}")
+        if optional and not has_manifest and not system.exists(path):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        new_manifest = folder / f".{MANIFEST}.remote"
+        sums: dict[str, str | None] = {}
+        if has_manifest:
+            system.get_file(f"{path}/{MANIFEST}", str(new_manifest))
+            manifest = Manifest.load(folder, new_manifest.name)
+            sums = {shard.name: shard.sha256 for shard in manifest.shards} if manifest else {}
+        else:
+            found = {str(item).rstrip("/").rpartition("/")[2] for item in system.ls(path, detail=False)}
+            sums = dict.fromkeys(sorted(name for name in found if name.endswith(".tar")))
+        if not sums:
+            raise DataError(f"{url}: holds no .tar shard")
+        for number, (name, checksum) in enumerate(sums.items(), 1):
+            log.info("fetching %s/%s (%d of %d)", url, name, number, len(sums))
+            _fetch_file(system, f"{path}/{name}", folder / name, checksum)
+        if has_manifest:  # last, as it marks the copy as complete
+            os.replace(new_manifest, folder / MANIFEST)
+    except DataError:
+        raise
+    except (OSError, ImportError, ValueError) as error:
+        raise DataError(f"{url}: cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _fetch_file(system: Any, source: str, target: Path, checksum: str | None) -> None:
+    """Copy one file by way of a temporary one, unless the target has its checksum, or its size if there is none."""
+    if target.exists() and (
+        sha256_of(target) == checksum if checksum else target.stat().st_size == system.size(source)
+    ):
+        return
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        system.get_file(source, str(temporary))
+        if checksum and sha256_of(temporary) != checksum:
+            raise DataError(f"{source}: arrived with another checksum than the manifest says")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Video files in and out: decord reads (only the frames needed), PyAV writes H.264.
+"""The only module that reads and writes video files: ``read_video``, ``probe_video`` and ``encode_mp4``.
 
-decord must never decode in a process that later forks workers (its threads do not survive the fork), so
-nothing here is called at import time or from ``prepare_data``'s parent before workers start.
+decord decodes (only the frames needed), PyAV reads headers and writes H.264.  decord's threads do not survive a fork,
+so a process that forks workers later must not decode.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from os import PathLike
 from typing import Any
@@ -19,9 +20,9 @@ import torch.nn.functional as F
 from torch.utils.dlpack import from_dlpack
 
 MAX_PIXELS = 8192 * 4320
-"""Pixels a frame may have: 8K.  A few damaged or hostile files of larger frames would take all memory."""
+"""Largest frame that is decoded: 8K.  A few damaged or hostile files with larger frames would take all memory."""
 CHUNK_BYTES = 1 << 26
-"""Decoded frames that are held at full size at once, at most (but always one)."""
+"""Most bytes of decoded frames that are held at full size at once (at least one frame)."""
 
 
 class VideoError(ValueError):
@@ -35,9 +36,7 @@ def even_indices(num_available: int, num_frames: int) -> list[int]:
     return [round(i * (num_available - 1) / (num_frames - 1)) for i in range(num_frames)]
 
 
-def read_video(
-    source: str | PathLike[str] | bytes, num_frames: int, height: int, width: int, out: torch.Tensor | None = None
-) -> torch.Tensor:
+def read_video(source: str | PathLike[str] | bytes, num_frames: int, height: int, width: int) -> torch.Tensor:
     """Read a clip of any size, length and frame rate into the model's shape.
 
     Frames are chosen evenly over the whole clip, resized so that the target is covered, and centre-cropped.
@@ -46,32 +45,25 @@ def read_video(
         source: path of a video file, or its bytes.
         num_frames: frames wanted, at least 1 (Wan's VAE wants 4k+1).
         height, width: target size in pixels.
-        out: where the frames go, uint8 [F, H, W, C]; None makes room.
 
     Returns:
-        uint8 frames [F, C, H, W], a view of what lies in memory as [F, H, W, C], as decoders write it.
+        uint8 frames [F, C, H, W], a view of [F, H, W, C] in memory.
 
     Raises:
         VideoError: the source is missing, empty, or not a video with at least one frame.
     """
-    if out is None:
-        out = make_room((num_frames, height, width, 3))
-    frames, done = out.permute(0, 3, 1, 2), 0
+    # numpy allocates huge pages, which take a third of the time to touch
+    frames, done = torch.from_numpy(np.empty((num_frames, height, width, 3), np.uint8)).permute(0, 3, 1, 2), 0
     for chunk in _decode(source, num_frames):
         frames[done : done + len(chunk)] = resize_and_crop(chunk.permute(0, 3, 1, 2), height, width)
         done += len(chunk)
     return frames
 
 
-def make_room(shape: tuple[int, ...]) -> torch.Tensor:
-    """Uninitialised uint8 memory for frames; numpy's comes in huge pages, which cost a third of the time to touch."""
-    return torch.from_numpy(np.empty(shape, np.uint8))
-
-
 def _decode(source: str | PathLike[str] | bytes, num_frames: int) -> Iterator[torch.Tensor]:
-    """The frames [f, h, w, C] in turn, as few at a time as their size demands."""
+    """Chunks [f, h, w, C] of the evenly spread frames, of at most CHUNK_BYTES."""
     import av
-    import decord  # here, not above: importing it loads ffmpeg, which `lightning --help` need not wait for
+    import decord  # not at the top: it loads ffmpeg, which `lightning --help` does not need
 
     name = "<bytes>" if isinstance(source, bytes) else str(source)
     handle: Any = io.BytesIO(source) if isinstance(source, bytes) else name
@@ -82,7 +74,7 @@ def _decode(source: str | PathLike[str] | bytes, num_frames: int) -> Iterator[to
     elif not source:
         raise VideoError(f"{name}: no bytes")
     with _named(name):
-        with av.open(handle) as container:  # what decord cannot open it never frees: a tenth of a MiB each time
+        with av.open(handle) as container:  # decord leaks 0.1 MiB for each file that it cannot open
             if not container.streams.video:
                 raise VideoError(f"{name}: holds no video")
             header = container.streams.video[0].codec_context
@@ -94,15 +86,14 @@ def _decode(source: str | PathLike[str] | bytes, num_frames: int) -> Iterator[to
             raise VideoError(f"{name}: holds no video frame")
         indices = even_indices(len(reader), num_frames)
         try:
-            first = from_dlpack(reader.get_batch(indices[:1]).to_dlpack())  # its size is known only now
+            first = from_dlpack(reader.get_batch(indices[:1]).to_dlpack())
         except decord.DECORDError as error:
             if "size must exactly match" not in str(error):
                 raise
-            # Its scaler pads the rows of narrow frames (2, 4, 6, 8, 12, 16, 24, 48 and 72 pixels wide), and then it
-            # cannot copy them.
+            # decord cannot copy frames whose rows its scaler pads: widths 2, 4, 6, 8, 12, 16, 24, 48 and 72
             yield from _decode_narrow(source, indices, name)
             return
-        _check_size(first.shape[1], first.shape[2], name)  # a header may be wrong
+        _check_size(first.shape[1], first.shape[2], name)  # the header may be wrong
         yield first
         step = max(1, CHUNK_BYTES // first.nbytes)
         for start in range(1, len(indices), step):
@@ -115,11 +106,11 @@ def _check_size(height: int, width: int, name: str) -> None:
 
 
 def _decode_narrow(source: str | PathLike[str] | bytes, indices: list[int], name: str) -> Iterator[torch.Tensor]:
-    """The frames [1, h, w, C] with these (ascending) numbers, by PyAV."""
+    """The frames [1, h, w, C] of these ascending numbers, decoded by PyAV."""
     import av
 
     with av.open(io.BytesIO(source) if isinstance(source, bytes) else name, "r") as container:
-        container.streams.video[0].thread_type = "NONE"  # as few threads as decord
+        container.streams.video[0].thread_type = "NONE"  # one thread, like decord
         wanted = Counter(indices)
         for number, frame in enumerate(container.decode(video=0)):
             _check_size(frame.height, frame.width, name)
@@ -131,7 +122,7 @@ def _decode_narrow(source: str | PathLike[str] | bytes, indices: list[int], name
 
 
 def probe_video(source: Any) -> tuple[int, int, int]:
-    """(height, width, number of frames) of a video as its headers say; nothing is decoded.
+    """(height, width, number of frames) of a video by its headers; nothing is decoded.
 
     Args:
         source: path of a file, or a file object that can seek.
@@ -147,30 +138,26 @@ def probe_video(source: Any) -> tuple[int, int, int]:
             raise VideoError(f"{name}: holds no video")
         stream = container.streams.video[0]
         height, width = stream.codec_context.height, stream.codec_context.width
-        frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)  # webm does not say
+        frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)  # webm has no count
         if min(height, width, frames) < 1:
             raise VideoError(f"{name}: {frames} frames of {width}x{height} pixels")
         return height, width, frames
 
 
-class _named:
-    """Turns the many exceptions of a decoder into one VideoError that names the file."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, VideoError) or not isinstance(error, Exception):
-            return
-        if isinstance(error, OSError):
-            raise VideoError(f"{self.name}: {error.strerror or error}") from error
-        # decord's messages carry a C++ stack trace after the first line
-        text = getattr(error, "strerror", None) or str(error)  # PyAV's have a number and <none> around it
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Turn the many exceptions of a decoder into one VideoError that names the file."""
+    try:
+        yield
+    except VideoError:
+        raise
+    except OSError as error:
+        raise VideoError(f"{name}: {error.strerror or error}") from error
+    except Exception as error:
+        # decord's messages carry a C++ stack trace after the first line; PyAV's strerror is the readable part
+        text = getattr(error, "strerror", None) or str(error)
         reason = (text.strip().splitlines() or [type(error).__name__])[0]
-        raise VideoError(f"{self.name}: not a readable video ({reason[-160:]})") from error
+        raise VideoError(f"{name}: not a readable video ({reason[-160:]})") from error
 
 
 def resize_and_crop(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -180,7 +167,7 @@ def resize_and_crop(frames: torch.Tensor, height: int, width: int) -> torch.Tens
         return frames
     scale = max(height / source_height, width / source_width)
     size = (max(height, round(source_height * scale)), max(width, round(source_width * scale)))
-    # In bytes, and as they lie in memory: twenty times quicker than in floats, and within one level of them.
+    # uint8 in channels-last layout: twenty times faster than float, and within one level of it
     resized = F.interpolate(frames, size=size, mode="bilinear", antialias=True, align_corners=False)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return resized[..., top : top + height, left : left + width]

@@ -20,14 +20,14 @@ from typing import Any, Literal
 import torch
 
 from univigu.data.build import Share, alone, progress_bar
-from univigu.data.fingerprint import folder_fingerprint
 from univigu.data.inputs import find_videos
-from univigu.data.jsonl import split_lines, to_json, to_line
+from univigu.data.rows import split_lines, to_json, to_line
 from univigu.data.sample import DataError, is_video
 from univigu.data.synthesis.options import check_dtype
 from univigu.data.video import VideoError, read_video
 from univigu.evaluation.ledger import ALONE, Ledger
 from univigu.evaluation.vbench import load_pipeline, pipeline_class
+from univigu.models.fingerprint import folder_fingerprint
 from univigu.sampling.options import SamplingOptions
 
 Category = Literal["short", "background", "main_object", "camera", "detailed"]

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from univigu.data.build import Share, alone, progress_bar
-from univigu.data.fingerprint import folder_fingerprint
 from univigu.data.inputs import read_prompts
-from univigu.data.jsonl import is_unicode, to_json, to_line
-from univigu.data.sample import DataError
+from univigu.data.rows import to_json, to_line
+from univigu.data.sample import DataError, is_unicode
 from univigu.data.synthesis.options import check_dtype
 from univigu.data.video import encode_mp4, to_uint8
 from univigu.evaluation.ledger import ALONE, Ledger
+from univigu.models.fingerprint import folder_fingerprint
 
 MAX_NAME = 255
 """Bytes that a file name may have on the usual file systems."""

@@ -6,7 +6,6 @@ from here, so going real is changing a path.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
@@ -64,21 +63,6 @@ def encode_prompt(
     mask = (ids != pad_token_id).long()
     embeds = text_encoder(ids, mask).last_hidden_state
     return embeds * mask[..., None].to(embeds.dtype) if zero_padding else embeds
-
-
-def component_fingerprint(folder: str | Path) -> str:
-    """A short hash of a component's config and weights, the same wherever the folder lies."""
-    digest = hashlib.sha256()
-    folder = Path(folder)
-    for path in sorted(folder.glob("*")):
-        if path.name == "config.json":  # without what depends on place or library version
-            config = json.loads(path.read_text())
-            stable = {name: value for name, value in config.items() if not name.startswith("_")}
-            digest.update(json.dumps(stable, sort_keys=True).encode())
-        elif path.suffix == ".safetensors":
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 class Foundation:

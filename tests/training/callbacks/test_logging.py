@@ -53,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path, foundation:
             [
                 "fit", f"--config={REPO}/configs/recall.yaml", "--config=callbacks.yaml",
                 f"--model.foundation={foundation}", f"--data.root={shapes_root}", "--data.num_train_clips=8",
-                "--data.num_val_clips=4", "--data.num_test_clips=4", "--data.batch_size=4", "--data.num_workers=0",
+                "--data.num_val_clips=4", "--data.batch_size=4", "--data.num_workers=0",
                 "--model.sampling.num_inference_steps=2", "--model.sampling.caption_steps=2",
                 "--trainer.log_every_n_steps=1", "--trainer.val_check_interval=2",
                 "--trainer.enable_checkpointing=false",

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from univigu.data.filters import LengthFilter
-from univigu.data.fingerprint import folder_fingerprint
 from univigu.data.sample import DataError
 from univigu.data.synthesis.options import Captioner, CaptionOptions, Clip, check_dtype, derived_seed
 from univigu.data.video import even_indices
+from univigu.models.fingerprint import folder_fingerprint
 from univigu.shapes import scenes, texts
 
 

@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from univigu.data.build import Share, build_folder, progress_bar
 from univigu.data.filters import LengthFilter
-from univigu.data.fingerprint import folder_fingerprint
 from univigu.data.sample import DataError
 from univigu.data.shards import Manifest, ShardInfo, write_shard
 from univigu.data.synthesis.options import Captioner, Clip, Rejection, Source
 from univigu.data.video import encode_mp4
+from univigu.models.fingerprint import folder_fingerprint
 
 
 def synthesize(
@@ -148,7 +148,7 @@ class _Run:
     def _missed(self, clip: Clip) -> str | None:
         if not self.captioner.filtered:
             return None
-        return self.length_filter.reason(self.length_filter.min_prompt, self._tokens(clip.caption))
+        return self.length_filter.reason(0, self._tokens(clip.caption))
 
     def _check(self, clip: Clip) -> None:
         if clip.frames is None:

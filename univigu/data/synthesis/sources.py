@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from univigu.data.fingerprint import folder_fingerprint
 from univigu.data.inputs import read_prompts
 from univigu.data.sample import DataError
 from univigu.data.shards import sha256_of
 from univigu.data.synthesis.options import Clip, Rejection, VideoOptions, check_dtype
 from univigu.data.video import to_uint8
+from univigu.models.fingerprint import folder_fingerprint
 from univigu.shapes import renderer, scenes, texts
 from univigu.shapes.write import world_fingerprint
 

@@ -1,4 +1,4 @@
-"""What each epoch was made of."""
+"""Statistics of the samples of each epoch."""
 
 from __future__ import annotations
 
@@ -7,41 +7,37 @@ from collections import Counter
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.loader import TrainLoader
-from univigu.data.shards import SampleRef
 
 
 class DataStatistics(Callback):
-    """Logs at the end of every epoch what it held, on all ranks together, and what is left out of the data.
+    """Logs at the end of every epoch its samples on all ranks, and counts of the samples that are left out.
 
-    ``data/epoch/prompt_tokens``, ``caption_tokens``: histograms of the texts' lengths, in TensorBoard, and so is
-    ``data/epoch/buckets`` (numbers of ``data.buckets``) where there are several; ``data/epoch/samples`` and
-    ``repeated``: how many were taken, and how many of these not for the first time in the epoch; ``source_0``, ... and
-    ``bucket_480x832x81``, ...: how many of each, where there are several; ``data/filtered/*``: samples of the training
-    split that the filters and the index leave out, by reason; ``data/unusable/*``: samples of all splits that could
-    not be used so far, by reason.
+    ``data/epoch/prompt_tokens``, ``caption_tokens``: histograms of the texts' lengths, in TensorBoard, and
+    ``data/epoch/buckets`` (numbers of ``data.buckets``) if there are several; ``data/epoch/samples`` and
+    ``repeated``: numbers of samples, and of those that were not new in the epoch; ``source_0``, ... and
+    ``bucket_480x832x81``, ...: numbers of each, if there are several; ``data/filtered/*``: samples of the training
+    split that the filters and the index leave out, by reason; ``data/unusable/*``: unusable samples of all splits so
+    far, by reason.
 
-    It needs no state: what an epoch holds follows from the loader's position, after a resume in mid-epoch too.  An
-    unreadable sample counts in its own place, not by the one that took it.
+    It needs no state: the samples of an epoch follow from the loader's position, after a resume in mid-epoch too.  An
+    unreadable sample counts itself, not its replacement.  With loaders of another kind nothing is logged.
     """
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loader, data = trainer.train_dataloader, trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(loader, TrainLoader) or not isinstance(data, VideoTextDataModule):
-            raise MisconfigurationException("DataStatistics: the data are not a VideoTextDataModule's")
+        loader = trainer.train_dataloader
         done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        if not done or not trainer.is_global_zero:
+        if not isinstance(loader, TrainLoader) or not done or not trainer.is_global_zero:
             return
         refs = loader.samples(loader.position - done, loader.position)
-        metrics = {f"data/epoch/{name}": float(count) for name, count in epoch_counts(refs, data).items()}
-        dropped = {name: count for name, count in data.filter_counts["train"].items() if name != "kept"}
-        for group, counts in (("filtered", dropped), ("unusable", data.errors.counts)):
+        metrics = {f"data/epoch/{name}": float(count) for name, count in epoch_counts(loader, done).items()}
+        filtered = getattr(trainer.datamodule, "filter_counts", {}).get("train", {})  # type: ignore[attr-defined]
+        dropped = {name: count for name, count in filtered.items() if name != "kept"}
+        for group, counts in (("filtered", dropped), ("unusable", loader.errors.counts)):
             metrics |= {f"data/{group}/{reason}": float(count) for reason, count in counts.items()}
         histograms = {f"{name}_tokens": [ref.tokens[i] for ref in refs] for i, name in enumerate(("prompt", "caption"))}
-        if len(data.buckets) > 1:
+        if len(loader.dataset.buckets) > 1:
             histograms["buckets"] = [ref.bucket for ref in refs]
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
@@ -50,13 +46,15 @@ class DataStatistics(Callback):
                     logger.experiment.add_histogram(f"data/epoch/{name}", torch.tensor(values), trainer.global_step)
 
 
-def epoch_counts(refs: list[SampleRef], data: VideoTextDataModule) -> dict[str, int]:
-    """How many samples there are, how many repeated ones, and how many of each source and bucket."""
+def epoch_counts(loader: TrainLoader, num_batches: int) -> dict[str, int]:
+    """Numbers of samples, repeated samples, and samples of each source and bucket in the last batches."""
+    refs = loader.samples(loader.position - num_batches, loader.position)
     distinct = {(ref.source, ref.shard, ref.key, ref.question) for ref in refs}
     sources, buckets = Counter(ref.source for ref in refs), Counter(ref.bucket for ref in refs)
     counts = {"samples": len(refs), "repeated": len(refs) - len(distinct)}
-    if len(data.sources or ()) > 1:
-        counts |= {f"source_{number}": sources[number] for number in range(len(data.sources or ()))}
-    if len(data.buckets) > 1:
-        counts |= {f"bucket_{bucket}": buckets[number] for number, bucket in enumerate(data.buckets)}
+    num_sources = 1 + max(ref.source for ref in loader.dataset.refs)
+    if num_sources > 1:
+        counts |= {f"source_{number}": sources[number] for number in range(num_sources)}
+    if len(loader.dataset.buckets) > 1:
+        counts |= {f"bucket_{bucket}": buckets[number] for number, bucket in enumerate(loader.dataset.buckets)}
     return counts

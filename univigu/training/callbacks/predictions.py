@@ -13,7 +13,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 
-from univigu.data.jsonl import split_lines, to_line
+from univigu.data.rows import split_lines, to_line
 from univigu.data.sample import DataError
 from univigu.data.video import encode_mp4
 

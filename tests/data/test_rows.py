@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from univigu.data.jsonl import is_unicode, split_lines, to_json, to_line
+from univigu.data.rows import split_lines, to_json, to_line
+from univigu.data.sample import is_unicode
 
 TEXTS = [
     "plain",

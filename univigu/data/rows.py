@@ -1,0 +1,120 @@
+"""Rows of tables: one reader of .jsonl, .csv, .parquet and .txt files, and a writer of JSON Lines."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from univigu.data.sample import DataError, is_unicode
+
+LINE_ENDS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
+"""Characters that some readers take for a line end, though JSON does not; inside JSON strings they may be escaped."""
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table."""
+
+    where: str
+    """File and line (of .parquet: row), counted from 1."""
+    fields: dict[str, Any]
+    """Values by column; empty where there is an error."""
+    error: str | None = None
+    """Why the row cannot be used; starts with ``where``."""
+    reason: Literal["corrupt_json", "wrong_type"] = "wrong_type"
+    """Kind of the error."""
+    span: tuple[int, int] | None = None
+    """Offset and size in bytes of the row's JSON in a .jsonl file."""
+
+
+def make_row(where: str, value: Any, span: tuple[int, int] | None = None) -> Row:
+    """A row of an object; of anything else a row with an error."""
+    if not isinstance(value, dict):
+        return Row(where, {}, f"{where}: expected an object, got {str(value)[:80]}")
+    if None in value:
+        return Row(where, {}, f"{where}: expected an object, got more cells than the header has")
+    return Row(where, value, span=span)
+
+
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """Rows of a file, without blank lines; a row that is no object comes as a row with an error.
+
+    A .csv file has a header, and its empty cells are left out.  A .txt file gives rows with the one field ``prompt``.
+
+    Raises:
+        DataError: the file cannot be read, or is not of its kind.
+    """
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet, ".txt": _read_txt}
+    path = Path(path)
+    if path.suffix not in readers:
+        raise DataError(f"{path}: expected one of {', '.join(readers)}")
+    try:
+        yield from readers[path.suffix](path)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            start, offset, where = offset, offset + len(line), f"{path}:{number}"
+            if start == 0 and line.startswith(_BOM):
+                start, line = len(_BOM), line[len(_BOM) :]
+            if not line.strip():
+                continue
+            try:
+                row = make_row(where, json.loads(line.decode()), (start, len(line)))
+            except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
+                row = Row(where, {}, f"{where}: not JSON ({error})", "corrupt_json")
+            yield row
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        for cells in reader:
+            fields = {name: cell for name, cell in cells.items() if cell not in (None, "")}
+            yield make_row(f"{path}:{reader.line_num}", fields)
+
+
+def _read_txt(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(split_lines(path.read_text(encoding="utf-8-sig")), 1):
+        if line.strip():
+            yield Row(f"{path}:{number}", {"prompt": line.strip()})
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            values = (value for batch in file.iter_batches() for value in batch.to_pylist())
+            for number, value in enumerate(values, 1):
+                yield Row(f"{path}:{number}", value)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a parquet file ({error})") from error
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Readable JSON in UTF-8; ASCII with escapes if a string is not valid Unicode (such as a file name)."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return text if is_unicode(text) else json.dumps(value, indent=indent)
+
+
+def to_line(row: Any) -> str:
+    """JSON and a newline; every other character that could end a line is escaped."""
+    return to_json(row).translate(LINE_ENDS) + "\n"
+
+
+def split_lines(text: str) -> list[str]:
+    """Lines that end in LF or CRLF; ``str.splitlines`` would also split at marks inside JSON strings."""
+    return text.replace("\r\n", "\n").split("\n")
