@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 import torch
 from lightning import LightningModule
 
+from univigu.data import datamodule
+from univigu.data.build import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.video import encode_mp4
 from univigu.shapes import renderer, scenes, texts
@@ -20,8 +23,16 @@ from univigu.shapes import renderer, scenes, texts
 SIZES = {"num_train_clips": 13, "num_val_clips": 5}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_pool(pool: SpawnPool) -> Iterator[None]:
+    """Data modules of this folder's tests take the session's processes instead of starting their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datamodule, "SpawnPool", lambda workers=None: nullcontext(pool))
+        yield
+
+
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory, foundation: str) -> dict[str, Any]:
+def world(tmp_path_factory: pytest.TempPathFactory, foundation: str, one_pool: None) -> dict[str, Any]:
     """Arguments of a data module whose data have been prepared."""
     root = str(tmp_path_factory.mktemp("world"))
     arguments: dict[str, Any] = {"foundation": foundation, "root": root, "batch_size": 2, "prompt_length": 64, **SIZES}

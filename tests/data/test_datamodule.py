@@ -13,6 +13,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from univigu.data import datamodule
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.filters import LengthFilter
 from univigu.data.sample import DataError, SampleError
@@ -296,3 +297,43 @@ def test_questions_take_the_place_of_texts(
         ]  # fmt: skip
         assert detokenize(data.tokenizer, batches[1]["prompt_ids"]) == ["which shape?"]
         assert ("latents" in batches[0]) == precompute and "prompt_embeds" not in batches[0]  # they are the prompt's
+
+
+# --------------------------------------------------------------- encoding
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows that a GPU is asked for by its absence")
+def test_encoding_runs_where_training_runs(
+    tmp_path: Path, foundation: str, clips: list[dict[str, bytes]], raw_tar: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datamodule, "this_device", lambda: "cuda:0")
+    for split in ("train", "val", "test"):
+        raw_tar(tmp_path / split / "a.tar", [(f"0.{suffix}", data) for suffix, data in clips[0].items()])
+    module = VideoTextDataModule(foundation, shards=str(tmp_path))
+    with pytest.raises((AssertionError, RuntimeError), match=r"(?i)cuda"):
+        module.prepare_data()
+    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert module._encoding_device() == "cpu"  # training on the CPU does not use a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_encodes_in_another_process(tmp_path: Path, foundation: str) -> None:
+    before = torch.cuda.memory_allocated()
+    module = VideoTextDataModule(foundation, str(tmp_path), num_train_clips=5, num_val_clips=2)
+    module.prepare_data()
+    module.setup("fit")
+    assert torch.cuda.memory_allocated() == before and "latents" in next(iter(module.val_dataloader()))
+
+
+def test_lightning_stops_the_workers(world: dict[str, Any]) -> None:
+    """By a private attribute of DataLoader, which the loader passes on."""
+    from lightning.pytorch.utilities.combined_loader import CombinedLoader, _shutdown_workers_and_reset_iterator
+
+    loader = make(world, num_workers=1).val_dataloader()
+    combined = CombinedLoader(loader)
+    next(iter(combined))
+    workers = loader._iterator._workers
+    assert all(worker.is_alive() for worker in workers)
+    _shutdown_workers_and_reset_iterator(loader)
+    assert loader._iterator is None and not any(worker.is_alive() for worker in workers)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import REPO
 from tests.damage import good_sample, write_raw
 from univigu.data import encode as encoding
 from univigu.data.buckets import Bucket
+from univigu.data.build import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
+from univigu.data.encode import encode_shards
 from univigu.data.filters import LengthFilter
-from univigu.data.index import index_folder
+from univigu.data.index import find_split, index_folder
 from univigu.data.sample import DataError
 from univigu.data.shards import Manifest
+from univigu.models.foundation import EMBEDDED_FOUNDATION
 from univigu.shapes import scenes
 
 COUNT = 5
@@ -102,24 +103,26 @@ def test_the_samples_are_those_of_a_shard(kind: str, tmp_path: Path) -> None:
     assert {sample["caption"][0] for sample in answers.values()} == {QA[0]["answer"]}
 
 
-encode = runpy.run_path(str(REPO / "tools" / "encode.py"))["main"]
-
-
 @pytest.fixture(scope="module")
-def from_shard(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def from_shard(tmp_path_factory: pytest.TempPathFactory, pool: SpawnPool) -> dict[str, dict[str, Any]]:
     """The samples with the latents made of a shard."""
     folder = tmp_path_factory.mktemp("encoded")
-    assert encode([f"--source={tar(folder / 'shards')}", f"--output={folder}/encoded", "--workers=1"]) == 0
+    encode_shards(tar(folder / "shards") / "val", folder / "encoded" / "val", EMBEDDED_FOUNDATION, pool=pool)
     return batches(folder / "encoded")
 
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_latents_are_those_of_a_shard(
-    kind: str, from_shard: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    from_shard: dict[str, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pool: SpawnPool,
 ) -> None:
     monkeypatch.setattr(encoding, "ROWS", 2)
     WRITERS[kind](tmp_path / "mine")
-    assert encode([f"--source={tmp_path}/mine", f"--output={tmp_path}/encoded", "--workers=1"]) == 0
+    source, target = find_split(tmp_path / "mine", "val"), tmp_path / "encoded" / "val"
+    encode_shards(source, target, EMBEDDED_FOUNDATION, pool=pool)
     manifest = Manifest.load(tmp_path / "encoded" / "val")
     assert manifest is not None and manifest.complete and [shard.num_samples for shard in manifest.shards] == [2, 2, 1]
     found = batches(tmp_path / "encoded")

@@ -81,7 +81,6 @@ def test_prompts_that_do_not_fit_are_rows_too(foundation: str, tmp_path: Path) -
     (batch,) = predict(foundation, prompts=str(tmp_path / "p.txt"), prompt_length=64)
     assert batch["index"] == [0, 1, 2] and batch["prompt"] == ["a red circle", long, "a blue ring"]
     assert batch["ok"] == [True, False, True] and "71 tokens, over the limit of 64" in batch["error"][1]
-    assert batch["prompt_ids"].shape == (2, 64) and batch["prompt_ids"].dtype == torch.int64
 
 
 def test_where_prompts_come_from(tmp_path: Path) -> None:

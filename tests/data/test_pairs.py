@@ -11,7 +11,7 @@ import torch
 from lightning import LightningModule, Trainer
 
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.inputs import VideoInput, read_pairs
+from univigu.data.inputs import PredictionInput, read_pairs
 from univigu.data.sample import DataError
 from univigu.data.video import encode_mp4
 from univigu.shapes import renderer, scenes
@@ -28,12 +28,12 @@ def test_files_and_objects_say_the_same(clip: str, tmp_path: Path) -> None:
     rows = [{"video": clip, "prompt": "a ring, red"}, {"video": clip, "prompt": "b", "strength": 0.5}]
     (tmp_path / "e.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
     (tmp_path / "e.csv").write_text(f'video,prompt,strength\n{clip},"a ring, red",\n{clip},b,0.5\n')
-    expected = [VideoInput(clip, "a ring, red", 0.8), VideoInput(clip, "b", 0.5)]
+    expected = [PredictionInput(clip, "a ring, red", 0.8), PredictionInput(clip, "b", 0.5)]
     assert read_pairs(rows, "prompt") == expected
     assert read_pairs(rows[0], "prompt") == expected[:1]
     for name in ("e.jsonl", "e.csv"):
         assert read_pairs(str(tmp_path / name), "prompt") == expected
-    assert read_pairs({"video": clip, "question": "what?"}, "question") == [VideoInput(clip, "what?")]
+    assert read_pairs({"video": clip, "question": "what?"}, "question") == [PredictionInput(clip, "what?")]
 
 
 def test_one_text_for_many_videos(clip: str, tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_wrong_row_is_an_error_of_its_own(clip: str, tmp_path: Path) -> None:
     lines = [row if isinstance(row, str) else json.dumps(row) for row, _ in wrong]
     path.write_text("\n".join([*lines, json.dumps({"video": clip, "prompt": "fine"})]))
     *bad, good = read_pairs(str(path), "prompt")
-    assert good == VideoInput(clip, "fine", 0.8)
+    assert good == PredictionInput(clip, "fine", 0.8)
     for pair, (_, message) in zip(bad, wrong, strict=True):
         assert pair.error is not None and message in pair.error
     assert bad[6].video == clip and bad[6].text == "a"  # what is known of it is kept
@@ -91,7 +91,7 @@ def test_batches(foundation: str, clip: str, tmp_path: Path) -> None:
         {"video": clip, "prompt": "a", "strength": 0.5},
     ]
     data = VideoTextDataModule(
-        foundation, pairs=rows, predict_task="edit", prompt_length=64, num_workers=1, batch_size=4
+        foundation, pairs=rows, predict_task="edit", prompt_length=64, num_workers=0, batch_size=4
     )
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     (batch,) = trainer.predict(Collector(), datamodule=data)  # type: ignore[misc]

@@ -39,13 +39,14 @@ def test_webdataset_reads_both_kinds_of_shards(world: dict[str, Any]) -> None:
         assert all(wanted == {name for name in sample if not name.startswith("_")} for sample in samples)
         refs, errors = index_folder(folder)
         assert not errors
-        assert [ref.read_all() for ref in refs] == [{suffix: s[suffix] for suffix in wanted} for s in samples]
+        found = [{suffix: ref.read(suffix) for suffix in ref.members} for ref in refs]
+        assert found == [{suffix: s[suffix] for suffix in wanted} for s in samples]
 
 
 def test_samples_are_what_was_rendered(world: dict[str, Any]) -> None:
     refs, _ = index_folder(folders(world)[0])
     for seed in (0, 12):
-        sample = parse_sample(refs[seed].read_all(), refs[seed].shard, refs[seed].key)
+        sample = refs[seed].load()
         scene = scenes.sample_scene(seed)
         assert scenes.Scene.from_dict({**sample.texts.scene, "objects": scene.to_dict()["objects"]})  # type: ignore[dict-item]
         assert sample.texts.prompt == texts.prompt_of(scene)
@@ -89,7 +90,7 @@ def test_every_fault_is_found_and_the_rest_arrives(faulty: Path, faults: dict[st
     good = []
     for ref in refs:
         try:
-            sample = parse_sample(ref.read_all(), ref.shard, ref.key)
+            sample = ref.load()
             read_video(sample.video or b"", 9, 64, 64)
             good.append(ref.key)
         except SampleError as error:

@@ -10,10 +10,11 @@ import pytest
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from univigu.data import sources
 from univigu.data.build import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.sample import DataError
-from univigu.data.sources import Source
+from univigu.data.sources import Source, has_large_encoder
 from univigu.shapes.write import write_shapes
 
 
@@ -73,12 +74,13 @@ def fit(module: VideoTextDataModule, model: Any, folder: Path, steps: int, ckpt:
     return model.seen
 
 
-@pytest.mark.parametrize("step", [3, 12, 17])
-def test_resuming_goes_on_exactly(folders: list[Path], recorder: Any, tmp_path: Path, step: int) -> None:
+def test_resuming_goes_on_exactly(folders: list[Path], recorder: Any, tmp_path: Path) -> None:
     weights = (1, 1, 2)
     whole = fit(data(folders, *weights, num_workers=2), recorder(), tmp_path / "a", 26)
-    rest = fit(data(folders, *weights), recorder(), tmp_path / "b", 26, tmp_path / "a" / f"step={step}.ckpt")
-    assert rest == whole[step:] and len(whole) == 26
+    assert len(whole) == 26
+    for step in (3, 12, 17):
+        rest = fit(data(folders, *weights), recorder(), tmp_path / f"{step}", 26, tmp_path / "a" / f"step={step}.ckpt")
+        assert rest == whole[step:]
 
 
 def test_two_ranks_share_what_is_drawn(folders: list[Path]) -> None:
@@ -111,7 +113,7 @@ def test_a_position_under_other_weights_is_refused(folders: list[Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sources", "message"),
+    ("given", "message"),
     [
         ([], r"data\.shards=\[\]: expected at least one"),
         ([("a", 1.0), ("a", 2.0)], r"data\.shards: 'a' is there twice"),
@@ -120,9 +122,9 @@ def test_a_position_under_other_weights_is_refused(folders: list[Path]) -> None:
         ([("a", float("nan"))], r"data\.shards: weight=nan"),
     ],
 )
-def test_unusable_sources_are_named(sources: list[tuple[str, float | None]], message: str) -> None:
+def test_unusable_sources_are_named(given: list[tuple[str, float | None]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        VideoTextDataModule(shards=[Source(*source) for source in sources])
+        VideoTextDataModule(shards=[Source(*source) for source in given])
 
 
 def test_what_is_missing_is_named(folders: list[Path], tmp_path: Path) -> None:
@@ -159,3 +161,11 @@ def test_a_missing_split_is_named_before_another_is_encoded(folders: list[Path],
     with pytest.raises(DataError, match=r"/val: holds no .tar shard"):
         module.prepare_data()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train", "val"]
+
+
+def test_a_large_encoder_is_warned_of(
+    foundation: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not has_large_encoder(foundation) and not caplog.messages
+    monkeypatch.setattr(sources, "LARGE_ENCODER", 1000)
+    assert has_large_encoder(foundation) and "docs/CLUSTER.md" in caplog.text

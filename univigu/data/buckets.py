@@ -155,27 +155,24 @@ class BucketChooser:
         """
         if len(self.buckets) == 1:
             return 0
-        ref.check_media()
-        suffix = media_suffix(ref.members) or ""
-        if suffix == LATENTS_SUFFIX:
-            return self._of_latents(ref)
+        suffix = media_suffix(ref.members, ref.shard, ref.key)
         with ref.open(suffix) as file:
+            _, offset, size = ref.members[suffix]
+            section = _FileSection(file, offset, size)
+            if suffix == LATENTS_SUFFIX:
+                return self._of_latents(ref, section, size)
             try:
-                size = probe_video(_FileSection(file, *ref.members[suffix]))
+                return best_bucket(self.buckets, *probe_video(section))
             except VideoError as error:
                 raise SampleError("unreadable_video", ref.shard, ref.key, "video", str(error)) from error
-        return best_bucket(self.buckets, *size)
 
-    def _of_latents(self, ref: SampleRef) -> int:
+    def _of_latents(self, ref: SampleRef, section: _FileSection, size: int) -> int:
         """By the header of the safetensors file: 8 bytes of length, then JSON."""
-        offset, size = ref.members[LATENTS_SUFFIX]
-        with ref.open(LATENTS_SUFFIX) as file:
-            part = _FileSection(file, offset, size)
-            try:
-                header = json.loads(part.read(min(int.from_bytes(part.read(8), "little"), size)))
-                shape = tuple(header["latents"]["shape"][1:])
-            except (ValueError, KeyError, TypeError) as error:
-                raise SampleError("corrupt_latents", ref.shard, ref.key, "latents", repr(error)) from error
+        try:
+            header = json.loads(section.read(min(int.from_bytes(section.read(8), "little"), size)))
+            shape = tuple(header["latents"]["shape"][1:])
+        except (ValueError, KeyError, TypeError) as error:
+            raise SampleError("corrupt_latents", ref.shard, ref.key, "latents", repr(error)) from error
         if shape not in self.shapes:
             value = f"[T, H, W] is {list(shape)}, the buckets' are {self.shapes}"
             raise SampleError("wrong_shape", ref.shard, ref.key, "latents", value)

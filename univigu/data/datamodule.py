@@ -19,7 +19,7 @@ from univigu.data.buckets import Bucket, BucketChooser, Grid
 from univigu.data.build import SpawnPool, this_device
 from univigu.data.filters import LengthFilter, Selection, select
 from univigu.data.index import SampleRef
-from univigu.data.inputs import PromptInputs, VideoInput, VideoInputs, find_videos, read_pairs, read_prompts
+from univigu.data.inputs import PredictionInput, PredictionInputs, find_videos, read_pairs, read_prompts
 from univigu.data.loader import ErrorLog, SampleLoader, TrainLoader, VideoTextDataset
 from univigu.data.order import EvalOrder, TrainOrder
 from univigu.data.sample import LATENTS_SUFFIX, DataError
@@ -131,7 +131,7 @@ class VideoTextDataModule(LightningDataModule):
         self.errors = ErrorLog(strict)
         """Unusable samples that were found so far, counted by reason."""
         self._refs: dict[Split, list[SampleRef]] = {}
-        self._inputs: VideoInputs | PromptInputs | None = None
+        self._inputs: PredictionInputs | None = None
         self._tokenizer: Any = None
 
     # --------------------------------------------------------------- preparing
@@ -293,7 +293,7 @@ class VideoTextDataModule(LightningDataModule):
                     lengths = torch.tensor([ref.tokens[i] for ref in refs])
                     logger.experiment.add_histogram(f"data/{split}/{name}_tokens", lengths, 0)
 
-    def _find_inputs(self) -> VideoInputs | PromptInputs:
+    def _find_inputs(self) -> PredictionInputs:
         given = [name for name in ("videos", "prompts", "pairs") if getattr(self, name) is not None]
         if len(given) != 1:
             found = " and ".join(given) + " are" if given else "none is"
@@ -303,12 +303,12 @@ class VideoTextDataModule(LightningDataModule):
             raise DataError(f"model.predict_task={self.predict_task!r} needs data.{needed}, not data.{given[0]}")
         size = self.num_frames, self.height, self.width
         if self.videos is not None:
-            return VideoInputs([VideoInput(path) for path in find_videos(self.videos)], *size)
+            return PredictionInputs([PredictionInput(path) for path in find_videos(self.videos)], *size)
         if self.pairs is not None:
-            pairs = read_pairs(self.pairs, "question" if self.predict_task == "qa" else "prompt")
-            return VideoInputs(pairs, *size, self.tokenizer, self.prompt_length)
-        assert self.prompts is not None
-        return PromptInputs(read_prompts(self.prompts), self.tokenizer, self.prompt_length)
+            inputs = read_pairs(self.pairs, "question" if self.predict_task == "qa" else "prompt")
+        else:
+            inputs = [PredictionInput(None, text, error=error) for text, error in read_prompts(self.prompts or "")]
+        return PredictionInputs(inputs, *size, self.tokenizer, self.prompt_length)
 
     # ----------------------------------------------------------------- loaders
 
@@ -366,12 +366,11 @@ class VideoTextDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """One row an input, in order, unusable ones included; see :mod:`univigu.data.inputs`."""
         assert self._inputs is not None
-        inputs, decodes = self._inputs, isinstance(self._inputs, VideoInputs)
         return DataLoader(
-            inputs,
+            self._inputs,
             batch_size=self.batch_size,
-            collate_fn=inputs.collate,
+            collate_fn=self._inputs.collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            multiprocessing_context="spawn" if decodes and self.num_workers else None,
+            multiprocessing_context="spawn" if self._inputs.decodes and self.num_workers else None,
         )

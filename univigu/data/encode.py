@@ -25,7 +25,6 @@ from univigu.data.sample import (
     DataError,
     Sample,
     SampleError,
-    parse_sample,
     without_traceback,
 )
 from univigu.data.shards import Manifest, ShardInfo, write_shard
@@ -261,7 +260,7 @@ def decode_sample(ref: SampleRef, num_frames: int, height: int, width: int) -> t
     Raises:
         SampleError: the sample is not sound, or its video cannot be read.
     """
-    sample = parse_sample(ref.read_all(), ref.shard, ref.key)
+    sample = ref.load()
     if sample.video is None:
         raise SampleError("missing_field", ref.shard, ref.key, "video", "the sample holds latents")
     return sample, decode_video(sample.video, ref, num_frames, height, width)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from univigu.data.sample import TEXT_SUFFIX, SampleError, Texts, parse_texts
+from univigu.data.sample import TEXT_SUFFIX, SampleError, Texts, media_suffix, parse_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,7 +97,7 @@ def select(
     for ref in refs:
         try:
             texts = parse_texts(ref.read(TEXT_SUFFIX), ref.shard, ref.key)
-            ref.check_media()
+            media_suffix(ref.members, ref.shard, ref.key)
             ref = replace(ref, bucket=bucket_of(ref))
         except SampleError as error:
             selection.errors.append(error)

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +23,15 @@ from univigu.data.sample import (
     TEXT_SUFFIX,
     VIDEO_SUFFIXES,
     DataError,
+    Sample,
     SampleError,
     SampleReason,
     is_video,
-    media_suffix,
+    parse_sample,
 )
 from univigu.data.shards import MANIFEST
 
 LIST_SUFFIXES = (".csv", ".jsonl")
-WHOLE_FILE = (0, -1)
-"""Offset and size of a member that is a file of its own."""
 _NAME = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$")  # webdataset's rule: the key ends at the first dot of the file name
 Scan = tuple[list["SampleRef"], list[SampleError]]
 """Usable samples in order, and errors of the others."""
@@ -44,8 +43,8 @@ class SampleRef:
 
     shard: str
     key: str
-    members: dict[str, tuple[int, int]]
-    """(offset, size) in bytes of each member, by suffix; a size of -1 is the rest of the file."""
+    members: dict[str, tuple[str, int, int]]
+    """(file, offset, size) of each member, by suffix; a size of -1 is the rest of the file."""
     question: int | None = None
     """Number of the sample's question that is used; None for its prompt and caption."""
     source: int = 0
@@ -54,55 +53,39 @@ class SampleRef:
     """Number of the size that its video is brought to."""
     tokens: tuple[int, int] = (0, 0)
     """Tokens of prompt and caption, once counted."""
-    files: Mapping[str, str] | None = None
-    """Paths of the members that are outside the shard, by suffix."""
     texts: bytes | None = None
     """The json member, if no file holds it."""
 
     def read(self, suffix: str) -> bytes | None:
-        """A member's bytes, or None if the sample has no such member."""
-        if suffix not in self.members:
-            return None
-        if suffix == TEXT_SUFFIX and self.texts is not None:
-            return self.texts
-        with self.open(suffix) as file:
-            return self._read(file, suffix)
-
-    def open(self, suffix: str) -> BinaryIO:
-        """The file that holds a member.
+        """A member's bytes, or None if the sample has no such member.
 
         Raises:
-            SampleError: it is a file of its own, which cannot be opened.
+            SampleError: the file cannot be opened, or was truncated after it was indexed.
         """
-        path = (self.files or {}).get(suffix)
-        if path is None:
-            return open(self.shard, "rb")
-        try:
-            return open(path, "rb")
-        except (OSError, ValueError) as error:
-            reason: SampleReason = "missing_field" if suffix == TEXT_SUFFIX else "unreadable_video"
-            raise SampleError(reason, self.shard, self.key, suffix, f"{path}: {error}") from error
-
-    def _read(self, file: BinaryIO, suffix: str) -> bytes:
-        offset, size = self.members[suffix]
-        file.seek(offset)
-        data = file.read(size)
-        if len(data) < size:  # truncated since it was scanned
+        if suffix not in self.members:
+            return self.texts if suffix == TEXT_SUFFIX else None
+        size = self.members[suffix][2]
+        with self.open(suffix) as file:
+            data = file.read(size)
+        if len(data) < size:
             raise SampleError("damaged_shard", self.shard, self.key, suffix, f"{len(data)} of {size} bytes are there")
         return data
 
-    def read_all(self) -> dict[str, bytes]:
-        """All members' bytes by suffix."""
-        if self.files is not None:
-            return {suffix: self.read(suffix) or b"" for suffix in self.members}
-        with open(self.shard, "rb") as file:
-            return {suffix: self._read(file, suffix) for suffix in self.members}
+    def open(self, suffix: str) -> BinaryIO:
+        """The file that holds a member, at the member's offset."""
+        path, offset, _ = self.members[suffix]
+        try:
+            file = open(path, "rb")  # noqa: SIM115
+        except (OSError, ValueError) as error:
+            reason: SampleReason = "missing_field" if suffix == TEXT_SUFFIX else "unreadable_video"
+            raise SampleError(reason, self.shard, self.key, suffix, f"{path}: {error}") from error
+        file.seek(offset)
+        return file
 
-    def check_media(self) -> None:
-        """Raise SampleError (missing_field) if there is neither a video nor latents."""
-        if media_suffix(self.members) is None:
-            found = f"expected latents or one of {', '.join(VIDEO_SUFFIXES)}; the sample holds {sorted(self.members)}"
-            raise SampleError("missing_field", self.shard, self.key, "video", found)
+    def load(self) -> Sample:
+        """Read and check all members."""
+        names = [*self.members, *([TEXT_SUFFIX] if self.texts is not None else [])]
+        return parse_sample({name: self.read(name) or b"" for name in names}, self.shard, self.key)
 
 
 def list_shards(folder: str | Path) -> list[Path]:
@@ -192,7 +175,7 @@ def _scan_tar(shard: str) -> Scan:
                 errors.append(SampleError("duplicate_member", shard, key, suffix, f"member {name!r}"))
             broken.add(key)
         else:
-            ref.members[suffix] = (offset, size)
+            ref.members[suffix] = (shard, offset, size)
         last = key
     return [ref for key, ref in refs.items() if key not in broken], errors
 
@@ -242,7 +225,7 @@ def _scan_files(folder: Path) -> Scan:
             errors[key] = SampleError("duplicate_member", str(folder), key, parts[1], f"{members[parts[1]]}, {path}")
         members[parts[1]] = str(path)
     refs = [
-        SampleRef(str(folder), key, dict.fromkeys(members, WHOLE_FILE), files=members)
+        SampleRef(str(folder), key, {suffix: (file, 0, -1) for suffix, file in members.items()})
         for key, members in found.items()
         if key not in errors and members.keys() & {TEXT_SUFFIX, *VIDEO_SUFFIXES}  # others are no samples at all
     ]
@@ -268,9 +251,15 @@ def _scan_list(path: Path) -> Scan:
 def _row_ref(path: Path, key: str, row: Row) -> SampleRef:
     if row.error is not None:
         raise SampleError(row.reason, str(path), key, TEXT_SUFFIX, row.error)
-    fields, texts = row.fields, None
+    fields, texts = dict(row.fields), None
     if row.span is None:
-        fields = _parse_cells(path, key, row)
+        with suppress(ValueError, KeyError):  # a column of that name may hold anything
+            fields["scene"] = json.loads(fields["scene"])
+        try:
+            if "qa" in fields:
+                fields["qa"] = json.loads(fields["qa"])
+        except ValueError as error:
+            raise SampleError("corrupt_json", str(path), key, "qa", f"{row.where}: {error}") from error
         texts = json.dumps(fields).encode()
     if "video" not in fields:
         raise SampleError("missing_field", str(path), key, "video", f"{row.where}: the row holds {sorted(fields)}")
@@ -279,19 +268,7 @@ def _row_ref(path: Path, key: str, row: Row) -> SampleRef:
         raise SampleError("wrong_type", str(path), key, "video", f"{row.where}: expected a path, got {video!r}")
     suffix = Path(video).suffix[1:].lower()
     suffix = suffix if suffix in VIDEO_SUFFIXES else VIDEO_SUFFIXES[0]  # a listed video may have any suffix
-    members = {suffix: WHOLE_FILE, TEXT_SUFFIX: row.span or WHOLE_FILE}
-    return SampleRef(str(path), key, members, files={suffix: str(path.parent / video)}, texts=texts)
-
-
-def _parse_cells(path: Path, key: str, row: Row) -> dict[str, object]:
-    """A csv row's fields, with ``qa`` and, if possible, ``scene`` parsed as JSON."""
-    fields = dict(row.fields)
-    if "scene" in fields:
-        with suppress(ValueError):  # a column of that name may hold anything
-            fields["scene"] = json.loads(fields["scene"])
-    if "qa" in fields:
-        try:
-            fields["qa"] = json.loads(fields["qa"])
-        except ValueError as error:
-            raise SampleError("corrupt_json", str(path), key, "qa", f"{row.where}: {error}") from error
-    return fields
+    members = {suffix: (str(path.parent / video), 0, -1)}
+    if row.span is not None:
+        members[TEXT_SUFFIX] = (str(path), *row.span)
+    return SampleRef(str(path), key, members, texts=texts)

@@ -26,13 +26,14 @@ DEFAULT_STRENGTH = 0.8
 
 
 @dataclass(frozen=True)
-class VideoInput:
-    """A video, with the text of an edit or a question if there is one, or an error."""
+class PredictionInput:
+    """A video, a text, or both, or an error."""
 
-    video: str
+    video: str | None = None
     text: str | None = None
+    """Prompt or question."""
     strength: float | None = None
-    """How far back towards noise an edit starts; None for a question."""
+    """How far back towards noise an edit starts."""
     error: str | None = None
 
 
@@ -78,17 +79,17 @@ def read_prompts(value: str | list[str], name: str = "data.prompts") -> list[tup
         DataError: the file is missing or not of its kind, or there is no prompt at all.
     """
     if isinstance(value, str) and value.endswith((".txt", ".jsonl", ".csv", ".parquet")):
-        rows = [_text_of(row, "prompt") for row in _file_rows(value, name)]
+        rows = _file_rows(value, name)
     else:
-        rows = [_text_of(Row(name, {"prompt": v}), "prompt") for v in ([value] if isinstance(value, str) else value)]
+        rows = [Row(name, {"prompt": prompt}) for prompt in ([value] if isinstance(value, str) else value)]
     if not rows:
         raise DataError(f"{name}={value!r}: holds no prompt")
-    return rows
+    return [_text_of(row, "prompt") for row in rows]
 
 
 def read_pairs(
     value: str | dict[str, Any] | list[dict[str, Any]], field: TextField, name: str = "data.pairs"
-) -> list[VideoInput]:
+) -> list[PredictionInput]:
     """Videos with their texts of a .jsonl, .csv or .parquet file, of one object, or of a list of objects.
 
     An object is ``{"video": ..., "prompt": ..., "strength": 0.8}``, of which the strength is optional, or ``{"video":
@@ -130,10 +131,10 @@ def _text_of(row: Row, field: str) -> tuple[str, str | None]:
     return text, None if is_unicode(text) else f"{row.where}: {field!r} is no valid Unicode: {text!r}"
 
 
-def _pairs_of(row: Row, field: TextField) -> list[VideoInput]:
+def _pairs_of(row: Row, field: TextField) -> list[PredictionInput]:
     """The pairs of one row, one for each video that it names."""
     (video, video_error), (text, text_error) = _text_of(row, "video"), _text_of(row, field)
-    pair = VideoInput(video, text)
+    pair = PredictionInput(video, text)
     if error := video_error or text_error:
         return [replace(pair, error=error)]
     for key, value in (("video", video), (field, text)):
@@ -154,11 +155,11 @@ def _pairs_of(row: Row, field: TextField) -> list[VideoInput]:
         return [replace(pair, error=f"{row.where}: {error}")]
 
 
-class VideoInputs(Dataset[dict[str, Any]]):
-    """Videos to caption, edit or answer about.
+class PredictionInputs(Dataset[dict[str, Any]]):
+    """The inputs as rows, decoded and checked; see :meth:`collate`.
 
     Args:
-        inputs: the videos.
+        inputs: all with a video, or all with a text only.
         num_frames, height, width: size that the videos are brought to.
         tokenizer: of the foundation; needed for texts.
         prompt_length: slot of the texts in tokens.
@@ -166,7 +167,7 @@ class VideoInputs(Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        inputs: Sequence[VideoInput],
+        inputs: Sequence[PredictionInput],
         num_frames: int,
         height: int,
         width: int,
@@ -176,66 +177,38 @@ class VideoInputs(Dataset[dict[str, Any]]):
         self.inputs, self.size = inputs, (num_frames, height, width)
         self.tokenizer, self.prompt_length = tokenizer, prompt_length
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the inputs are videos."""
+        return self.inputs[0].video is not None
+
     def __len__(self) -> int:
         return len(self.inputs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.inputs[index]
-        video, error = None, item.error
+        frames, error = None, item.error
         try:
             if error is None and item.text is not None and self.tokenizer is not None:
                 tokenize(self.tokenizer, [item.text], self.prompt_length)
-            if error is None:
-                video = read_video(item.video, *self.size)
+            if error is None and item.video is not None:
+                frames = read_video(item.video, *self.size)
         except (TextTooLongError, VideoError) as failure:
             error = str(failure)
-        row = {"index": index, "path": item.video, "video": video, "error": error}
-        return row if item.text is None else {**row, "text": item.text, "strength": item.strength}
+        row = {"index": index, "error": error, "ok": error is None}
+        if item.video is None:
+            return {**row, "prompt": item.text}
+        texts = {} if item.text is None else {"text": item.text, "strength": item.strength}
+        return {**row, "path": item.video, "video": frames, **texts}
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """``index``, ``path``, ``ok``, ``error`` (``text``, ``strength``) of all rows, ``video`` of the usable ones.
+        """A batch: lists ``index``, ``error``, ``ok``, and ``prompt`` or ``path`` (``text``, ``strength``) of all rows.
 
-        ``video`` is uint8 [n, F, C, H, W].
+        ``video`` is uint8 [n, F, C, H, W] of the n rows without an error.
         """
-        num_frames, height, width = self.size
-        batch: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0] if name != "video"}
-        videos = [row["video"] for row in rows if row["error"] is None]
-        batch["video"] = torch.stack(videos) if videos else torch.zeros(0, num_frames, 3, height, width).byte()
-        batch["ok"] = [row["error"] is None for row in rows]
-        return batch
-
-
-class PromptInputs(Dataset[dict[str, Any]]):
-    """Prompts to generate from.
-
-    Args:
-        prompts: (prompt, error) pairs of :func:`read_prompts`.
-        tokenizer: of the foundation.
-        prompt_length: slot in tokens.
-    """
-
-    def __init__(
-        self, prompts: list[tuple[str, str | None]], tokenizer: PreTrainedTokenizerBase, prompt_length: int
-    ) -> None:
-        self.prompts, self.tokenizer, self.prompt_length = prompts, tokenizer, prompt_length
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        prompt, error = self.prompts[index]
-        row: dict[str, Any] = {"index": index, "prompt": prompt, "ids": None, "error": error}
-        if error is None:
-            try:
-                row["ids"] = tokenize(self.tokenizer, [prompt], self.prompt_length)[0]
-            except TextTooLongError as too_long:
-                row["error"] = str(too_long)
-        return row
-
-    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """``index``, ``prompt``, ``ok``, ``error`` of all rows; ``prompt_ids`` int64 [n, L] of the n usable ones."""
-        batch: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0] if name != "ids"}
-        ids = [row["ids"] for row in rows if row["error"] is None]
-        batch["prompt_ids"] = torch.stack(ids) if ids else torch.zeros(0, self.prompt_length, dtype=torch.int64)
-        batch["ok"] = [row["error"] is None for row in rows]
+        batch: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
+        if "video" in batch:
+            num_frames, height, width = self.size
+            videos = [frames for frames in batch["video"] if frames is not None]
+            batch["video"] = torch.stack(videos) if videos else torch.zeros(0, num_frames, 3, height, width).byte()
         return batch

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from univigu.data.buckets import Bucket
@@ -29,27 +29,11 @@ from univigu.data.sample import (
     Sample,
     SampleError,
     SampleReason,
-    parse_sample,
     without_traceback,
 )
 from univigu.models.tokens import TextTooLongError, tokenize
 
 log = logging.getLogger(__name__)
-
-
-class _BatchSampler(Sampler[list[int]]):
-    """The batches from ``start`` on, ``len(order)`` of them."""
-
-    def __init__(self, order: Order) -> None:
-        self.order = order
-        self.start = 0
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        start = self.start
-        return (self.order.batch(start + i) for i in range(len(self.order)))
 
 
 # ------------------------------------------------------------------ dataset
@@ -90,12 +74,9 @@ class VideoTextDataset(Dataset[LoadedBatch]):
         latents_shapes: Sequence[tuple[int, int, int]],
         replace: bool,
     ) -> None:
-        self.refs = refs
-        self.tokenizer = tokenizer
+        self.refs, self.tokenizer, self.replace = refs, tokenizer, replace
         self.lengths = {"prompt": prompt_length, "caption": caption_length}
-        self.buckets = buckets
-        self.latents_shapes = latents_shapes
-        self.replace = replace
+        self.buckets, self.latents_shapes = buckets, latents_shapes
         # the stored embeddings are the prompt's, not a question's
         self.stored_prompts = all(
             {PROMPT_SUFFIX, LATENTS_SUFFIX} <= ref.members.keys() and ref.question is None for ref in refs
@@ -138,7 +119,7 @@ class VideoTextDataset(Dataset[LoadedBatch]):
         Raises:
             SampleError: naming shard, key and what is wrong.
         """
-        sample = parse_sample(ref.read_all(), ref.shard, ref.key)
+        sample = ref.load()
         texts = sample.texts.question(ref.question)
         item: dict[str, Any] = {"key": ref.key, "prompt": texts.prompt, "caption": texts.caption, "scene": texts.scene}
         item |= {"source": ref.source, "bucket": ref.bucket, "question": None if ref.question is None else texts.prompt}
@@ -215,6 +196,16 @@ class ErrorLog:
                 self.seen.add(identity)
                 self.counts[error.reason] += 1
                 log.warning("skipped: %s", error)
+
+
+class _BatchSampler:
+    """The batches from ``start`` on, as many as the order has in an epoch."""
+
+    def __init__(self, order: Order) -> None:
+        self.order, self.start = order, 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(self.order.batch, range(self.start, self.start + len(self.order)))
 
 
 class SampleLoader:

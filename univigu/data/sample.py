@@ -44,15 +44,6 @@ class DataError(ValueError):
     """Data that cannot be used as configured; the message is one line that names the file, field or value."""
 
 
-def is_unicode(text: str) -> bool:
-    """Whether a string is valid Unicode: JSON may hold half of a surrogate pair, which no tokenizer accepts."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 class SampleError(DataError):
     """A sample that cannot be used.
 
@@ -82,6 +73,16 @@ def without_traceback(error: SampleError) -> SampleError:
     """The error without its traceback, which would keep decoded frames in memory."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a string is valid Unicode: JSON may hold half of a surrogate pair, which no tokenizer accepts."""
+    return not any("\ud800" <= mark <= "\udfff" for mark in text)
+
+
+def is_video(path: Path) -> bool:
+    """Whether the suffix, in upper or lower case, is a video's."""
+    return path.suffix[1:].lower() in VIDEO_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Sample:
     shard: str
     texts: Texts
     video: bytes | None = None
-    """The video file's bytes, not decoded yet."""
+    """The encoded video file."""
     latents: torch.Tensor | None = None
     """Normalised latents float32 [C, T, H, W]."""
     prompt_embeds: torch.Tensor | None = None
@@ -148,27 +149,34 @@ def parse_texts(raw: bytes | None, shard: str, key: str) -> Texts:
             raise SampleError("wrong_type", shard, key, name, f"expected a string, got {data[name]!r}")
         if not is_unicode(data[name]):
             raise SampleError("corrupt_json", shard, key, name, f"no valid Unicode: {data[name]!r}")
-    qa = data.get("qa")
+    qa, scene = data.get("qa"), data.get("scene")
     if qa is not None and not _is_qa(qa):
         raise SampleError("wrong_type", shard, key, "qa", f"expected a list of question/answer strings, got {qa!r}")
-    return Texts(data["prompt"], data["caption"], _embedded_scene(data.get("scene")), qa)
+    if scene is not None:
+        from univigu.shapes.scenes import is_scene
 
-
-def _embedded_scene(value: Any) -> dict[str, Any] | None:
-    """The value if it describes a clip of the embedded world, else None: it is the metadata of another data set."""
-    if value is None:
-        return None
-    from univigu.shapes.scenes import is_scene
-
-    return value if is_scene(value) else None
+        scene = scene if is_scene(scene) else None  # other data sets may use the name freely
+    return Texts(data["prompt"], data["caption"], scene, qa)
 
 
 def _is_qa(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(pair, dict)
-        and all(isinstance(pair.get(name), str) and is_unicode(pair[name]) for name in ("question", "answer"))
-        for pair in value
-    )
+    if not isinstance(value, list) or not all(isinstance(pair, dict) for pair in value):
+        return False
+    texts = [pair.get(name) for pair in value for name in ("question", "answer")]
+    return all(isinstance(text, str) and is_unicode(text) for text in texts)
+
+
+def media_suffix(members: Mapping[str, object], shard: str, key: str) -> str:
+    """The member that holds a sample's latents or, without them, its video.
+
+    Raises:
+        SampleError: missing_field, if it has neither.
+    """
+    for suffix in (LATENTS_SUFFIX, *VIDEO_SUFFIXES):
+        if suffix in members:
+            return suffix
+    found = f"expected {LATENTS_SUFFIX} or one of {', '.join(VIDEO_SUFFIXES)}; the sample holds {sorted(members)}"
+    raise SampleError("missing_field", shard, key, "video", found)
 
 
 def parse_sample(members: Mapping[str, bytes], shard: str, key: str) -> Sample:
@@ -178,50 +186,31 @@ def parse_sample(members: Mapping[str, bytes], shard: str, key: str) -> Sample:
         SampleError: naming shard, key and the member or field at fault.
     """
     texts = parse_texts(members.get(TEXT_SUFFIX), shard, key)
-    if LATENTS_SUFFIX in members:
-        raw = members[LATENTS_SUFFIX]
-        (latents,) = _parse_tensors(raw, ("latents",), 4, "[C, T, H, W]", shard, key, "corrupt_latents")
-        if PROMPT_SUFFIX not in members:
-            return Sample(key, shard, texts, latents=latents)
-        raw = members[PROMPT_SUFFIX]
-        embeds = _parse_tensors(raw, ("prompt", "null"), 2, "[S, text_dim]", shard, key, "corrupt_embeds")
-        return Sample(key, shard, texts, latents=latents, prompt_embeds=embeds[0], null_embeds=embeds[1])
-    suffix = media_suffix(members)
-    if suffix is None:
-        found = f"expected {LATENTS_SUFFIX} or one of {', '.join(VIDEO_SUFFIXES)}; the sample holds {sorted(members)}"
-        raise SampleError("missing_field", shard, key, "video", found)
-    return Sample(key, shard, texts, video=members[suffix])
+    suffix = media_suffix(members, shard, key)
+    if suffix != LATENTS_SUFFIX:
+        return Sample(key, shard, texts, video=members[suffix])
 
+    def tensors(suffix: str, names: tuple[str, ...], ndim: int, reason: SampleReason) -> list[torch.Tensor]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
 
-def is_video(path: Path) -> bool:
-    """Whether the suffix, in upper or lower case, is a video's."""
-    return path.suffix[1:].lower() in VIDEO_SUFFIXES
+        try:
+            found = load(members[suffix])
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise SampleError(reason, shard, key, names[0], str(error)) from error
+        for name in names:
+            if name not in found:
+                raise SampleError(reason, shard, key, name, f"the file holds {sorted(found)}")
+            if found[name].ndim != ndim:
+                shape = list(found[name].shape)
+                raise SampleError("wrong_shape", shard, key, name, f"expected {ndim} dimensions, got {shape}")
+            # a sum is ten times faster than isfinite of each number, and finite only if they all are
+            if not found[name].float().sum().isfinite() and not found[name].isfinite().all():
+                raise SampleError(reason, shard, key, name, "not all values are finite")
+        return [found[name].float() for name in names]
 
-
-def media_suffix(suffixes: Mapping[str, object]) -> str | None:
-    """The member of a sample that holds its latents or, without them, its video; None if it has neither."""
-    return next((suffix for suffix in (LATENTS_SUFFIX, *VIDEO_SUFFIXES) if suffix in suffixes), None)
-
-
-def _parse_tensors(
-    raw: bytes, names: tuple[str, ...], ndim: int, layout: str, shard: str, key: str, reason: SampleReason
-) -> list[torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        tensors = load(raw)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise SampleError(reason, shard, key, names[0], str(error)) from error
-    found = []
-    for name in names:
-        if name not in tensors:
-            raise SampleError(reason, shard, key, name, f"the file holds {sorted(tensors)}")
-        tensor = tensors[name].float()
-        if tensor.ndim != ndim:
-            raise SampleError("wrong_shape", shard, key, name, f"expected {layout}, got {list(tensor.shape)}")
-        # a sum is ten times faster than isfinite of each number, and finite only if they all are
-        if not tensor.sum().isfinite() and not tensor.isfinite().all():
-            raise SampleError(reason, shard, key, name, "not all values are finite")
-        found.append(tensor)
-    return found
+    (latents,) = tensors(LATENTS_SUFFIX, ("latents",), 4, "corrupt_latents")
+    prompt, null = None, None
+    if PROMPT_SUFFIX in members:
+        prompt, null = tensors(PROMPT_SUFFIX, ("prompt", "null"), 2, "corrupt_embeds")
+    return Sample(key, shard, texts, None, latents, prompt, null)

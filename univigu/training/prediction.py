@@ -44,7 +44,7 @@ def predict_batch(module: Any, batch: dict[str, Any], data: Any) -> list[Predict
 
     Args:
         module: the LightningModule; its ``predict_task`` says what is made.
-        batch: of :class:`univigu.data.inputs.VideoInputs`, ``PromptInputs`` or ``PairInputs``.
+        batch: of :class:`univigu.data.inputs.PredictionInputs`.
         data: the data module, for the size of videos and the prompts' slot.
     """
     start = time.perf_counter()
