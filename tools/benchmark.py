@@ -1,11 +1,11 @@
-"""Measure what the code is quick at, side by side in one run.
+"""Measure speeds, side by side in one run.
 
-    python tools/benchmark.py caption     # a caption with and without the cache, and as a plain loop
+    python tools/benchmark.py caption     # a caption with and without the cache, and by a plain loop
     python tools/benchmark.py sampler     # one step of the text sampler over a large vocabulary
-    python tools/benchmark.py step        # a training step of both modalities against one of the video alone
-    python tools/benchmark.py data        # the loader on videos and on latents, against bare decord
+    python tools/benchmark.py step        # a training step of video and text against one of video only
+    python tools/benchmark.py data        # the loader on videos and on latents, against decord itself
 
-Each prints a table; the ways take turns, and the median of the repeats counts.
+Each prints a table of medians; the variants take turns.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.encode import encode_shards
 from univigu.data.index import SampleRef, index_folder
 from univigu.data.loader import TrainLoader
+from univigu.flow.inputs import TextInputs
 from univigu.flow.objective import TaskMixture, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
 from univigu.models import UniViGUTransformer3DModel
@@ -42,13 +43,12 @@ from univigu.models.foundation import EMBEDDED_FOUNDATION
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.sampler import Sampler, uniform_times
 from univigu.shapes.write import world_fingerprint, write_shapes
-from univigu.training.compute import ComputeOptions
 from univigu.training.plan import Workload, step_flops
 from univigu.training.stages import Stage
 
 
 def race(ways: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each way; they take turns, after one untimed round."""
+    """Median seconds of each variant; they take turns, after one untimed round."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, way in ways.items():
@@ -85,7 +85,7 @@ def where(device: torch.device) -> str:
 def plain_step(
     x_t: torch.Tensor, logits: torch.Tensor, t: float, t_next: float, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """A mixture path's Euler step as it stands in the formulas: float64 posterior, one-hot rates, two draws a token."""
+    """A mixture path's Euler step, from the formulas: float64 posterior, one-hot rates, two draws per token."""
     vocab_size = logits.shape[-1]
     x_hat = _categorical(torch.softmax(logits.double(), -1), generator)
     if t_next == 1.0:
@@ -109,22 +109,35 @@ def _categorical(weights: torch.Tensor, generator: torch.Generator | None) -> to
 
 
 def caption_flops(options: argparse.Namespace, prompt_length: int, tokens: int, keys: int) -> float:
-    """Multiply-adds times two of one forward pass that computes so many tokens beside so many self-attention keys."""
+    """Operations of one forward pass over so many tokens with so many self-attention keys."""
     width, ffn = options.width, options.ffn_dim
     layer = 6 * width**2 + 2 * keys * width + 2 * prompt_length * width + 2 * width * ffn
     return 2.0 * tokens * layer * options.layers + 2.0 * options.text_tokens * width * options.vocab_size
 
 
 def caption(options: argparse.Namespace) -> dict[str, float]:
-    """Captions by random weights: the cached sampler, the same without its cache, and the plain loop."""
+    """Captions by random weights: the cached sampler, the same without its cache, and a plain loop."""
     device, prompt_length = torch.device(options.device), 64
     torch.manual_seed(0)
-    model = UniViGUTransformer3DModel(
-        num_attention_heads=options.width // 32, attention_head_dim=32, in_channels=16, out_channels=16, text_dim=64,
-        freq_dim=64, ffn_dim=options.ffn_dim, num_layers=options.layers, vocab_size=options.vocab_size,
-        text_flow="uniform", clean_video_reads_text=False,
-    ).to(device, getattr(torch, options.dtype)).eval()  # fmt: skip
-    ComputeOptions(compile_blocks=options.compile).compile(model)
+    model = (
+        UniViGUTransformer3DModel(
+            num_attention_heads=options.width // 32,
+            attention_head_dim=32,
+            in_channels=16,
+            out_channels=16,
+            text_dim=64,
+            freq_dim=64,
+            ffn_dim=options.ffn_dim,
+            num_layers=options.layers,
+            vocab_size=options.vocab_size,
+            text_flow="uniform",
+            clean_video_reads_text=False,
+        )
+        .to(device, getattr(torch, options.dtype))
+        .eval()
+    )
+    for block in model.blocks if options.compile else ():
+        block.compile()
     torch.nn.init.normal_(model.text_head.linear.weight, std=0.2)  # it starts at zero, and draws would be all alike
     frames = options.video_tokens // 256
     if frames * 256 != options.video_tokens:
@@ -149,7 +162,7 @@ def caption(options: argparse.Namespace) -> dict[str, float]:
         clean, condition = latents.to(model.dtype), embeds.to(model.dtype)
         for t, t_next in pairwise(times):
             timestep = torch.full((options.batch_size,), 1000 * (1 - t), device=device)
-            logits = model(clean, torch.zeros_like(timestep), condition, text, timestep).text
+            logits = model(clean, torch.zeros_like(timestep), condition, TextInputs(text, timestep)).text
             text = plain_step(text, logits, t, t_next, generator)
 
     seconds = race(
@@ -179,7 +192,7 @@ def caption(options: argparse.Namespace) -> dict[str, float]:
 
 
 class Uncached:
-    """A model that forgets: every pass computes the video, too."""
+    """The model without its cache: every pass computes the video, too."""
 
     def __init__(self, model: UniViGUTransformer3DModel) -> None:
         self.model, self.config, self.dtype, self.token_table = model, model.config, model.dtype, model.token_table
@@ -220,7 +233,7 @@ def sampler(options: argparse.Namespace) -> dict[str, float]:
 
 
 def data(options: argparse.Namespace) -> dict[str, float]:
-    """The loader on video shards and on precomputed ones, beside bare decord: the same clips, as many processes."""
+    """The loader on video shards and on precomputed ones, against decord itself, in equally many processes."""
     if options.clips % (options.batch_size * options.workers):
         raise SystemExit(f"--clips {options.clips}: expected a multiple of --batch-size times --workers")
     bucket = Bucket.parse(options.size)
@@ -235,28 +248,27 @@ def data(options: argparse.Namespace) -> dict[str, float]:
         refs, errors = index_folder(folder / "videos" / "train")
         assert len(refs) == options.clips and not errors
 
-        def bare() -> None:
+        def plain() -> None:
             jobs = [pool.submit(read_bare, refs[i :: options.workers]) for i in range(options.workers)]
             assert sum(job.result() for job in jobs) == options.clips * bucket.num_frames
 
         def drain(name: str) -> None:
             assert sum(len(batch["key"]) for batch in loaders[name]) == options.clips
 
-        ways = {"bare decord": bare, "loader, videos": lambda: drain("videos"),
-                "loader, latents": lambda: drain("latents")}  # fmt: skip
+        ways = {"decord": plain, "loader, videos": lambda: drain("videos"), "loader, latents": lambda: drain("latents")}
         seconds = race(ways, options.repeats, torch.device("cpu"))
     processes = f"{options.workers} process(es) of one thread, batch {options.batch_size}"
     title = f"a clip of {bucket}, {options.clips} clips, {processes}\n{where(torch.device('cpu'))}"
-    show(title, seconds, "bare decord", options.clips * 1e-3, "ms")
-    video_ratio = seconds["bare decord"] / seconds["loader, videos"]
+    show(title, seconds, "decord", options.clips * 1e-3, "ms")
+    video_ratio = seconds["decord"] / seconds["loader, videos"]
     latents_ratio = seconds["loader, videos"] / seconds["loader, latents"]
-    print(f"on videos the loader gives {video_ratio:.0%} of bare decord's clips (aim: 90%)")
-    print(f"on latents it gives {latents_ratio:.0f}x as many as on videos (aim: 20x)")
+    print(f"on videos the loader gives {video_ratio:.0%} of decord's clips (goal: 90%)")
+    print(f"on latents it gives {latents_ratio:.0f}x as many as on videos (goal: 20x)")
     return {"video_ratio": video_ratio, "latents_ratio": latents_ratio}
 
 
 def read_bare(refs: list[SampleRef]) -> int:
-    """All frames of these clips, as decord gives them; the number of frames."""
+    """Decode all frames of these clips with decord; returns their number."""
     import decord
 
     frames = 0
@@ -268,24 +280,32 @@ def read_bare(refs: list[SampleRef]) -> int:
 
 def _loader(shards: Path, options: argparse.Namespace, size: dict[str, int]) -> TrainLoader:
     module = VideoTextDataModule(
-        foundation=options.foundation, shards=str(shards), precompute=False, batch_size=options.batch_size,
-        num_workers=options.workers, **size,
-    )  # fmt: skip
+        foundation=options.foundation,
+        shards=str(shards),
+        precompute=False,
+        batch_size=options.batch_size,
+        num_workers=options.workers,
+        **size,
+    )
     module.setup("fit")
     return module.train_dataloader()
 
 
 def step(options: argparse.Namespace) -> dict[str, float]:
-    """A training step (all weights, AdamW) of both modalities against one of the video alone."""
+    """A training step (all weights, AdamW) of video and text against one of video only."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     torch.manual_seed(0)
     height, width = options.latents
     shape = (16, options.frames, height, width)
     config = {
-        "num_attention_heads": options.heads, "attention_head_dim": options.width // options.heads, "text_dim": 64,
-        "ffn_dim": options.ffn_dim, "num_layers": options.layers, "vocab_size": options.vocab_size,
+        "num_attention_heads": options.heads,
+        "attention_head_dim": options.width // options.heads,
+        "text_dim": 64,
+        "ffn_dim": options.ffn_dim,
+        "num_layers": options.layers,
+        "vocab_size": options.vocab_size,
         "text_flow": "uniform",
-    }  # fmt: skip
+    }
     model = UniViGUTransformer3DModel(**config).to(device).train()
     if options.checkpointing:
         model.enable_gradient_checkpointing()
@@ -302,64 +322,56 @@ def step(options: argparse.Namespace) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
 
-    counts = {"video alone": (0, 0, 1), "video and text": (1, 0, 0)}  # joint, understand, generate
+    counts = {"video only": (0, 0, 1), "video and text": (1, 0, 0)}  # joint, understand, generate
     seconds = race({name: lambda name=name: train(counts[name]) for name in counts}, options.repeats, device)  # type: ignore[misc]
     flops = {}
     for name, shares in counts.items():
         stage = Stage(text_length=options.text_tokens, tasks=TaskMixture(*shares))
         flops[name] = step_flops(Workload(config, shape, 64, stage), options.checkpointing)
     tokens = options.frames * height * width // 4
-    show(f"a step, {tokens} video and {options.text_tokens} text tokens\n{where(device)}", seconds, "video alone")
-    ratio = seconds["video and text"] / seconds["video alone"]
-    bound = flops["video and text"] / flops["video alone"]
-    print(f"both modalities take {ratio:.3f}x the time of the video alone; by operations {bound:.3f}x")
+    show(f"a step, {tokens} video and {options.text_tokens} text tokens\n{where(device)}", seconds, "video only")
+    ratio = seconds["video and text"] / seconds["video only"]
+    bound = flops["video and text"] / flops["video only"]
+    print(f"both modalities take {ratio:.3f}x the time of the video only; by operations {bound:.3f}x")
     print(f"{flops['video and text'] / seconds['video and text'] / 1e12:.3f} TFLOP/s")
     if device.type == "cuda":
         print(f"peak memory: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
     return {"ratio": ratio, "bound": bound}
 
 
+MODEL = {"vocab-size": 4096, "ffn-dim": 512, "dtype": "float32"}
+CAPTION = {"text-tokens": 64, "video-tokens": 1280, "width": 128, "layers": 8, "steps": 50, "batch-size": 1}
+STEP = {"text-tokens": 32, "frames": 5, "latents": (60, 52), "width": 256, "heads": 4, "layers": 4, "repeats": 5}
+DATA = {"size": "480x832x33", "clips": 16, "batch-size": 1, "workers": 1, "repeats": 5}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "caption": MODEL | CAPTION | {"repeats": 3, "compile": False},
+    "sampler": {"vocab-size": 256384, "text-tokens": 256, "repeats": 3},
+    "step": MODEL | STEP | {"ffn-dim": 1024, "checkpointing": False},
+    "data": DATA | {"foundation": EMBEDDED_FOUNDATION, "folder": "runs/data/benchmark"},
+}
+"""Options of each command, with their defaults."""
+
+
 def main(args: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(threads=None)  # "data" has processes instead
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, vocab_size, text_tokens in (("caption", 4096, 64), ("sampler", 256384, 256)):
-        command = commands.add_parser(name, help=globals()[name].__doc__)
-        command.add_argument("--vocab-size", type=int, default=vocab_size)
-        command.add_argument("--text-tokens", type=int, default=text_tokens)
-        command.add_argument("--repeats", type=int, default=3)
-        command.add_argument("--threads", type=int, help="default: torch's, one a core")
+    for function in (caption, sampler, step, data):
+        command = commands.add_parser(function.__name__, help=function.__doc__)
+        command.set_defaults(measure=function)
+        command.add_argument("--threads", type=int, help="default: torch's, one per core")
         command.add_argument("--device", default="cpu")
-    command = commands.choices["caption"]
-    for option, default in (
-        ("video-tokens", 1280), ("width", 128), ("ffn-dim", 512), ("layers", 8), ("steps", 50), ("batch-size", 1),
-    ):  # fmt: skip
-        command.add_argument(f"--{option}", type=int, default=default)
-    command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    command.add_argument("--compile", action="store_true", help="compile the blocks, for every way")
-    command = commands.add_parser("step", help=step.__doc__)
-    for option, default in (
-        ("frames", 5), ("width", 256), ("heads", 4), ("ffn-dim", 1024), ("layers", 4), ("text-tokens", 32),
-        ("vocab-size", 4096), ("repeats", 5),
-    ):  # fmt: skip
-        command.add_argument(f"--{option}", type=int, default=default)
-    command.add_argument("--latents", type=int, nargs=2, default=(60, 52), metavar=("HEIGHT", "WIDTH"))
-    command.add_argument("--threads", type=int, help="default: torch's, one a core")
-    command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of autocast")
-    command.add_argument("--checkpointing", action="store_true")
-    command.add_argument("--device", default="cpu")
-    command = commands.add_parser("data", help=data.__doc__)
-    command.add_argument("--size", default="480x832x33", help="of the clips: HEIGHTxWIDTHxFRAMES")
-    command.add_argument("--clips", type=int, default=16)
-    command.add_argument("--batch-size", type=int, default=1)
-    command.add_argument("--workers", type=int, default=1, help="processes that read, in each of the ways")
-    command.add_argument("--repeats", type=int, default=5)
-    command.add_argument("--foundation", default=EMBEDDED_FOUNDATION)
-    command.add_argument("--folder", default="runs/data/benchmark", help="where the clips are written, once")
+        for option, default in OPTIONS[function.__name__].items():
+            if isinstance(default, bool):
+                command.add_argument(f"--{option}", action="store_true")
+            elif isinstance(default, tuple):
+                command.add_argument(f"--{option}", type=int, nargs=len(default), default=default)
+            else:
+                command.add_argument(f"--{option}", type=type(default), default=default)
     options = parser.parse_args(args)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    return globals()[options.command](options)
+    found: dict[str, float] = options.measure(options)
+    return found
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Convert weights between the forms they come in.
+"""Convert weights between formats.
 
     python tools/convert.py foundation --checkpoint runs/foundation/checkpoints/last.ckpt \
         --source runs/foundation/start --output my_foundation
@@ -8,9 +8,9 @@
     python tools/convert.py export-official --checkpoint imported --output preview.pth
     python tools/convert.py wan --checkpoint Wan2.1-T2V-1.3B/diffusion_pytorch_model.safetensors --output transformer
 
-A checkpoint of training is a file, or the folder of a sharded one; transformer, pipeline and export-official take a
-transformer folder, too. export-official wants the official architecture, which configs/wan2.1-*.yaml have and the
-embedded world's recipes have not; a model that was trained otherwise than the official one needs --accept-differences.
+A checkpoint is a file, or the folder of a sharded one; transformer, pipeline and export-official accept a transformer
+folder, too.  export-official needs the official architecture, that of recall.yaml and refine.yaml without frozen.yaml;
+a model trained under other conventions than the official one needs --accept-differences.
 """
 
 from __future__ import annotations

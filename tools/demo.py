@@ -1,4 +1,4 @@
-"""Try a model in the browser: generate, caption, joint and edit, with the way of every sample from noise.
+"""Use a model in the browser: generate, caption, joint and edit, with the steps of every sample.
 
 pip install -e ".[demo]"
 python tools/convert.py pipeline --checkpoint runs/refine/checkpoints/last.ckpt --output my_model
@@ -35,7 +35,9 @@ def run(options: argparse.Namespace) -> None:
     demo_options = DemoOptions(**{field.name: getattr(options, field.name) for field in fields(DemoOptions)})
     pipe = UniViGUPipeline.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype))
     demo = Demo(pipe.to(options.device), demo_options)
-    pipe.latents_shape(options.height, options.width, options.num_frames)  # a wrong size is told before the page opens
+    pipe.latents_shape(
+        options.height, options.width, options.num_frames
+    )  # a wrong size is an error before the page opens
     try:
         page = build(demo)
     except ModuleNotFoundError as error:

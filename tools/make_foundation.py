@@ -1,11 +1,10 @@
-"""Make all of the embedded foundation but its generator: tokenizer, text encoder, VAE, scheduler.
+"""Make the embedded foundation except for its generator: tokenizer, text encoder, VAE, scheduler.
 
     python tools/make_foundation.py --output runs/foundation/start
-    lightning fit --config configs/foundation.yaml          # trains the generator itself
+    lightning fit --config configs/foundation.yaml --model.foundation runs/foundation/start   # trains the generator
 
-The result is a folder in diffusers' WanPipeline layout whose text encoder and VAE are trained on the embedded world
-and whose transformer is random.  The second command trains that one; ``tools/convert.py foundation`` writes what it
-learned back into such a folder.
+The result is a folder in diffusers' WanPipeline layout.  Text encoder and VAE are trained on the embedded world, the
+transformer is random.  ``tools/convert.py foundation`` writes a trained transformer into such a folder.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from univigu.data.video import encode_mp4, read_video, to_model_range
 from univigu.models.foundation import encode_prompt
 from univigu.shapes import renderer, scenes, texts
 
-LATENT_CHANNELS = 8  # the world fills about six: more would be copies, and details small beside their noise
+LATENT_CHANNELS = 8  # the world fills about six; more channels would be copies of each other
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -78,29 +77,42 @@ def make_text_encoder(vocab_size: int) -> UMT5EncoderModel:
     """Two UMT5 layers of width 64; see :func:`train_text_encoder`."""
     return UMT5EncoderModel(
         UMT5Config(
-            vocab_size=vocab_size, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
-            relative_attention_num_buckets=32, relative_attention_max_distance=64,
-            dropout_rate=0.0, pad_token_id=0, eos_token_id=1, feed_forward_proj="gated-gelu",
+            vocab_size=vocab_size,
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            relative_attention_num_buckets=32,
+            relative_attention_max_distance=64,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=1,
+            feed_forward_proj="gated-gelu",
         )
-    )  # fmt: skip
+    )
 
 
-# What is asked of each token: about the object it speaks of, and about the whole scene.
+# What each token's embedding must tell: attributes of the object it describes, and of the scene.
 OBJECT_FIELDS: dict[str, tuple[str, ...]] = {
-    "size": tuple(scenes.SIZES), "color": tuple(scenes.COLORS), "shape": scenes.SHAPES,
-    "motion": tuple(scenes.MOTIONS), "speed": ("", *scenes.SPEEDS),
-}  # fmt: skip
+    "size": tuple(scenes.SIZES),
+    "color": tuple(scenes.COLORS),
+    "shape": scenes.SHAPES,
+    "motion": tuple(scenes.MOTIONS),
+    "speed": ("", *scenes.SPEEDS),
+}
 SCENE_FIELDS: dict[str, tuple[str, ...]] = {
-    "relation": ("", *scenes.RELATIONS), "background": tuple(scenes.BACKGROUNDS),
-}  # fmt: skip
+    "relation": ("", *scenes.RELATIONS),
+    "background": tuple(scenes.BACKGROUNDS),
+}
 FIELD_SIZES = [3, *map(len, OBJECT_FIELDS.values()), *map(len, SCENE_FIELDS.values())]
 
 
 def token_meanings(tokenizer: PreTrainedTokenizerFast, scene: scenes.Scene, length: int) -> tuple[Tensor, Tensor]:
-    """A prompt's token ids [L], and for each token what it is about, int64 [L, fields]; -100 where nothing is asked.
+    """A prompt's token ids [L] and the labels of each token, int64 [L, fields]; -100 is no label.
 
-    The fields: whether the token's object is the only, the first or the second one, then OBJECT_FIELDS of that
-    object, then SCENE_FIELDS, which every token is asked for.
+    The fields: whether the token's object is the only, the first or the second one; OBJECT_FIELDS of that object;
+    SCENE_FIELDS, which every token is labelled with.
     """
     text = texts.prompt_of(scene)
     encoding = tokenizer(text, padding="max_length", max_length=length, return_offsets_mapping=True)
@@ -126,12 +138,12 @@ def train_text_encoder(
     num_scenes: int = 8000,
     learning_rate: float = 3e-3,
 ) -> dict[str, float]:
-    """Train in place until the embedding of each word of a prompt tells whose word it is, and what else is said of it.
+    """Train in place until each word's embedding tells which object it describes and that object's attributes.
 
-    A generator finds the words it needs by attention, whose keys have no positions: "red" must say of itself that it
-    belongs to the first object.  A pretrained language encoder brings that along; learned from the generator's loss
-    alone it comes late or never.  The rate is kept moderate because T5's attention is unscaled: large updates make
-    its logits so large that the position biases no longer count, and nothing brings them back.
+    A generator finds words by attention, whose keys have no positions, so the embedding of "red" must tell that it
+    belongs to the first object.  A pretrained language encoder does; training on the generator's loss alone learns
+    this late or never.  The rate is moderate because T5's attention is unscaled: after large updates its logits
+    outweigh the position biases for good.
 
     Returns:
         the accuracies on prompts of held-out scenes, by field.
@@ -170,9 +182,15 @@ def train_text_encoder(
 def make_transformer() -> WanTransformer3DModel:
     """Wan's architecture, 4 heads of 32 and 6 layers."""
     return WanTransformer3DModel(
-        num_attention_heads=4, attention_head_dim=32, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
-        text_dim=64, freq_dim=64, ffn_dim=384, num_layers=6,
-    )  # fmt: skip
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        text_dim=64,
+        freq_dim=64,
+        ffn_dim=384,
+        num_layers=6,
+    )
 
 
 def clips(first_seed: int, count: int) -> torch.Tensor:
@@ -183,10 +201,10 @@ def clips(first_seed: int, count: int) -> torch.Tensor:
 
 
 def vae_loss(vae: AutoencoderKLWan, video: torch.Tensor, kl_weight: float = 1e-3) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted L1 reconstruction plus a KL term; objects and what is near them weigh five times the background.
+    """Weighted L1 reconstruction plus a KL term; pixels of and near objects weigh five times the background.
 
-    The KL term is heavy enough that whatever matters must stand out of the posterior's noise: a generator can only
-    make the details whose share of the latents is not small.
+    The KL term is so heavy that every detail that matters must exceed the posterior's noise: a generator only learns
+    details with a large share of the latents.
 
     Returns:
         the loss, and the plain mean absolute error in [-1, 1] units.
@@ -210,8 +228,8 @@ def train_vae(
 ) -> None:
     """Train in place, then record the latents' mean and standard deviation in the config.
 
-    The first steps see windows of 5 frames (two latent frames), which is cheap and teaches space; from the fraction
-    ``whole_from`` of the steps on it is whole clips, without which later chunks of the causal VAE come out wrong.
+    The first steps use windows of 5 frames (two latent frames), which is cheap and enough for a frame's content.  From
+    the fraction ``whole_from`` of the steps on they use whole clips, which the later chunks of the causal VAE need.
     """
     pool = clips(0, num_clips)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -239,7 +257,7 @@ def train_vae(
 
 
 def start_vae_from(vae: AutoencoderKLWan, folder: Path) -> None:
-    """Continue from another VAE: tensors whose shapes agree are taken over, the others keep their random start.
+    """Continue from another VAE: tensors of equal shape are copied, the others keep their random start.
 
     Raises:
         ValueError: the folder is no AutoencoderKLWan's, or its weights cannot be read.
@@ -283,7 +301,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Make everything; what can be wrong with the options is found out before the long part."""
+    """Check the options, make and train everything, write the folder."""
     check(options)
     torch.manual_seed(options.seed)
     tokenizer = make_tokenizer()
@@ -300,7 +318,7 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.vae_from is not None:
         start_vae_from(vae, options.vae_from)
-    pipeline.save_pretrained(options.output)  # an unwritable folder is found out now
+    pipeline.save_pretrained(options.output)  # fails now if the folder is not writable
     accuracies = train_text_encoder(text_encoder, tokenizer, options.text_steps)
     print("text encoder, held-out prompts:", {name: round(value, 3) for name, value in accuracies.items()})
     train_vae(vae, options.vae_steps, options.batch_size, options.num_clips, options.learning_rate, options.whole_from)

@@ -1,4 +1,4 @@
-"""A moving picture of videos and their captions as they form together, noise to data (docs/pictures/joint.gif).
+"""Draw videos and their captions at every step of joint sampling (docs/pictures/joint.gif).
 
     python tools/picture.py --model my_model --output joint.gif
     python tools/picture.py --model my_model --output joint.gif --prompt "a small blue ring staying still, ..."
@@ -52,10 +52,10 @@ def video_of(step: dict[str, Any]) -> list[Image.Image]:
 
 
 def panel(frame: Image.Image, step: dict[str, Any], font: Any) -> Image.Image:
-    """One video's frame with its text below; what is still masked is a dot."""
+    """One video's frame with its text below; masked tokens are dots."""
     image = Image.new("RGB", (SIDE + 2 * MARGIN, SIDE + 3 * MARGIN + LINES * (FONT + 2)), "white")
     image.paste(frame, (MARGIN, MARGIN))
-    marks = {"": " ·", "\u200b": "", "■": "", "</s>": ""}  # masked, padding, the end, and one before its time
+    marks = {"": " ·", "\u200b": "", "■": "", "</s>": ""}  # masked, padding, the end, an early end
     text = "".join(marks.get(word.strip(" "), word) for word in step["words"])
     lines = textwrap.wrap(text, int(SIDE / (0.48 * FONT)))[:LINES]
     ImageDraw.Draw(image).multiline_text((MARGIN, SIDE + 2 * MARGIN), "\n".join(lines), "black", font, spacing=2)
@@ -63,7 +63,7 @@ def panel(frame: Image.Image, step: dict[str, Any], font: Any) -> Image.Image:
 
 
 def draw(samples: list[list[dict[str, Any]]]) -> list[Image.Image]:
-    """All pictures in order: the samples side by side, each step playing on where the last one stopped."""
+    """All frames: the samples side by side, each step continuing the clip at the frame where the last one stopped."""
     font, pictures, clock, count = ImageFont.load_default(FONT), [], 0, max(map(len, samples))
     samples = [steps + steps[-1:] * (count - len(steps)) for steps in samples]  # some texts end before others
     for number, steps in enumerate(zip(*samples, strict=True), 1):

@@ -1,11 +1,11 @@
-"""What a configuration will need, counted without computing anything.
+"""Count the parameters, operations and memory that a configuration needs, without running it.
 
     python tools/plan.py --config configs/recall.yaml --config configs/wan2.1-1.3b.yaml --config configs/fsdp.yaml \
         --world-size 8 --device h100
     python tools/plan.py --config configs/two_stage.yaml --modules     # parameters added, per module
 
-Takes the options of `lightning fit` besides its own. The weights need not be there: where the foundation's folder is
-not, Wan2.1's published sizes stand for it, by the folder's name.
+Further options are those of ``lightning fit``.  The weights are not needed: if the foundation's folder does not exist,
+its sizes are Wan2.1's published ones, chosen by the folder's name.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What a trained model's samples are worth on the embedded world, by the checkers.
+"""Measure a trained model's samples on the embedded world with the checkers.
 
     python tools/quality.py steps --model my_model   # captions: how few denoising steps are enough
-    python tools/quality.py refresh --model my_model # captions: how rarely the video may be computed anew
+    python tools/quality.py refresh --model my_model # captions: how rarely the video may be recomputed
     python tools/quality.py edit --model my_model    # edits: what changes, what stays
 
-``--model`` is a UniViGUPipeline folder (tools/convert.py pipeline) trained by the shipped configurations; the clips
-are those of the test split, which hold combinations that training never shows. Each prints a table.
+``--model`` is a UniViGUPipeline folder (tools/convert.py pipeline) trained on the embedded world.  The clips are those
+of the test split, with combinations that training never shows.  Each command prints a table.
 """
 
 from __future__ import annotations
@@ -27,171 +27,144 @@ from univigu.cli import exit_code
 from univigu.data.video import to_uint8
 from univigu.pipeline import UniViGUPipeline
 from univigu.sampling.options import SamplingOptions
-from univigu.shapes import renderer, scenes, texts
 from univigu.shapes.metrics import ShapesTextAccuracy, score
-from univigu.shapes.scenes import Scene
+from univigu.shapes.renderer import render
+from univigu.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, sample_scene
+from univigu.shapes.texts import prompt_of
 from univigu.shapes.video_checker import detect
 
-WAYS: dict[str, dict[str, Any]] = {
-    "random order": {},
-    "surest first": {"text_order": "confidence"},
-    "surest first, all over 0.9": {"text_order": "confidence", "confidence_threshold": 0.9},
-}
-EDITED = ("color", "shape", "size", "background")
+EDITED = {"color": list(COLORS), "shape": list(SHAPES), "size": list(SIZES), "background": list(BACKGROUNDS)}
 
 
-def clips(scenes: list[Scene], size: int) -> Iterator[tuple[list[Scene], torch.Tensor]]:
-    """Batches of scenes and their frames in [0, 1], [B, F, C, H, W]."""
+def batches(scenes: list[Scene], size: int) -> Iterator[tuple[list[Scene], torch.Tensor, list[torch.Generator]]]:
+    """Scenes, their frames in [0, 1] [B, F, C, H, W], and a generator for each."""
     for start in range(0, len(scenes), size):
         part = scenes[start : start + size]
-        yield part, torch.stack([renderer.render(scene) for scene in part]).float() / 255
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
+        yield part, torch.stack([render(scene) for scene in part]).float() / 255, generators
 
 
-def seeds(start: int, count: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(start + i) for i in range(count)]
+def progress(rows: list[Any]) -> Any:
+    return track(rows, console=Console(stderr=True))
 
 
-# ---------------------------------------------------------------------- steps
-
-
-def caption_accuracy(
-    pipe: UniViGUPipeline, scenes: list[Scene], kind: str, options: SamplingOptions, batch_size: int
-) -> tuple[dict[str, float], float]:
-    """Accuracy by property of the scenes' captions, and how many steps a batch took."""
-    accuracy, taken = ShapesTextAccuracy(kind), []
-    for number, (part, video) in enumerate(clips(scenes, batch_size)):
-        last = [0]
-
-        def count(pipe: Any, step: int, timestep: float, tensors: dict[str, Any], last: list[int] = last) -> None:
-            last[0] = step + 1
-
-        generator = seeds(number * batch_size, len(part))
-        made = pipe.caption(video, generator=generator, options=options, callback_on_step_end=count)
-        accuracy.update(made.text or [], part)
-        taken.append(last[0])
-    return {name: value.item() for name, value in accuracy.compute().items()}, sum(taken) / len(taken)
+def percents(*shares: float) -> list[str]:
+    return [f"{100 * share:.1f}" for share in shares]
 
 
 def kind_of(pipe: UniViGUPipeline) -> str:
-    """Which text the model was last trained to write, by the slot it has for it."""
+    """Which text the model was last trained to write, by the length of its text slot."""
     return "prompt" if pipe.transformer.config.text_length < 128 else "caption"
 
 
+def captions(
+    pipe: UniViGUPipeline, scenes: list[Scene], batch_size: int, options: SamplingOptions
+) -> tuple[torch.Tensor, float, float, float, float]:
+    """Caption all scenes: tokens, mean accuracy, share of exact ones, steps a batch took, seconds per clip."""
+    accuracy, tokens, taken, start = ShapesTextAccuracy(kind_of(pipe)), [], 0, time.perf_counter()
+
+    def count(pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> None:
+        nonlocal taken
+        taken += 1
+
+    for part, video, generators in batches(scenes, batch_size):
+        made = pipe.caption(video, generator=generators, options=options, callback_on_step_end=count)
+        accuracy.update(made.text or [], part)
+        tokens.append(made.tokens.cpu())  # type: ignore[union-attr]
+    values = accuracy.accuracies()
+    seconds = (time.perf_counter() - start) / len(scenes)
+    return torch.cat(tokens), values["mean"], values["exact"], taken / len(tokens), seconds
+
+
 def steps(options: argparse.Namespace, pipe: UniViGUPipeline, scenes: list[Scene]) -> Table:
-    kind = kind_of(pipe)
-    table = Table("order", "steps allowed", "taken", "mean", "exact", "seconds a clip", title=f"captions ({kind})")
-    rows = [(way, count) for way in WAYS for count in options.steps]
-    for way, count in track(rows, description="captions", console=Console(stderr=True)):
-        start = time.perf_counter()
-        sampling = SamplingOptions(caption_steps=count, **WAYS[way])
-        accuracy, taken = caption_accuracy(pipe, scenes, kind, sampling, options.batch_size)
-        seconds = (time.perf_counter() - start) / len(scenes)
-        shown = (f"{100 * accuracy[name]:.1f}" for name in ("mean", "exact"))
-        table.add_row(way, str(count), f"{taken:.1f}", *shown, f"{seconds:.3f}")
+    """Caption accuracy by the number of denoising steps and the order in which tokens are revealed."""
+    title = f"captions ({kind_of(pipe)})"
+    table = Table("order", "steps allowed", "taken", "mean", "exact", "seconds a clip", title=title)
+    for order, count in progress([(order, count) for order in ("random", "confidence") for count in options.steps]):
+        sampling = SamplingOptions(caption_steps=count, text_order=order)
+        _, mean, exact, taken, seconds = captions(pipe, scenes, options.batch_size, sampling)
+        table.add_row(order, str(count), f"{taken:.1f}", *percents(mean, exact), f"{seconds:.3f}")
     return table
-
-
-# -------------------------------------------------------------------- refresh
 
 
 def refresh(options: argparse.Namespace, pipe: UniViGUPipeline, scenes: list[Scene]) -> Table:
-    """Captions whose video is computed anew at every k-th step, beside those of k = 1 from the same random numbers."""
+    """Captions whose video is recomputed at every k-th step, compared with k = 1 from the same random numbers."""
     reads_text = pipe.transformer.config.clean_video_reads_text
-    kept = "reads text" if reads_text else "does not read text: kept once, exactly, whatever k"
-    title = f"captions, {options.caption_steps} steps; clean video {kept}"
+    cache = "reads text" if reads_text else "does not read text: cached once, exactly, for any k"
+    title = f"captions, {options.caption_steps} steps; clean video {cache}"
     table = Table("k", "tokens as with k = 1", "captions as with k = 1", "mean", "exact", "seconds a clip", title=title)
-    kind, pad, exact = kind_of(pipe), pipe.tokenizer.pad_token_id, None
-    for k in track([1, *options.refresh], description="captions", console=Console(stderr=True)):
-        start = time.perf_counter()
+    pad, reference = pipe.tokenizer.pad_token_id, None
+    for k in progress([1, *options.refresh]):
         sampling = SamplingOptions(caption_steps=options.caption_steps, caption_refresh=k)
-        tokens, accuracy = [], ShapesTextAccuracy(kind)
-        for number, (part, video) in enumerate(clips(scenes, options.batch_size)):
-            made = pipe.caption(video, generator=seeds(number * options.batch_size, len(part)), options=sampling)
-            accuracy.update(made.text or [], part)
-            tokens.append(made.tokens.cpu())  # type: ignore[union-attr]
-        seconds, ids = (time.perf_counter() - start) / len(scenes), torch.cat(tokens)
-        exact = ids if exact is None else exact
-        same, counted = ids == exact, (ids != pad) | (exact != pad)  # padding agrees by itself
-        shares = (same[counted].float().mean(), same.all(dim=1).float().mean())
-        values = {name: value.item() for name, value in accuracy.compute().items()}
-        shown = (100 * float(share) for share in (*shares, values["mean"], values["exact"]))
-        first, *rest = shown
-        table.add_row(str(k), f"{first:.2f}", *(f"{value:.1f}" for value in rest), f"{seconds:.3f}")
+        ids, mean, exact, _, seconds = captions(pipe, scenes, options.batch_size, sampling)
+        reference = ids if reference is None else reference
+        same, counted = ids == reference, (ids != pad) | (reference != pad)  # equal padding is no agreement
+        tokens, whole = same[counted].float().mean().item(), same.all(dim=1).float().mean().item()
+        table.add_row(str(k), f"{100 * tokens:.2f}", *percents(whole, mean, exact), f"{seconds:.3f}")
     return table
 
 
-# ----------------------------------------------------------------------- edit
-
-
 def changed(scene: Scene, attribute: str, seed: int) -> Scene:
-    """The scene with one attribute of its first object (or the background) another one, drawn from the seed.
+    """The scene with another value of one attribute of its first object (or of the background), drawn from the seed.
 
-    A colour that the other object has is not taken: prompts tell objects apart by it.
+    The other object's colour is not used, because prompts tell objects apart by colour.
     """
-    tables = {
-        "color": scenes.COLORS, "shape": scenes.SHAPES, "size": scenes.SIZES, "background": scenes.BACKGROUNDS
-    }  # fmt: skip
-    taken = {scene.background} if attribute == "background" else {getattr(o, attribute) for o in scene.objects[:1]}
+    first, *others = scene.objects
+    taken = {scene.background if attribute == "background" else getattr(first, attribute)}
     if attribute == "color":
-        taken |= {other.color for other in scene.objects}
-    free = [value for value in tables[attribute] if value not in taken]
-    value = free[torch.randint(len(free), (1,), generator=torch.Generator().manual_seed(seed)).item()]  # type: ignore[call-overload]
+        taken |= {other.color for other in others}
+    free = [value for value in EDITED[attribute] if value not in taken]
+    value = free[int(torch.randint(len(free), (1,), generator=torch.Generator().manual_seed(seed)))]
     if attribute == "background":
         return replace(scene, background=value)
-    return replace(scene, objects=(replace(scene.objects[0], **{attribute: value}), *scene.objects[1:]))
+    return replace(scene, objects=(replace(first, **{attribute: value}), *others))
 
 
 def edit_row(
     pipe: UniViGUPipeline, scenes: list[Scene], attribute: str, strength: float, options: argparse.Namespace
 ) -> tuple[float, float, float]:
-    """Shares of edits whose changed property shows, of other properties kept, and of first objects still in place."""
-    hits, kept, places = [], [], []
-    wanted = [changed(scene, attribute, seed) for seed, scene in enumerate(scenes)]
-    for number, (part, video) in enumerate(clips(scenes, options.batch_size)):
-        start = number * options.batch_size
-        targets = wanted[start : start + len(part)]
-        made = pipe.edit(
-            video, [texts.prompt_of(target) for target in targets], strength, seeds(start, len(part)),
-            num_inference_steps=options.num_inference_steps, guidance_scale=options.guidance_scale, output_type="pt",
-        )  # fmt: skip
+    """Shares of edits that show the change, of other attributes kept, and of first objects whose start is kept."""
+    shown, kept, starts = [], [], []
+    wanted = iter([changed(scene, attribute, seed) for seed, scene in enumerate(scenes)])
+    sampling = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
+    for _, video, generators in batches(scenes, options.batch_size):
+        targets = [next(wanted) for _ in generators]
+        prompts = [prompt_of(target) for target in targets]
+        made = pipe.edit(video, prompts, strength, generators, output_type="pt", **sampling)
         for clip, target in zip(to_uint8(made.frames), targets, strict=True):
             result = score(detect(clip), target)
-            hits.append(result[attribute])
-            kept += [value for name, value in result.items() if name not in (attribute, "start", "end", "exact")]
-            places.append(result["start"])
-    return tuple(sum(map(float, values)) / len(values) for values in (hits, kept, places))  # type: ignore[return-value]
+            shown.append(result[attribute])
+            kept += [value for name, value in result.items() if name not in (attribute, "start", "end")]
+            starts.append(result["start"])
+    return tuple(sum(map(float, values)) / len(values) for values in (shown, kept, starts))  # type: ignore[return-value]
 
 
 def edit(options: argparse.Namespace, pipe: UniViGUPipeline, scenes: list[Scene]) -> Table:
-    title = f"edits of one property, guidance {options.guidance_scale}, {options.num_inference_steps} steps"
-    table = Table("changed", "strength", "change shown", "others kept", "start place kept", title=title)
-    rows = [(attribute, strength) for strength in options.strength for attribute in EDITED]
-    for attribute, strength in track(rows, description="edits", console=Console(stderr=True)):
+    """Edits of one attribute at a time."""
+    title = f"edits of one attribute, guidance {options.guidance_scale}, {options.num_inference_steps} steps"
+    table = Table("changed", "strength", "change shown", "others kept", "start kept", title=title)
+    for attribute, strength in progress([(name, strength) for strength in options.strength for name in EDITED]):
         shares = edit_row(pipe, scenes, attribute, strength, options)
-        table.add_row(attribute, f"{strength:g}", *(f"{100 * share:.1f}" for share in shares))
+        table.add_row(attribute, f"{strength:g}", *percents(*shares))
     return table
-
-
-# -------------------------------------------------------------------- command
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    curve = commands.add_parser("steps", help="caption accuracy by denoising steps")
-    curve.add_argument("--steps", type=int, nargs="+", default=[4, 6, 8, 10, 16, 50])
-    stale = commands.add_parser("refresh", help="captions by how often the clean video is computed anew")
-    stale.add_argument("--refresh", type=int, nargs="+", default=[2, 5, 10, 25, 50])
-    stale.add_argument("--caption-steps", type=int, default=50)
-    edits = commands.add_parser("edit", help="edits of one property")
-    edits.add_argument("--strength", type=float, nargs="+", default=[0.8, 0.9])
-    edits.add_argument("--num-inference-steps", type=int, default=20)
-    edits.add_argument("--guidance-scale", type=float, default=2.0)
-    for command in (curve, stale, edits):
+    for function in (steps, refresh, edit):
+        command = commands.add_parser(function.__name__, help=function.__doc__)
+        command.set_defaults(measure=function)
         command.add_argument("--model", type=Path, required=True, help="UniViGUPipeline folder")
         command.add_argument("--clips", type=int, default=64)
         command.add_argument("--batch-size", type=int, default=32)
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    commands.choices["steps"].add_argument("--steps", type=int, nargs="+", default=[4, 6, 8, 10, 16, 50])
+    commands.choices["refresh"].add_argument("--refresh", type=int, nargs="+", default=[2, 5, 10, 25, 50])
+    commands.choices["refresh"].add_argument("--caption-steps", type=int, default=50)
+    commands.choices["edit"].add_argument("--strength", type=float, nargs="+", default=[0.8, 0.9])
+    commands.choices["edit"].add_argument("--num-inference-steps", type=int, default=20)
+    commands.choices["edit"].add_argument("--guidance-scale", type=float, default=2.0)
     options = parser.parse_args(args)
     for name in ("clips", "batch_size"):
         if getattr(options, name) < 1:
@@ -202,9 +175,8 @@ def parse(args: list[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     pipe = UniViGUPipeline.from_pretrained(options.model).to(options.device)
     pipe.set_progress_bar_config(disable=True)
-    scenes = [scenes.sample_scene(seed, "test") for seed in range(options.clips)]
-    table = {"steps": steps, "refresh": refresh, "edit": edit}[options.command](options, pipe, scenes)
-    Console(width=110).print(table)
+    scenes = [sample_scene(seed, "test") for seed in range(options.clips)]
+    Console(width=110).print(options.measure(options, pipe, scenes))
 
 
 def main(args: list[str] | None = None) -> int:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image, ImageFont, ImageSequence
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "picture.py"
-picture = SimpleNamespace(**runpy.run_path(str(TOOL)))
+from tools import picture
 
 
 def test_it_moves_and_shows_text(untrained_model: str, tmp_path: Path) -> None:
