@@ -30,13 +30,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tests import damage
 from univigu import cli
 from univigu.data.index import index_folder
 from univigu.data.rows import split_lines
 from univigu.data.shards import Manifest
 from univigu.data.video import VideoError, read_video
 from univigu.models.foundation import EMBEDDED_FOUNDATION
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests import damage
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "a small red circle moving left slowly, on a black background"

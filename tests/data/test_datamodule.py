@@ -147,7 +147,7 @@ def test_broken_samples_are_skipped_and_counted(
 def test_errors_do_not_hold_on_to_videos(faulty_world: dict[str, Any]) -> None:
     """A traceback would, until the garbage collector comes by: a few frames of 8K are gigabytes."""
     dataset = make(faulty_world, stage="fit").train_dataloader()._loader.dataset  # type: ignore[attr-defined]
-    found = [error for number in range(len(dataset)) for error in dataset[[number]].errors]
+    found = [error for number in range(len(dataset)) for error in dataset[[number]][1]]
     assert len(found) >= 3
     assert all(error.__traceback__ is error.__cause__ is error.__context__ is None for error in found)
 

@@ -21,11 +21,9 @@ class Bucket:
     """A size that videos are brought to."""
 
     height: int
-    """Pixels."""
     width: int
-    """Pixels."""
     num_frames: int
-    """Frames; 4k+1 for Wan's VAE."""
+    """4k+1 for Wan's VAE."""
 
     def __post_init__(self) -> None:
         for name, least in (("height", 2), ("width", 2), ("num_frames", 1)):
@@ -101,15 +99,7 @@ class Grid:
         return cls(*scales, (frames, down, across))
 
     def check(self, bucket: Bucket, name: Callable[[str], str] = str) -> None:
-        """Refuse a size that is no whole number of tokens.
-
-        Args:
-            bucket: the size.
-            name: gives the user's name of a field.
-
-        Raises:
-            DataError: naming the field, its value and what it must be.
-        """
+        """Raise a DataError for a size that is no whole number of tokens; ``name`` gives a field its user's name."""
         step = self.temporal * self.patch[0]
         first = step - self.temporal + 1
         if bucket.num_frames % step != first % step or bucket.num_frames < first:

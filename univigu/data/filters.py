@@ -70,9 +70,6 @@ def select(
     """Read every sample's json once and keep those that are valid, pass the filter and fit their slots.
 
     Args:
-        refs: samples of the shards, in order.
-        tokenizer: counts the tokens.
-        length_filter: bounds on the lengths.
         prompt_length, caption_length: slots in tokens.  A text that passes the filter but not its slot is an error
             with reason "text_over_slot": texts are never truncated.
         questions: use each question and its answer instead of prompt and caption.  A sample without questions is

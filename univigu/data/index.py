@@ -91,10 +91,7 @@ class SampleRef:
 def list_shards(folder: str | Path) -> list[Path]:
     """Tar files and lists of a folder, sorted by name, and the folder itself if it holds videos but no list.
 
-    A list (.csv or .jsonl) stands for itself.
-
-    Raises:
-        DataError: the folder is missing or holds nothing of these.
+    A list (.csv or .jsonl) stands for itself.  If there is nothing of these, a DataError names the folder.
     """
     folder = Path(folder)
     if folder.is_file() and folder.suffix in LIST_SUFFIXES:
@@ -118,12 +115,8 @@ def find_split(base: Path, split: str) -> Path:
 
 def index_folder(folder: str | Path) -> Scan:
     """Index everything that :func:`list_shards` lists."""
-    refs, errors = [], []
-    for path in list_shards(folder):
-        found, wrong = scan_shard(path)
-        refs += found
-        errors += wrong
-    return refs, errors
+    scans = [scan_shard(path) for path in list_shards(folder)]
+    return [ref for refs, _ in scans for ref in refs], [error for _, errors in scans for error in errors]
 
 
 def scan_shard(path: str | Path) -> Scan:

@@ -69,14 +69,8 @@ def find_videos(value: str | list[str]) -> list[str]:
 def read_prompts(value: str | list[str], name: str = "data.prompts") -> list[tuple[str, str | None]]:
     """(prompt, error) of each row of a .txt (a prompt a line), .jsonl, .csv or .parquet file ("prompt"), or of a list.
 
-    Any other string is itself a prompt.
-
-    Args:
-        value: see above.
-        name: the option that errors are reported under.
-
-    Raises:
-        DataError: the file is missing or not of its kind, or there is no prompt at all.
+    Any other string is itself a prompt.  A file that cannot be read or holds no prompt is a DataError about the option
+    ``name``.
     """
     if isinstance(value, str) and value.endswith((".txt", ".jsonl", ".csv", ".parquet")):
         rows = _file_rows(value, name)
@@ -95,13 +89,8 @@ def read_pairs(
     An object is ``{"video": ..., "prompt": ..., "strength": 0.8}``, of which the strength is optional, or ``{"video":
     ..., "question": ...}``.  Its video is a value for :func:`find_videos`: a folder or pattern gives several pairs.
 
-    Args:
-        value: see above; paths in a file are relative to the working directory.
-        field: name of the text.
-        name: the option that errors are reported under.
-
-    Raises:
-        DataError: the file is missing or not of its kind, or there is no pair at all.
+    Paths in a file are relative to the working directory.  ``field`` is the name of the text; a file that cannot be
+    read or holds no pair is a DataError about the option ``name``.
     """
     if isinstance(value, str):
         if not value.endswith((".jsonl", ".csv", ".parquet")):
@@ -156,14 +145,7 @@ def _pairs_of(row: Row, field: TextField) -> list[PredictionInput]:
 
 
 class PredictionInputs(Dataset[dict[str, Any]]):
-    """The inputs as rows, decoded and checked; see :meth:`collate`.
-
-    Args:
-        inputs: all with a video, or all with a text only.
-        num_frames, height, width: size that the videos are brought to.
-        tokenizer: of the foundation; needed for texts.
-        prompt_length: slot of the texts in tokens.
-    """
+    """The inputs (all with a video, or all with a text only) as rows, decoded and checked; see :meth:`collate`."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -36,32 +36,13 @@ from univigu.models.tokens import TextTooLongError, tokenize
 log = logging.getLogger(__name__)
 
 
-# ------------------------------------------------------------------ dataset
-
-
-class LoadedBatch(NamedTuple):
-    """The result of one request to a worker."""
-
-    batch: dict[str, Any]
-    """See :func:`collate`; empty if no sample could be read."""
-    errors: list[SampleError]
-    """Errors of the samples that are missing."""
-
-
-class VideoTextDataset(Dataset[LoadedBatch]):
+class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
     """Whole batches of samples by their numbers.
 
     An unusable sample is returned as an error beside the batch and never raised: exceptions of worker processes lose
     their type.  With ``replace`` the next usable sample of the set takes its position, so that a batch keeps its size
     and does not depend on the worker; without, the batch is smaller (but holds at least one sample).
-
-    Args:
-        refs: the samples.
-        tokenizer: of the foundation.
-        prompt_length, caption_length: slots in tokens.
-        buckets: sizes that videos are brought to.
-        latents_shapes: (T, H, W) of each bucket's precomputed latents.
-        replace: see above.
+    ``latents_shapes`` are the (T, H, W) of each bucket's precomputed latents.
     """
 
     def __init__(
@@ -86,8 +67,8 @@ class VideoTextDataset(Dataset[LoadedBatch]):
     def __len__(self) -> int:
         return len(self.refs)
 
-    def __getitem__(self, numbers: list[int]) -> LoadedBatch:
-        """The batch of the samples with these numbers."""
+    def __getitem__(self, numbers: list[int]) -> tuple[dict[str, Any], list[SampleError]]:
+        """The samples of these numbers (see :func:`collate`; empty if none can be read), and errors of the others."""
         items: list[dict[str, Any]] = []
         errors: list[SampleError] = []
         for number in numbers:
@@ -102,7 +83,7 @@ class VideoTextDataset(Dataset[LoadedBatch]):
                 # evaluation reads the number to recognise repetitions
                 items.append(item if self.replace else {**item, "number": candidate})
                 break
-        return LoadedBatch(collate(items), errors)
+        return collate(items), errors
 
     def _candidates(self, number: int, items: list[dict[str, Any]]) -> Iterator[int]:
         """The sample, then its replacements: from its bucket and, if the batch is still empty, from any other."""
@@ -114,11 +95,7 @@ class VideoTextDataset(Dataset[LoadedBatch]):
                     yield other
 
     def load(self, ref: SampleRef) -> dict[str, Any]:
-        """One sample, decoded and tokenised, as a batch without the batch dimension.
-
-        Raises:
-            SampleError: naming shard, key and what is wrong.
-        """
+        """One sample, decoded and tokenised, as a batch without the batch dimension."""
         sample = ref.load()
         texts = sample.texts.question(ref.question)
         item: dict[str, Any] = {"key": ref.key, "prompt": texts.prompt, "caption": texts.caption, "scene": texts.scene}
@@ -174,9 +151,6 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-# ------------------------------------------------------------------- loader
-
-
 class ErrorLog:
     """Counts unusable samples and logs each of them once; in strict mode it raises the first."""
 
@@ -212,14 +186,7 @@ class SampleLoader:
     """Batches of a dataset in a given order; every pass starts from the beginning.
 
     It holds a DataLoader instead of being one, because Lightning replaces a DataLoader's sampler by its own.
-
-    Args:
-        dataset: gives a batch for a list of numbers.
-        order: which numbers.
-        errors: counts samples that could not be used.
-        num_workers: worker processes; 0 loads in this one.
-        spawn: start workers by spawn instead of fork; needed if they decode videos, since decord's threads do not
-            survive a fork.
+    ``spawn`` starts workers by spawn instead of fork, for decord's threads do not survive a fork.
     """
 
     def __init__(
@@ -276,15 +243,8 @@ class TrainLoader(SampleLoader):
 
     order: TrainOrder
 
-    def __init__(
-        self,
-        dataset: VideoTextDataset,
-        order: TrainOrder,
-        errors: ErrorLog,
-        num_workers: int = 0,
-        spawn: bool = False,
-    ) -> None:
-        super().__init__(dataset, order, errors, num_workers, spawn)
+    def __init__(self, dataset: VideoTextDataset, order: TrainOrder, *args: Any, **kwargs: Any) -> None:
+        super().__init__(dataset, order, *args, **kwargs)
         self.position = 0
         self.waited = 0.0
         """Seconds that the training loop has waited for batches so far."""

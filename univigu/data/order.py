@@ -1,4 +1,4 @@
-"""Which samples make up the batch at a position: pure functions, so that training can be taken up again anywhere."""
+"""The samples of the batch at a position: pure functions, so that training can be resumed anywhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from univigu.data.sample import DataError
 
 
 class Order(Protocol):
-    """Which samples make up the batch at a position."""
+    """The samples of the batch at a position."""
 
     def __len__(self) -> int: ...
 
@@ -31,20 +31,11 @@ class TrainOrder:
 
     **Batch.** The ``G = batch_size * world_size`` samples of a global batch are consecutive in the epoch's permutation
     (in what it holds of one bucket), and rank r takes every ``world_size``-th of them from r on.  What does not fill
-    a global batch at the end of an epoch, in each bucket, is left out of it; which samples these are is drawn anew
-    every epoch.  Batches of the buckets are shuffled among each other.
+    a global batch at the end of an epoch, in each bucket, is left out; these samples are drawn again every epoch.
+    Batches of the buckets are shuffled among each other.
 
-    Args:
-        num_samples: samples in the set.
-        batch_size: samples a rank and batch.
-        rank, world_size: this process among those that share the batches.
-        seed: seeds the permutations, together with the epoch.
-        weights: of the sources, each over 0; None takes every sample once.
-        sources: each sample's source, an index into ``weights``; None where there is one.
-        buckets: each sample's bucket; None where there is one.
-
-    Raises:
-        DataError: there are not enough samples (of a bucket) for one global batch.
+    ``batch_size`` is that of a rank; ``sources`` (numbers in ``weights``) and ``buckets`` are those of each sample,
+    None if there is one.  Too few samples (of a bucket) for one global batch are a DataError.
     """
 
     def __init__(
@@ -66,7 +57,7 @@ class TrainOrder:
         self._buckets = torch.tensor(buckets or [0] * num_samples)
         self._cells = [] if self.weights is None else self._make_cells(self.weights, torch.tensor(sources))
         self.bucket_sizes = self._count()
-        """Samples that an epoch draws of each bucket, by its number; whole global batches of them are used."""
+        """Samples that an epoch draws of each bucket; whole global batches of them are used."""
         for bucket, size in self.bucket_sizes.items():
             if size < self.global_batch:
                 of = f" of data.buckets[{bucket}]" if buckets and any(buckets) else ""
@@ -145,16 +136,9 @@ def _generator(seed: str) -> torch.Generator:
 class EvalOrder:
     """All samples once, in order (bucket after bucket), split by rank without gap or duplicate.
 
-    All ranks have equally many batches, because sharded models wait for each other in every forward pass: a rank that
-    is a batch short cuts one of its own in two.  Only where it has too few samples (of a bucket) for that (batch size
-    1, or fewer samples than ranks) does it repeat one.
-
-    Args:
-        num_samples: samples in the set.
-        batch_size: samples a rank and batch, at most.
-        rank, world_size: this process among those that share the batches.
-        buckets: each sample's bucket; None where there is one.  A batch holds one bucket, at a position the same on
-            all ranks.
+    All ranks have the same number of batches, because sharded models wait for each other in every forward pass: a rank
+    with one batch less splits one of its own.  Only if it has too few samples (of a bucket) for that does it repeat
+    one.  A batch holds samples of one bucket, the same on all ranks at a position.
     """
 
     def __init__(
@@ -169,7 +153,7 @@ class EvalOrder:
         for number, bucket in enumerate(buckets or [0] * num_samples):
             by_bucket.setdefault(bucket, []).append(number)
         self.own: frozenset[int] = frozenset()
-        """What this rank has to count; what else is in its batches is another's, or a repetition."""
+        """Samples that this rank counts; others in its batches are repetitions."""
         self._batches: list[list[int]] = []
         for _, numbers in sorted(by_bucket.items()):
             self.own |= frozenset(numbers[rank::world_size])

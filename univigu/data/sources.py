@@ -39,11 +39,7 @@ class Source:
 
 
 def source_weights(sources: Sequence[Source]) -> list[float] | None:
-    """The sources' weights, None if none has one.
-
-    Raises:
-        ValueError: there is no source, one occurs twice, or only some have a weight.
-    """
+    """The sources' weights, None if none has one; raises ValueError if only some have, or a source is there twice."""
     paths = [source.path for source in sources]
     if not paths:
         raise ValueError("data.shards=[]: expected at least one source")
@@ -63,11 +59,8 @@ class SourceFolder:
     base: Path
     """Folder with train/, val/ and test/."""
     foundation: str
-    """WanPipeline folder whose encoders compute the latents."""
     buckets: tuple[Bucket, ...]
-    """Sizes that videos are brought to."""
     precompute: bool
-    """Whether videos are encoded before training."""
     url: str | None = None
     """Where the shards are copied from."""
 
