@@ -22,7 +22,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 import pytest
 import torch
 
-from univigu.data.build import SpawnPool
+from univigu.data.processes import SpawnPool
 
 REPO = Path(__file__).resolve().parents[1]
 

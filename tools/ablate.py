@@ -30,7 +30,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from univigu.data.build import usable_cores
+from univigu.data.processes import usable_cores
 from univigu.training.report import split_around
 
 BEGIN, END = "<!-- ablations: written by tools/ablate.py -->", "<!-- end of ablations -->"

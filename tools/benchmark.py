@@ -29,11 +29,11 @@ from rich.console import Console
 from rich.table import Table
 
 from univigu.data.buckets import Bucket
-from univigu.data.build import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.encode import encode_shards
 from univigu.data.index import SampleRef, index_folder
 from univigu.data.loader import TrainLoader
+from univigu.data.processes import SpawnPool
 from univigu.flow.inputs import TextInputs
 from univigu.flow.objective import TaskMixture, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow

@@ -252,7 +252,9 @@ def check_shards(folder: Path, sound: set[str], count: int, outcome: Outcome) ->
 
 def vbench(folder: Path, count: int, parts: Parts, rng: random.Random) -> Outcome:
     sound = prompts(folder / "prompts.jsonl", count, cut=True)
-    return evaluate("vbench", folder, [f"--prompts={folder}/prompts.jsonl", "--samples=1", "--steps=1"], sound, parts)
+    return evaluate(
+        "vbench", folder, [f"--prompts={folder}/prompts.jsonl", "--videos-per-prompt=1", "--steps=1"], sound, parts
+    )
 
 
 def vdc(folder: Path, count: int, parts: Parts, rng: random.Random) -> Outcome:

@@ -69,7 +69,7 @@ def write_prompts(common: Path) -> None:
 def write_videos(common: Path) -> None:
     from univigu.shapes.write import write_shapes
 
-    write_shapes(common / "videos", "train", 3 * CLIPS, shard_size=2, workers=1)
+    write_shapes(common / "videos", "train", 3 * CLIPS, shard_size=2)
 
 
 def prepare_fit(common: Path) -> None:

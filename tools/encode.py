@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 8 tools/encode.py ...         # shards are divided among the processes
 
 The source is a folder of shards, of videos with their texts, or of lists of these (.csv, .jsonl); or of train, val and
-test, each one of those.  The same command again goes on where it was cut off.  Training checks that the encoders, the
-normalisation and the size are its own; docs/DATA.md tells more.
+test, each one of those.  The same command again continues an interrupted run.  Training checks that the encoders, the
+normalisation and the size are its own; see docs/DATA.md.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import sys
 from pathlib import Path
 
 from univigu.cli import exit_code
-from univigu.data.build import Share, SpawnPool, this_device
 from univigu.data.index import find_split
+from univigu.data.options import add_share
+from univigu.data.processes import Share, SpawnPool, this_device
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 
 
@@ -37,9 +38,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--workers", type=int, help="processes on the CPU; default: one a core, if memory holds as many encoders"
     )
-    top.add_argument("--rank", type=int, help="number of this process; default: RANK, or srun's")
-    top.add_argument("--world-size", type=int, help="number of processes; default: WORLD_SIZE, or srun's")
-    top.add_argument("--device", help="default: this process's GPU if there is one, else cpu")
+    add_share(top)
     return top
 
 
@@ -68,12 +67,18 @@ def run(options: argparse.Namespace) -> None:
     with SpawnPool(workers) as pool:
         for name, source in places(options.source):
             manifest = encode_shards(
-                source, options.output / name, options.foundation, options.dtype, buckets=buckets,
-                strict=options.strict, pool=pool if device == "cpu" else None, prompts=prompts,
-                device=device, share=share,
-            )  # fmt: skip
-            state = "complete" if manifest.complete else "this process is done, others are not"
-            print(f"{options.output / name}: {state}: {len(manifest.shards)} shards, {manifest.counts}")
+                source,
+                options.output / name,
+                options.foundation,
+                options.dtype,
+                buckets,
+                options.strict,
+                pool if device == "cpu" else None,
+                prompts,
+                device,
+                share,
+            )
+            print(f"{options.output / name}: {manifest.state}")
 
 
 def main(args: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ import torch
 from tests.conftest import REPO
 from tests.data.conftest import ranked
 from univigu.data.buckets import Bucket, BucketChooser, best_bucket
-from univigu.data.build import SpawnPool
+from univigu.data.processes import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.encode import encode_shards
 from univigu.data.index import index_folder

@@ -1,19 +1,19 @@
-"""What several programs that write one folder go by: their numbers, a lock, and files that nobody replaces."""
+"""Several processes that write one folder: their ranks, locks, and results that survive a kill."""
 
 from __future__ import annotations
 
-import errno
-import logging
-import os
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from univigu.data.build import RANKS, SLURM_RANKS, Share, alone, build_folder, claim, this_device
+from univigu.data.build import build_folder
+from univigu.data.parts import Record, locked, run_jobs
+from univigu.data.processes import ONLY, SRUN, TORCHRUN, Share, this_device
+from univigu.data.sample import DataError
 from univigu.data.shards import Manifest, ShardInfo, write_shard
-from univigu.evaluation.ledger import Ledger
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ from univigu.evaluation.ledger import Ledger
 def test_processes_know_their_numbers(
     variables: dict[str, str], expected: Share, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in (*RANKS, *SLURM_RANKS, "SLURM_NTASKS"):
+    for name in (*TORCHRUN, *SRUN, "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -51,56 +51,96 @@ def test_processes_of_a_node_take_one_gpu_each(name: str, monkeypatch: pytest.Mo
     assert this_device() == "cuda:2"
 
 
-@pytest.fixture(params=["links", "no links"])
-def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One with hard links, and one that refuses them as exFAT and some network file systems do."""
-
-    def refused(*_: Any) -> None:
-        raise PermissionError(errno.EPERM, "Operation not permitted")
-
-    if request.param == "no links":
-        monkeypatch.setattr(os, "link", refused)
-
-
-def test_a_claimed_name_is_not_replaced(tmp_path: Path, file_system: None) -> None:
-    for number in range(2):
-        (tmp_path / f"{number}").write_text(f"from {number}")
-        claim(tmp_path / f"{number}", tmp_path / "claimed")
-    assert (tmp_path / "claimed").read_text() == "from 0" and (tmp_path / "0").exists()
-    with pytest.raises(FileNotFoundError):
-        claim(tmp_path / "gone", tmp_path / "other")
-    assert not (tmp_path / "other").exists()
-
-
 def _write(path: Path, job: int) -> ShardInfo:
+    if job < 0:
+        raise RuntimeError("killed")
     return write_shard(path, [(str(job), {"json": b"{}"})])
 
 
-def test_folders_and_ledgers_are_written_anywhere(tmp_path: Path, file_system: None) -> None:
-    jobs = {f"{i}.tar": i for i in range(3)}
+def build(folder: Path, jobs: dict[str, int], share: Share = ONLY, **parameters: Any) -> Manifest:
+    return build_folder(folder, Manifest("video", parameters), jobs, _write, None, "", share)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.suffix != ".lock"}
+
+
+def test_shards_do_not_depend_on_processes_and_interruptions(tmp_path: Path) -> None:
+    jobs = {f"{i}.tar": i for i in range(5)}
+    assert build(tmp_path / "one", jobs).complete
     for rank in (1, 0):
-        made = build_folder(tmp_path / "a", Manifest("video", {}), jobs, _write, None, "", Share(rank, 2))
-        announced = Manifest.load(tmp_path / "a")
-        assert announced is not None and announced.complete == made.complete == (rank == 0)
-    for share in (Share(0, 2), Share(1, 2)):
-        ledger = Ledger(tmp_path / "b", {"a": 1}, share)
-        ledger.add("xy"[share.rank])
-    assert ledger.results(["x", "y"]) is not None
+        made = build(tmp_path / "two", jobs, Share(rank, 2))
+        saved = Manifest.load(tmp_path / "two")
+        assert saved is not None and saved.complete == made.complete == (rank == 0)
+    with pytest.raises(RuntimeError, match="killed"):
+        build(tmp_path / "killed", {**jobs, "3.tar": -1})
+    saved = Manifest.load(tmp_path / "killed")
+    assert saved is not None and not saved.complete
+    (tmp_path / "killed" / ".3.tar.99.tmp").write_text("half")
+    before = (tmp_path / "killed" / "0.tar").stat().st_mtime_ns
+    assert build(tmp_path / "killed", jobs).complete
+    assert (tmp_path / "killed" / "0.tar").stat().st_mtime_ns == before
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "killed")
+    assert not (tmp_path / "killed" / ".parts").exists()
 
 
-def test_a_second_program_waits_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING, "univigu.data.build")
+def test_shards_of_something_else_are_refused(tmp_path: Path) -> None:
+    build(tmp_path / "a", {"0.tar": 0}, seed=1)
+    with pytest.raises(DataError, match="was made with seed='1', this run has seed='2'"):
+        build(tmp_path / "a", {"0.tar": 0}, seed=2)
+    (tmp_path / "a" / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"holds shards of unknown origin \(0\.tar"):
+        build(tmp_path / "a", {"0.tar": 0}, seed=1)
+
+
+def test_a_second_process_waits_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     order: list[str] = []
 
     def second() -> None:
-        with alone(tmp_path / "new", Share()):
+        with locked(tmp_path / "new", "0"):
             order.append("second")
 
-    with alone(tmp_path / "new", Share()), alone(tmp_path / "new", Share(1, 2)):  # another share does not wait
+    with locked(tmp_path / "new", "0"), locked(tmp_path / "new", "1"):  # another share does not wait
         thread = threading.Thread(target=second)
         thread.start()
-        thread.join(0.5)
+        while "waiting for another process" not in caplog.text and thread.is_alive():
+            thread.join(0.01)
         order.append("first")
     thread.join(30)
     assert order == ["first", "second"]
-    assert any("another program is writing it; waiting" in message for message in caplog.messages)
+
+
+def test_jobs_are_done_once_and_failed_ones_again(tmp_path: Path) -> None:
+    texts = ["a", "b\u2028\x85\r\n \udc80", "c", "d"]  # all kinds of line ends, and a byte that is no text
+    broken, killed = {1, 2}, False
+    calls: list[int] = []
+
+    def make(numbers: Sequence[int]) -> Iterator[tuple[int, Record, dict[str, bytes]]]:
+        for number in numbers:
+            calls.append(number)
+            if number == 3 and killed:
+                raise RuntimeError("killed")
+            error = "broken" if number in broken else None
+            yield number, {"text": texts[number], "error": error}, {f"files/{number}": b"x"}
+
+    def run(share: Share = ONLY, **parameters: Any) -> list[Record] | None:
+        return run_jobs(tmp_path, parameters, 4, make, lambda rows: {"all.txt": str(len(rows))}, 2, share)
+
+    for use in ("0-99", "11-99"):  # left by killed processes
+        (tmp_path / ".parts").mkdir(exist_ok=True)
+        (tmp_path / ".parts" / f"{use}.tmp").write_text("half")
+    assert run(Share(0, 2)) is None and calls == [0, 2]
+    assert [path.name for path in (tmp_path / ".parts").glob("*.tmp")] == ["11-99.tmp"]  # may be in use
+    killed = True
+    with pytest.raises(RuntimeError, match="killed"):
+        run(Share(1, 2))
+    assert not (tmp_path / "all.txt").exists()
+    calls.clear()
+    killed = False
+    broken.remove(2)
+    rows = run()
+    assert calls == [1, 2, 3]
+    assert rows is not None and [row["text"] for row in rows] == texts and rows[1]["error"] == "broken"
+    assert (tmp_path / "all.txt").read_text() == "4"
+    with pytest.raises(DataError, match="was made with a='None', this run has a='2'"):
+        run(a=2)

@@ -14,9 +14,9 @@ import webdataset
 
 from tests.conftest import REPO
 from univigu import UniViGUPipeline
-from univigu.data.build import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.index import index_folder
+from univigu.data.processes import SpawnPool
 from univigu.data.sample import DataError, SampleError, parse_sample
 from univigu.data.shards import Manifest
 from univigu.shapes.write import write_shapes

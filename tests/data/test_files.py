@@ -13,7 +13,7 @@ import torch
 from tests.damage import good_sample, write_raw
 from univigu.data import encode as encoding
 from univigu.data.buckets import Bucket
-from univigu.data.build import SpawnPool
+from univigu.data.processes import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.encode import encode_shards
 from univigu.data.filters import LengthFilter

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.data.conftest import ranked
-from univigu.data.build import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
+from univigu.data.processes import SpawnPool
 from univigu.shapes.write import write_shapes
 
 SHARDS, SAMPLES, BATCH = 64, 192, 2

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from univigu.data.build import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
+from univigu.data.processes import SpawnPool
 from univigu.data.sample import DataError
 from univigu.data.sources import Source, fetch_shards, is_remote, local_folder
 from univigu.shapes.write import write_shapes

@@ -14,9 +14,10 @@ import pytest
 import torch
 import webdataset
 
-from univigu.data.build import SpawnPool, build_folder
+from univigu.data.build import build_folder
 from univigu.data.encode import encode_shards
 from univigu.data.index import index_folder, scan_shard
+from univigu.data.processes import SpawnPool
 from univigu.data.sample import SAMPLE_REASONS, DataError, SampleError, parse_sample, parse_texts
 from univigu.data.shards import Manifest, ShardInfo, write_shard
 from univigu.data.video import read_video

@@ -11,8 +11,8 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from univigu.data import sources
-from univigu.data.build import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
+from univigu.data.processes import SpawnPool
 from univigu.data.sample import DataError
 from univigu.data.sources import Source, has_large_encoder
 from univigu.shapes.write import write_shapes

@@ -15,15 +15,12 @@ from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DMode
 from transformers import AutoTokenizer
 
 from tests.conftest import REPO
-from univigu.data.build import Share
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.filters import LengthFilter
 from univigu.data.index import index_folder
+from univigu.data.processes import Share
 from univigu.data.sample import DataError
 from univigu.data.shards import Manifest, sha256_of
-from univigu.data.synthesis.captioners import ModelCaptioner, make_captioner
-from univigu.data.synthesis.options import CaptionOptions, Clip, VideoOptions, derived_seed
-from univigu.data.synthesis.sources import PromptSource
 from univigu.data.video import read_video
 from univigu.models.tokens import token_count
 from univigu.shapes import renderer, scenes, texts
@@ -229,11 +226,11 @@ def test_damage_is_repaired_and_leftovers_go(tool: Tool, tmp_path: Path) -> None
         (["--prompts", "p.txt", "--pipeline", "gone"], "--pipeline='gone': no folder of a diffusers pipeline"),
         (["--prompts", "p.txt", "--captioner", "gone"], "--captioner='gone': expected 'none', 'template', or"),
         (["--prompts", "p.txt", "--tokenizer", "gone"], "--tokenizer='gone': cannot be loaded"),
-        (["--prompts", "p.txt", "--height", "63"], "video.height=63: expected an even number"),
-        (["--prompts", "p.txt", "--steps", "0"], "video.steps=0: expected at least 1"),
-        (["--prompts", "p.txt", "--dtype", "int8"], "video.dtype='int8'"),
-        (["--prompts", "p.txt", "--top-p", "0"], "caption.top_p=0.0"),
-        (["--prompts", "p.txt", "--instruction", "{clip}"], "caption.instruction: expected only the fields"),
+        (["--prompts", "p.txt", "--height", "63"], "height=63: expected an even number"),
+        (["--prompts", "p.txt", "--steps", "0"], "steps=0: expected at least 1"),
+        (["--prompts", "p.txt", "--dtype", "int8"], "dtype='int8'"),
+        (["--prompts", "p.txt", "--top-p", "0"], "top_p=0.0"),
+        (["--prompts", "p.txt", "--instruction", "{clip}"], "instruction: expected only the fields"),
         (["--prompts", "p.txt", "--rank", "2", "--world-size", "2"], r"rank=2: expected one in [0, 2)"),
         (["--prompts", "p.txt", "--shard-size", "0"], "shard_size=0"),
         (["--source", "shapes", "--num-clips", "0"], "--num-clips=0"),
@@ -275,5 +272,5 @@ def test_a_pipeline_for_something_else_is_refused(tool: Tool, tmp_path: Path, fo
 
 def test_negative_seeds_and_the_plainest_captioner() -> None:
     assert make_captioner("none", CaptionOptions(), LengthFilter(), 8).tries == 1
-    with pytest.raises(ValueError, match=r"video.seed=-1: expected at least 0"):
+    with pytest.raises(ValueError, match=r"seed=-1: expected at least 0"):
         VideoOptions(seed=-1)

@@ -14,7 +14,7 @@ import torch
 from tests import tiny
 from tests.conftest import REPO
 from univigu import UniViGUPipeline
-from univigu.data.build import Share, alone
+from univigu.data.parts import locked
 from univigu.data.video import encode_mp4
 
 
@@ -51,7 +51,7 @@ def evaluate_second(
     def run(arguments: list[str], output: Path) -> None:
         ended: list[int] = []
         second = threading.Thread(target=lambda: ended.append(evaluate(arguments)))
-        with alone(output, Share()):
+        with locked(output, "00000"):
             second.start()
             while second.is_alive() and "waiting" not in caplog.text:
                 time.sleep(0.01)

@@ -66,7 +66,7 @@ def test_dream1k_for_tarsier(dream: Path, model: str, clips: Path, tmp_path: Pat
     assert ours["1"]["caption"] == rows[0]["prediction"] and ours["1"]["error"] is None
     assert ours["1"]["caption"] != ours["3"]["caption"]
     assert "2.MP4: not a readable video" in ours["2"]["error"]
-    assert ours["4"]["error"] == "no video of the name '4' is there"
+    assert ours["4"]["error"] == "there is no video of the name '4'"
     pipe = UniViGUPipeline.from_pretrained(model)
     frames = read_video(clips / "3.mp4", 5, 32, 32).float() / 255
     text = pipe.caption(frames[None], generator=[torch.Generator().manual_seed(ours["3"]["seed"])], caption_steps=3,
@@ -164,8 +164,7 @@ def test_ranks_batches_and_interruptions_give_the_same(
     assert "this process is done, others are not" in capsys.readouterr().out
     assert captions(shared) == captions(alone)
     (shared / "captions.jsonl").unlink()
-    own = shared / ".rows-00000.jsonl"
-    own.write_text(own.read_text()[:-30])  # the last row is cut off
+    (shared / ".parts" / "00000002.json").unlink()  # a killed process has not written it
     assert evaluate(command("dream1k", model, clips, shared, f"--annotations={dream}")) == 0
     assert captions(shared) == captions(alone)
 
@@ -176,8 +175,8 @@ def test_ranks_batches_and_interruptions_give_the_same(
         (["--annotations=/nowhere.jsonl"], "--annotations='/nowhere.jsonl': cannot be read"),
         (["--annotations=list.txt"], "expected a .jsonl, .json or .tsv file"),
         (["--videos=/nowhere"], "data.videos='/nowhere': no such file or folder"),
-        (["--model=/nowhere"], "--model='/nowhere': no folder of a pipeline"),
-        (["--batch-size=0"], "captions.batch_size=0: expected at least 1"),
+        (["--model=/nowhere"], "--model='/nowhere': no folder of a diffusers pipeline"),
+        (["--batch-size=0"], "batch_size=0: expected at least 1"),
         (["--text-order=backwards"], "sampling.text_order='backwards'"),
     ],
 )

@@ -16,12 +16,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from univigu.data.buckets import Bucket, BucketChooser, Grid
-from univigu.data.build import SpawnPool, this_device
 from univigu.data.filters import LengthFilter, Selection, select
 from univigu.data.index import SampleRef
 from univigu.data.inputs import PredictionInput, PredictionInputs, find_videos, read_pairs, read_prompts
 from univigu.data.loader import ErrorLog, SampleLoader, TrainLoader, VideoTextDataset
 from univigu.data.order import EvalOrder, TrainOrder
+from univigu.data.processes import SpawnPool, this_device
 from univigu.data.sample import LATENTS_SUFFIX, DataError
 from univigu.data.sources import (
     Source,

@@ -97,6 +97,12 @@ class Manifest:
         reasons = Counter(row["reason"] for shard in self.shards for row in shard.skipped)
         return {"kept": self.num_samples, **dict(sorted(reasons.items()))}
 
+    @property
+    def state(self) -> str:
+        """A line for people."""
+        state = "complete" if self.complete else "this process is done, others are not"
+        return f"{state}: {len(self.shards)} shards, {self.counts}"
+
     def save(self, folder: Path, name: str = MANIFEST) -> None:
         """Write the manifest, replacing an older one atomically."""
         self.shards.sort(key=lambda shard: shard.name)

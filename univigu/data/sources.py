@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from univigu.data.buckets import Bucket, size_parameters
-from univigu.data.build import SpawnPool
 from univigu.data.encode import encode_shards, prompt_parameters, source_parameters, vae_parameters
 from univigu.data.index import SampleRef, find_split, index_folder, list_shards
+from univigu.data.processes import SpawnPool
 from univigu.data.sample import LATENTS_SUFFIX, DataError, SampleError
 from univigu.data.shards import MANIFEST, Manifest, check_latents, sha256_of
 

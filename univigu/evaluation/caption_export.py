@@ -1,8 +1,8 @@
-"""Captions in the forms that the scorers of DREAM-1K and VDC read; the scorers ask language models and stay outside.
+"""Captions in the forms that the scorers of DREAM-1K and VDC read; these ask language models and stay outside.
 
 DREAM-1K (Wang et al., 2024, arXiv:2407.00634) is scored by tarsier's ``evaluation.evaluate`` or by VLMEvalKit,
-VDC (Chai et al., 2024, arXiv:2410.03051) by aurora's ``post_eval``, by lmms-eval or by VLMEvalKit.  The forms are what
-those programs' sources read; docs/EVALUATION.md has the commands.
+VDC (Chai et al., 2024, arXiv:2410.03051) by aurora's ``post_eval``, by lmms-eval or by VLMEvalKit.
+docs/EVALUATION.md has the commands.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from univigu.data.build import Share, alone, progress_bar
 from univigu.data.inputs import find_videos
+from univigu.data.options import check_dtype, check_least
+from univigu.data.parts import Record, run_jobs
+from univigu.data.processes import ONLY, Share
 from univigu.data.rows import split_lines, to_json, to_line
 from univigu.data.sample import DataError, is_video
-from univigu.data.synthesis.options import check_dtype
+from univigu.data.synthesis.sources import load_pipeline, pipeline_class
 from univigu.data.video import VideoError, read_video
-from univigu.evaluation.ledger import ALONE, Ledger
-from univigu.evaluation.vbench import load_pipeline, pipeline_class
 from univigu.models.fingerprint import folder_fingerprint
 from univigu.sampling.options import SamplingOptions
 
 Category = Literal["short", "background", "main_object", "camera", "detailed"]
 FAILED = "<error>"
-"""What stands for the caption of a clip that cannot be read, as in tarsier's own predictions."""
+"""Caption of a clip that cannot be read, as in tarsier's own predictions."""
 Forms = Callable[[dict[str, str | None]], dict[str, str]]
-"""Of captions by video, what a benchmark's files hold by their names."""
+"""A benchmark's files by name, given the captions by video."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class CaptionerOptions:
     num_frames: int = 9
     """4k+1, spread evenly over the clip."""
     question: str = ""
-    """What the caption is conditioned on, for models trained on questions; empty captions from the video alone."""
+    """Condition of the caption, for models trained on questions; empty: the null condition."""
     prompt_length: int = 512
     """Tokens that the question is padded to."""
     seed: int = 0
@@ -58,14 +58,11 @@ class CaptionerOptions:
     dtype: str = "float32"
     """Of the model: float32, bfloat16 or float16."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    """How texts are drawn."""
+    """How texts are sampled."""
 
     def __post_init__(self) -> None:
-        least = {"height": 2, "width": 2, "num_frames": 1, "prompt_length": 1, "seed": 0, "batch_size": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"captions.{name}={getattr(self, name)}: expected at least {bound}")
-        check_dtype(self.dtype, "captions.dtype")
+        check_least(self, height=2, width=2, num_frames=1, prompt_length=1, seed=0, batch_size=1)
+        check_dtype(self.dtype)
 
 
 def caption_videos(
@@ -73,16 +70,16 @@ def caption_videos(
     model: str,
     videos: dict[str, str | None],
     options: CaptionerOptions = CaptionerOptions(),
-    share: Share = ALONE,
+    share: Share = ONLY,
     device: str = "cpu",
     forms: Forms | None = None,
 ) -> list[dict[str, Any]] | None:
-    """Caption this process's part of the videos; where it is the last one, write captions.jsonl and other forms of it.
+    """Caption this process's part of the videos; the last process writes captions.jsonl and other forms of it.
 
     Args:
-        output: folder of the run; a second program with the same share of it waits for this one.
+        output: folder of the run.
         model: folder of a UniViGUPipeline.
-        videos: by the name that the benchmark knows a video by, the file, or None where there is none.
+        videos: file by the benchmark's name of the video, or None where there is none.
         forms: gives the other forms.
 
     Returns:
@@ -91,67 +88,52 @@ def caption_videos(
     Raises:
         DataError: the model cannot be read, or the folder holds another run.
     """
-    pipeline_class(model)
-    names = hashlib.sha256(repr(list(videos)).encode()).hexdigest()
-    parameters = {"model": folder_fingerprint(model), "videos": names, **asdict(options)}
-    with alone(output, share):
-        ledger = Ledger(output, parameters, share)
-        _caption_missing(ledger, model, videos, options, device)
-        rows = ledger.results(list(videos))
-        if rows is not None:
-            ledger.write("captions.jsonl", "".join(to_line(row) for row in rows))
-            texts = {row["key"]: row["caption"] for row in rows}
-            for name, content in (forms(texts) if forms is not None else {}).items():
-                ledger.write(name, content)
-    return rows
+    if pipeline_class(model, "--model") != "UniViGUPipeline":
+        raise DataError(f"--model={model!r}: writes no captions; expected a UniViGUPipeline")
+    names = list(videos)
+    digest = hashlib.sha256(repr(names).encode()).hexdigest()
+    parameters = {"model": folder_fingerprint(model), "videos": digest, **asdict(options)}
+    pipe: Any = None
+
+    def make(numbers: Sequence[int]) -> Iterator[tuple[int, Record, Mapping[str, bytes]]]:
+        nonlocal pipe
+        frames: dict[int, torch.Tensor] = {}
+        rows: dict[int, Record] = {}
+        for number in numbers:
+            name = names[number]
+            rows[number] = {"key": name, "video": videos[name], "caption": None, "seed": options.seed + number}
+            rows[number]["error"] = None
+            try:
+                frames[number] = _read(name, videos[name], options)
+            except VideoError as error:
+                rows[number]["error"] = str(error)
+        if frames:
+            pipe = pipe or load_pipeline(model, options.dtype, device, "--model")
+            made = pipe.caption(
+                torch.stack(list(frames.values())).float() / 255,
+                options.question or None,
+                generator=[torch.Generator("cpu").manual_seed(rows[number]["seed"]) for number in frames],
+                options=options.sampling,
+                max_sequence_length=options.prompt_length,
+            )
+            for number, text in zip(frames, made.text, strict=True):
+                rows[number]["caption"] = text
+        yield from ((number, row, {}) for number, row in rows.items())
+
+    def merge(rows: list[Record]) -> dict[str, str]:
+        captions = {row["key"]: row["caption"] for row in rows}
+        return {"captions.jsonl": "".join(map(to_line, rows)), **(forms(captions) if forms is not None else {})}
+
+    return run_jobs(output, parameters, len(names), make, merge, options.batch_size, share, "captions")
 
 
-def _caption_missing(
-    ledger: Ledger, model: str, videos: dict[str, str | None], options: CaptionerOptions, device: str
-) -> None:
-    seeds = {name: options.seed + i for i, name in enumerate(videos)}
-    todo = ledger.missing(videos)
-    pipe = None
-    with progress_bar() as bar:
-        task = bar.add_task("captions", total=len(todo))
-        for start in range(0, len(todo), options.batch_size):
-            frames: dict[str, torch.Tensor] = {}
-            batch = todo[start : start + options.batch_size]
-            for name in batch:
-                path, size = videos[name], (options.num_frames, options.height, options.width)
-                try:
-                    if path is None:
-                        raise VideoError(f"no video of the name {name!r} is there")
-                    frames[name] = read_video(path, *size)
-                except VideoError as error:
-                    ledger.add(name, str(error), video=path, caption=None, seed=seeds[name])
-            if frames:
-                pipe = pipe or _captioner(model, options, device)
-                texts = _captions(pipe, list(frames.values()), [seeds[name] for name in frames], options)
-                for name, text in zip(frames, texts, strict=True):
-                    ledger.add(name, None, video=videos[name], caption=text, seed=seeds[name])
-            bar.advance(task, len(batch))
+def _read(name: str, path: str | None, options: CaptionerOptions) -> torch.Tensor:
+    if path is None:
+        raise VideoError(f"there is no video of the name {name!r}")
+    return read_video(path, options.num_frames, options.height, options.width)
 
 
-def _captioner(model: str, options: CaptionerOptions, device: str) -> Any:
-    pipe = load_pipeline(model, options.dtype, device)
-    if not hasattr(pipe, "caption"):
-        raise DataError(f"--model={model!r}: {type(pipe).__name__} writes no captions; expected a UniViGUPipeline")
-    return pipe
-
-
-def _captions(pipe: Any, frames: list[torch.Tensor], seeds: list[int], options: CaptionerOptions) -> list[str]:
-    made = pipe.caption(
-        torch.stack(frames).float() / 255,
-        options.question or None,
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        options=replace(options.sampling),
-        max_sequence_length=options.prompt_length,
-    )
-    return list(made.text)
-
-
-# ------------------------------------------------------------------------ what the benchmarks list
+# ------------------------------------------------------------------ lists of the benchmarks
 
 
 @dataclass
@@ -218,7 +200,7 @@ def locate(names: list[str], videos: str | list[str]) -> dict[str, str | None]:
     return {name: files.get(Path(name).name.lower()) for name in dict.fromkeys(names)}
 
 
-# ------------------------------------------------------------------------ benchmarks
+# ------------------------------------------------------------------ benchmarks
 
 
 def export_dream1k(
@@ -227,7 +209,7 @@ def export_dream1k(
     videos: str | list[str],
     annotations: str,
     options: CaptionerOptions = CaptionerOptions(),
-    share: Share = ALONE,
+    share: Share = ONLY,
     device: str = "cpu",
 ) -> list[dict[str, Any]] | None:
     """Predictions for DREAM-1K beside captions.jsonl, in the form that belongs to the given list.
@@ -269,7 +251,7 @@ def export_vdc(
     annotations: str | None = None,
     task: str | None = None,
     options: CaptionerOptions = CaptionerOptions(),
-    share: Share = ALONE,
+    share: Share = ONLY,
     device: str = "cpu",
 ) -> list[dict[str, Any]] | None:
     """Predictions for a category of VDC beside captions.jsonl.
@@ -305,8 +287,10 @@ def export_vdc(
         if listing.columns is not None:
             return {"vlmevalkit/VDC.tsv": _table(listing, texts)}
         answers = [texts[name] or "" for name in listing.names]
-        records = [{"doc_id": i, "doc": {"video_id": Path(name).stem, "video_name": name}, "resps": [[text]]}
-                   for i, (name, text) in enumerate(zip(listing.names, answers, strict=True))]  # fmt: skip
+        records = [
+            {"doc_id": i, "doc": {"video_id": Path(name).stem, "video_name": name}, "resps": [[text]]}
+            for i, (name, text) in enumerate(zip(listing.names, answers, strict=True))
+        ]
         files = {f"aurora/{category}.json": to_json(records, 1) + "\n"}
         if annotations is not None:
             name = task or f"vdc_{category}"

@@ -1,30 +1,28 @@
 """Videos for VBench (Huang et al., 2024, arXiv:2311.17982), which itself stays outside: it pins old libraries.
 
 Its standard mode looks for ``{prompt}-{index}.mp4``, index 0 to 4, and takes the folder's other files for videos, so
-they lie in a folder of their own.  Its custom mode (``--mode=custom_input --prompt_file``) reads a json object of file
-names and prompts, which also serves prompts that make no file name.
+they have a folder of their own.  Its custom mode (``--mode=custom_input --prompt_file``) reads a json object of file
+names and prompts, which also serves prompts that are no valid file names.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from univigu.data.build import Share, alone, progress_bar
 from univigu.data.inputs import read_prompts
+from univigu.data.options import check_least
+from univigu.data.parts import Record, run_jobs
+from univigu.data.processes import ONLY, Share
 from univigu.data.rows import to_json, to_line
 from univigu.data.sample import DataError, is_unicode
-from univigu.data.synthesis.options import check_dtype
-from univigu.data.video import encode_mp4, to_uint8
-from univigu.evaluation.ledger import ALONE, Ledger
+from univigu.data.synthesis.sources import VideoOptions, generate_clips, load_pipeline, pipeline_class
+from univigu.data.video import encode_mp4
 from univigu.models.fingerprint import folder_fingerprint
 
 MAX_NAME = 255
@@ -32,41 +30,25 @@ MAX_NAME = 255
 
 
 @dataclass(frozen=True)
-class VBenchOptions:
+class VBenchOptions(VideoOptions):
     """How the videos are made."""
 
-    samples: int = 5
-    """Videos a prompt; VBench wants 5, and 25 for temporal flickering."""
-    seed: int = 0
-    """Of the first video; the others count up, so that no two have the same."""
-    height: int = 64
-    """Pixels."""
-    width: int = 64
-    """Pixels."""
-    num_frames: int = 9
-    """4k+1."""
-    fps: int = 8
-    """That the files play at; 16 for Wan2.1."""
     steps: int = 50
     """Denoising steps."""
-    guidance_scale: float = 5.0
+    guidance_scale: float | None = 5.0
     """Classifier-free guidance."""
     negative_prompt: str | None = None
-    """None is the null condition."""
-    prompt_length: int = 512
-    """Tokens that prompts are padded and cut to; how many were cut is recorded."""
+    """Default: the null condition."""
     batch_size: int = 1
-    """Videos made at once."""
-    dtype: str = "float32"
-    """Of the model: float32, bfloat16 or float16."""
+    """Videos generated at once."""
+    videos_per_prompt: int = 5
+    """Videos of each prompt: VBench expects 5, and 25 for temporal flickering."""
+    prompt_length: int = 512
+    """Tokens that prompts are padded and cut to; how many are cut is recorded."""
 
     def __post_init__(self) -> None:
-        least = {"samples": 1, "seed": 0, "height": 2, "width": 2, "num_frames": 1, "fps": 1, "steps": 1,
-                 "prompt_length": 1, "batch_size": 1}  # fmt: skip
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"vbench.{name}={getattr(self, name)}: expected at least {bound}")
-        check_dtype(self.dtype, "vbench.dtype")
+        super().__post_init__()
+        check_least(self, prompt_length=1)
 
 
 @dataclass(frozen=True)
@@ -74,9 +56,9 @@ class Video:
     """One video to make."""
 
     prompt: str
-    """What VBench knows it by."""
+    """VBench's prompt."""
     text: str
-    """What it is made of: the prompt, or its augmented form."""
+    """Prompt of the generator: the same, or its augmented form."""
     index: int
     seed: int
     error: str | None = None
@@ -88,7 +70,7 @@ class Video:
 
 
 def video_name(prompt: str, index: int) -> str:
-    """``{prompt}-{index}.mp4``; a prompt that makes no file name (too long, a slash, ...) is shortened and numbered.
+    """``{prompt}-{index}.mp4``; a prompt that is no valid file name (too long, a slash, ...) is shortened.
 
     Such a name ends in the hash of the whole prompt; VBench must then be told the prompt by its json file.
     """
@@ -142,7 +124,7 @@ def plan(prompts: str, augmented: str | None, options: VBenchOptions) -> list[Vi
     for row, ((prompt, problem), (text, other)) in enumerate(zip(rows, texts, strict=True), 1):
         error = problem or other or _wrong(prompt) or _wrong(text)
         label = prompt if problem is None and _wrong(prompt) is None else f"row {row}"
-        for index in range(options.samples):
+        for index in range(options.videos_per_prompt):
             if (label, index) not in videos:
                 videos[label, index] = Video(
                     label, text if error is None else "", index, options.seed + len(videos), error
@@ -157,57 +139,21 @@ def _wrong(prompt: str) -> str | None:
     return None if prompt.strip() else "an empty prompt"
 
 
-def pipeline_class(folder: str) -> str:
-    """The class of a pipeline's folder: "UniViGUPipeline", or any other's name in diffusers.
-
-    Raises:
-        DataError: it is no such folder.
-    """
-    try:
-        index = json.loads((Path(folder) / "model_index.json").read_text())
-        unified = "UniViGUTransformer3DModel" in index.get("transformer", ())
-        return "UniViGUPipeline" if unified else str(index["_class_name"])
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(
-            f"--model={folder!r}: no folder of a pipeline (model_index.json: {error}); make one with "
-            "`python tools/convert.py pipeline --checkpoint CHECKPOINT --output FOLDER`"
-        ) from error
-
-
-def load_pipeline(folder: str, dtype: str, device: str) -> Any:
-    """The pipeline of a folder: ours, or any text-to-video pipeline of diffusers, to compare with.
-
-    Raises:
-        DataError: there is none, or it cannot be loaded.
-    """
-    from diffusers import DiffusionPipeline
-
-    from univigu.pipeline import UniViGUPipeline
-
-    kind = UniViGUPipeline if pipeline_class(folder) == "UniViGUPipeline" else DiffusionPipeline
-    try:
-        pipe: Any = kind.from_pretrained(folder, torch_dtype=check_dtype(dtype, "dtype")).to(device)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
-        raise DataError(f"--model={folder!r}: cannot be loaded ({error})") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def export_vbench(
     output: Path,
     model: str,
     prompts: str,
     augmented: str | None = None,
     options: VBenchOptions = VBenchOptions(),
-    share: Share = ALONE,
+    share: Share = ONLY,
     device: str = "cpu",
 ) -> list[dict[str, Any]] | None:
-    """Make this process's part of the videos; the process that finds all done writes prompts.json and videos.jsonl.
+    """Make this process's part of the videos; the process that finds all of them done writes the two lists.
 
     Args:
         output: gets ``videos/*.mp4``, ``prompts.json`` (name: prompt, VBench's custom input) and ``videos.jsonl``
-            (video, prompt, text, index, seed, tokens_cut, error).  A second program with the same share waits.
-        model: folder of a pipeline.
+            (video, prompt, text, index, seed, tokens_cut, error).
+        model: folder of a pipeline, ours or any text-to-video pipeline of diffusers.
         prompts, augmented: see :func:`plan`.
 
     Returns:
@@ -216,76 +162,44 @@ def export_vbench(
     Raises:
         DataError: the prompts or the model cannot be read, or the folder holds another run.
     """
-    videos = {video.name: video for video in plan(prompts, augmented, options)}
-    pipeline_class(model)
-    parameters = {
-        "benchmark": "vbench", "model": folder_fingerprint(model), **asdict(options),
-        "prompts": hashlib.sha256(repr([(v.prompt, v.text, v.error) for v in videos.values()]).encode()).hexdigest(),
-    }  # fmt: skip
-    with alone(output, share):
-        ledger = Ledger(output, parameters, share)
-        _make_missing(ledger, model, videos, options, device)
-        rows = ledger.results(list(videos))
-        if rows is not None:
-            made = {row["key"]: row["prompt"] for row in rows if row["error"] is None}
-            ledger.write("prompts.json", to_json(made, 1) + "\n")
-            rows = [{"video": row["key"], **{name: row[name] for name in row if name != "key"}} for row in rows]
-            ledger.write("videos.jsonl", "".join(to_line(row) for row in rows))
-    return rows
+    videos = plan(prompts, augmented, options)
+    pipeline_class(model, "--model")
+    digest = hashlib.sha256(repr([(v.prompt, v.text, v.error) for v in videos]).encode()).hexdigest()
+    parameters = {"benchmark": "vbench", "model": folder_fingerprint(model), "prompts": digest, **asdict(options)}
+    pipe: Any = None
+
+    def make(numbers: Sequence[int]) -> Iterator[tuple[int, Record, Mapping[str, bytes]]]:
+        nonlocal pipe
+        good = [number for number in numbers if videos[number].error is None]
+        for number in numbers:
+            if number not in good:
+                yield number, _row(videos[number], videos[number].error), {}
+        if not good:
+            return
+        pipe = pipe or load_pipeline(model, options.dtype, device, "--model")
+        texts, seeds = [videos[number].text for number in good], [videos[number].seed for number in good]
+        clips = generate_clips(pipe, texts, seeds, options, max_sequence_length=options.prompt_length)
+        for number, frames in zip(good, clips, strict=True):
+            video = videos[number]
+            if frames is None:
+                yield number, _row(video, "the model gave numbers that are not finite"), {}
+                continue
+            row = _row(video, None, _cut(pipe, video.text, options.prompt_length))
+            yield number, row, {f"videos/{video.name}": encode_mp4(frames, options.fps, options.crf)}
+
+    def merge(rows: list[Record]) -> dict[str, str]:
+        made = {row["video"]: row["prompt"] for row in rows if row["error"] is None}
+        return {"prompts.json": to_json(made, 1) + "\n", "videos.jsonl": "".join(map(to_line, rows))}
+
+    return run_jobs(output, parameters, len(videos), make, merge, options.batch_size, share, "VBench videos")
 
 
-def _make_missing(ledger: Ledger, model: str, videos: dict[str, Video], options: VBenchOptions, device: str) -> None:
-    todo = [videos[name] for name in ledger.missing(videos)]
-    for video in todo:
-        if video.error is not None:
-            ledger.add(video.name, video.error, **_row(video))
-    good = [video for video in todo if video.error is None]
-    if good:
-        pipe = load_pipeline(model, options.dtype, device)
-        with progress_bar() as bar:
-            task = bar.add_task("VBench videos", total=len(good))
-            for start in range(0, len(good), options.batch_size):
-                batch = good[start : start + options.batch_size]
-                for video, frames in zip(batch, _make(pipe, batch, options), strict=True):
-                    if frames is None:
-                        ledger.add(video.name, "the model gave numbers that are not finite", **_row(video))
-                        continue
-                    ledger.write(f"videos/{video.name}", encode_mp4(frames, options.fps))
-                    ledger.add(video.name, None, **_row(video, _cut(pipe, video.text, options.prompt_length)))
-                bar.advance(task, len(batch))
-
-
-def _row(video: Video, cut: int = 0) -> dict[str, Any]:
-    return {"prompt": video.prompt, "text": video.text, "index": video.index, "seed": video.seed, "tokens_cut": cut}
+def _row(video: Video, error: str | None, cut: int = 0) -> Record:
+    source = {"prompt": video.prompt, "text": video.text, "index": video.index, "seed": video.seed}
+    return {"video": video.name, **source, "tokens_cut": cut, "error": error}
 
 
 def _cut(pipe: Any, text: str, length: int) -> int:
-    """Tokens of a prompt that its slot has no room for, which the pipeline leaves out."""
+    """Tokens of a prompt over its slot, which the pipeline leaves out."""
     tokenizer = getattr(pipe, "tokenizer", None)
     return 0 if tokenizer is None else max(0, len(tokenizer(text, verbose=False)["input_ids"]) - length)
-
-
-def _make(pipe: Any, videos: list[Video], options: VBenchOptions) -> Iterator[torch.Tensor | None]:
-    """uint8 frames [F, C, H, W] of each; None where they are not finite."""
-    from diffusers import WanPipeline
-
-    arguments: dict[str, Any] = {
-        "prompt": [video.text for video in videos], "height": options.height, "width": options.width,
-        "num_frames": options.num_frames, "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance_scale, "max_sequence_length": options.prompt_length, "output_type": "pt",
-        # on the CPU, so that a seed gives the same noise on any device and in any batch
-        "generator": [torch.Generator("cpu").manual_seed(video.seed) for video in videos],
-    }  # fmt: skip
-    if options.negative_prompt is not None:
-        arguments["negative_prompt"] = [options.negative_prompt] * len(videos)
-    # ours takes WanPipeline's arguments and hands them on
-    known = inspect.signature(WanPipeline.__call__ if isinstance(pipe, WanPipeline) else pipe.__call__).parameters
-    if "max_sequence_length" not in known:
-        del arguments["max_sequence_length"]
-    if unknown := sorted(set(arguments) - set(known)):
-        raise DataError(f"--model: {type(pipe).__name__} makes no video of a text; it takes no {unknown}")
-    for frames in pipe(**arguments).frames:  # [F, C, H, W] in [0, 1]
-        if torch.isfinite(frames).all():
-            yield to_uint8(frames).cpu()
-        else:
-            yield None

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from univigu.data.build import SpawnPool, build_folder
+from univigu.data.build import build_folder
+from univigu.data.processes import SpawnPool
 from univigu.data.shards import Manifest, ShardInfo, write_shard
 from univigu.data.video import encode_mp4
 from univigu.shapes import renderer, scenes, texts
@@ -19,8 +20,7 @@ ENCODING = b"h264-1"  # change it when encode_mp4 writes other files
 @dataclass(frozen=True)
 class _Job:
     split: scenes.Split
-    first_seed: int
-    num_clips: int
+    seeds: range
     height: int
     width: int
     num_frames: int
@@ -43,47 +43,44 @@ def write_shapes(
     num_clips: int,
     first_seed: int = 0,
     shard_size: int = 100,
-    workers: int | None = None,
     height: int = scenes.CANVAS,
     width: int = scenes.CANVAS,
     num_frames: int = scenes.NUM_FRAMES,
     pool: SpawnPool | None = None,
 ) -> Manifest:
-    """Render clips to video shards; a folder that is already whole is left alone, a half-written one completed.
+    """Render clips to video shards; complete shards of the folder stay, missing ones are made.
 
     Args:
-        folder: where the shards and their manifest go.
-        split: which of the world's streams; see :func:`univigu.shapes.scenes.sample_scene`.
+        folder: gets the shards and their manifest.
+        split: which of the world's splits; see :func:`univigu.shapes.scenes.sample_scene`.
         num_clips: how many clips, at least 1.
         first_seed: seed of the first clip; the following ones count up, and a clip's key is its seed.
         shard_size: clips a shard.
-        workers: processes; None takes one for every usable core.
         height, width, num_frames: size of the clips; H.264 wants even pixels.
-        pool: processes to use instead of new ones.
+        pool: renders in other processes; None renders in this one.
 
     Raises:
         DataError: the folder holds other shards.
         ValueError: an argument out of its range, by name.
     """
-    least = {"num_clips": 1, "first_seed": 0, "shard_size": 1}
-    for name, value in {"num_clips": num_clips, "first_seed": first_seed, "shard_size": shard_size}.items():
-        if value < least[name]:
-            raise ValueError(f"{name}={value}: expected at least {least[name]}")
-    parameters = {
-        "generator": "shapes", "world": world_fingerprint(), "split": split, "num_clips": num_clips,
-        "first_seed": first_seed, "shard_size": shard_size, "height": height, "width": width, "num_frames": num_frames,
-    }  # fmt: skip
-    jobs = {}
-    for number, start in enumerate(range(0, num_clips, shard_size)):
-        count = min(shard_size, num_clips - start)
-        jobs[f"{split}-{number:06d}.tar"] = _Job(split, first_seed + start, count, height, width, num_frames)
-    with SpawnPool(workers) as own:
-        manifest = Manifest("video", parameters)
-        return build_folder(Path(folder), manifest, jobs, _write, pool or own, f"rendering {split} shards")
+    counts = {"num_clips": num_clips, "first_seed": first_seed, "shard_size": shard_size}
+    for name, value in counts.items():
+        least = 0 if name == "first_seed" else 1
+        if value < least:
+            raise ValueError(f"{name}={value}: expected at least {least}")
+    size = {"height": height, "width": width, "num_frames": num_frames}
+    world = {"generator": "shapes", "world": world_fingerprint(), "split": split}
+    seeds = range(first_seed, first_seed + num_clips)
+    jobs = {
+        f"{split}-{number:06d}.tar": _Job(split, seeds[number * shard_size : (number + 1) * shard_size], **size)
+        for number in range(-(-num_clips // shard_size))
+    }
+    manifest = Manifest("video", {**world, **counts, **size})
+    return build_folder(Path(folder), manifest, jobs, _write, pool, f"rendering {split} shards")
 
 
 def _write(path: Path, job: _Job) -> ShardInfo:
-    return write_shard(path, (_clip(job, job.first_seed + i) for i in range(job.num_clips)))
+    return write_shard(path, (_clip(job, seed) for seed in job.seeds))
 
 
 def _clip(job: _Job, seed: int) -> tuple[str, dict[str, bytes]]:

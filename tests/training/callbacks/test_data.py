@@ -15,9 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from univigu.data.buckets import Bucket
-from univigu.data.build import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.filters import LengthFilter
+from univigu.data.processes import SpawnPool
 from univigu.data.sources import Source
 from univigu.shapes.write import write_shapes
 from univigu.training.callbacks import DataStatistics

@@ -65,9 +65,9 @@ def test_a_shorter_list_leaves_nothing_of_a_longer_one(tmp_path: Path) -> None:
     own = {"videos/mine.mp4", "videos/1.mp4", "videos/00002.webm", "captions.jsonl", "00000.mp4"}  # no call's videos
     for name in own:
         (tmp_path / name).write_text("mine")
-    (tmp_path / "videos/.00007.mp4.123.tmp").write_text("half")
-    (tmp_path / ".predictions-5.part").write_text("half")
-    (tmp_path / "manifest.tmp").write_text("half")
+    (tmp_path / ".parts").mkdir()
+    for name in ("00000007.json", "0-123.tmp"):
+        (tmp_path / ".parts" / name).write_text("half")
     predict(tmp_path, Painter("joint"), prompts=["c"])
     assert names(tmp_path) == {"manifest.jsonl", *numbered(1), *own}
     assert all((tmp_path / name).read_text() == "mine" for name in own)
@@ -80,7 +80,7 @@ def test_a_killed_call_leaves_no_list_of_an_earlier_one(tmp_path: Path) -> None:
     predict(tmp_path, Painter(), prompts=["a", "b", "c"])
     with pytest.raises(RuntimeError, match="killed"):
         predict(tmp_path, Painter(fail_at=1), prompts=["d", "e", "f"])
-    assert names(tmp_path) == {"videos/00000.mp4", ".predictions-0.part"}
+    assert names(tmp_path) == {"videos/00000.mp4", ".parts/00000000.json"}
     predict(tmp_path, Painter(), prompts=["d", "e"])
     assert names(tmp_path) == {"manifest.jsonl", *numbered(2)}
 
@@ -109,7 +109,7 @@ def test_captions_replace_captions_alone(tmp_path: Path) -> None:
     assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
     with pytest.raises(RuntimeError, match="killed"):
         predict(tmp_path, Painter("caption", fail_at=0), videos=str(tmp_path / "videos"))
-    assert names(tmp_path) == {".predictions-0.part", *kept}
+    assert names(tmp_path) == kept.keys()
 
 
 def test_what_is_to_be_read_is_not_removed(tmp_path: Path) -> None:

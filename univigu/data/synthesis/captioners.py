@@ -1,21 +1,96 @@
-"""Who describes the clips: nobody, a template, or a language model that sees frames and prompt."""
+"""Who writes the captions: nobody, a template, or a language model that is shown frames and the prompt."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import hashlib
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 
 from univigu.data.filters import LengthFilter
+from univigu.data.options import check_dtype, check_least
 from univigu.data.sample import DataError
-from univigu.data.synthesis.options import Captioner, CaptionOptions, Clip, check_dtype, derived_seed
+from univigu.data.synthesis.sources import Clip
 from univigu.data.video import even_indices
 from univigu.models.fingerprint import folder_fingerprint
 from univigu.shapes import scenes, texts
+
+INSTRUCTION = (
+    "These are {num_frames} frames of one video, in order. It was made from this prompt: {prompt}\n"
+    "Describe the video in one detailed paragraph of about {words} words: its subjects and their looks, how they move "
+    "from the first frame to the last, the background, the light, the camera. Do not contradict the prompt, add what "
+    "only the frames show, and write nothing but the description."
+)
+TEMPLATE = (
+    "the video shows {prompt}. the clip is {num_frames} frames long, {width} pixels wide and {height} pixels high, and "
+    "is played at {fps} frames a second. from the first frame to the last it shows the same scene: {prompt}. the "
+    "picture is one continuous shot without cuts, the camera does not move, and there is no text in the picture. "
+    "nothing else enters or leaves the frame, the light is even, and the background stays as it is while the clip "
+    "lasts."
+)
+FIELDS = {
+    "instruction": {"prompt", "num_frames", "words"},
+    "template": {"prompt", "num_frames", "height", "width", "fps"},
+}
+
+
+@dataclass(frozen=True)
+class CaptionOptions:
+    """How captions are written."""
+
+    frames: int = 8
+    """Frames of the clip, evenly spaced, that a language model is shown."""
+    tries: int = 4
+    """Attempts, each with another seed, until the caption's length is in the window."""
+    caption_batch_size: int = 1
+    """Clips captioned at once, which share the random numbers."""
+    max_new_tokens: int = 400
+    """Most tokens (of the language model) of a caption."""
+    temperature: float = 0.7
+    """Sampling temperature; 0 takes the likeliest token, and there is one attempt."""
+    top_p: float = 0.9
+    """Nucleus sampling."""
+    instruction: str = INSTRUCTION
+    """Request to the language model, with {prompt}, {num_frames} and {words}."""
+    template: str = TEMPLATE
+    """Text of the captioner "template", with {prompt}, {num_frames}, {height}, {width} and {fps}."""
+    caption_dtype: str = "float32"
+    """Of the language model: float32, bfloat16 or float16."""
+
+    def __post_init__(self) -> None:
+        check_least(self, frames=1, tries=1, caption_batch_size=1, max_new_tokens=1, temperature=0)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: expected a number in (0, 1]")
+        for name, names in FIELDS.items():
+            try:
+                getattr(self, name).format(**dict.fromkeys(names, ""))
+            except (KeyError, IndexError, ValueError) as error:
+                raise ValueError(f"{name}: expected only the fields {sorted(names)} ({error!r})") from error
+        check_dtype(self.caption_dtype, "caption_dtype")
+
+
+def derived_seed(*parts: int) -> int:
+    """A seed that is a hash of numbers, so that neighbours are independent."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "little")
+
+
+class Captioner(Protocol):
+    """Who writes the captions."""
+
+    tries: int
+    """Attempts that make sense."""
+    filtered: bool
+    """Whether captions outside the window of lengths are left out."""
+
+    def parameters(self) -> dict[str, Any]:
+        """What the captions depend on, for the manifest."""
+
+    def describe(self, clips: list[Clip], attempt: int) -> None:
+        """Write the captions."""
 
 
 class NoCaptioner:
@@ -27,11 +102,11 @@ class NoCaptioner:
         return {"captioner": "none"}
 
     def describe(self, clips: list[Clip], attempt: int) -> None:
-        """The captions stay as they are."""
+        """The captions stay empty."""
 
 
 class TemplateCaptioner:
-    """Fills a template in; clips of the embedded world get the description that world writes of them.
+    """Fills in a template; clips of the embedded world get that world's own description.
 
     Args:
         options: holds the template.
@@ -53,21 +128,19 @@ class TemplateCaptioner:
                 continue
             assert clip.frames is not None
             num_frames, _, height, width = clip.frames.shape
-            clip.caption = self.template.format(
-                prompt=clip.prompt.strip(" ."), num_frames=num_frames, height=height, width=width, fps=self.fps
-            )
+            size = {"num_frames": num_frames, "height": height, "width": width, "fps": self.fps}
+            clip.caption = self.template.format(prompt=clip.prompt.strip(" ."), **size)
 
 
 class ModelCaptioner:
-    """A transformers image-text-to-text model that is shown frames and told the prompt.
+    """A transformers image-text-to-text model that is shown frames and the prompt.
 
-    The frames go in as images of one message, which every such model with a chat template understands, those made
-    for video too.
+    The frames are images of one message, which every such model with a chat template takes, video models too.
 
     Args:
         folder: model and processor, as ``save_pretrained`` writes them.
         options: frames, draws and instruction.
-        window: lengths of captions that the instruction asks for.
+        window: window of caption lengths that the instruction asks for.
         device: where it runs.
 
     Raises:
@@ -81,7 +154,6 @@ class ModelCaptioner:
     ) -> None:
         self.folder, self.options, self.device = Path(folder), options, device
         self.words = round(0.375 * (window.min_caption + window.max_caption))  # three words make about four tokens
-        # The likeliest tokens are the same every time.
         self.tries = options.tries if options.temperature > 0 else 1
         if not (self.folder / "config.json").is_file():
             raise DataError(
@@ -109,7 +181,7 @@ class ModelCaptioner:
     def model(self) -> Any:
         from transformers import AutoModelForImageTextToText
 
-        model = self._load(AutoModelForImageTextToText, dtype=check_dtype(self.options.dtype, "caption.dtype"))
+        model = self._load(AutoModelForImageTextToText, dtype=check_dtype(self.options.caption_dtype))
         return model.requires_grad_(False).eval().to(self.device)
 
     def _load(self, auto: Any, **kwargs: Any) -> Any:
@@ -119,8 +191,8 @@ class ModelCaptioner:
             raise DataError(f"--captioner={str(self.folder)!r}: cannot be loaded ({error})") from error
 
     def describe(self, clips: list[Clip], attempt: int) -> None:
-        for start in range(0, len(clips), self.options.batch_size):
-            self._describe(clips[start : start + self.options.batch_size], attempt)
+        for start in range(0, len(clips), self.options.caption_batch_size):
+            self._describe(clips[start : start + self.options.caption_batch_size], attempt)
 
     def _describe(self, clips: list[Clip], attempt: int) -> None:
         o, seed = self.options, derived_seed(clips[0].seed, attempt)
@@ -144,13 +216,13 @@ class ModelCaptioner:
             clip.caption, clip.caption_seed = text.strip(), seed
 
     def images(self, clip: Clip) -> list[Image.Image]:
-        """The frames that are shown, spread evenly over the clip."""
+        """The frames that are shown, evenly spaced over the clip."""
         assert clip.frames is not None
         chosen = sorted(set(even_indices(len(clip.frames), self.options.frames)))
         return [Image.fromarray(clip.frames[i].permute(1, 2, 0).numpy()) for i in chosen]
 
     def messages(self, clip: Clip, num_images: int) -> list[dict[str, Any]]:
-        """What the model is told: the places of the frames, then the instruction with the prompt."""
+        """The message to the model: placeholders of the frames, then the instruction with the prompt."""
         prompt = clip.prompt
         for token in self.processor.tokenizer.all_special_tokens:  # "<image>" would ask for one frame more
             prompt = prompt.replace(token, " ")
@@ -165,7 +237,7 @@ def make_captioner(
     """The captioner of that name: "none", "template", or a folder.
 
     Raises:
-        DataError: it is none of these.
+        DataError: the folder holds no model.
     """
     if name == "none":
         return NoCaptioner()

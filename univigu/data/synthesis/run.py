@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from univigu.data.build import Share, build_folder, progress_bar
+from univigu.data.build import build_folder
 from univigu.data.filters import LengthFilter
+from univigu.data.processes import ONLY, Share, progress_bar
 from univigu.data.sample import DataError
 from univigu.data.shards import Manifest, ShardInfo, write_shard
-from univigu.data.synthesis.options import Captioner, Clip, Rejection, Source
+from univigu.data.synthesis.captioners import Captioner
+from univigu.data.synthesis.sources import Clip, Rejection, Source
 from univigu.data.video import encode_mp4
 from univigu.models.fingerprint import folder_fingerprint
+from univigu.models.tokens import token_count
 
 
 def synthesize(
@@ -27,25 +30,19 @@ def synthesize(
     tokenizer_folder: str | Path,
     length_filter: LengthFilter,
     shard_size: int = 100,
-    batch_size: int = 4,
-    fps: int = 8,
-    crf: int = 12,
-    share: Share = Share(),  # noqa: B008
+    share: Share = ONLY,
 ) -> Manifest:
-    """Fill a folder with shards of clips and captions; what is already there stays, what is missing is made.
+    """Fill a folder with shards of clips and captions; complete shards stay, missing ones are made.
 
-    A shard is made as a whole and depends on nothing outside it, so that a run which was cut off anywhere ends with
-    the same bytes as one which was not, and so do runs of several processes.
+    A shard depends on nothing outside of it: its bytes do not depend on interruptions and the number of processes.
 
     Args:
         output: where the shards and their manifest go.
         source: gives the clips.
-        captioner: describes them; it is asked again, up to ``captioner.tries`` times, for captions out of the window.
+        captioner: writes the captions, up to ``captioner.tries`` times while one misses the window.
         tokenizer_folder: counts the tokens.
-        length_filter: the windows of lengths; what misses them is left out and counted.
-        shard_size: clips asked for a shard; what is left out of one is not made up for.
-        batch_size: clips that are made at once.
-        fps, crf: how the files are encoded.
+        length_filter: the windows of lengths; texts that miss them are left out and counted.
+        shard_size: clips of a shard, those that are left out included.
         share: which of several processes this one is.
 
     Returns:
@@ -53,13 +50,10 @@ def synthesize(
 
     Raises:
         DataError: the folder holds something else, or a model cannot be loaded.
-        ValueError: an argument out of its range, by name.
+        ValueError: ``shard_size`` is below 1.
     """
-    for name, value in {"shard_size": shard_size, "batch_size": batch_size}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected at least 1")
-    from transformers import AutoTokenizer
-
+    if shard_size < 1:
+        raise ValueError(f"shard_size={shard_size}: expected at least 1")
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     except (OSError, ValueError) as error:
@@ -76,29 +70,20 @@ def synthesize(
     for number, start in enumerate(range(0, len(source), shard_size)):
         jobs[f"clips-{number:06d}.tar"] = range(start, min(start + shard_size, len(source)))
     progress = progress_bar()
-    run = _Run(source, captioner, tokenizer, length_filter, batch_size, fps, crf, progress)
+    writer = _ShardWriter(source, captioner, tokenizer, length_filter, progress)
     manifest = Manifest("video", parameters)
-    return build_folder(Path(output), manifest, jobs, run.write, None, "shards", share, progress)
+    return build_folder(Path(output), manifest, jobs, writer.write, None, "shards", share, progress)
 
 
-class _Run:
+@dataclass
+class _ShardWriter:
     """Makes single shards; see :func:`synthesize` for the arguments."""
 
-    def __init__(
-        self,
-        source: Source,
-        captioner: Captioner,
-        tokenizer: PreTrainedTokenizerBase,
-        length_filter: LengthFilter,
-        batch_size: int,
-        fps: int,
-        crf: int,
-        progress: Progress,
-    ) -> None:
-        self.source, self.captioner = source, captioner
-        self.tokenizer, self.length_filter = tokenizer, length_filter
-        self.batch_size, self.fps, self.crf = batch_size, fps, crf
-        self.progress = progress
+    source: Source
+    captioner: Captioner
+    tokenizer: PreTrainedTokenizerBase
+    length_filter: LengthFilter
+    progress: Progress
 
     def write(self, path: Path, numbers: range) -> ShardInfo:
         """Make and write the shard of these clips."""
@@ -111,12 +96,13 @@ class _Run:
         clips: list[Clip] = []
         for number in numbers:
             try:
-                clips.append(self._asked_for(number))
+                clips.append(self._clip(number))
             except Rejection as rejection:
                 rejected.append(rejection.row)
+        size = self.source.options.batch_size
         task = self.progress.add_task("clips of this shard", total=len(clips))
-        for start in range(0, len(clips), self.batch_size):
-            batch = clips[start : start + self.batch_size]
+        for start in range(0, len(clips), size):
+            batch = clips[start : start + size]
             self.source.render(batch)
             self._describe([clip for clip in batch if clip.frames is not None])
             for clip in batch:
@@ -129,7 +115,7 @@ class _Run:
             self.progress.advance(task, len(batch))
         self.progress.remove_task(task)
 
-    def _asked_for(self, number: int) -> Clip:
+    def _clip(self, number: int) -> Clip:
         """The clip of a number, if its prompt can be used."""
         clip = self.source.clip(number)
         length = self._tokens(clip.prompt)
@@ -158,8 +144,6 @@ class _Run:
             raise Rejection(reason, clip.key, "caption", f"{self._tokens(clip.caption)} tokens: {clip.caption}")
 
     def _tokens(self, text: str) -> int:
-        from univigu.models.tokens import token_count
-
         return token_count(self.tokenizer, text)
 
     def _members(self, clip: Clip) -> dict[str, bytes]:
@@ -169,4 +153,7 @@ class _Run:
             texts["caption_seed"] = clip.caption_seed
         if clip.scene is not None:
             texts["scene"] = clip.scene
-        return {"mp4": encode_mp4(clip.frames, self.fps, self.crf), "json": json.dumps(texts).encode()}
+        return {
+            "mp4": encode_mp4(clip.frames, self.source.options.fps, self.source.options.crf),
+            "json": json.dumps(texts).encode(),
+        }

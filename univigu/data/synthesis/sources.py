@@ -3,27 +3,171 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import asdict
+import json
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from univigu.data.inputs import read_prompts
+from univigu.data.options import check_dtype, check_least
 from univigu.data.sample import DataError
 from univigu.data.shards import sha256_of
-from univigu.data.synthesis.options import Clip, Rejection, VideoOptions, check_dtype
 from univigu.data.video import to_uint8
 from univigu.models.fingerprint import folder_fingerprint
 from univigu.shapes import renderer, scenes, texts
 from univigu.shapes.write import world_fingerprint
 
 
-class PromptSource:
-    """Clips that a text-to-video pipeline makes of prompts.
+@dataclass(frozen=True)
+class VideoOptions:
+    """How clips are generated."""
 
-    Every clip has its own generator on the CPU, so that the same seeds give the same noise on any device.
+    height: int = 64
+    """Pixels, even."""
+    width: int = 64
+    """Pixels, even."""
+    num_frames: int = 9
+    """Frames of a clip; 4k+1 for Wan."""
+    fps: int = 8
+    """Frames a second of the files; 16 for Wan2.1."""
+    steps: int = 20
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; default: the pipeline's."""
+    negative_prompt: str | None = None
+    """Default: the pipeline's."""
+    batch_size: int = 4
+    """Clips generated at once; other sizes round differently."""
+    videos_per_prompt: int = 1
+    """Clips of each prompt, each with its own seed."""
+    seed: int = 0
+    """Seed of the first clip; the others count up."""
+    dtype: str = "float32"
+    """Of the generator: float32, bfloat16 or float16."""
+    crf: int = 12
+    """x264's constant rate factor: 0 is lossless, 23 its usual default."""
+
+    def __post_init__(self) -> None:
+        check_least(self, height=2, width=2, num_frames=1, fps=1, steps=1, guidance_scale=0, seed=0, crf=0)
+        check_least(self, batch_size=1, videos_per_prompt=1)
+        for name in ("height", "width"):
+            if getattr(self, name) % 2:
+                raise ValueError(f"{name}={getattr(self, name)}: expected an even number")
+        check_dtype(self.dtype)
+
+
+class Rejection(Exception):
+    """A sample that is left out, and why; it becomes a row of the manifest's ``skipped``."""
+
+    def __init__(self, reason: str, key: str, field: str, value: str) -> None:
+        super().__init__(f"{key}: {reason} in {field}: {value}")
+        self.row = {"reason": reason, "key": key, "field": field, "value": value[:200]}
+
+
+@dataclass
+class Clip:
+    """A clip that becomes a sample of a shard."""
+
+    key: str
+    """The sample's key: the clip's number."""
+    prompt: str
+    seed: int
+    """Seed of the clip's noise."""
+    frames: torch.Tensor | None = None
+    """uint8 [F, C, H, W]; None until they are made, and where the generator's are not finite."""
+    scene: dict[str, Any] | None = None
+    """The embedded world's description, where there is one."""
+    caption: str = ""
+    caption_seed: int | None = None
+    """Seed of the caption, where it is sampled."""
+
+
+class Source(Protocol):
+    """Where clips come from."""
+
+    options: VideoOptions
+
+    def __len__(self) -> int:
+        """Number of clips."""
+
+    def parameters(self) -> dict[str, Any]:
+        """What the clips depend on, for the manifest."""
+
+    def clip(self, number: int) -> Clip:
+        """A clip without its frames; raises Rejection if there can be none."""
+
+    def render(self, clips: list[Clip]) -> None:
+        """Make the frames."""
+
+
+def pipeline_class(folder: str | Path, option: str = "--pipeline") -> str:
+    """Class of a folder's pipeline: "UniViGUPipeline", or that of diffusers; DataError if it is no such folder."""
+    try:
+        index = json.loads((Path(folder) / "model_index.json").read_text())
+        unified = "UniViGUTransformer3DModel" in index.get("transformer", ())
+        return "UniViGUPipeline" if unified else str(index["_class_name"])
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(
+            f"{option}={str(folder)!r}: no folder of a diffusers pipeline (model_index.json: {error}); "
+            "`python tools/convert.py pipeline --checkpoint CHECKPOINT --output FOLDER` writes one"
+        ) from error
+
+
+def load_pipeline(folder: str | Path, dtype: str, device: torch.device | str, option: str = "--pipeline") -> Any:
+    """The pipeline of a folder, ours or any of diffusers, without progress bars; DataError if it cannot be loaded."""
+    from diffusers import DiffusionPipeline
+
+    from univigu.pipeline import UniViGUPipeline
+
+    kind = UniViGUPipeline if pipeline_class(folder, option) == "UniViGUPipeline" else DiffusionPipeline
+    try:
+        pipe: Any = kind.from_pretrained(folder, torch_dtype=check_dtype(dtype)).to(device)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
+        raise DataError(f"{option}={str(folder)!r}: cannot be loaded ({error})") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate_clips(
+    pipe: Any, prompts: list[str], seeds: list[int], options: VideoOptions, **more: Any
+) -> list[torch.Tensor | None]:
+    """uint8 frames [F, C, H, W] of each prompt; None where they are not finite.
+
+    Every clip has its own generator on the CPU, so that a seed gives the same noise on any device and in any batch.
+
+    Args:
+        pipe: any text-to-video pipeline of diffusers.
+        more: arguments that are passed on if the pipeline knows them.
+    """
+    from diffusers import WanPipeline
+
+    arguments: dict[str, Any] = {
+        "prompt": prompts,
+        "height": options.height,
+        "width": options.width,
+        "num_frames": options.num_frames,
+        "num_inference_steps": options.steps,
+        "output_type": "pt",
+        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+    }
+    if options.guidance_scale is not None:
+        arguments["guidance_scale"] = options.guidance_scale
+    if options.negative_prompt is not None:
+        arguments["negative_prompt"] = [options.negative_prompt] * len(prompts)
+    call = WanPipeline.__call__ if isinstance(pipe, WanPipeline) else pipe.__call__  # UniViGUPipeline's has **kwargs
+    known = set(inspect.signature(call).parameters)
+    if unknown := sorted(set(arguments) - known):
+        raise DataError(f"{type(pipe).__name__} makes no video of a text; it takes no {unknown}")
+    arguments |= {name: value for name, value in more.items() if name in known}
+    videos = pipe(**arguments).frames  # [B, F, C, H, W] in [0, 1]
+    return [to_uint8(video).cpu() if torch.isfinite(video).all() else None for video in videos]
+
+
+class PromptSource:
+    """Clips that a text-to-video pipeline generates from prompts.
 
     Args:
         prompts: a .txt, .jsonl or .parquet file; see :func:`univigu.data.inputs.read_prompts`.
@@ -41,8 +185,7 @@ class PromptSource:
         self.path, self.folder = Path(prompts), Path(pipeline)
         self.options, self.device = options, device
         self.rows = read_prompts(prompts, "--prompts")
-        if not (self.folder / "model_index.json").is_file():
-            raise DataError(f"--pipeline={pipeline!r}: no folder of a diffusers pipeline (it lacks model_index.json)")
+        pipeline_class(pipeline)
 
     def __len__(self) -> int:
         return len(self.rows) * self.options.videos_per_prompt
@@ -64,36 +207,12 @@ class PromptSource:
 
     @cached_property
     def pipeline(self) -> Any:
-        """The loaded pipeline, without a progress bar of its own."""
-        from diffusers import DiffusionPipeline
-
-        try:
-            dtype = check_dtype(self.options.dtype, "video.dtype")
-            pipeline = DiffusionPipeline.from_pretrained(self.folder, torch_dtype=dtype).to(self.device)
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
-            raise DataError(f"--pipeline={str(self.folder)!r}: cannot be loaded ({error})") from error
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        return load_pipeline(self.folder, self.options.dtype, self.device)
 
     def render(self, clips: list[Clip]) -> None:
-        o = self.options
-        arguments: dict[str, Any] = {
-            "prompt": [clip.prompt for clip in clips], "height": o.height, "width": o.width,
-            "num_frames": o.num_frames, "num_inference_steps": o.steps, "output_type": "pt",
-            "generator": [torch.Generator("cpu").manual_seed(clip.seed) for clip in clips],
-        }  # fmt: skip
-        if o.guidance_scale is not None:
-            arguments["guidance_scale"] = o.guidance_scale
-        if o.negative_prompt is not None:
-            arguments["negative_prompt"] = [o.negative_prompt] * len(clips)
-        unknown = sorted(set(arguments) - set(inspect.signature(self.pipeline.__call__).parameters))
-        if unknown:
-            name = type(self.pipeline).__name__
-            raise DataError(f"--pipeline={str(self.folder)!r}: {name} makes no video of a text; it takes no {unknown}")
-        videos = self.pipeline(**arguments).frames  # [B, F, C, H, W] in [0, 1]
-        for clip, video in zip(clips, videos, strict=True):
-            if torch.isfinite(video).all():
-                clip.frames = to_uint8(video).cpu()
+        prompts, seeds = [clip.prompt for clip in clips], [clip.seed for clip in clips]
+        for clip, frames in zip(clips, generate_clips(self.pipeline, prompts, seeds, self.options), strict=True):
+            clip.frames = frames
 
 
 class ShapesSource:
@@ -101,7 +220,7 @@ class ShapesSource:
 
     Args:
         num_clips: how many.
-        split: which of the world's streams.
+        split: which of the world's splits.
         options: size and seeds.
     """
 
@@ -115,10 +234,9 @@ class ShapesSource:
 
     def parameters(self) -> dict[str, Any]:
         names = ("height", "width", "num_frames", "fps", "crf", "seed")
-        return {
-            "source": "shapes", "world": world_fingerprint(), "split": self.split, "num_clips": self.num_clips,
-            "video": {name: getattr(self.options, name) for name in names},
-        }  # fmt: skip
+        video = {name: getattr(self.options, name) for name in names}
+        world = {"world": world_fingerprint(), "split": self.split, "num_clips": self.num_clips}
+        return {"source": "shapes", **world, "video": video}
 
     def clip(self, number: int) -> Clip:
         seed = self.options.seed + number

@@ -1,0 +1,57 @@
+"""Options of the commands: dataclasses whose fields become command-line options, and checks that they share."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import docstring_parser
+import torch
+
+Options = TypeVar("Options")
+
+
+def add_options(parser: Any, options: Any) -> None:
+    """Add ``--field-name`` for every field; default and help come from the dataclass.
+
+    Args:
+        parser: an argparse parser or group of one.
+        options: an instance with the defaults.
+    """
+    parsed = [docstring_parser.parse_from_object(kind) for kind in reversed(type(options).__mro__[:-1])]
+    descriptions = {item.arg_name: item.description or "" for doc in parsed for item in doc.params}
+    for name, kind in get_type_hints(type(options)).items():
+        kind = next((arg for arg in get_args(kind) if arg is not type(None)), kind)
+        if kind in (int, float, str):
+            text = descriptions.get(name, "").replace("%", "%%")
+            parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(options, name), help=text)
+
+
+def add_share(parser: argparse.ArgumentParser) -> None:
+    """Add ``--rank``, ``--world-size`` and ``--device``."""
+    parser.add_argument("--rank", type=int, help="number of this process; default: RANK, or srun's")
+    parser.add_argument("--world-size", type=int, help="number of processes; default: WORLD_SIZE, or srun's")
+    parser.add_argument("--device", help="default: this process's GPU if there is one, else cpu")
+
+
+def read_options(kind: type[Options], namespace: argparse.Namespace, **more: Any) -> Options:
+    """The dataclass of parsed options; fields that are no options have their defaults."""
+    given = {field.name: getattr(namespace, field.name) for field in fields(kind) if hasattr(namespace, field.name)}  # type: ignore[arg-type]
+    return kind(**given | more)
+
+
+def check_least(options: Any, **least: float) -> None:
+    """Raise ValueError for a field that is below its least value."""
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise ValueError(f"{name}={value}: expected at least {bound}")
+
+
+def check_dtype(name: str, option: str = "dtype") -> torch.dtype:
+    """The torch dtype of that name; raises ValueError for one that models do not run in."""
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"{option}={name!r}: expected 'float32', 'bfloat16' or 'float16'")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
