@@ -15,8 +15,8 @@ import torch
 from lightning import LightningModule
 
 from univigu.data import datamodule
-from univigu.data.processes import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
+from univigu.data.processes import SpawnPool
 from univigu.data.video import encode_mp4
 from univigu.shapes import renderer, scenes, texts
 

@@ -14,10 +14,10 @@ import torch
 from tests.conftest import REPO
 from tests.data.conftest import ranked
 from univigu.data.buckets import Bucket, BucketChooser, best_bucket
-from univigu.data.processes import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.encode import encode_shards
 from univigu.data.index import index_folder
+from univigu.data.processes import SpawnPool
 from univigu.data.sample import DataError, SampleError
 from univigu.data.shards import Manifest, write_shard
 from univigu.data.video import encode_mp4, read_video

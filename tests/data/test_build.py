@@ -86,7 +86,7 @@ def test_shards_do_not_depend_on_processes_and_interruptions(tmp_path: Path) -> 
 
 def test_shards_of_something_else_are_refused(tmp_path: Path) -> None:
     build(tmp_path / "a", {"0.tar": 0}, seed=1)
-    with pytest.raises(DataError, match="was made with seed='1', this run has seed='2'"):
+    with pytest.raises(DataError, match="was made with seed=1, this run has seed=2"):
         build(tmp_path / "a", {"0.tar": 0}, seed=2)
     (tmp_path / "a" / "manifest.json").unlink()
     with pytest.raises(DataError, match=r"holds shards of unknown origin \(0\.tar"):
@@ -142,5 +142,5 @@ def test_jobs_are_done_once_and_failed_ones_again(tmp_path: Path) -> None:
     assert calls == [1, 2, 3]
     assert rows is not None and [row["text"] for row in rows] == texts and rows[1]["error"] == "broken"
     assert (tmp_path / "all.txt").read_text() == "4"
-    with pytest.raises(DataError, match="was made with a='None', this run has a='2'"):
+    with pytest.raises(DataError, match="was made with a=None, this run has a=2"):
         run(a=2)

@@ -13,11 +13,11 @@ import torch
 from tests.damage import good_sample, write_raw
 from univigu.data import encode as encoding
 from univigu.data.buckets import Bucket
-from univigu.data.processes import SpawnPool
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.encode import encode_shards
 from univigu.data.filters import LengthFilter
 from univigu.data.index import find_split, index_folder
+from univigu.data.processes import SpawnPool
 from univigu.data.sample import DataError
 from univigu.data.shards import Manifest
 from univigu.models.foundation import EMBEDDED_FOUNDATION
@@ -119,7 +119,7 @@ def test_latents_are_those_of_a_shard(
     monkeypatch: pytest.MonkeyPatch,
     pool: SpawnPool,
 ) -> None:
-    monkeypatch.setattr(encoding, "ROWS", 2)
+    monkeypatch.setattr(encoding, "SAMPLES_PER_SHARD", 2)
     WRITERS[kind](tmp_path / "mine")
     source, target = find_split(tmp_path / "mine", "val"), tmp_path / "encoded" / "val"
     encode_shards(source, target, EMBEDDED_FOUNDATION, pool=pool)

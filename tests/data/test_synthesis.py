@@ -21,6 +21,8 @@ from univigu.data.index import index_folder
 from univigu.data.processes import Share
 from univigu.data.sample import DataError
 from univigu.data.shards import Manifest, sha256_of
+from univigu.data.synthesis.captioners import CaptionOptions, ModelCaptioner, derived_seed, make_captioner
+from univigu.data.synthesis.sources import Clip, PromptSource, VideoOptions
 from univigu.data.video import read_video
 from univigu.models.tokens import token_count
 from univigu.shapes import renderer, scenes, texts

@@ -130,7 +130,7 @@ def test_a_finished_run_loads_nothing_and_other_options_are_refused(
     assert times == {path: path.stat().st_mtime_ns for path in output.glob("videos/*")}
     capsys.readouterr()
     assert evaluate(command(prompts, model, output, "--videos-per-prompt=1", "--seed=9")) == 2
-    assert "was made with seed='0', this run has seed='9'" in capsys.readouterr().err
+    assert "was made with seed=0, this run has seed=9" in capsys.readouterr().err
 
 
 def test_rows_that_are_no_prompts_become_errors(

@@ -49,8 +49,8 @@ def check_same_run(folder: Path, existing: Mapping[str, Any], wanted: Mapping[st
     for name in sorted(existing.keys() | wanted.keys()):
         if existing.get(name) != wanted.get(name):
             raise DataError(
-                f"{folder}: was made with {name}={str(existing.get(name))[:80]!r}, this run has {name}="
-                f"{str(wanted.get(name))[:80]!r}; delete the folder or choose another"
+                f"{folder}: was made with {name}={existing.get(name)!r:.80}, this run has {name}="
+                f"{wanted.get(name)!r:.80}; delete the folder or choose another"
             )
 
 
