@@ -267,7 +267,7 @@ def test_a_pipeline_for_something_else_is_refused(tool: Tool, tmp_path: Path, fo
     source = PromptSource(str(tmp_path / "prompts.txt"), str(tmp_path / "images"), VideoOptions())
     with pytest.raises(DataError, match=r"DDIMPipeline makes no video of a text; it takes no \['height'"):
         source.render([source.clip(0)])
-    (tmp_path / "images" / "model_index.json").write_text("{}")
+    (tmp_path / "images" / "model_index.json").write_text('{"_class_name": "NoPipeline"}')
     with pytest.raises(DataError, match="cannot be loaded"):
         _ = PromptSource(str(tmp_path / "prompts.txt"), str(tmp_path / "images"), VideoOptions()).pipeline
 

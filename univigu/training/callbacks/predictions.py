@@ -47,8 +47,8 @@ class PredictionWriter(BasePredictionWriter):
         """Remove the results of an earlier call; raises DataError if some of them are inputs of this one."""
         folder = Path(self.output_dir or trainer.default_root_dir)
         old = list(_earlier(folder, LISTS.get(pl_module.predict_task, MANIFEST)))
-        data = trainer.predict_dataloaders.dataset
-        inputs = {os.path.realpath(item.video) for item in data.inputs if item.video} if hasattr(data, "inputs") else ()
+        dataset = getattr(trainer.predict_dataloaders, "dataset", None)
+        inputs = {os.path.realpath(item.video) for item in getattr(dataset, "inputs", ()) if item.video}
         if read := [path for path in old if os.path.realpath(path) in inputs]:
             raise DataError(f"{read[0]}: is to be read, but would be replaced; choose another trainer.default_root_dir")
         if trainer.is_global_zero:
