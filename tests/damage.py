@@ -34,9 +34,10 @@ def _with_texts(good: Members, **changes: Any) -> Members:
 
 def _wrong_type(rng: random.Random, good: Members) -> Members:
     fields: list[tuple[str, list[Any]]] = [
-        ("prompt", [3, None, ["a"], {"text": "a"}, True]), ("caption", [1.5, None, [], False]),
+        ("prompt", [3, None, ["a"], {"text": "a"}, True]),
+        ("caption", [1.5, None, [], False]),
         ("qa", ["?", {"question": "?"}, [{"question": "?"}], [3]]),
-    ]  # fmt: skip
+    ]
     field, values = rng.choice(fields)
     # null is "not there" for the fields that a sample may leave out, and a wrong type for the others
     return _with_texts(good, **{field: rng.choice(values)})
@@ -60,9 +61,15 @@ def _wrong_extension(rng: random.Random, good: Members) -> Members:
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("clip.mp4", good["mp4"])
     text = good["json"]
-    return rng.choice([{"png": good["mp4"], "json": text}, {"txt": good["mp4"], "json": text},
-                       {"mp4": archive.getvalue(), "json": text}, {"mp4": text, "json": text},
-                       {"mp4": good["mp4"], "yaml": text}])  # fmt: skip
+    return rng.choice(
+        [
+            {"png": good["mp4"], "json": text},
+            {"txt": good["mp4"], "json": text},
+            {"mp4": archive.getvalue(), "json": text},
+            {"mp4": text, "json": text},
+            {"mp4": good["mp4"], "yaml": text},
+        ]
+    )
 
 
 @cache

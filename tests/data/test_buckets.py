@@ -71,13 +71,25 @@ def data(shards: Path, **changes: Any) -> VideoTextDataModule:
 @pytest.mark.parametrize(
     ("clip", "expected"),
     [
-        ((480, 832, 81), 0), ((1080, 1920, 300), 0), ((832, 480, 81), 1), ((1920, 1080, 24), 1), ((500, 500, 81), 2),
-        ((240, 416, 81), 3), ((480, 832, 30), 4), ((480, 832, 50), 4), ((480, 832, 1), 4),
+        ((480, 832, 81), 0),
+        ((1080, 1920, 300), 0),
+        ((832, 480, 81), 1),
+        ((1920, 1080, 24), 1),
+        ((500, 500, 81), 2),
+        ((240, 416, 81), 3),
+        ((480, 832, 30), 4),
+        ((480, 832, 50), 4),
+        ((480, 832, 1), 4),
     ],
-)  # fmt: skip
+)
 def test_a_clip_goes_where_most_of_it_is_kept(clip: tuple[int, int, int], expected: int) -> None:
-    buckets = [Bucket(480, 832, 81), Bucket(832, 480, 81), Bucket(624, 624, 81), Bucket(240, 416, 81),
-               Bucket(480, 832, 33)]  # fmt: skip
+    buckets = [
+        Bucket(480, 832, 81),
+        Bucket(832, 480, 81),
+        Bucket(624, 624, 81),
+        Bucket(240, 416, 81),
+        Bucket(480, 832, 33),
+    ]
     assert best_bucket(buckets, *clip) == expected
     kept = [bucket.kept(*clip) for bucket in buckets]
     assert kept[expected] == pytest.approx(max(kept)) and all(0 < share <= 1 for share in kept)

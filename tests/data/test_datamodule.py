@@ -246,9 +246,15 @@ def test_the_transformer_decides_what_a_token_is(world: dict[str, Any], tmp_path
 def test_counts_are_logged(world: dict[str, Any], recorder: Any, tmp_path: Path) -> None:
     logger = CSVLogger(str(tmp_path))
     trainer = Trainer(
-        max_steps=1, accelerator="cpu", logger=logger, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, limit_val_batches=1, log_every_n_steps=1,
-    )  # fmt: skip
+        max_steps=1,
+        accelerator="cpu",
+        logger=logger,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=1,
+        log_every_n_steps=1,
+    )
     trainer.fit(recorder(), datamodule=make(world, stage=None))
     text = (Path(logger.log_dir) / "metrics.csv").read_text()
     assert "data/train/kept" in text and "13.0" in text
@@ -259,9 +265,14 @@ def test_length_histograms_are_logged(world: dict[str, Any], recorder: Any, tmp_
 
     logger = TensorBoardLogger(str(tmp_path))
     trainer = Trainer(
-        max_steps=1, accelerator="cpu", logger=logger, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, limit_val_batches=0,
-    )  # fmt: skip
+        max_steps=1,
+        accelerator="cpu",
+        logger=logger,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
     data = make(world, stage=None)
     trainer.fit(recorder(), datamodule=data)
     events = EventAccumulator(logger.log_dir)
@@ -293,8 +304,10 @@ def test_questions_take_the_place_of_texts(
         assert data.filter_counts["train"] == {"kept": 3, "no_question": 2}
         batches = list(data.val_dataloader())
         assert [(b["key"][0], b["prompt"][0], b["caption"][0]) for b in batches] == [
-            ("0", "which color?", "red"), ("0", "which shape?", "circle"), ("2", "which color?", "red"),
-        ]  # fmt: skip
+            ("0", "which color?", "red"),
+            ("0", "which shape?", "circle"),
+            ("2", "which color?", "red"),
+        ]
         assert detokenize(data.tokenizer, batches[1]["prompt_ids"]) == ["which shape?"]
         assert ("latents" in batches[0]) == precompute and "prompt_embeds" not in batches[0]  # they are the prompt's
 

@@ -153,15 +153,27 @@ def test_damaged_rows_are_counted(tmp_path: Path) -> None:
     (tmp_path / "clip.mp4").write_bytes(good_sample(0)["mp4"])
     (tmp_path / "text.mp4").write_text("no video")
     rows: list[Any] = [
-        good, {**good, "video": "nowhere.mp4"}, {**good, "video": "text.mp4"}, {**good, "video": 3},
-        {"video": "clip.mp4"}, [1], {**good, "caption": 5}, {**good, "video": "a\0b"}, texts(1),
-        {**good, "prompt": "half \ud83d"}, good,
-    ]  # fmt: skip
+        good,
+        {**good, "video": "nowhere.mp4"},
+        {**good, "video": "text.mp4"},
+        {**good, "video": 3},
+        {"video": "clip.mp4"},
+        [1],
+        {**good, "caption": 5},
+        {**good, "video": "a\0b"},
+        texts(1),
+        {**good, "prompt": "half \ud83d"},
+        good,
+    ]
     lines = [json.dumps(row) for row in rows] + ["{", '"cut']
     (tmp_path / "val.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"video": "\xff"}')
     assert counts(tmp_path) == {
-        "kept": 2, "unreadable_video": 2, "wrong_type": 4, "missing_field": 2, "corrupt_json": 4,
-    }  # fmt: skip
+        "kept": 2,
+        "unreadable_video": 2,
+        "wrong_type": 4,
+        "missing_field": 2,
+        "corrupt_json": 4,
+    }
     with pytest.raises(DataError, match=r"val\.jsonl: sample '0000000"):
         data = VideoTextDataModule(shards=str(tmp_path), num_workers=0, precompute=False, strict=True)
         data.prepare_data()

@@ -44,9 +44,14 @@ def test_samples_are_counted_by_reason(tmp_path: Path, foundation: str, raw_tar:
     selection = select(refs, tokenizer, length, prompt_length=8, caption_length=7)
     assert [ref.key for ref in selection.kept] == ["fits", "odd"]
     assert selection.counts == {
-        "kept": 2, "prompt_long": 1, "caption_short": 1, "text_over_slot": 1, "corrupt_json": 1,
-    }  # fmt: skip
+        "kept": 2,
+        "prompt_long": 1,
+        "caption_short": 1,
+        "text_over_slot": 1,
+        "corrupt_json": 1,
+    }
     assert [(error.key, error.reason) for error in selection.errors] == [
-        ("slot", "text_over_slot"), ("broken", "corrupt_json"),
-    ]  # fmt: skip
+        ("slot", "text_over_slot"),
+        ("broken", "corrupt_json"),
+    ]
     assert "8 tokens, caption_length=7" in str(selection.errors[0])

@@ -84,10 +84,16 @@ def fit(world: dict[str, Any], recorder: Any) -> Fit:
         checkpoint = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         callbacks = [checkpoint, *options.pop("callbacks", [])]
         trainer = Trainer(
-            max_steps=steps, accelerator="cpu", logger=False, callbacks=callbacks, default_root_dir=str(folder),
-            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+            max_steps=steps,
+            accelerator="cpu",
+            logger=False,
+            callbacks=callbacks,
+            default_root_dir=str(folder),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
             **{"limit_val_batches": 0, **options},
-        )  # fmt: skip
+        )
         data = VideoTextDataModule(**{**world, "num_workers": num_workers})
         trainer.fit(model, datamodule=data, ckpt_path=ckpt)
         return model.seen

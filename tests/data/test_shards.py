@@ -136,15 +136,35 @@ def _changed(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "scene",
     [
-        "a beach", 3, [], ["red"], {}, {"weather": "fog"}, _changed(objects=[]), _changed(objects={}),
-        _changed(objects=["red"]), _changed(objects=3 * _changed()["objects"]), _changed(background="beach"),
-        _changed(background=["gray"]), _changed(relation=""), _changed(relation="behind"), _changed(size="tiny"),
-        _changed(color="pink"), _changed(shape="cat"), _changed(shape=["cat"]), _changed(motion="away"),
-        _changed(motion="still"), _changed(speed=""), _changed(x="left"), _changed(x=float("nan")), _changed(y=10**400),
-        _changed(mood="calm"), _changed(background=None),
+        "a beach",
+        3,
+        [],
+        ["red"],
+        {},
+        {"weather": "fog"},
+        _changed(objects=[]),
+        _changed(objects={}),
+        _changed(objects=["red"]),
+        _changed(objects=3 * _changed()["objects"]),
+        _changed(background="beach"),
+        _changed(background=["gray"]),
+        _changed(relation=""),
+        _changed(relation="behind"),
+        _changed(size="tiny"),
+        _changed(color="pink"),
+        _changed(shape="cat"),
+        _changed(shape=["cat"]),
+        _changed(motion="away"),
+        _changed(motion="still"),
+        _changed(speed=""),
+        _changed(x="left"),
+        _changed(x=float("nan")),
+        _changed(y=10**400),
+        _changed(mood="calm"),
+        _changed(background=None),
     ],
     ids=lambda scene: str(scene)[:40],
-)  # fmt: skip
+)
 def test_a_scene_of_another_world_is_none(scene: Any) -> None:
     """Whatever goes by that name in someone's own metadata neither costs the sample nor meets the exact metrics."""
     texts = parse_texts(json.dumps({"prompt": "a", "caption": "b", "scene": scene}).encode(), "a.tar", "k")

@@ -67,9 +67,15 @@ def test_weights_are_shares_of_training_alone(folders: list[Path]) -> None:
 def fit(module: VideoTextDataModule, model: Any, folder: Path, steps: int, ckpt: Path | None = None) -> list[list[str]]:
     checkpoint = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = Trainer(
-        max_steps=steps, accelerator="cpu", logger=False, callbacks=[checkpoint], enable_progress_bar=False,
-        enable_model_summary=False, limit_val_batches=0, default_root_dir=str(folder),
-    )  # fmt: skip
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[checkpoint],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        default_root_dir=str(folder),
+    )
     trainer.fit(model, datamodule=module, ckpt_path=ckpt)
     return model.seen
 

@@ -52,9 +52,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory, pool: SpawnPool) -> list[P
 def make(folders: list[Path]) -> VideoTextDataModule:
     return VideoTextDataModule(
         shards=[Source(str(folder), weight) for folder, weight in zip(folders, (1.0, 2.0), strict=True)],
-        buckets=[Bucket(32, 64, 5), Bucket(32, 32, 5)], batch_size=2, num_workers=0, prompt_length=64,
-        precompute=False, length_filter=LengthFilter(max_caption=200),
-    )  # fmt: skip
+        buckets=[Bucket(32, 64, 5), Bucket(32, 32, 5)],
+        batch_size=2,
+        num_workers=0,
+        prompt_length=64,
+        precompute=False,
+        length_filter=LengthFilter(max_caption=200),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +73,15 @@ def fit(folders: list[Path], log: Path, steps: int, ckpt: Path | None = None) ->
     data = make(folders)
     model, checkpoint = Seen(), ModelCheckpoint(log, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = Trainer(
-        max_steps=steps, accelerator="cpu", logger=TensorBoardLogger(str(log), name=None, version="tb"),
-        callbacks=[checkpoint, DataStatistics()], enable_progress_bar=False, enable_model_summary=False,
-        limit_val_batches=0, default_root_dir=str(log),
-    )  # fmt: skip
+        max_steps=steps,
+        accelerator="cpu",
+        logger=TensorBoardLogger(str(log), name=None, version="tb"),
+        callbacks=[checkpoint, DataStatistics()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        default_root_dir=str(log),
+    )
     trainer.fit(model, datamodule=data, ckpt_path=ckpt)
     return model, data
 
@@ -123,9 +132,14 @@ def test_a_resumed_epoch_is_told_whole(folders: list[Path], length: int, tmp_pat
 
 def test_other_data_are_left_alone(tmp_path: Path) -> None:
     trainer = Trainer(
-        max_epochs=1, accelerator="cpu", logger=CSVLogger(str(tmp_path)), enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[DataStatistics()],
-    )  # fmt: skip
+        max_epochs=1,
+        accelerator="cpu",
+        logger=CSVLogger(str(tmp_path)),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[DataStatistics()],
+    )
     model = Seen()
     trainer.fit(model, DataLoader([{"x": torch.zeros(1)}] * 2))  # type: ignore[arg-type]
     assert len(model.batches) == 2 and not any(name.startswith("data/") for name in trainer.logged_metrics)
