@@ -16,7 +16,7 @@ from tests import tiny
 from tools import convert
 from univigu.models.tokens import TextTooLongError, token_count
 from univigu.pipeline import UniViGUPipeline
-from univigu.sampling.options import TASK_OPTIONS, TEXT_FLOW_OPTIONS, SamplingOptions
+from univigu.sampling.options import TASK_OPTIONS, SamplingOptions
 
 SIZE = {"height": 32, "width": 48, "num_frames": 5}
 QUICK = {"num_inference_steps": 2, "max_sequence_length": 16}
@@ -205,7 +205,7 @@ def test_an_option_that_a_task_would_ignore_is_refused(pipe: UniViGUPipeline, vi
 
 
 @pytest.mark.parametrize(
-    ("flow", "known", "unknown"), [("uniform", {"top_p": 0.9}, "text_order"), ("embedding", {}, "temperature")]
+    ("flow", "known", "unknown"), [("uniform", {"top_p": 0.9}, "text_order"), ("embedding", {"temperature": 0.5}, "text_order")]
 )
 def test_an_option_that_a_text_flow_does_not_know_is_refused(
     pipe: UniViGUPipeline, videos: np.ndarray, flow: str, known: dict[str, Any], unknown: str
@@ -222,7 +222,7 @@ def test_an_option_that_a_text_flow_does_not_know_is_refused(
 
 
 def test_the_table_of_options_has_no_other_names() -> None:
-    listed = {name for names in (*TASK_OPTIONS.values(), *TEXT_FLOW_OPTIONS.values()) for name in names}
+    listed = {name for names in TASK_OPTIONS.values() for name in names}
     assert listed == {field.name for field in fields(SamplingOptions)}
 
 
@@ -240,7 +240,7 @@ def test_the_progress_bar_of_a_text_that_ends_early_is_closed(videos: np.ndarray
             return bars[-1]
 
     pipe = Kept(**components, transformer=model)
-    pipe.caption(videos, text_order="confidence", confidence_threshold=0.9, max_sequence_length=16)
+    pipe.caption(videos, text_order="confidence", max_sequence_length=16)
     (bar,) = bars
     assert bar.n == 1 and bar.total == 50 and bar.disable  # as tqdm leaves a bar that was closed
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from univigu.data.buckets import Bucket, latents_shape
 from univigu.flow.random import Generators
-from univigu.flow.text import make_text_flow
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
 from univigu.models.conventions import Conventions
 from univigu.models.foundation import encode_prompt, set_conv_layout
@@ -264,9 +263,8 @@ class UniViGUPipeline(WanPipeline):
     def _sampler(self, task: str, options: SamplingOptions | None, overrides: dict[str, Any]) -> Sampler:
         options, config = replace(options or SamplingOptions(), **overrides), self.transformer.config
         options.check_keywords(overrides, task, config.text_flow)
-        flow = make_text_flow(config.text_flow, config.vocab_size, **options.text_flow_options(config.text_flow))
         ends = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
-        return Sampler(self.transformer, flow, self.scheduler, options, *ends)
+        return Sampler(self.transformer, self.scheduler, options, *ends)
 
     def _prompt_embeds(self, prompt: str | list[str], count: int | None, length: int) -> tuple[Tensor, Tensor]:
         """Embeddings [B, S, text_dim] of prompts, repeated to ``count``, and [1, S, text_dim] of none."""

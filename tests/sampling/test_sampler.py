@@ -9,7 +9,6 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
 from tests import tiny
-from univigu.flow.text import make_text_flow
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.foundation import encode_prompt
 from univigu.models.tokens import tokenize
@@ -54,7 +53,6 @@ def make_sampler(flow: str = "mask", reads_text: bool = True, **options: Any) ->
     sampling = SamplingOptions(**(defaults | options))
     return Sampler(
         Watch(model),
-        make_text_flow(flow, VOCAB, **sampling.text_flow_options(flow)),
         tiny.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         sampling,
     )
@@ -82,7 +80,7 @@ def test_generate_is_wan_pipeline(pipeline: WanPipeline, scheduler: str, guidanc
         prompts = encode_prompt(pipeline.text_encoder, ids, pipeline.tokenizer.pad_token_id)
     model = UniViGUTransformer3DModel.from_wan(pipeline.transformer, VOCAB).eval()
     options = SamplingOptions(num_inference_steps=4, guidance_scale=guidance)
-    sampler = Sampler(model, make_text_flow("uniform", VOCAB), schedulers[scheduler], options)
+    sampler = Sampler(model, schedulers[scheduler], options)
     ours = sampler.generate(prompts[:-1], prompts[-1:], SHAPE, latents=noise).latents
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     wrong = sampler.generate(prompts[:-1].roll(1, 0), prompts[-1:], SHAPE, latents=noise).latents
@@ -167,10 +165,10 @@ def test_guidance_costs_a_second_pass_only_above_one(embeds: Any, task: str, gui
     getattr(sampler, task)(prompts, null, *arguments, on_step=lambda state: seen.append(state.step))
     assert len(sampler.model.calls) == 3 * passes and seen == [0, 1, 2]
     for args, kwargs in sampler.model.calls[::passes]:
-        assert torch.equal(args[2], prompts) and ("text" in kwargs) == (task == "joint")
+        assert torch.equal(args[2], prompts) and (kwargs["text"] is not None) == (task == "joint")
     if passes == 2:  # the second sees neither prompt nor text
         for args, kwargs in sampler.model.calls[1::2]:
-            assert torch.equal(args[2], null.expand(3, -1, -1)) and "text" not in kwargs
+            assert torch.equal(args[2], null.expand(3, -1, -1)) and kwargs["text"] is None
 
 
 def test_joint_moves_both_in_parallel(embeds: Any) -> None:
@@ -231,7 +229,6 @@ def test_the_scheduler_given_is_only_a_template(embeds: Any) -> None:
         ({"caption_guidance": "text"}, r"sampling\.caption_guidance='text'"),
         ({"text_order": "left"}, r"sampling\.text_order='left'"),
         ({"top_p": 0.0}, r"sampling\.top_p=0\.0"),
-        ({"confidence_threshold": 1.5}, r"sampling\.confidence_threshold=1\.5"),
         ({"guidance_interval": (0.7, 0.2)}, r"sampling\.guidance_interval=\(0\.7, 0\.2\)"),
     ],
 )
@@ -321,7 +318,7 @@ def test_refreshing_at_every_step_is_no_approximation(embeds: Any) -> None:
     ):
         states: list[torch.Tensor] = []
         sampler.caption(clean, prompts, LENGTH, generators(1, 2, 3), lambda s, keep=states: keep.append(s.text))
-        tokens[name] = states[-1]
+        tokens[name] = states[-2]  # the last one holds whole rows of the table
     assert torch.equal(tokens["k=1"], tokens["plain"])
     assert not torch.allclose(tokens["k=4"], tokens["plain"], atol=1e-4)
 
@@ -330,14 +327,18 @@ def test_caption_guidance_moves_away_from_the_contrast(embeds: Any) -> None:
     prompts, null = embeds
     clean = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(9))
 
-    def velocities(**options: Any) -> torch.Tensor:
-        sampler, states = make_sampler("embedding", caption_steps=1, **options), []
-        sampler.caption(clean, prompts, LENGTH, generators(1, 2, 3), lambda s: states.append(s.text), null_embeds=null)
-        return states[0]
+    def logits(**options: Any) -> torch.Tensor:
+        sampler, seen = make_sampler(caption_steps=1, **options), []
+        step = sampler.text_flow.step
+        object.__setattr__(
+            sampler.text_flow, "step", lambda x, logits, *rest: (seen.append(logits), step(x, logits, *rest))[1]
+        )
+        sampler.caption(clean, prompts, LENGTH, generators(1, 2, 3), null_embeds=null)
+        return seen[0]
 
-    plain = velocities()
+    plain = logits()
     for kind in ("video", "prompt"):
-        two, three = (velocities(caption_guidance_scale=scale, caption_guidance=kind) for scale in (2.0, 3.0))
+        two, three = (logits(caption_guidance_scale=scale, caption_guidance=kind) for scale in (2.0, 3.0))
         assert (two - plain).abs().max() > 1e-3
         torch.testing.assert_close(three - two, two - plain, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="needs the encoded empty prompt"):
@@ -347,7 +348,7 @@ def test_caption_guidance_moves_away_from_the_contrast(embeds: Any) -> None:
 
 def test_a_finished_caption_stops_and_is_padded(embeds: Any) -> None:
     eos, pad = 1, 0
-    sampler, (prompts, _) = make_sampler(caption_steps=40, text_order="confidence", confidence_threshold=0.9), embeds
+    sampler, (prompts, _) = make_sampler(caption_steps=40, text_order="confidence"), embeds
     sampler.eos_token_id, sampler.pad_token_id = eos, pad
     inner = sampler.model.model
 
@@ -365,10 +366,10 @@ def test_a_finished_caption_stops_and_is_padded(embeds: Any) -> None:
     seen: list[StepState] = []
     tokens = sampler.caption(torch.randn(3, *SHAPE), prompts, LENGTH, generators(1, 2, 3), seen.append).tokens
     assert tokens.tolist() == [[5, 6, eos, pad, pad, pad]] * 3
-    assert len(sampler.model.calls) == 1
+    assert len(sampler.model.calls) == 3  # one token a step until 5 6 <eos> is revealed
     # what is shown of the last step is the finished text, and that it is the last
-    assert [(state.step, state.num_steps, state.last) for state in seen] == [(0, 40, True)]
-    assert torch.equal(seen[0].text, tokens)
+    assert [(state.step, state.num_steps, state.last) for state in seen] == [(0, 40, False), (1, 40, False), (2, 40, True)]
+    assert torch.equal(seen[-1].text, tokens)
 
 
 @pytest.mark.parametrize("task", ["generate", "edit", "caption", "joint", "lagging"])

@@ -8,14 +8,14 @@ generate    video at time t_v, no text stream              -> video loss
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 
 import torch
 
 from univigu.flow.inputs import TextInputs
 from univigu.flow.random import rand, randn
-from univigu.flow.score import TextScore
 from univigu.flow.text import CorruptedText, TextFlow
+from univigu.flow.text_loss import TextLoss
 from univigu.flow.time import TextTimeSampling, VideoTimeSampling, to_timestep
 from univigu.flow.video import flow_matching_loss, interpolate
 
@@ -41,8 +41,7 @@ class TaskMixture:
     def counts(self, batch_size: int, step: int) -> tuple[int, int, int]:
         """How many samples of a batch each task gets at a training step.
 
-        Shares that do not divide the batch are made up for over the following steps.  No randomness: every
-        rank and a resumed run split alike.
+        Rounding is made up for over the following steps. No randomness: all ranks and a resumed run split alike.
         """
         rest = self.understand + self.generate
 
@@ -82,15 +81,15 @@ NO_DROPOUT = ConditionDropout(0.0, 0.0, 0.0)
 
 @dataclass
 class FlowOptions:
-    """How times are drawn, and how much of the text's loss is computed at once."""
+    """How times are drawn, and how much memory the text's loss may take."""
 
     video_times: VideoTimeSampling = field(default_factory=VideoTimeSampling)
     """Distribution of the video's flow time."""
     text_times: TextTimeSampling = field(default_factory=TextTimeSampling)
     """Distribution of the text's flow time."""
     max_logits: int = 2**21
-    """Most numbers of a tensor of logits (tokens times vocabulary) in training; a loss over more of them is computed
-    in parts, whose logits are computed twice."""
+    """Largest number of logits (tokens times vocabulary) held at once in training; a loss over more of them is computed
+    in parts, and their logits twice."""
 
     def __post_init__(self) -> None:
         if self.max_logits < 1:
@@ -99,7 +98,7 @@ class FlowOptions:
 
 @dataclass
 class UniFlowBatch:
-    """What the objective needs to know about some samples."""
+    """Samples of a training step."""
 
     latents: torch.Tensor
     """Clean normalised video latents [B, C, T, H, W]."""
@@ -109,16 +108,6 @@ class UniFlowBatch:
     """The encoded empty prompt [1, S, text_dim]."""
     text_ids: torch.Tensor | None = None
     """Target tokens [B, L]; None where no text is learned."""
-
-    def pad_prompts(self, length: int) -> UniFlowBatch:
-        """The same with prompt embeddings zero-padded to a slot of ``length`` (never cut)."""
-        missing = max(0, length - self.prompt_embeds.shape[1])
-        pad = torch.nn.functional.pad
-        return replace(
-            self,
-            prompt_embeds=pad(self.prompt_embeds, (0, 0, 0, missing)),
-            null_embeds=pad(self.null_embeds, (0, 0, 0, missing)),
-        )
 
 
 @dataclass
@@ -165,11 +154,33 @@ def sample_positions(
     return rand((batch, length), generator, device).topk(count, dim=1).indices.sort(dim=1).values
 
 
+@dataclass
+class NoisyTexts:
+    """The texts of a batch's samples at their times."""
+
+    flow: TextFlow
+    corrupted: CorruptedText
+    t: torch.Tensor
+    """Flow times [b]."""
+    positions: torch.Tensor | None
+    """See :class:`univigu.flow.inputs.TextInputs`."""
+
+    def inputs(self, rows: slice, kind: str, max_logits: int) -> TextInputs:
+        """The transformer's inputs of some samples, for which its text output is their loss [n, L]."""
+        part, positions = CorruptedText(*(x[rows] for x in self.corrupted)), self.positions
+        return TextInputs(
+            part.x_t,
+            to_timestep(self.t[rows]),
+            positions=None if positions is None else positions[rows],
+            reader=TextLoss(self.flow, part, self.t[rows], kind, max_logits),
+        )
+
+
 class UniFlowObjective:
     """Computes both modalities' losses for a batch.
 
     Args:
-        text_flow: the text's process; its state and loss.
+        text_flow: the text's flow.
         options: how times are drawn.
     """
 
@@ -187,7 +198,7 @@ class UniFlowObjective:
         generator: torch.Generator | None = None,
         text_share: float = 1.0,
     ) -> UniFlowLosses:
-        """Noise the batch, run the model, measure.
+        """Add noise to the batch, run the model and compute the losses.
 
         Args:
             model: a UniViGUTransformer3DModel (or its wrapper).
@@ -196,77 +207,54 @@ class UniFlowObjective:
             dropout: probabilities of the null condition.
             text_loss: "cross_entropy" or "generalized_kl" (discrete flows).
             generator: source of all randomness.
-            text_share: share of the text's slot that the model is given, see :func:`sample_positions`.
+            text_share: share of the text's positions that the model is given, see :func:`sample_positions`.
         """
         joint, understand, generate = counts
-        with_text = joint + understand
-        if with_text + generate != batch.latents.shape[0]:
-            raise ValueError(f"counts={tuple(counts)}: expected a sum of {batch.latents.shape[0]}, the batch size")
-        device = batch.latents.device
+        size, device = batch.latents.shape[0], batch.latents.device
+        if sum(counts) != size:
+            raise ValueError(f"counts={tuple(counts)}: expected a sum of {size}, the batch size")
+
+        # 1. Conditions
         rates = [dropout.joint] * joint + [dropout.understand] * understand + [dropout.generate] * generate
-        dropped = rand((with_text + generate,), generator, device) < torch.tensor(rates, device=device)
+        dropped = rand((size,), generator, device) < torch.tensor(rates, device=device)
         embeds = torch.where(dropped[:, None, None], batch.null_embeds, batch.prompt_embeds)
 
-        # Clean rows keep t = 1, where the interpolation is the data itself.
-        t_video = self.options.video_times.sample(with_text + generate, device, generator)
-        t_video[joint:with_text] = 1.0
+        # 2. Both modalities with noise; clean video keeps t = 1, where the interpolation is the data itself
+        t_video = self.options.video_times.sample(size, device, generator)
+        t_video[joint : joint + understand] = 1.0
         noise = randn(batch.latents.shape, generator, device)
         noisy = interpolate(noise, batch.latents, t_video)
+        texts = self._corrupt(model, batch, joint + understand, text_share, generator)
 
+        # 3. A forward pass for each task, so that none goes backward through the clean video of a frozen generator
         empty = batch.latents.new_zeros(0)
-        video, times, text, text_times = [empty], [empty], empty, empty
-        if with_text:
-            rows = slice(0, with_text)
-            text_times, text, prediction = self._with_text(
-                model, noisy[rows], t_video[rows], embeds[rows], batch, (joint, understand), text_loss, generator,
-                text_share,
-            )  # fmt: skip
-            if joint:
-                video.append(flow_matching_loss(prediction, noise[:joint], batch.latents[:joint]))
-                times.append(t_video[:joint])
-        if generate:
-            rows = slice(with_text, None)
-            prediction = model(noisy[rows], to_timestep(t_video[rows]), embeds[rows]).sample
-            video.append(flow_matching_loss(prediction, noise[rows], batch.latents[rows]))
-            times.append(t_video[rows])
-        return UniFlowLosses(torch.cat(video), torch.cat(times), text, text_times)
-
-    def _with_text(
-        self,
-        model: torch.nn.Module,
-        noisy: torch.Tensor,
-        t_video: torch.Tensor,
-        embeds: torch.Tensor,
-        batch: UniFlowBatch,
-        counts: tuple[int, int],
-        text_loss: str,
-        generator: torch.Generator | None,
-        text_share: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Text times [b] and losses [b] of the rows that carry text, and the joint rows' video prediction.
-
-        Each task has a forward pass of its own: what the backward pass then need not go through (the clean video of
-        a generator that does not read text and is not trained) costs nothing.
-        """
-        if batch.text_ids is None:
-            raise ValueError("text_ids=None: tasks joint and understand need target tokens")
-        table = model.token_table() if self.text_flow.needs_table else None  # type: ignore[operator]
-        t_text = self.options.text_times.sample(sum(counts), noisy.device, generator)
-        tokens, positions = batch.text_ids[: sum(counts)], None
-        if text_share < 1:
-            positions = sample_positions(tokens.shape[0], tokens.shape[1], text_share, tokens.device, generator)
-            tokens = tokens.gather(1, positions)
-        corrupted = self.text_flow.corrupt(tokens, t_text, table, generator)
-        losses, videos, start = [], [], 0
-        for count in counts:
+        video, times, text, start = [empty], [empty], [empty], 0
+        for task, count in zip(("joint", "understand", "generate"), counts, strict=True):
             if not count:
                 continue
             rows, start = slice(start, start + count), start + count
-            part = CorruptedText(*(None if value is None else value[rows] for value in corrupted))  # type: ignore[arg-type]
-            score = TextScore(self.text_flow, part, t_text[rows], table, text_loss, self.options.max_logits)
-            times = to_timestep(t_video[rows]), to_timestep(t_text[rows])
-            text = TextInputs(part.x_t, times[1], None, None if positions is None else positions[rows], score.reader)
-            output = model(noisy[rows], times[0], embeds[rows], text)
-            losses.append(score.losses(output.text).mean(dim=1))
-            videos.append(output.sample)
-        return t_text, torch.cat(losses), videos[0]
+            inputs = (noisy[rows], to_timestep(t_video[rows]), embeds[rows])
+            if texts is None or task == "generate":
+                output = model(*inputs)
+            else:
+                output = model(*inputs, texts.inputs(rows, text_loss, self.options.max_logits))
+                text.append(output.text.mean(dim=1))
+            if task != "understand":
+                video.append(flow_matching_loss(output.sample, noise[rows], batch.latents[rows]))
+                times.append(t_video[rows])
+        return UniFlowLosses(torch.cat(video), torch.cat(times), torch.cat(text), empty if texts is None else texts.t)
+
+    def _corrupt(
+        self, model: torch.nn.Module, batch: UniFlowBatch, count: int, share: float, generator: torch.Generator | None
+    ) -> NoisyTexts | None:
+        """The first ``count`` samples' texts at random times; None if there are none."""
+        if not count:
+            return None
+        if batch.text_ids is None:
+            raise ValueError("text_ids=None: tasks joint and understand need target tokens")
+        flow, tokens, positions = self.text_flow.bind(model), batch.text_ids[:count], None
+        t = self.options.text_times.sample(count, tokens.device, generator)
+        if share < 1:
+            positions = sample_positions(count, tokens.shape[1], share, tokens.device, generator)
+            tokens = tokens.gather(1, positions)
+        return NoisyTexts(flow, flow.corrupt(tokens, t, generator), t, positions)

@@ -1,15 +1,16 @@
-"""Random draws whose result for one sample does not depend on the batch that it is in.
+"""Random draws whose result for one sample does not depend on the rest of its batch.
 
-With one generator a sample, sample i draws from generator i alone; so a sample can be reproduced by itself, in
-another batch size or on another number of devices. Draws are made where the generator lives and moved afterwards:
-a CPU generator gives the same numbers on every accelerator. ``randn`` gives the very numbers of diffusers'
-``randn_tensor``, so that a seed means the same as in ``WanPipeline``.
+With one generator a sample, sample i draws from generator i only, so it is reproduced in any batch size and on any
+number of devices. Draws are made on the generator's device and moved afterwards: a CPU generator gives the same
+numbers on every accelerator. ``randn`` gives the numbers of diffusers' ``randn_tensor``, so a seed means the same as
+in ``WanPipeline``.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -17,50 +18,21 @@ Generators = torch.Generator | list[torch.Generator] | None
 """None (torch's global generator), one generator for the batch, or a list of B generators, one a sample."""
 
 
-def randn(
-    shape: Sequence[int],
-    generator: Generators = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """Standard normal numbers [B, ...].
-
-    Raises:
-        ValueError: the list of generators has another length than the batch.
-    """
-
-    def draw(size: Sequence[int], source: torch.Generator | None, where: torch.device) -> torch.Tensor:
-        return torch.randn(size, generator=source, device=where, dtype=dtype)
-
-    return _draw(draw, shape, generator, device)
+def randn(shape: Sequence[int], generator: Generators = None, device: torch.device | str | None = None) -> torch.Tensor:
+    """Standard normal numbers, float32 [B, ...]; a ValueError unless a list of generators has length B."""
+    return _draw(torch.randn, shape, generator, device)
 
 
-def rand(
-    shape: Sequence[int],
-    generator: Generators = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """Numbers uniform on [0, 1), [B, ...]; errors as :func:`randn`."""
-
-    def draw(size: Sequence[int], source: torch.Generator | None, where: torch.device) -> torch.Tensor:
-        return torch.rand(size, generator=source, device=where, dtype=dtype)
-
-    return _draw(draw, shape, generator, device)
+def rand(shape: Sequence[int], generator: Generators = None, device: torch.device | str | None = None) -> torch.Tensor:
+    """Numbers uniform on [0, 1), float32 [B, ...]; errors as :func:`randn`."""
+    return _draw(torch.rand, shape, generator, device)
 
 
 def randint(
-    high: int,
-    shape: Sequence[int],
-    generator: Generators = None,
-    device: torch.device | str | None = None,
+    high: int, shape: Sequence[int], generator: Generators = None, device: torch.device | str | None = None
 ) -> torch.Tensor:
     """Integers uniform on 0..high-1, int64 [B, ...]; errors as :func:`randn`."""
-
-    def draw(size: Sequence[int], source: torch.Generator | None, where: torch.device) -> torch.Tensor:
-        return torch.randint(high, size, generator=source, device=where)
-
-    return _draw(draw, shape, generator, device)
+    return _draw(partial(torch.randint, high), shape, generator, device)
 
 
 def make_generator(device: torch.device | str, *numbers: int) -> torch.Generator:
@@ -70,17 +42,16 @@ def make_generator(device: torch.device | str, *numbers: int) -> torch.Generator
 
 
 def _draw(
-    draw: Callable[[Sequence[int], torch.Generator | None, torch.device], torch.Tensor],
+    draw: Callable[..., torch.Tensor],
     shape: Sequence[int],
     generator: Generators,
     device: torch.device | str | None,
 ) -> torch.Tensor:
     target = torch.device("cpu" if device is None else device)
     if generator is None:
-        return draw(shape, None, target)
+        return draw(tuple(shape), device=target)
     if isinstance(generator, torch.Generator):
-        return draw(shape, generator, generator.device).to(target)
+        return draw(tuple(shape), generator=generator, device=generator.device).to(target)
     if len(generator) != shape[0]:
         raise ValueError(f"generator: {len(generator)} generators for a batch of {shape[0]}")
-    rows = [draw((1, *shape[1:]), source, source.device) for source in generator]
-    return torch.cat(rows).to(target)
+    return torch.cat([draw((1, *shape[1:]), generator=one, device=one.device) for one in generator]).to(target)

@@ -1,11 +1,11 @@
 """Time conventions, stated once and converted only here.
 
 * Flow time ``t`` in [0, 1]: 0 is noise, 1 is data; float32 [B].
-* Noise level ``sigma = 1 - t``, as diffusers' flow-matching schedulers count it.
-* ``timestep = 1000 * sigma``: what Wan's time embedding is given; 0 is clean, fractions are allowed.
+* Noise level ``sigma = 1 - t``, as in diffusers' flow-matching schedulers.
+* ``timestep = 1000 * sigma``, the input of Wan's time embedding; 0 is clean, fractions are allowed.
 
-Everything is float32 whatever comes in: above 512 neighbouring bfloat16 numbers lie 4 apart, so bfloat16
-timesteps would merge the steps of a sampler where most of them are.
+Everything is float32 whatever the input: above 512 neighbouring bfloat16 numbers are 4 apart, so bfloat16 timesteps
+would merge neighbouring steps of a sampler.
 """
 
 from __future__ import annotations
@@ -20,15 +20,8 @@ from univigu.flow.random import Generators, rand, randn
 
 NUM_TRAIN_TIMESTEPS = 1000
 """Wan's timestep at pure noise."""
-
-
-def _float32(value: torch.Tensor | float) -> torch.Tensor:
-    return torch.as_tensor(value).to(torch.float32)
-
-
-def sigma_from_time(t: torch.Tensor | float) -> torch.Tensor:
-    """``sigma = 1 - t``: float32, same shape."""
-    return 1.0 - _float32(t)
+MAX_TEXT_TIME = 1.0 - 1e-3
+"""Largest text time in training, where the generalised KL's weight ``1 / (1 - t)`` is finite."""
 
 
 def time_from_sigma(sigma: torch.Tensor | float) -> torch.Tensor:
@@ -36,55 +29,32 @@ def time_from_sigma(sigma: torch.Tensor | float) -> torch.Tensor:
     return 1.0 - _float32(sigma)
 
 
-def timestep_from_sigma(sigma: torch.Tensor | float) -> torch.Tensor:
-    """``timestep = 1000 * sigma``: float32, same shape."""
-    return NUM_TRAIN_TIMESTEPS * _float32(sigma)
-
-
 def to_timestep(t: torch.Tensor | float) -> torch.Tensor:
     """``timestep = 1000 * (1 - t)``: float32, same shape."""
-    return timestep_from_sigma(sigma_from_time(t))
-
-
-def from_timestep(timestep: torch.Tensor | float) -> torch.Tensor:
-    """``t = 1 - timestep / 1000``: float32, same shape."""
-    return time_from_sigma(_float32(timestep) / NUM_TRAIN_TIMESTEPS)
+    return NUM_TRAIN_TIMESTEPS * (1.0 - _float32(t))
 
 
 def shift_sigma(sigma: torch.Tensor | float, shift: float) -> torch.Tensor:
-    r"""Move noise levels up, since more pixels need more noise to lose the same information.
+    r"""Raise noise levels, since more pixels need more noise to lose the same information.
 
     .. math:: \sigma' = \frac{s \sigma}{1 + (s - 1) \sigma}
 
-    Eq. 23 of Esser et al., 2024, arXiv:2403.03206; Wan2.1 takes s = 3 at 480p and 5 at 720p.
+    Eq. 23 of Esser et al., 2024, arXiv:2403.03206; Wan2.1 uses s = 3 at 480p and 5 at 720p.
 
     Args:
-        sigma: noise levels in [0, 1]; 0 and 1 stay where they are.
+        sigma: noise levels in [0, 1]; 0 and 1 do not change.
         shift: s > 0; 1 changes nothing.
 
     Returns:
         float32, same shape.
-
-    Raises:
-        ValueError: ``shift`` is not a positive finite number.
     """
     check_positive("shift", shift)
     sigma = _float32(sigma)
     return shift * sigma / (1.0 + (shift - 1.0) * sigma)
 
 
-def unshift_sigma(sigma: torch.Tensor | float, shift: float) -> torch.Tensor:
-    """The inverse of :func:`shift_sigma`, which is the shift by ``1 / shift``."""
-    check_positive("shift", shift)
-    return shift_sigma(sigma, 1.0 / shift)
-
-
 def expand_time(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Times [B] as float32 [B, 1, ..., 1], to be multiplied with ``like`` [B, ...].
-
-    Raises:
-        ValueError: ``t`` is not one time a sample.
-    """
+    """Times [B] as float32 [B, 1, ..., 1], to be multiplied with ``like`` [B, ...]; a ValueError for other shapes."""
     if t.shape != like.shape[:1]:
         raise ValueError(f"t: expected one time a sample, [{like.shape[0]}], got {list(t.shape)}")
     return _float32(t).view(-1, *[1] * (like.dim() - 1))
@@ -96,16 +66,23 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}: must be a positive finite number, got {value}")
 
 
+def check_step(t: float, t_next: float) -> None:
+    """Raise a ValueError unless 0 <= t <= t_next <= 1."""
+    if not 0.0 <= t <= t_next <= 1.0:
+        raise ValueError(f"t, t_next: must satisfy 0 <= t <= t_next <= 1, got {t}, {t_next}")
+
+
+def _float32(value: torch.Tensor | float) -> torch.Tensor:
+    return torch.as_tensor(value).to(torch.float32)
+
+
 @dataclass(frozen=True)
 class VideoTimeSampling:
-    """How training draws the video's flow times.
-
-    A noise level is drawn, shifted (:func:`shift_sigma`) and turned into flow time.
-    """
+    """Distribution of the video's flow times in training: a noise level is drawn and shifted (:func:`shift_sigma`)."""
 
     distribution: Literal["uniform", "logit_normal"] = "uniform"
-    """``uniform``: sigma uniform on (0, 1]. ``logit_normal``: logit(sigma) normal, which visits the ends less often
-    (Esser et al., 2024, arXiv:2403.03206, section 3.1)."""
+    """``uniform``: sigma uniform on (0, 1]. ``logit_normal``: logit(sigma) normal, which draws fewer times near the
+    ends (Esser et al., 2024, arXiv:2403.03206, section 3.1)."""
     mean: float = 0.0
     """Mean of logit(sigma) before the shift; above 0 is noisier. Used by ``logit_normal`` only."""
     std: float = 1.0
@@ -126,7 +103,7 @@ class VideoTimeSampling:
     ) -> torch.Tensor:
         """Draw one flow time a sample: float32 [B] in [0, 1]."""
         if self.distribution == "uniform":
-            sigma = 1.0 - rand((batch,), generator, device)  # (0, 1]: pure noise is where every sampler starts
+            sigma = 1.0 - rand((batch,), generator, device)  # (0, 1]: every sampler starts at pure noise
         else:
             sigma = torch.sigmoid(self.mean + self.std * randn((batch,), generator, device))
         return time_from_sigma(shift_sigma(sigma, self.shift))
@@ -134,20 +111,16 @@ class VideoTimeSampling:
 
 @dataclass(frozen=True)
 class TextTimeSampling:
-    """How training draws the text's flow times: ``t = (1 - eps) * u ** power`` with u uniform on [0, 1)."""
+    """Distribution of the text's flow times in training: ``t = MAX_TEXT_TIME * u ** power``, u uniform on [0, 1)."""
 
     power: float = 1.0
     """Above 0. 1 is uniform; above 1 favours noisy text, below 1 nearly clean text."""
-    eps: float = 1e-3
-    """Times stay at or below ``1 - eps``, where the generalised KL's weight ``kappa'/(1-kappa)`` is finite."""
 
     def __post_init__(self) -> None:
         check_positive("power", self.power)
-        if not 1e-6 <= self.eps < 1:
-            raise ValueError(f"eps: must lie in [1e-6, 1) to keep float32 times below 1, got {self.eps}")
 
     def sample(
         self, batch: int, device: torch.device | str | None = None, generator: Generators = None
     ) -> torch.Tensor:
-        """Draw one flow time a sample: float32 [B] in [0, 1 - eps) (for power 1; else the end may be reached)."""
-        return (1.0 - self.eps) * rand((batch,), generator, device) ** self.power
+        """Draw one flow time a sample: float32 [B] in [0, MAX_TEXT_TIME]."""
+        return MAX_TEXT_TIME * rand((batch,), generator, device) ** self.power

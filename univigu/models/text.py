@@ -36,17 +36,17 @@ class TextTimeEmbedding(nn.Module):
 class TextHead(nn.Module):
     """LayerNorm (weight only), modulation, linear. The linear starts at zero, so the first prediction is uniform."""
 
-    def __init__(self, dim: int, out_features: int) -> None:
+    def __init__(self, dim: int, vocab_size: int) -> None:
         super().__init__()
         self.norm_final = FP32LayerNorm(dim, eps=1e-5, bias=False)
-        self.linear = nn.Linear(dim, out_features)
+        self.linear = nn.Linear(dim, vocab_size)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def forward(
         self, states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, reader: TextReader | None = None
     ) -> torch.Tensor:
-        """Text states [B, L, D] with shift and scale [B, 1, D] -> [B, L, out_features], or the reader's output.
+        """Text states [B, L, D] with shift and scale [B, 1, D] -> logits [B, L, V], or the reader's output.
 
         The reader is called in here because a sharded linear's weight is gathered only during this forward.
         """

@@ -59,7 +59,7 @@ class UniViGUTransformerOutput(BaseOutput):
     """Video, in Wan's convention noise - data (= minus the velocity of flow time), [B, C, T, H, W]; None if only the
     text was computed."""
     text: torch.Tensor | None = None
-    """Logits [B, L, V], or for the ``embedding`` flow the velocity [B, L, D]; None without text tokens."""
+    """Logits [B, L, V], or what the text's reader returns; None without text tokens."""
 
 
 class UniViGUTransformer3DModel(WanTransformer3DModel):
@@ -169,7 +169,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             nn.init.normal_(self.text_position_embed.weight, std=0.1)
         self.time_embedding_t = TextTimeEmbedding(freq_dim, dim)
         self.scale_shift_table_t = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
-        self.text_head = TextHead(dim, dim if text_flow == "embedding" else vocab_size)
+        self.text_head = TextHead(dim, vocab_size)
 
     # ------------------------------------------------------------------ forward
 
@@ -184,7 +184,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> UniViGUTransformerOutput | tuple[torch.Tensor | None, ...]:
-        """Predict both modalities' velocities (or posteriors) at their own times.
+        """Predict the video's velocity and the text's posterior at their own times.
 
         Args:
             hidden_states: normalised video latents [B, C, T, H, W]. None computes only the text, with the video's
@@ -317,7 +317,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         return rearrange(video, pattern, t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
 
     def _text_head(self, states: torch.Tensor, temb: torch.Tensor, reader: TextReader | None) -> torch.Tensor:
-        """Tokens [B, L, D] -> [B, L, V], or [B, L, D] for the embedding flow."""
+        """Tokens [B, L, D] -> logits [B, L, V], or what the reader returns."""
         shift, scale = (self.scale_shift_table_t.to(temb.device) + temb[:, None]).chunk(2, dim=1)
         return self.text_head(states, shift, scale, reader)
 

@@ -25,12 +25,10 @@ from univigu.models.cache import AttentionCache
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.solvers import VideoSolver, make_video_solver
 
-__all__ = ["Sampler", "Samples", "SamplingOptions", "StepCallback", "StepState", "uniform_times"]
-
 
 @dataclass
 class StepState:
-    """Where sampling stands after a step."""
+    """State of sampling after a step."""
 
     step: int
     """Counted from 0."""
@@ -43,7 +41,7 @@ class StepState:
     """The text's state [B, L] or [B, L, D]; None for tasks without text."""
     text_time: float | None
     last: bool
-    """Whether this is the last step: of the schedule, or that at which every text of the batch has ended."""
+    """Whether this is the last step: of the schedule, or the one at which every text of the batch has ended."""
 
 
 StepCallback = Callable[[StepState], None]
@@ -51,9 +49,9 @@ StepCallback = Callable[[StepState], None]
 
 @dataclass
 class Samples:
-    """What a task made."""
+    """Results of a task."""
 
-    latents: torch.Tensor | None
+    latents: torch.Tensor
     """Video latents [B, C, T, H, W], normalised; the given ones for ``caption``."""
     tokens: torch.Tensor | None
     """Text tokens [B, L]; None for ``generate`` and ``edit``."""
@@ -61,7 +59,7 @@ class Samples:
 
 @dataclass
 class VideoContext:
-    """A video that stays as it is while text is denoised beside it."""
+    """A video that does not change while text is denoised."""
 
     latents: torch.Tensor
     """[B, C, T, H, W], in the model's type."""
@@ -70,18 +68,40 @@ class VideoContext:
     prompt_embeds: torch.Tensor
     """[B, S, text_dim], in the model's type."""
     refresh: int | None
-    """Every how many steps it is computed anew; None: once, because it does not depend on the text."""
+    """Recompute it every so many steps; None: compute it once, because it does not depend on the text."""
 
     def __post_init__(self) -> None:
         self.cache = AttentionCache(keep_video=self.refresh != 1)
 
-    def text_output(self, model: Any, step: int, text: torch.Tensor, text_timestep: torch.Tensor) -> torch.Tensor:
-        """The model's text output [B, L, ...] at a step; the video is computed along with it only when it is due."""
-        inputs = {"text": TextInputs(text, text_timestep), "cache": self.cache}
+    def logits(self, model: Any, step: int, text: TextInputs) -> torch.Tensor:
+        """The model's logits [B, L, V] at a step; the video is computed along with them only when it is due."""
         due = step == 0 if self.refresh is None else step % self.refresh == 0
-        if due:
-            return model(self.latents, self.timestep, self.prompt_embeds, **inputs).text
-        return model(None, None, None, **inputs).text
+        video = (self.latents, self.timestep, self.prompt_embeds) if due else (None, None, None)
+        return model(*video, text=text, cache=self.cache).text
+
+
+@dataclass
+class TextRun:
+    """The text of one sampling run."""
+
+    flow: TextFlow
+    state: torch.Tensor
+    """[B, L], or [B, L, D] for the embedding flow."""
+    times: Sequence[float]
+    """Flow times from 0 to 1, one more than there are steps."""
+    generator: Generators
+
+    def inputs(self, i: int) -> TextInputs:
+        """The transformer's inputs at step i."""
+        return TextInputs(self.state, _timestep(self.times[i], self.state))
+
+    def advance(self, i: int, logits: torch.Tensor) -> None:
+        """Take step i, given the logits of its inputs."""
+        self.state = self.flow.step(self.state, logits, self.times[i], self.times[i + 1], self.generator)
+
+    def tokens(self) -> torch.Tensor:
+        """The finished text, int64 [B, L]."""
+        return self.flow.tokens(self.state)
 
 
 class Sampler:
@@ -89,27 +109,25 @@ class Sampler:
 
     Args:
         model: a UniViGUTransformer3DModel in evaluation mode.
-        text_flow: the flow the model's text stream was trained with.
-        scheduler: a diffusers scheduler for the video, its class and config taken as the template.
+        scheduler: a diffusers scheduler for the video; its class and config are used as a template.
         options: see :class:`SamplingOptions`.
-        eos_token_id, pad_token_id: of the tokenizer.  With both, a caption of the ``mask`` flow is done, and sampling
-            stops, once its end and all before it stand; what is behind the end is then padding.
+        eos_token_id, pad_token_id: of the tokenizer. With both, sampling with the ``mask`` flow stops once the end of
+            every text and everything before it is revealed; what follows the end is padding.
     """
 
     def __init__(
         self,
         model: Any,
-        text_flow: TextFlow,
         scheduler: Any,
         options: SamplingOptions | None = None,
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
     ) -> None:
         self.model = model
-        self.text_flow = text_flow
         self.scheduler = scheduler
         self.shift = float(scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0)))
         self.options = options or SamplingOptions()
+        self.text_flow = self.options.make_text_flow(model.config)
         self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
 
     # ---------------------------------------------------------------------- tasks
@@ -123,7 +141,7 @@ class Sampler:
         latents: torch.Tensor | None = None,
         on_step: StepCallback | None = None,
     ) -> Samples:
-        """Video from noise under a prompt.
+        """Video from noise, given a prompt.
 
         Args:
             prompt_embeds: encoded prompts [B, S, text_dim].
@@ -134,8 +152,7 @@ class Sampler:
             on_step: called after each step with a :class:`StepState`.
         """
         video = self._noise(prompt_embeds, latents_shape, generator) if latents is None else latents.float()
-        solver = self._solver(self.options.num_inference_steps)
-        video, _ = self._denoise_video(video, solver, prompt_embeds, null_embeds, on_step=on_step)
+        video = self._denoise_video(video, self._solver(), prompt_embeds, null_embeds, None, on_step)
         return Samples(video, None)
 
     def edit(
@@ -147,26 +164,24 @@ class Sampler:
         generator: Generators = None,
         on_step: StepCallback | None = None,
     ) -> Samples:
-        """A video made anew under another prompt, from a mixture of itself and noise.
+        """A video regenerated under another prompt, from a mixture of itself and noise.
 
         Args:
             latents: the clean video, normalised [B, C, T, H, W].
-            strength: how far back towards noise it starts, in (0, 1]: flow time 1 - strength; 1 keeps nothing.  The
-                sampler's last level that is at least as noisy is taken.
+            strength: flow time 1 - strength to start at, in (0, 1]; 1 keeps nothing of the video. The sampler's last
+                level that is at least as noisy is taken.
             prompt_embeds, null_embeds, generator, on_step: as in :meth:`generate`.
-
-        Raises:
-            ValueError: strength out of range.
         """
         if not 0 < strength <= 1:
             raise ValueError(f"strength={strength!r}: expected over 0, at most 1")
-        solver = self._solver(self.options.num_inference_steps, start=1.0 - strength)
+        solver = self._solver(start=1.0 - strength)
         noise = self._noise(latents, latents.shape[1:], generator)
         begin = latents.new_full((latents.shape[0],), solver.times[0], dtype=torch.float32)
         video = interpolate(noise, latents.float(), begin)
-        video, _ = self._denoise_video(video, solver, prompt_embeds, null_embeds, on_step=on_step)
+        video = self._denoise_video(video, solver, prompt_embeds, null_embeds, None, on_step)
         return Samples(video, None)
 
+    @torch.no_grad()
     def caption(
         self,
         latents: torch.Tensor,
@@ -176,25 +191,21 @@ class Sampler:
         on_step: StepCallback | None = None,
         null_embeds: torch.Tensor | None = None,
     ) -> Samples:
-        """Text from noise beside clean video latents [B, C, T, H, W].
+        """Text from noise, given clean video latents.
 
         Args:
             latents: the clean video, normalised [B, C, T, H, W].
             prompt_embeds: the condition [B or 1, S, text_dim]: the encoded empty prompt, a brief prompt, or a
                 question, whose answer the text then is.
-            text_length: slot of the text in tokens.
+            text_length: number of text tokens.
             generator, on_step: as in :meth:`generate`.
-            null_embeds: the encoded empty prompt, if guidance contrasts with it.
-
-        Raises:
-            ValueError: guidance against the null condition without ``null_embeds``.
+            null_embeds: the encoded empty prompt; needed for ``caption_guidance`` "prompt".
         """
-        times = uniform_times(self.options.caption_steps)
-        text = self._initial_text(latents, text_length, generator)
-        contexts = self._caption_contexts(latents, prompt_embeds, null_embeds, generator)
-        text = self._denoise_text(contexts, text, times, generator, on_step)
-        return Samples(latents, self._tokens(text))
+        text = self._start_text(latents, text_length, self.options.caption_steps, generator)
+        self._denoise_text(text, 0, self._caption_contexts(latents, prompt_embeds, null_embeds, generator), on_step)
+        return Samples(latents, text.tokens())
 
+    @torch.no_grad()
     def joint(
         self,
         prompt_embeds: torch.Tensor,
@@ -205,16 +216,18 @@ class Sampler:
         on_step: StepCallback | None = None,
     ) -> Samples:
         """Video and text from noise, in parallel, each reading the other; arguments as in ``generate``."""
-        video = self._noise(prompt_embeds, latents_shape, generator)
-        text = self._initial_text(video, text_length, generator)
-        solver, lag = self._solver(self.options.num_inference_steps), self.options.joint_lag
+        video, solver, lag = (
+            self._noise(prompt_embeds, latents_shape, generator),
+            self._solver(),
+            self.options.joint_lag,
+        )
         both = len(solver.times)
-        times = uniform_times(both + lag)
-        video, text = self._denoise_video(video, solver, prompt_embeds, null_embeds, text, times, generator, on_step)
+        text = self._start_text(video, text_length, both + lag, generator)
+        video = self._denoise_video(video, solver, prompt_embeds, null_embeds, text, on_step)
         if lag:
             contexts = self._caption_contexts(video, prompt_embeds, null_embeds, generator)
-            text = self._denoise_text(contexts, text, times[both:], generator, on_step, done=both)
-        return Samples(video, self._tokens(text))
+            self._denoise_text(text, both, contexts, on_step)
+        return Samples(video, text.tokens())
 
     # ---------------------------------------------------------------------- video, with text or without
 
@@ -225,50 +238,43 @@ class Sampler:
         solver: VideoSolver,
         prompt_embeds: torch.Tensor,
         null_embeds: torch.Tensor,
-        text: torch.Tensor | None = None,
-        text_times: Sequence[float] = (),
-        generator: Generators = None,
-        on_step: StepCallback | None = None,
-    ) -> tuple[torch.Tensor, Any]:
-        """The loop over the solver's evaluations; ``text`` None leaves the text stream out.
-
-        ``text_times`` are at least as many as the solver's and one; those past its end are left to others.
-        """
-        batch, num_steps = video.shape[0], max(len(solver.times), len(text_times) - 1)
+        text: TextRun | None,
+        on_step: StepCallback | None,
+    ) -> torch.Tensor:
+        """The loop over the solver's evaluations; the text, if there is any, advances along."""
+        batch, num_steps = video.shape[0], len(solver.times) if text is None else len(text.times) - 1
+        scale, (low, high) = self.options.guidance_scale, self.options.guidance_interval
         embeds, null = self._cast(prompt_embeds), self._cast(null_embeds.expand(batch, -1, -1))
         both = torch.cat([embeds, null]) if self.options.batch_guidance and text is None else None
         caches = {id(e): AttentionCache(keep_video=False) for e in (embeds, null, both) if e is not None}
-        low, high = self.options.guidance_interval
 
-        def predict(inputs: torch.Tensor, condition: torch.Tensor, **text_inputs: Any) -> Any:
+        def predict(inputs: torch.Tensor, condition: torch.Tensor, shown: TextInputs | None = None) -> Any:
             timestep = solver.timestep(i, inputs.shape[0], inputs.device)
-            return self.model(inputs, timestep, condition, cache=caches[id(condition)], **text_inputs)
+            return self.model(inputs, timestep, condition, text=shown, cache=caches[id(condition)])
 
         for i, time in enumerate(solver.times):
-            # 1. One pass with everything, one with nothing but the video
-            guided, inputs, output = self.options.guidance_scale > 1 and low <= time <= high, self._cast(video), None
+            # 1. A pass with prompt and text, and for guidance one with neither
+            guided, inputs, logits = scale > 1 and low <= time <= high, self._cast(video), None
             if guided and both is not None:
                 prediction, unconditional = predict(torch.cat([inputs, inputs]), both).sample.chunk(2)
             else:
-                text_inputs: dict[str, Any] = {}
-                if text is not None:
-                    text_inputs = {"text": TextInputs(text, _timestep(text_times[i], video))}
-                output = predict(inputs, embeds, **text_inputs)
-                prediction = output.sample
+                output = predict(inputs, embeds, None if text is None else text.inputs(i))
+                prediction, logits = output.sample, output.text
                 unconditional = predict(inputs, null).sample if guided else prediction
             if guided:
-                prediction = unconditional + self.options.guidance_scale * (prediction - unconditional)
+                prediction = unconditional + scale * (prediction - unconditional)
 
             # 2. Both modalities move to their next times
             video = solver.step(prediction, i, video)
-            if text is not None and output is not None:
-                text = self._text_step(text, output.text, text_times, i, generator)
+            if text is not None:
+                assert logits is not None
+                text.advance(i, logits)
             if on_step is not None:
-                text_time, last = None if text is None else text_times[i + 1], i + 1 == num_steps
-                on_step(StepState(i, num_steps, video, solver.next_time(i), text, text_time, last))
-        return video, text
+                words, text_time = (None, None) if text is None else (text.state, text.times[i + 1])
+                on_step(StepState(i, num_steps, video, solver.next_time(i), words, text_time, i + 1 == num_steps))
+        return video
 
-    # ---------------------------------------------------------------------- text beside a video that stays
+    # ---------------------------------------------------------------------- text with a video that does not change
 
     def _caption_contexts(
         self,
@@ -277,80 +283,60 @@ class Sampler:
         null_embeds: torch.Tensor | None,
         generator: Generators,
     ) -> list[VideoContext]:
-        """The clean video under its condition; for guidance also what it is contrasted with.
+        """The clean video with its condition, and for guidance the video and condition to contrast it with.
 
-        The noise of ``caption_guidance`` "video" is drawn once, but it is no clean video: it reads text in every model,
-        so that keeping it is an approximation in every model, and :attr:`SamplingOptions.caption_refresh` decides.
+        The noise of ``caption_guidance`` "video" reads text in every model, so caching it is always an approximation.
         """
         batch, options = latents.shape[0], self.options
         embeds = self._cast(prompt_embeds.expand(batch, -1, -1))
         refresh = options.caption_refresh if self.model.config.clean_video_reads_text else None
-        contexts = [VideoContext(self._cast(latents), _timestep(1.0, latents), embeds, refresh)]
+        clean = VideoContext(self._cast(latents), _timestep(1.0, latents), embeds, refresh)
         if options.caption_guidance_scale == 1:
-            return contexts
-        if options.caption_guidance == "video":  # pure noise says nothing
+            return [clean]
+        if options.caption_guidance == "video":
             noise = self._cast(self._noise(latents, latents.shape[1:], generator))
-            contexts.append(VideoContext(noise, _timestep(0.0, latents), embeds, options.caption_refresh))
-        elif null_embeds is None:
+            return [clean, VideoContext(noise, _timestep(0.0, latents), embeds, options.caption_refresh)]
+        if null_embeds is None:
             raise ValueError("null_embeds=None: sampling.caption_guidance='prompt' needs the encoded empty prompt")
-        else:
-            null = self._cast(null_embeds.expand(batch, -1, -1))
-            contexts.append(VideoContext(contexts[0].latents, contexts[0].timestep, null, refresh))
-        return contexts
+        null = self._cast(null_embeds.expand(batch, -1, -1))
+        return [clean, VideoContext(clean.latents, clean.timestep, null, refresh)]
 
-    @torch.no_grad()
     def _denoise_text(
-        self,
-        contexts: list[VideoContext],
-        text: torch.Tensor,
-        times: Sequence[float],
-        generator: Generators,
-        on_step: StepCallback | None,
-        done: int = 0,
-    ) -> torch.Tensor:
-        """The loop over the text's times, until they end or every text of the batch does, after ``done`` steps."""
-        scale, num_steps, video = self.options.caption_guidance_scale, done + len(times) - 1, contexts[0].latents
-        for i in range(len(times) - 1):
-            timestep = _timestep(times[i], text)
-            output, *contrast = [context.text_output(self.model, i, text, timestep) for context in contexts]
+        self, text: TextRun, start: int, contexts: list[VideoContext], on_step: StepCallback | None
+    ) -> None:
+        """The loop over the text's steps from ``start``, until they end or every text of the batch does."""
+        scale, num_steps = self.options.caption_guidance_scale, len(text.times) - 1
+        for i in range(start, num_steps):
+            shown = text.inputs(i)
+            logits, *contrast = [context.logits(self.model, i - start, shown) for context in contexts]
             if contrast:
-                output = contrast[0] + scale * (output - contrast[0])
-            text = self._text_step(text, output, times, i, generator)
-            last = done + i + 1 == num_steps
+                logits = contrast[0] + scale * (logits - contrast[0])
+            text.advance(i, logits)
+            last = i + 1 == num_steps
             if self.eos_token_id is not None and self.pad_token_id is not None:
-                text, ended = self.text_flow.close(text, self.eos_token_id, self.pad_token_id)
+                text.state, ended = text.flow.close(text.state, self.eos_token_id, self.pad_token_id)
                 last = last or ended
-            if on_step is not None:  # it sees the text closed, as the caller will
-                on_step(StepState(done + i, num_steps, video, 1.0, text, times[i + 1], last))
+            if on_step is not None:
+                on_step(StepState(i, num_steps, contexts[0].latents, 1.0, text.state, text.times[i + 1], last))
             if last:
                 break
-        return text
 
-    # ---------------------------------------------------------------------- parts
+    def _start_text(self, like: torch.Tensor, length: int, num_steps: int, generator: Generators) -> TextRun:
+        """Text from noise for as many samples as ``like`` has."""
+        flow = self.text_flow.bind(self.model)
+        return TextRun(
+            flow, flow.initial(like.shape[0], length, generator, like.device), uniform_times(num_steps), generator
+        )
 
-    def _text_step(
-        self, text: torch.Tensor, output: torch.Tensor, times: Sequence[float], i: int, generator: Generators
-    ) -> torch.Tensor:
-        return self.text_flow.step(text, output, times[i], times[i + 1], self._table(), generator)
-
-    def _solver(self, num_steps: int, start: float = 0.0) -> VideoSolver:
+    def _solver(self, start: float = 0.0) -> VideoSolver:
         solver = self.scheduler if self.options.solver == "scheduler" else self.options.solver
-        return make_video_solver(solver, num_steps, self.shift, start)
+        return make_video_solver(solver, self.options.num_inference_steps, self.shift, start)
 
     def _noise(self, like: torch.Tensor, shape: Sequence[int], generator: Generators) -> torch.Tensor:
         return randn((like.shape[0], *shape), generator, like.device)
 
-    def _initial_text(self, like: torch.Tensor, length: int, generator: Generators) -> torch.Tensor:
-        return self.text_flow.initial(like.shape[0], length, self._table(), generator, like.device)
-
-    def _tokens(self, text: torch.Tensor | None) -> torch.Tensor | None:
-        return None if text is None else self.text_flow.tokens(text, self._table())
-
-    def _table(self) -> torch.Tensor | None:
-        return self.model.token_table() if self.text_flow.needs_table else None
-
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
-        # The state stays float32 between steps; only the model sees its own dtype.
+        """To the model's type; the state between steps is float32."""
         return tensor.to(self.model.dtype)
 
 

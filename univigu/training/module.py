@@ -23,7 +23,7 @@ from univigu.flow.objective import (
     by_noise_level,
 )
 from univigu.flow.random import make_generator
-from univigu.flow.text import TextFlow, make_text_flow
+from univigu.flow.text import make_text_flow
 from univigu.models.conventions import CONVENTIONS, Conventions
 from univigu.models.encode import encode_prompts
 from univigu.models.foundation import EMBEDDED_FOUNDATION, Foundation, encode_prompt
@@ -55,8 +55,6 @@ class UniViGU(EvaluatedModule):
         optimizer: which optimizer, and its constants.
         sampling: how samples are drawn in validation and prediction.
         predict_task: what ``lightning predict`` makes: "caption", "generate", "joint", "edit" or "qa".
-        prompt_slots: longer slots that prompts are padded to now and then in training (every 16th step, in turn),
-            so that a generator made from nothing does not depend on the length of its prompts' padding.
         text_encoder_dtype: type of the (frozen) text encoder's weights.
         gradient_checkpointing: recompute activations in the backward pass.
         parallel: how the transformer computes if the trainer's strategy shards it.
@@ -78,7 +76,6 @@ class UniViGU(EvaluatedModule):
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008
         sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
         predict_task: PredictTask = "caption",
-        prompt_slots: tuple[int, ...] = (),
         text_encoder_dtype: Literal["float32", "bfloat16"] = "float32",
         gradient_checkpointing: bool = False,
         parallel: ParallelOptions = ParallelOptions(),  # noqa: B008
@@ -105,7 +102,6 @@ class UniViGU(EvaluatedModule):
         self.trains = trains
         self.lora = lora
         self.evaluation_options = evaluation
-        self.prompt_slots = prompt_slots
         self.seed = seed
         self.stage, self.stage_step = Stage(), 0
         self.transformer: UniViGUTransformer3DModel | None = None
@@ -172,9 +168,8 @@ class UniViGU(EvaluatedModule):
             model.enable_gradient_checkpointing()
         self.compute.compile(model)
         self.transformer = model
-        options = self.sampling.text_flow_options(model.config.text_flow)
-        self.text_flow: TextFlow = make_text_flow(model.config.text_flow, model.config.vocab_size, **options)
-        self.objective = UniFlowObjective(self.text_flow, self.flow_options)
+        text_flow = make_text_flow(model.config.text_flow, model.config.vocab_size)
+        self.objective = UniFlowObjective(text_flow, self.flow_options)
 
     def enter_stage(self, stage: Stage) -> None:
         """Put a stage in force: what is frozen changes here, learning rates in ``StageSwitch``."""
@@ -200,8 +195,6 @@ class UniViGU(EvaluatedModule):
         stage, size = self.stage, len(batch["key"])
         step = self.trainer.fit_loop.total_batch_idx
         inputs = self.prepare(batch)
-        if self.prompt_slots and step % 16 == 0:
-            inputs = inputs.pad_prompts(self.prompt_slots[step // 16 % len(self.prompt_slots)])
         losses = self.objective(
             self._model,
             inputs,
@@ -323,7 +316,7 @@ class UniViGU(EvaluatedModule):
         """A sampler over the current weights."""
         tokenizer = self.foundation.tokenizer
         return Sampler(
-            self._model, self.text_flow, self.foundation.scheduler(), self.sampling,
+            self._model, self.foundation.scheduler(), self.sampling,
             tokenizer.eos_token_id, tokenizer.pad_token_id,
         )  # fmt: skip
 

@@ -1,0 +1,136 @@
+"""The text's loss in parts: the same numbers as over all logits at once, in a fraction of the memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests import tiny
+from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowObjective
+from univigu.flow.text import CorruptedText, make_text_flow
+from univigu.flow.text_loss import TextLoss
+
+VOCAB = 11
+CASES = [
+    ("uniform", "cross_entropy"),
+    ("uniform", "generalized_kl"),
+    ("mask", "cross_entropy"),
+    ("mask", "generalized_kl"),
+    ("embedding", "cross_entropy"),
+]
+
+
+@cache
+def make_model(flow: str) -> Any:
+    return tiny.make_unified(tiny.make_wan(), VOCAB, text_flow=flow)
+
+
+def measure(flow: str, kind: str, max_logits: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Text losses of a batch and all gradients."""
+    generator = torch.Generator().manual_seed(0)
+    batch = UniFlowBatch(
+        latents=torch.randn(4, tiny.CHANNELS, 2, 4, 6, generator=generator),
+        prompt_embeds=torch.randn(4, 5, tiny.TEXT_DIM, generator=generator),
+        null_embeds=torch.randn(1, 5, tiny.TEXT_DIM, generator=generator),
+        text_ids=torch.randint(VOCAB, (4, 6), generator=generator),
+    )
+    model, objective = (
+        make_model(flow),
+        UniFlowObjective(make_text_flow(flow, VOCAB), FlowOptions(max_logits=max_logits)),
+    )
+    model.zero_grad(set_to_none=True)
+    losses = objective(model, batch, (1, 2, 1), text_loss=kind, generator=torch.Generator().manual_seed(3))
+    (losses.total(1.0, 1.0, 4) + (losses.text * torch.tensor([1.0, -2.0, 0.5])).sum()).backward()
+    return losses.text.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("flow", "kind"), CASES)
+def test_value_and_gradients_are_those_of_all_logits(flow: str, kind: str) -> None:
+    expected, gradients = measure(flow, kind, 10**9)
+    assert len(gradients) > 40
+    for max_logits in (1, 7 * VOCAB + 3):
+        losses, found = measure(flow, kind, max_logits)
+        torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
+        assert found.keys() == gradients.keys()
+        for name, value in gradients.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_no_more_logits_exist_than_allowed() -> None:
+    tokens, linear, sizes = torch.randint(VOCAB, (2, 5)), nn.Linear(3, VOCAB), []
+    linear.register_forward_hook(lambda *args: sizes.append(args[2].numel()))
+    corrupted = CorruptedText(tokens, tokens)
+    for limit in (10 * VOCAB, 10 * VOCAB - 1, 4 * VOCAB, 1):
+        loss = TextLoss(make_text_flow("uniform", VOCAB), corrupted, torch.zeros(2), "cross_entropy", limit)
+        loss(torch.randn(2, 5, 3), linear)
+        assert max(sizes) <= max(limit, VOCAB) and sum(sizes) == 10 * VOCAB
+        sizes.clear()
+
+
+def test_bfloat16_and_autocast() -> None:
+    """Many parts in bfloat16 add up as all logits at once do, to its precision."""
+    torch.manual_seed(0)
+    hidden, tokens, plain = torch.randn(2, 150, 8), torch.randint(20, (2, 150)), nn.Linear(8, 20)
+
+    def gradient(max_logits: int, dtype: torch.dtype, autocast: bool = False) -> torch.Tensor:
+        linear = nn.Linear(8, 20, dtype=dtype)
+        linear.load_state_dict(plain.state_dict())
+        flow = make_text_flow("uniform", 20)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = TextLoss(flow, CorruptedText(tokens, tokens), torch.zeros(2), "cross_entropy", max_logits)
+            losses = loss(hidden.to(dtype), linear)
+        losses.mean().backward()
+        assert losses.dtype == torch.float32 and linear.weight.grad is not None and linear.weight.grad.dtype == dtype
+        return linear.weight.grad.float()
+
+    exact = gradient(10**9, torch.float32)
+    for found in (gradient(200, torch.bfloat16), gradient(200, torch.float32, autocast=True)):
+        assert (found - exact).norm() / exact.norm() < 0.02
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"flow\.max_logits=0"):
+        FlowOptions(max_logits=0)
+
+
+PEAK = """
+import resource, sys, torch
+from univigu.flow.objective import FlowOptions
+from univigu.flow.text import make_text_flow
+from univigu.flow.text_loss import TextLoss
+way, kind, vocab, length, width = sys.argv[1], sys.argv[2], 256384, 256, 16
+torch.manual_seed(0)
+flow, linear = make_text_flow("uniform", vocab), torch.nn.Linear(width, vocab)
+hidden = torch.randn(1, length, width, requires_grad=True)
+tokens, t = torch.randint(vocab, (1, length)), torch.full((1,), 0.5)
+corrupted = flow.corrupt(tokens, t)
+limit = 10**12 if way == "plain" else FlowOptions().max_logits
+linear.weight.grad, linear.bias.grad = torch.zeros(vocab, width), torch.zeros(vocab)
+small = type(corrupted)(corrupted.x_t[:, :1], tokens[:, :1])
+TextLoss(flow, small, t, kind, limit)(hidden[:, :1], linear).sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+TextLoss(flow, corrupted, t, kind, limit)(hidden, linear).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, hidden.grad.norm().item())
+"""
+
+
+@pytest.mark.slow
+def test_peak_memory_at_wans_vocabulary() -> None:
+    """Resident memory that the loss and its backward add, in processes of their own: under an eighth."""
+
+    def run(way: str) -> tuple[float, float]:
+        command = [sys.executable, "-c", PEAK, way, "generalized_kl"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        kilobytes, gradient = map(float, result.stdout.split())
+        return kilobytes, gradient
+
+    plain, parts = run("plain"), run("parts")
+    assert parts[0] < plain[0] / 8, (plain, parts)
+    assert parts[1] == pytest.approx(plain[1], rel=1e-5)
