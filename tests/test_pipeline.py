@@ -205,7 +205,8 @@ def test_an_option_that_a_task_would_ignore_is_refused(pipe: UniViGUPipeline, vi
 
 
 @pytest.mark.parametrize(
-    ("flow", "known", "unknown"), [("uniform", {"top_p": 0.9}, "text_order"), ("embedding", {"temperature": 0.5}, "text_order")]
+    ("flow", "known", "unknown"),
+    [("uniform", {"top_p": 0.9}, "text_order"), ("embedding", {"temperature": 0.5}, "text_order")],
 )
 def test_an_option_that_a_text_flow_does_not_know_is_refused(
     pipe: UniViGUPipeline, videos: np.ndarray, flow: str, known: dict[str, Any], unknown: str

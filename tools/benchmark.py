@@ -145,11 +145,11 @@ def caption(options: argparse.Namespace) -> dict[str, float]:
     latents = torch.randn(options.batch_size, 16, frames, 32, 32, device=device)
     embeds = torch.randn(options.batch_size, prompt_length, 64, device=device)
     flow = make_text_flow("uniform", options.vocab_size)
-    sampling = SamplingOptions(caption_steps=options.steps)
+    sampling = SamplingOptions(caption_steps=options.steps, temperature=1.0)
     tokens: dict[str, torch.Tensor] = {}
 
     def sample(name: str, sampled: Any) -> None:
-        sampler = Sampler(sampled, flow, FlowMatchEulerDiscreteScheduler(), sampling)
+        sampler = Sampler(sampled, FlowMatchEulerDiscreteScheduler(), sampling)
         generator = torch.Generator(device).manual_seed(1)
         made = sampler.caption(latents, embeds, options.text_tokens, generator).tokens
         assert made is not None
@@ -158,7 +158,7 @@ def caption(options: argparse.Namespace) -> dict[str, float]:
     @torch.no_grad()
     def plain() -> None:
         times, generator = uniform_times(options.steps), torch.Generator(device).manual_seed(1)
-        text = flow.initial(options.batch_size, options.text_tokens, None, generator, device)
+        text = flow.initial(options.batch_size, options.text_tokens, generator, device)
         clean, condition = latents.to(model.dtype), embeds.to(model.dtype)
         for t, t_next in pairwise(times):
             timestep = torch.full((options.batch_size,), 1000 * (1 - t), device=device)

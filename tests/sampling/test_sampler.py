@@ -368,7 +368,11 @@ def test_a_finished_caption_stops_and_is_padded(embeds: Any) -> None:
     assert tokens.tolist() == [[5, 6, eos, pad, pad, pad]] * 3
     assert len(sampler.model.calls) == 3  # one token a step until 5 6 <eos> is revealed
     # what is shown of the last step is the finished text, and that it is the last
-    assert [(state.step, state.num_steps, state.last) for state in seen] == [(0, 40, False), (1, 40, False), (2, 40, True)]
+    assert [(state.step, state.num_steps, state.last) for state in seen] == [
+        (0, 40, False),
+        (1, 40, False),
+        (2, 40, True),
+    ]
     assert torch.equal(seen[-1].text, tokens)
 
 
