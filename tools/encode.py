@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
                 options.dtype,
                 buckets,
                 options.strict,
-                pool if device == "cpu" else None,
+                pool if device == "cpu" and pool.workers > 1 else None,
                 prompts,
                 device,
                 share,

@@ -82,9 +82,15 @@ def test_clips_are_what_the_pipeline_makes_of_prompt_and_seed(tool: Tool, tmp_pa
     clips = [read_video(ref.read("mp4") or b"", 9, 64, 64).float() / 255 for ref in refs]
     for number in (0, 5):  # each alone, without the batch it was made in
         video = pipeline(
-            texts[number]["prompt"], height=64, width=64, num_frames=9, num_inference_steps=2, guidance_scale=1.0,
-            generator=torch.Generator().manual_seed(7 + number), output_type="pt",
-        ).frames[0]  # fmt: skip
+            texts[number]["prompt"],
+            height=64,
+            width=64,
+            num_frames=9,
+            num_inference_steps=2,
+            guidance_scale=1.0,
+            generator=torch.Generator().manual_seed(7 + number),
+            output_type="pt",
+        ).frames[0]
         errors = [(clip - video).abs().mean().item() for clip in clips]
         assert errors[number] < 0.02  # 4:2:0 chroma and compression
         assert errors.index(min(errors)) == number  # and every other clip is another
@@ -261,8 +267,13 @@ def test_another_run_does_not_mix_in(
 
 
 def test_a_pipeline_for_something_else_is_refused(tool: Tool, tmp_path: Path, foundation: str) -> None:
-    unet = UNet2DModel(sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",),
-                       up_block_types=("UpBlock2D",), layers_per_block=1)  # fmt: skip
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(32,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        layers_per_block=1,
+    )
     DDIMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path / "images")
     source = PromptSource(str(tmp_path / "prompts.txt"), str(tmp_path / "images"), VideoOptions())
     with pytest.raises(DataError, match=r"DDIMPipeline makes no video of a text; it takes no \['height'"):

@@ -35,12 +35,15 @@ def dream(tmp_path: Path) -> Path:
     path = tmp_path / "DREAM-1k.jsonl"
     rows = [
         {
-            "idx": i, "dataset": "DREAM/movie_animation", "vid": i, "video_file": "<placeholder>",
+            "idx": i,
+            "dataset": "DREAM/movie_animation",
+            "vid": i,
+            "video_file": "<placeholder>",
             "text": {"prompt": "<video>\nDescribe the video in detail.", "response": f"Cat {i} jumps."},
             "extra_info": {"n_subjects": 1, "n_shots": 1, "n_events": 1, "events": [f"Cat {i} jumps."]},
         }
         for i in range(1, 5)
-    ]  # fmt: skip
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -69,8 +72,12 @@ def test_dream1k_for_tarsier(dream: Path, model: str, clips: Path, tmp_path: Pat
     assert ours["4"]["error"] == "there is no video of the name '4'"
     pipe = UniViGUPipeline.from_pretrained(model)
     frames = read_video(clips / "3.mp4", 5, 32, 32).float() / 255
-    text = pipe.caption(frames[None], generator=[torch.Generator().manual_seed(ours["3"]["seed"])], caption_steps=3,
-                        max_sequence_length=16).text  # fmt: skip
+    text = pipe.caption(
+        frames[None],
+        generator=[torch.Generator().manual_seed(ours["3"]["seed"])],
+        caption_steps=3,
+        max_sequence_length=16,
+    ).text
     assert text == [rows[2]["prediction"]]
 
 
@@ -181,9 +188,15 @@ def test_ranks_batches_and_interruptions_give_the_same(
     ],
 )
 def test_mistakes_are_told_in_a_line(
-    dream: Path, model: str, clips: Path, tmp_path: Path, evaluate: Evaluate, capsys: pytest.CaptureFixture[str],
-    change: list[str], message: str,
-) -> None:  # fmt: skip
+    dream: Path,
+    model: str,
+    clips: Path,
+    tmp_path: Path,
+    evaluate: Evaluate,
+    capsys: pytest.CaptureFixture[str],
+    change: list[str],
+    message: str,
+) -> None:
     arguments = [*command("dream1k", model, clips, tmp_path / "run", f"--annotations={dream}"), *change]
     assert evaluate(arguments) == 2
     printed = capsys.readouterr().err

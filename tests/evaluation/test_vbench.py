@@ -103,8 +103,9 @@ def test_a_killed_run_goes_on_and_ends_the_same(prompts: str, model: str, tmp_pa
     arguments = command(prompts, model, output)
     process = subprocess.Popen(
         [sys.executable, str(REPO / "tools" / "evaluate.py"), *arguments],
-        env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 120
     while len(list(output.glob("videos/*.mp4"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -152,8 +153,9 @@ def test_augmented_prompts_make_videos_under_the_plain_ones_names(tmp_path: Path
     (tmp_path / "long.txt").write_text("a cat with a long tail\na dog that barks\n")
     videos = plan(str(tmp_path / "plain.txt"), str(tmp_path / "long.txt"), VBenchOptions(videos_per_prompt=1))
     assert [(v.name, v.text, v.seed) for v in videos] == [
-        ("a cat-0.mp4", "a cat with a long tail", 0), ("a dog-0.mp4", "a dog that barks", 1)
-    ]  # fmt: skip
+        ("a cat-0.mp4", "a cat with a long tail", 0),
+        ("a dog-0.mp4", "a dog that barks", 1),
+    ]
     (tmp_path / "short.txt").write_text("a cat\n")
     with pytest.raises(DataError, match=r"--augmented='.*short\.txt': 1 rows for 2 prompts"):
         plan(str(tmp_path / "plain.txt"), str(tmp_path / "short.txt"), VBenchOptions())
@@ -186,9 +188,14 @@ def test_names_are_files(prompt: str, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_told_in_a_line(
-    prompts: str, model: str, tmp_path: Path, evaluate: Evaluate, capsys: pytest.CaptureFixture[str],
-    change: list[str], message: str,
-) -> None:  # fmt: skip
+    prompts: str,
+    model: str,
+    tmp_path: Path,
+    evaluate: Evaluate,
+    capsys: pytest.CaptureFixture[str],
+    change: list[str],
+    message: str,
+) -> None:
     assert evaluate([*command(prompts, model, tmp_path / "run"), *change]) == 2
     printed = capsys.readouterr()
     assert message in printed.err and "Traceback" not in printed.err

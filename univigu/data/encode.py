@@ -136,18 +136,6 @@ def _outputs(path: Path) -> Iterator[tuple[str, Scan | None]]:
         yield f"{name}-{number:06d}.tar", (refs[start : start + SAMPLES_PER_SHARD], [] if start else errors)
 
 
-def decode_sample(ref: SampleRef, num_frames: int, height: int, width: int) -> torch.Tensor:
-    """Frames uint8 [F, C, H, W] of a sample, whose texts are checked.
-
-    Raises:
-        SampleError: a text is missing or of the wrong type, or the video cannot be read.
-    """
-    sample = ref.load()
-    if sample.video is None:
-        raise SampleError("missing_field", ref.shard, ref.key, "video", "the sample holds latents")
-    return decode_video(sample.video, ref, num_frames, height, width)
-
-
 def decode_video(video: bytes, ref: SampleRef, num_frames: int, height: int, width: int) -> torch.Tensor:
     """:func:`univigu.data.video.read_video` of a sample's bytes, with its errors as SampleError."""
     try:
@@ -184,7 +172,7 @@ def _write(path: Path, job: _Job) -> ShardInfo:
     return info
 
 
-_Waiting = list[tuple[SampleRef, dict[str, bytes], torch.Tensor]]
+_Samples = list[tuple[SampleRef, dict[str, bytes], torch.Tensor]]
 
 
 def _encoded(
@@ -194,13 +182,16 @@ def _encoded(
     from univigu.models.encode import group_size
 
     choose = BucketChooser(job.buckets)
-    waiting: dict[Bucket, _Waiting] = defaultdict(list)
+    waiting: dict[Bucket, _Samples] = defaultdict(list)
     for ref in refs:
         try:
             bucket = job.buckets[choose(ref)]
             size = bucket.num_frames, bucket.height, bucket.width
-            frames = decode_sample(ref, *size)
-            waiting[bucket].append((ref, encoder.texts(ref, job.prompts), frames))
+            sample = ref.load()
+            if sample.video is None:
+                raise SampleError("missing_field", ref.shard, ref.key, "video", "the sample holds latents")
+            frames = decode_video(sample.video, ref, *size)
+            waiting[bucket].append((ref, encoder.texts(ref, sample.texts.prompt if job.prompts else None), frames))
         except SampleError as error:
             if job.strict:
                 raise
@@ -208,9 +199,8 @@ def _encoded(
             continue
         if len(waiting[bucket]) == group_size(*size):
             yield from encoder.with_latents(waiting.pop(bucket))
-    for samples in waiting.values():
-        if samples:
-            yield from encoder.with_latents(samples)
+    for samples in filter(None, waiting.values()):
+        yield from encoder.with_latents(samples)
 
 
 class _Encoder:
@@ -221,7 +211,7 @@ class _Encoder:
 
         self.foundation, self.device, self.dtype = Foundation(foundation).to(device), device, check_dtype(dtype)
 
-    def with_latents(self, samples: _Waiting) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    def with_latents(self, samples: _Samples) -> Iterator[tuple[str, Mapping[str, bytes]]]:
         """Keys and members of samples whose clips are encoded together."""
         from univigu.models.encode import encode_clips
 
@@ -231,15 +221,15 @@ class _Encoder:
         for (ref, texts, _), of_clip in zip(samples, latents, strict=True):
             yield ref.key, {LATENTS_SUFFIX: self._packed(latents=of_clip), **texts}
 
-    def texts(self, ref: SampleRef, prompts: bool) -> dict[str, bytes]:
-        """The json member, and the embeddings of its prompt if they are asked for."""
+    def texts(self, ref: SampleRef, prompt: str | None) -> dict[str, bytes]:
+        """The json member, and the embeddings of the prompt if there is one."""
         from univigu.models.tokens import TextTooLongError
 
         raw = ref.read(TEXT_SUFFIX) or b""
-        if not prompts:
+        if prompt is None:
             return {TEXT_SUFFIX: raw}
         try:
-            embeds = self.prompt_embeds(json.loads(raw)["prompt"])
+            embeds = self.prompt_embeds(prompt)
         except TextTooLongError as error:
             raise SampleError("text_over_slot", ref.shard, ref.key, "prompt", str(error)) from error
         return {PROMPT_SUFFIX: self._packed(prompt=embeds, null=self.null_embeds), TEXT_SUFFIX: raw}

@@ -217,13 +217,8 @@ def export_dream1k(
     tarsier's DREAM-1k.jsonl    ``tarsier/predictions.jsonl``: its rows, with ``text.prediction``
     VLMEvalKit's DREAM-1K.tsv   ``vlmevalkit/DREAM-1K.tsv``: its rows, with a column ``prediction``
 
-    Args:
-        videos: folder, pattern or list of the clips, named as in the list (1.mp4, ...).
-        annotations: the list.
-        options, share, device: as in :func:`caption_videos`.
-
-    Raises:
-        DataError: the list is of neither kind, or as :func:`caption_videos`.
+    ``videos`` is a folder, pattern or list of the clips, named as in the list ``annotations`` (1.mp4, ...).
+    Other arguments and errors are those of :func:`caption_videos`.
     """
     listing = read_listing(annotations, ("vid", "video"))
     if listing.columns is None and not all(isinstance(row.get("text"), dict) for row in listing.rows):
@@ -264,10 +259,7 @@ def export_vdc(
         videos: folder, pattern or list of the clips, named by their ids.
         annotations: the list; rows have ``video_name`` (lmms-eval's data set), ``video_id`` (aurora's) or ``video``.
         task: lmms-eval's name of the task; None is ``vdc_{category}``.
-        options, share, device: as in :func:`caption_videos`.
-
-    Raises:
-        DataError: as :func:`caption_videos`, or the list has no row of the category.
+        options, share, device: as in :func:`caption_videos`, as are the errors.
     """
     if annotations is None:
         names = [Path(path).stem for path in find_videos(videos)]

@@ -44,10 +44,15 @@ def _clip(number: int) -> torch.Tensor:
 def predict(folder: Path, module: Painter, devices: int = 1, **inputs: Any) -> None:
     data = VideoTextDataModule(batch_size=1, num_workers=0, predict_task=module.predict_task, **inputs)
     trainer = Trainer(
-        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, default_root_dir=str(folder),
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=str(folder),
         callbacks=[PredictionWriter()],
-    )  # fmt: skip
+    )
     trainer.predict(module, datamodule=data, return_predictions=False)
 
 
