@@ -46,8 +46,10 @@ def seeds(*numbers: int) -> list[torch.Generator]:
 
 def test_calling_it_is_wan_pipeline(pipe: UniViGUPipeline) -> None:
     components = {**pipe.components}
-    wan = WanPipeline(**{name: components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler")},
-                      transformer=components["transformer"])  # fmt: skip
+    wan = WanPipeline(
+        **{name: components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler")},
+        transformer=components["transformer"],
+    )
     wan.set_progress_bar_config(disable=True)
     arguments = {**SIZE, "num_inference_steps": 2, "max_sequence_length": 16, "output_type": "np"}
     frames = [p("a red circle", generator=torch.Generator().manual_seed(3), **arguments).frames for p in (pipe, wan)]
@@ -76,8 +78,8 @@ def test_captions_of_every_form_of_video(pipe: UniViGUPipeline, videos: np.ndarr
     alone = pipe.caption(videos[1], generator=seeds(2), **READ)
     assert alone.text == made[0].text[1:]
     odd = np.pad(videos, ((0, 0), (0, 0), (0, 5), (0, 9), (0, 0)))  # brought to whole patches, and to 4k+1 frames
-    assert pipe._latents_of(odd, None, None).shape == (2, tiny.CHANNELS, 2, 4, 6)
-    assert pipe._latents_of(odd, 64, 48).shape == (2, tiny.CHANNELS, 2, 8, 6)
+    assert pipe._pixels(odd, None, None).shape == (2, 3, 5, 32, 48)
+    assert pipe._pixels(odd, 64, 48).shape == (2, 3, 5, 64, 48)
 
 
 def test_questions_are_conditions(pipe: UniViGUPipeline, videos: np.ndarray) -> None:
@@ -104,7 +106,7 @@ def test_joint_makes_video_and_text(pipe: UniViGUPipeline, output_type: str) -> 
 def test_editing_keeps_what_strength_leaves(pipe: UniViGUPipeline, videos: np.ndarray) -> None:
     arguments = {"output_type": "latent", **QUICK, "num_inference_steps": 8}
     with torch.no_grad():
-        start = pipe._latents_of(videos, None, None)
+        start = pipe._runner().encode_video(pipe._pixels(videos, None, None))
 
     def distance(strength: float) -> float:
         made = pipe.edit(videos, "a blue square", strength, generator=seeds(1, 2), **arguments).frames

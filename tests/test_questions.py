@@ -18,6 +18,7 @@ from univigu.data.shards import write_shard
 from univigu.data.video import encode_mp4
 from univigu.evaluation.held_out import EvaluationOptions
 from univigu.flow.objective import TaskMixture
+from univigu.pipeline import TaskRunner
 from univigu.sampling.options import SamplingOptions
 from univigu.training.callbacks import FinalReport, StageSwitch
 from univigu.training.module import UniViGU
@@ -45,32 +46,51 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Asked(UniViGU):
     """Notes under which prompts texts are read, and how many samples of a loss went without their prompt."""
 
-    def caption_tokens(self, latents: Any, length: int, seeds: list[int], prompts: list[str] | None = None) -> Any:
-        self.prompts.append((prompts, seeds))
-        return super().caption_tokens(latents, length, seeds, prompts)
+    @property
+    def tasks(self) -> TaskRunner:
+        tasks, caption = super().tasks, TaskRunner.caption
 
-    def generate(self, *args: Any, **options: Any) -> Any:
-        raise AssertionError("no video is made of a question")
+        def noted(latents: Any, prompts: list[str] | None, length: int, generators: list[torch.Generator]) -> Any:
+            self.prompts.append((prompts, [generator.initial_seed() for generator in generators]))
+            return caption(tasks, latents, prompts, length, generators)
+
+        tasks.caption, tasks.generate = noted, None  # type: ignore[method-assign, assignment]
+        return tasks
 
 
 def run(folder: Path, command: str, texts: str) -> tuple[Asked, Trainer]:
     module = Asked(
-        str(folder / "foundation"), str(folder / "unified"), seed=1,
+        str(folder / "foundation"),
+        str(folder / "unified"),
+        seed=1,
         sampling=SamplingOptions(caption_steps=2),
         evaluation=EvaluationOptions(generation=texts == "qa"),
-    )  # fmt: skip
+    )
     module.prompts = []  # type: ignore[assignment]
     data = VideoTextDataModule(
-        str(folder / "foundation"), shards=str(folder / "shards"), height=32, width=32, num_frames=5, prompt_length=16,
-        batch_size=2, num_workers=0, texts=texts, length_filter=LengthFilter(min_caption=0),
-    )  # fmt: skip
+        str(folder / "foundation"),
+        shards=str(folder / "shards"),
+        height=32,
+        width=32,
+        num_frames=5,
+        prompt_length=16,
+        batch_size=2,
+        num_workers=0,
+        texts=texts,
+        length_filter=LengthFilter(min_caption=0),
+    )
     tasks = TaskMixture(joint=0, understand=1, generate=0)
-    stage = Stage(name="refine", steps=1, target="caption", text_length=16, tasks=tasks)
+    stage = Stage(steps=1, target="caption", text_length=16, tasks=tasks)
     trainer = Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
-        enable_model_summary=False, default_root_dir=folder, callbacks=[StageSwitch([stage]), FinalReport(2)],
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[StageSwitch({"refine": stage}), FinalReport(2)],
         limit_val_batches=0 if command == "fit" else None,
-    )  # fmt: skip
+    )
     getattr(trainer, command)(module, datamodule=data)
     return module, trainer
 

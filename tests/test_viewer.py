@@ -118,8 +118,11 @@ def test_a_text_that_ends_early_is_kept_to_its_end() -> None:
 
 def test_a_model_that_knows_other_latents_is_shown_as_it_is_made() -> None:
     """The authors' preview sees the VAE's own latents: the last step recorded is the video that comes out."""
-    pipe = make_pipe(latents_normalized=OFFICIAL.latents_normalized, null_condition=OFFICIAL.null_condition,
-                     prompt_padding=OFFICIAL.prompt_padding)  # fmt: skip
+    pipe = make_pipe(
+        latents_normalized=OFFICIAL.latents_normalized,
+        null_condition=OFFICIAL.null_condition,
+        prompt_padding=OFFICIAL.prompt_padding,
+    )
     assert Conventions.of(pipe.transformer.config) == OFFICIAL
     recorder = TrajectoryRecorder(pipe, scale=1)
     made = pipe.joint("one", **SIZE, callback_on_step_end=recorder, generator=seeded(), output_type="np", **QUICK)

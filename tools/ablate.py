@@ -31,7 +31,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from univigu.data.processes import usable_cores
-from univigu.training.report import split_around
 
 BEGIN, END = "<!-- ablations: written by tools/ablate.py -->", "<!-- end of ablations -->"
 GOALS = (0.5, 0.7, 0.9)  # mean accuracies whose first steps are compared
@@ -59,14 +58,14 @@ VARIANTS = {
     "trained": Variant("trained", "generator's weights (recipe: frozen)", {}, TRAINED),
     "uniform": Variant("uniform", "text flow (recipe: mask)", {"architecture": {"text_flow": "uniform"}}),
     "embedding": Variant("embedding", "text flow (recipe: mask)", {"architecture": {"text_flow": "embedding"}}),
-    "random": Variant("random, trained", "initialisation (recipe: foundation)", {"random_init": True}, TRAINED),
+    "random": Variant("random, trained", "initialisation (recipe: foundation)", {"init_from": "random"}, TRAINED),
     "random_fast": Variant(
         "random, trained at the text's rate",
         "initialisation (recipe: foundation)",
-        {"random_init": True},
+        {"init_from": "random"},
         TRAINED | {"learning_rate": 6.0e-3},
     ),
-    "random_frozen": Variant("random, frozen", "initialisation (recipe: foundation)", {"random_init": True}),
+    "random_frozen": Variant("random, frozen", "initialisation (recipe: foundation)", {"init_from": "random"}),
     "dropout0": Variant(
         "0", "condition dropout (recipe: 0.9)", {}, {"condition_dropout": {"joint": 0.5, "understand": 0.0}}
     ),
@@ -114,10 +113,30 @@ class Run:
 # ------------------------------------------------------------------ training
 
 
+def read_configuration(path: Path) -> dict[str, Any]:
+    """A stage's configuration with the overlay of the frozen recipe beside it."""
+    config, overlay = (yaml.safe_load(file.read_text()) for file in (path, path.with_name("frozen.yaml")))
+    (name,) = config["run"]
+    config["stages"][name] |= overlay["stages"][name]
+    config["model"] = config.get("model", {}) | overlay["model"]
+    return config  # type: ignore[no-any-return]
+
+
+def split_around(text: str, begin: str, end: str, name: str) -> tuple[str, str]:
+    """The text of the file of that name up to its line ``begin``, and from its line ``end`` on; both included.
+
+    Raises:
+        ValueError: a line is missing.
+    """
+    if begin not in text or end not in text:
+        raise ValueError(f"{name}: lacks the lines {begin!r} and {end!r} to write between")
+    return text.split(begin)[0] + begin, end + text.split(end)[1]
+
+
 def configuration(base: dict[str, Any], run: Run, options: argparse.Namespace) -> dict[str, Any]:
     """The base configuration with the variant's change, shortened to the sweep's length."""
     config, variant = copy.deepcopy(base), VARIANTS[run.variant]
-    config["seed_everything"] = run.seed
+    config |= {"seed_everything": run.seed, "media": {"every_n_steps": 0}, "report": {"num_samples": 1}}
     trainer = config["trainer"]
     trainer |= {"default_root_dir": str(run.folder), "enable_progress_bar": False, "enable_checkpointing": False}
     trainer |= {"enable_model_summary": False, "val_check_interval": options.every, "log_every_n_steps": 50}
@@ -125,14 +144,10 @@ def configuration(base: dict[str, Any], run: Run, options: argparse.Namespace) -
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         "init_args": {"save_dir": str(run.folder), "name": "", "version": "", "flush_logs_every_n_steps": 50},
     }
-    (switch,) = [c for c in trainer["callbacks"] if isinstance(c, dict) and c["class_path"].endswith(".StageSwitch")]
-    (stage,) = switch["init_args"]["stages"]
-    stage |= {"steps": options.steps} | variant.stage
+    (name,) = config["run"]
+    config["stages"][name] |= {"steps": options.steps} | variant.stage
     accuracy = {"every_n_steps": options.every, "num_clips": options.clips}
-    trainer["callbacks"] = [
-        switch,
-        {"class_path": "univigu.training.callbacks.CaptionAccuracy", "init_args": accuracy},
-    ]
+    trainer["callbacks"] = [{"class_path": "univigu.training.callbacks.CaptionAccuracy", "init_args": accuracy}]
     model = config.get("model", {})
     architecture = model.get("architecture", {}) | variant.model.get("architecture", {})
     config["model"] = model | variant.model | {"architecture": architecture}
@@ -189,7 +204,7 @@ def sweep(runs: list[Run], options: argparse.Namespace, console: Console) -> lis
 
     The first one goes ahead of the others: it makes the data that all share.
     """
-    base, failures = yaml.safe_load(options.config.read_text()), []
+    base, failures = read_configuration(options.config), []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("runs", total=len(runs))

@@ -292,12 +292,19 @@ def make_parts(folder: Path) -> Parts:
     """
     setup = Outcome(0, 0)
     args = [
-        "fit", f"--config={ROOT}/configs/recall.yaml", f"--trainer.default_root_dir={folder}", "--trainer.max_steps=1",
-        f"--data.root={folder}/data", "--data.num_train_clips=4", "--data.num_val_clips=2",
-        "--data.batch_size=2", "--trainer.logger=false", "--trainer.callbacks=univigu.training.callbacks.StageSwitch",
-        "--trainer.callbacks.stages=[{name: recall, steps: 1, target: prompt, text_length: 32}]",
-        "--trainer.callbacks+=univigu.training.callbacks.LastCheckpoint", f"--trainer.callbacks.dirpath={folder}",
-    ]  # fmt: skip
+        "fit",
+        f"--config={ROOT}/configs/recall.yaml",
+        f"--config={ROOT}/configs/frozen.yaml",
+        f"--trainer.default_root_dir={folder}",
+        "--trainer.max_steps=1",
+        "--trainer.logger=false",
+        f"--data.root={folder}/data",
+        "--data.num_train_clips=4",
+        "--data.num_val_clips=2",
+        "--data.batch_size=2",
+        f"--checkpoint.dirpath={folder}",
+        "--report.num_samples=1",
+    ]
     call(cli.main, args, 0, setup)
     parts = Parts(folder / "last.ckpt", folder / "model")
     if not setup.complaints:

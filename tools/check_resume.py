@@ -103,7 +103,7 @@ def fit(folder: Path, steps: int = 24, every: int = 5) -> None:
     trainer = Trainer(
         accelerator="cpu", max_steps=steps, logger=False, limit_val_batches=0, enable_model_summary=False,
         enable_progress_bar=False, default_root_dir=str(folder),
-        callbacks=[StageSwitch([stage]), LastCheckpoint(every_n_train_steps=every), Notes()],
+        callbacks=[StageSwitch({"recall": stage}), LastCheckpoint(every_n_train_steps=every), Notes()],
     )  # fmt: skip
     trainer.fit(UniViGU(), datamodule=_data(folder.parent), ckpt_path=str(last) if last.exists() else None)
 

@@ -18,8 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from univigu.cli import exit_code
-from univigu.training.plan import Plan, Workload, added_parameters, make_plan, step_flops
-from univigu.training.published import workloads_of
+from univigu.training.plan import Plan, Workload, added_parameters, make_plan, step_flops, workloads_of
 
 # Dense bfloat16 operations a second, by the makers' data sheets.
 DEVICES = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
@@ -28,7 +27,7 @@ DEVICES = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
 def show_plan(work: Workload, plan: Plan, options: argparse.Namespace, console: Console) -> None:
     """Print one stage's numbers."""
     gigabyte, stage = 1e9, work.stage
-    title = f"stage {stage.name}, batch {work.batch_size} on each of {options.world_size}"
+    title = f"stage {work.stage_name}, batch {work.batch_size} on each of {options.world_size}"
     table = Table("", "", title=title, show_header=False)
     rows = [
         ("parameters", f"{plan.parameters:,} ({plan.wan_parameters:,} of them Wan's)"),
@@ -46,7 +45,7 @@ def show_plan(work: Workload, plan: Plan, options: argparse.Namespace, console: 
     ]  # fmt: skip
     if stage.text_share < 1:
         part = step_flops(replace(work, text_share=stage.text_share), False) / 1e12
-        steps = f"up to step {round(stage.whole_text_from * stage.steps):,}"
+        steps = f"up to step {round(stage.full_text_from * stage.steps):,}"
         rows.insert(4, (f"{stage.text_share:.0%} of the text, {steps}", f"{part:,.3f} T"))
     for label, value in rows:
         table.add_row(label, value)
@@ -62,7 +61,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
         raise ValueError(f"--utilisation {options.utilisation}: expected a share over 0 and at most 1")
     for work in workloads_of(rest):
         if options.modules:
-            show_modules(f"stage {work.stage.name}, trains {work.trains}", work, console)
+            show_modules(f"stage {work.stage_name}" + (", LoRA" if work.lora else ""), work, console)
         else:
             show_plan(work, make_plan(work, options.world_size), options, console)
     if not options.modules:

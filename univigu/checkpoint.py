@@ -185,27 +185,26 @@ def saved_names(path: str | Path) -> set[str]:
 
 
 def check_resumed(
-    checkpoint: Mapping[str, Any], path: str | Path, trains: str, lora: LoraOptions, averaging: str | None
+    checkpoint: Mapping[str, Any], path: str | Path, lora: LoraOptions | None, averaging: str | None
 ) -> None:
-    """Refuse to resume a fit where other weights would be trained, or averaged, than were.
+    """Refuse to resume a fit that trained adapters, or averaged weights, differently.
 
     Args:
-        checkpoint: as Lightning gives it to ``on_load_checkpoint``; a sharded model's weights are not in it.
-        path: where it was read.
-        trains, lora: the configuration's.
-        averaging: the callback in it that averages weights, "WeightEMA" or "WeightAveraging" (Lightning's), or None.
+        checkpoint: as Lightning gives it to ``on_load_checkpoint``; without the weights of a sharded model.
+        path: of the checkpoint.
+        lora: the configuration's adapters; None trains the weights themselves.
+        averaging: the configuration's callback that averages weights, "WeightEMA" or "WeightAveraging" (Lightning's),
+            or None.
 
     Raises:
         MisconfigurationException: names the options, with the checkpoint's and the configuration's values.
     """
+    saved = lora_options(checkpoint["univigu"].get("lora"))
     differing: dict[str, tuple[Any, Any]] = {}
-    info = checkpoint["univigu"]
-    saved = lora_options(info.get("lora"))
-    # Older checkpoints tell adapters only.
-    trained = info.get("trains", "lora" if saved is not None else "all or text" if trains == "lora" else trains)
-    if trained != trains:
-        differing["model.trains"] = (trained, trains)
-    elif saved is not None:
+    if saved is None or lora is None:
+        if saved != lora:
+            differing["model.lora"] = (saved, lora)
+    else:
         differing |= lora_differences(saved, lora)
     averaged = "WeightAveraging" if "current_model_state" in checkpoint else None
     if any(name.startswith(EMA_PREFIX) for name in checkpoint.get("state_dict") or saved_names(path)):
@@ -227,7 +226,7 @@ def averaging_of(module: LightningModule) -> str | None:
 
 
 def take_for_use(
-    model: UniViGUTransformer3DModel, checkpoint: dict[str, Any], lora: LoraOptions, rebuild: bool
+    model: UniViGUTransformer3DModel, checkpoint: dict[str, Any], lora: LoraOptions | None, rebuild: bool
 ) -> UniViGUTransformer3DModel:
     """Leave in a checkpoint the weights that are to be used: means in place of trained ones, adapters merged.
 
@@ -251,7 +250,9 @@ def take_for_use(
 
 
 @torch.no_grad()
-def take_sharded(model: torch.nn.Module, checkpoint: Mapping[str, Any], path: str | Path, lora: LoraOptions) -> None:
+def take_sharded(
+    model: torch.nn.Module, checkpoint: Mapping[str, Any], path: str | Path, lora: LoraOptions | None
+) -> None:
     """Make a sharded model, whose weights have been read from a checkpoint, what that is for use.
 
     Running means in the checkpoint take the place of the weights; every process reads its share.
@@ -266,7 +267,7 @@ def take_sharded(model: torch.nn.Module, checkpoint: Mapping[str, Any], path: st
         MisconfigurationException: the adapters were trained at another strength; names the options and values.
     """
     saved = lora_options(checkpoint["univigu"].get("lora"))
-    differing = lora_differences(saved, lora) if saved is not None else {}
+    differing = lora_differences(saved, lora or LoraOptions()) if saved is not None else {}
     if differing:
         raise MisconfigurationException(
             f"{path}: (checkpoint, configuration) differ in {differing}; evaluate with the checkpoint's"

@@ -1,4 +1,4 @@
-"""For people who only want to use a model: a diffusers pipeline over the whole folder.
+"""All tasks of a model: a diffusers pipeline over a model folder, and the task runner that training shares with it.
 
 pipe = UniViGUPipeline.from_pretrained("my_model").to("cuda")
 frames = pipe("a red circle moving left").frames
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from diffusers import WanPipeline
@@ -22,7 +22,8 @@ from univigu.data.buckets import Bucket, latents_shape
 from univigu.flow.random import Generators
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
 from univigu.models.conventions import Conventions
-from univigu.models.foundation import encode_prompt, set_conv_layout
+from univigu.models.encode import encode_prompts
+from univigu.models.foundation import set_conv_layout
 from univigu.models.tokens import TextTooLongError, detokenize, tokenize
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import compute_device
@@ -36,26 +37,180 @@ returns is not used.  The timestep is that of what is being denoised, the video 
 
 @dataclass
 class UniViGUOutput(BaseOutput):
-    """What a task made."""
+    """Output of a task."""
 
     frames: Any = None
-    """Video in the form asked for by ``output_type``; None for tasks that make text alone."""
+    """Video in the form of ``output_type``; None for tasks that make only text."""
     text: list[str] | None = None
-    """One text a sample; None for tasks that make video alone."""
+    """One text for each sample; None for tasks that make only video."""
     tokens: Tensor | None = None
     """The texts' token ids, int64 [B, L]."""
 
 
 def check_prompts(tokenizer: Any, prompts: list[str], max_sequence_length: int) -> None:
-    """See that prompts fit their slot, which WanPipeline's encoding would cut them to without a word.
+    """Check that prompts fit their slot; WanPipeline's own encoding would silently truncate them.
 
     Raises:
-        TextTooLongError: one has more tokens, its end counted.
+        TextTooLongError: a prompt has more tokens, its end-of-sequence token included.
     """
     try:
         tokenize(tokenizer, prompts, max_sequence_length)
     except TextTooLongError as error:
         raise TextTooLongError(f"max_sequence_length={max_sequence_length}: {error}") from None
+
+
+class Components(Protocol):
+    """Frozen components around the transformer: a Foundation, which loads them on first use, or a pipeline."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def text_encoder(self) -> Any: ...
+    @property
+    def vae(self) -> Any: ...
+
+
+class TaskRunner:
+    """Encodes, samples and decodes: the one implementation of the tasks for pipeline, training and evaluation.
+
+    Args:
+        components: tokenizer, text encoder and VAE.
+        transformer: the unified transformer.
+        scheduler: returns a diffusers scheduler for the video.
+        sampling: see :class:`SamplingOptions`.
+        device: where tensors are made; None is the transformer's.
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        transformer: UniViGUTransformer3DModel,
+        scheduler: Callable[[], Any],
+        sampling: SamplingOptions | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.components, self.transformer, self.scheduler = components, transformer, scheduler
+        self.sampling = sampling or SamplingOptions()
+        self.device = device or transformer.device
+        self.conventions = Conventions.of(transformer.config)
+
+    # ------------------------------------------------------------ encoding and decoding
+
+    @torch.no_grad()
+    def encode_video(self, video: Tensor) -> Tensor:
+        """Video [B, C, F, H, W] in [-1, 1] -> latents [B, C, T, H, W] of the transformer."""
+        return self.conventions.encode(self.components.vae, video.to(self.device))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, T, H, W] of the transformer -> video [B, C, F, H, W], roughly in [-1, 1]."""
+        return self.conventions.decode(self.components.vae, latents)
+
+    def encode_prompts(self, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
+        """Prompt embeddings [B, S, text_dim] and those of the null condition [1, S, text_dim]; S = ``length``.
+
+        Raises:
+            TextTooLongError: a prompt has more tokens.
+        """
+        return self.encode_ids(tokenize(self.components.tokenizer, [*prompts, ""], length)[:-1])
+
+    @torch.no_grad()
+    def encode_ids(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`encode_prompts`, of token ids [B, S]."""
+        tokenizer, encoder = self.components.tokenizer, self.components.text_encoder
+        null_ids = tokenize(tokenizer, [""], ids.shape[1])
+        every = torch.cat([ids.to("cpu"), null_ids]).to(compute_device(encoder))
+        zeros = self.conventions.prompt_padding == "zeros"
+        embeds = encode_prompts(encoder, every, tokenizer.pad_token_id, zeros).to(self.device).float()
+        return embeds[:-1], self.conventions.null(embeds[-1:])
+
+    def texts(self, samples: Samples) -> list[str] | None:
+        """The sampled texts; None if the task makes none."""
+        return None if samples.tokens is None else detokenize(self.components.tokenizer, samples.tokens)
+
+    def latents_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
+        """Latents' (C, T, H, W) of a video of that size.
+
+        Raises:
+            ValueError: the size is not a whole number of patches.
+        """
+        config = self.components.vae.config
+        temporal, spatial = config.scale_factor_temporal, config.scale_factor_spatial
+        _, down, right = self.transformer.config.patch_size
+        for name, value, step, rest in (
+            ("height", height, spatial * down, 0),
+            ("width", width, spatial * right, 0),
+            ("num_frames", num_frames, temporal, 1),
+        ):
+            if value < 1 or value % step != rest % step:
+                raise ValueError(f"{name}={value}: expected a multiple of {step}" + (" plus 1" if rest else ""))
+        return config.z_dim, *latents_shape(Bucket(height, width, num_frames), temporal, spatial)
+
+    # ------------------------------------------------------------ tasks
+
+    @property
+    def sampler(self) -> Sampler:
+        """A sampler over the current weights."""
+        tokenizer = self.components.tokenizer
+        ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+        return Sampler(self.transformer, self.scheduler(), self.sampling, *ends)
+
+    @torch.no_grad()
+    def caption(
+        self,
+        latents: Tensor,
+        prompts: list[str] | None,
+        prompt_length: int,
+        generator: Generators = None,
+        on_step: StepCallback | None = None,
+    ) -> Samples:
+        """Texts of clean latents [B, C, T, H, W].
+
+        Args:
+            prompts: a condition for each clip, such as a question; None is the null condition.
+            prompt_length: slot of the prompts in tokens.
+            generator: one generator, or one for each clip.
+            on_step: see :class:`Sampler`.
+        """
+        embeds, null = self.encode_prompts(prompts or [], prompt_length)
+        condition = embeds if prompts else null
+        length = self.transformer.config.text_length
+        return self.sampler.caption(latents, condition, length, generator, on_step, null)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[str], prompt_length: int, shape: tuple[int, ...], generator: Generators = None
+    ) -> Samples:
+        """Videos from prompts; ``shape`` is (C, T, H, W) of the latents, the rest as in :meth:`caption`."""
+        embeds, null = self.encode_prompts(prompts, prompt_length)
+        return self.sampler.generate(embeds, null, shape, generator)
+
+    @torch.no_grad()
+    def joint(
+        self,
+        prompts: list[str],
+        prompt_length: int,
+        shape: tuple[int, ...],
+        generator: Generators = None,
+        on_step: StepCallback | None = None,
+    ) -> Samples:
+        """Videos and their texts from prompts; arguments as in :meth:`generate`."""
+        embeds, null = self.encode_prompts(prompts, prompt_length)
+        return self.sampler.joint(embeds, null, shape, self.transformer.config.text_length, generator, on_step)
+
+    @torch.no_grad()
+    def edit(
+        self,
+        latents: Tensor,
+        strength: float,
+        prompts: list[str],
+        prompt_length: int,
+        generator: Generators = None,
+        on_step: StepCallback | None = None,
+    ) -> Samples:
+        """Videos regenerated under other prompts, from clean latents mixed with noise to ``strength`` in (0, 1]."""
+        embeds, null = self.encode_prompts(prompts, prompt_length)
+        return self.sampler.edit(latents, strength, embeds, null, generator, on_step)
 
 
 class UniViGUPipeline(WanPipeline):
@@ -159,11 +314,10 @@ class UniViGUPipeline(WanPipeline):
             TextTooLongError: a prompt needs more tokens; only ``pipe(prompt)`` cuts it, as WanPipeline does.
             ValueError: as many prompts as videos are needed, or one; an option out of range or of another task.
         """
-        sampler, on_step = self._sampler("caption", options, overrides), self._on_step(callback_on_step_end)
-        latents = self._latents_of(video, height, width)
-        embeds, null = self._prompt_embeds(prompt or "", len(latents), max_sequence_length)
-        length = self.transformer.config.text_length
-        return self._output(sampler.caption(latents, embeds, length, generator, on_step, null), "latent", video=False)
+        runner, on_step = self._runner("caption", options, overrides), self._on_step(callback_on_step_end)
+        latents = runner.encode_video(self._pixels(video, height, width))
+        prompts = None if not prompt else self._prompts(prompt, len(latents), max_sequence_length)
+        return self._output(runner, runner.caption(latents, prompts, max_sequence_length, generator, on_step))
 
     def answer(self, video: Any, question: str | list[str], **kwargs: Any) -> UniViGUOutput:
         """Answer questions about videos: a caption whose condition is the question; arguments as in :meth:`caption`."""
@@ -195,11 +349,11 @@ class UniViGUPipeline(WanPipeline):
             TextTooLongError: as in :meth:`caption`.
             ValueError: a size that does not fit, an option out of range or of another task.
         """
-        shape = self.latents_shape(height, width, num_frames)
-        sampler, on_step = self._sampler("joint", options, overrides), self._on_step(callback_on_step_end)
-        embeds, null = self._prompt_embeds(prompt, None, max_sequence_length)
-        length = self.transformer.config.text_length
-        return self._output(sampler.joint(embeds, null, shape, length, generator, on_step), output_type)
+        runner, on_step = self._runner("joint", options, overrides), self._on_step(callback_on_step_end)
+        shape = runner.latents_shape(height, width, num_frames)
+        prompts = self._prompts(prompt, None, max_sequence_length)
+        samples = runner.joint(prompts, max_sequence_length, shape, generator, on_step)
+        return self._output(runner, samples, output_type)
 
     @torch.no_grad()
     def edit(
@@ -230,12 +384,13 @@ class UniViGUPipeline(WanPipeline):
             ValueError: strength or an option out of range, an option of another task, another number of prompts than
                 videos.
         """
-        sampler, on_step = self._sampler("edit", options, overrides), self._on_step(callback_on_step_end)
-        latents = self._latents_of(video, height, width)
-        embeds, null = self._prompt_embeds(prompt, len(latents), max_sequence_length)
-        return self._output(sampler.edit(latents, strength, embeds, null, generator, on_step), output_type)
+        runner, on_step = self._runner("edit", options, overrides), self._on_step(callback_on_step_end)
+        latents = runner.encode_video(self._pixels(video, height, width))
+        prompts = self._prompts(prompt, len(latents), max_sequence_length)
+        samples = runner.edit(latents, strength, prompts, max_sequence_length, generator, on_step)
+        return self._output(runner, samples, output_type)
 
-    # ---------------------------------------------------------------------- parts
+    # ---------------------------------------------------------------------- encoding, as in WanPipeline
 
     def encode_prompt(self, prompt: Any, negative_prompt: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """WanPipeline's, where no negative prompt is the null condition that the model was trained with."""
@@ -256,60 +411,48 @@ class UniViGUPipeline(WanPipeline):
             return super()._get_t5_prompt_embeds(prompt, num_videos_per_prompt, max_sequence_length, device, dtype)
         texts = [prompt] if isinstance(prompt, str) else prompt
         ids = tokenize(self.tokenizer, texts, max_sequence_length).to(compute_device(self.text_encoder))
-        embeds = encode_prompt(self.text_encoder, ids, self.tokenizer.pad_token_id, zero_padding=False)
+        embeds = encode_prompts(self.text_encoder, ids, self.tokenizer.pad_token_id, zero_padding=False)
         embeds = embeds.to(device or self._execution_device, dtype or self.text_encoder.dtype)
         return embeds.repeat_interleave(num_videos_per_prompt, dim=0)
 
-    def _sampler(self, task: str, options: SamplingOptions | None, overrides: dict[str, Any]) -> Sampler:
-        options, config = replace(options or SamplingOptions(), **overrides), self.transformer.config
-        options.check_keywords(overrides, task, config.text_flow)
-        ends = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
-        return Sampler(self.transformer, self.scheduler, options, *ends)
+    # ---------------------------------------------------------------------- helpers
 
-    def _prompt_embeds(self, prompt: str | list[str], count: int | None, length: int) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, S, text_dim] of prompts, repeated to ``count``, and [1, S, text_dim] of none."""
+    def _runner(
+        self, task: str | None = None, options: SamplingOptions | None = None, overrides: dict[str, Any] | None = None
+    ) -> TaskRunner:
+        options = replace(options or SamplingOptions(), **(overrides or {}))
+        if task is not None:
+            options.check_keywords(overrides or {}, task, self.transformer.config.text_flow)
+        return TaskRunner(self, self.transformer, lambda: self.scheduler, options, self._execution_device)
+
+    def _prompts(self, prompt: str | list[str], count: int | None, length: int) -> list[str]:
+        """A list of prompts that fit their slot, one prompt repeated ``count`` times."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if count is not None and len(prompts) == 1:
             prompts = prompts * count
         if count is not None and len(prompts) != count:
             raise ValueError(f"prompt: {len(prompts)} of them for {count} videos; give one for all or one for each")
         check_prompts(self.tokenizer, prompts, length)
-        embeds, _ = self.encode_prompt([*prompts, ""], None, False, max_sequence_length=length)
-        return embeds[:-1], self._conventions.null(embeds[-1:])
+        return prompts
 
     @property
     def _conventions(self) -> Conventions:
         return Conventions.of(self.transformer.config)
 
-    def _latents_of(self, video: Any, height: int | None, width: int | None) -> Tensor:
-        """Normalised latents [B, C, T, H, W] of whatever form of video."""
-        pixels = self.video_processor.preprocess_video(video, height, width)  # [B, C, F, H, W] in [-1, 1]
+    def _pixels(self, video: Any, height: int | None, width: int | None) -> Tensor:
+        """A video in any form as [B, C, F, H, W] in [-1, 1], cropped to 4k+1 frames of whole patches."""
+        pixels = self.video_processor.preprocess_video(video, height, width)
         step = self.vae_scale_factor_temporal
         frames = (pixels.shape[2] - 1) // step * step + 1
-        down, right = self._patch_pixels()
+        _, down, right = (self.vae_scale_factor_spatial * size for size in self.transformer.config.patch_size)
         rows, columns = pixels.shape[3] // down * down, pixels.shape[4] // right * right
         if not rows or not columns:
             raise ValueError(f"video: {pixels.shape[3]} x {pixels.shape[4]} pixels, expected at least {down} x {right}")
-        pixels = pixels[:, :, :frames, :rows, :columns].to(self._execution_device)
-        return self._conventions.encode(self.vae, pixels)
+        return pixels[:, :, :frames, :rows, :columns]
 
     def latents_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
-        """Latents' (C, T, H, W) of a video of that size; raises ValueError where none has it."""
-        down, right = self._patch_pixels()
-        for name, value, step, rest in (
-            ("height", height, down, 0),
-            ("width", width, right, 0),
-            ("num_frames", num_frames, self.vae_scale_factor_temporal, 1),
-        ):
-            if value < 1 or value % step != rest % step:
-                raise ValueError(f"{name}={value}: expected a multiple of {step}" + (" plus 1" if rest else ""))
-        scales = self.vae_scale_factor_temporal, self.vae_scale_factor_spatial
-        return self.transformer.config.in_channels, *latents_shape(Bucket(height, width, num_frames), *scales)
-
-    def _patch_pixels(self) -> tuple[int, int]:
-        """Height and width in pixels of one token."""
-        _, down, right = self.transformer.config.patch_size
-        return self.vae_scale_factor_spatial * down, self.vae_scale_factor_spatial * right
+        """Latents' (C, T, H, W) of a video of that size; see :meth:`TaskRunner.latents_shape`."""
+        return self._runner().latents_shape(height, width, num_frames)
 
     def _on_step(self, callback: StepEndCallback | None) -> StepCallback:
         bar = None
@@ -322,19 +465,17 @@ class UniViGUPipeline(WanPipeline):
                 time = state.text_time if state.video_time == 1.0 and state.text_time is not None else state.video_time
                 tensors = {"latents": state.latents, "text": state.text, "state": state}
                 callback(self, state.step, NUM_TRAIN_TIMESTEPS * (1.0 - time), tensors)
-            if state.last:  # a caption's may come before its time
+            if state.last:  # a caption may end early
                 bar.close()
 
         return on_step
 
-    def _output(self, samples: Samples, output_type: str, video: bool = True) -> UniViGUOutput:
-        text, frames = None, None
-        if samples.tokens is not None:
-            text = detokenize(self.tokenizer, samples.tokens)
-        if video and samples.latents is not None:
+    def _output(self, runner: TaskRunner, samples: Samples, output_type: str | None = None) -> UniViGUOutput:
+        """Text and, with an ``output_type``, video."""
+        text, frames = runner.texts(samples), None
+        if output_type == "latent":
             frames = samples.latents
-            if output_type != "latent":
-                decoded = self._conventions.decode(self.vae, samples.latents)
-                frames = self.video_processor.postprocess_video(decoded, output_type=output_type)
+        elif output_type is not None and samples.latents is not None:
+            frames = self.video_processor.postprocess_video(runner.decode(samples.latents), output_type=output_type)
         self.maybe_free_model_hooks()
         return UniViGUOutput(frames=frames, text=text, tokens=samples.tokens)

@@ -25,10 +25,12 @@ from univigu.models.options import ArchitectureOptions
 from univigu.models.transformer import is_text_parameter
 from univigu.training.callbacks import StageSwitch
 from univigu.training.module import UniViGU
+from univigu.training.optim import OptimizerOptions, freeze_by_rate, parameter_groups
 from univigu.training.stages import Stage
-from univigu.training.trained import check_stage, parameter_groups, train_only
 
 VOCAB = 11
+
+ADAMW = OptimizerOptions(name="adamw")
 
 
 @pytest.fixture
@@ -63,24 +65,18 @@ def test_only_the_chosen_attention_is_adapted(model: UniViGUTransformer3DModel) 
     assert all(".attn1." in name for name, _ in model.named_parameters() if is_lora_parameter(name))
 
 
-@pytest.mark.parametrize("trains", ["all", "text", "lora"])
-def test_what_is_trained(model: UniViGUTransformer3DModel, trains: Any) -> None:
-    if trains == "lora":
-        add_lora(model, LoraOptions(rank=2))
-    groups = parameter_groups(model, trains)
+@pytest.mark.parametrize("lora", [None, LoraOptions(rank=2)], ids=["all", "lora"])
+def test_what_is_trained(model: UniViGUTransformer3DModel, lora: LoraOptions | None) -> None:
+    if lora is not None:
+        add_lora(model, lora)
+    groups = parameter_groups(model, lora)
     assert {name for name, _ in groups["text"]} == {n for n, _ in model.named_parameters() if is_text_parameter(n)}
     video = {name for name, _ in groups["video"]}
-    assert bool(video) == (trains != "text") and (trains == "lora") == any(map(is_lora_parameter, video))
+    assert video and (lora is not None) == any(map(is_lora_parameter, video))
     for rate in (0.0, 1e-4):
-        train_only(model, trains, Stage(learning_rate=rate, tasks=TaskMixture(1, 1, 0)))
+        freeze_by_rate(model, lora, {"video": rate, "text": 1e-3})
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert trained == {name for name, _ in groups["text"]} | (video if rate else set())
-
-
-def test_generation_teaches_the_text_stream_nothing() -> None:
-    with pytest.raises(ValueError, match=r"trains='text': stage 'mine' has tasks\.generate=0\.25"):
-        check_stage("text", Stage(name="mine"))
-    check_stage("text", Stage(tasks=TaskMixture(1, 1, 0)))
 
 
 @pytest.mark.parametrize("option", [{"rank": 0}, {"alpha": 0}, {"attention": ()}, {"attention": ("attn3",)}])
@@ -90,18 +86,19 @@ def test_options_are_checked(option: dict[str, Any]) -> None:
         LoraOptions(**option)
 
 
-@pytest.mark.parametrize("trains", ["text", "lora"])
-def test_a_run_moves_what_it_should_and_is_resumed(tmp_path: Path, trains: str) -> None:
+@pytest.mark.parametrize("lora", [None, LoraOptions(rank=2)], ids=["text", "lora"])
+def test_a_run_moves_what_it_should_and_is_resumed(tmp_path: Path, lora: LoraOptions | None) -> None:
     """Through both stages; the checkpoint loads as a plain model whose merged weights compute the same."""
     folder = tmp_path / "foundation"
     tiny.make_pipeline().save_pretrained(folder)
-    stage = Stage(name="a", steps=3, text_length=8, warmup_steps=0, learning_rate=1e-2, tasks=TaskMixture(1, 1, 0))
+    rate = 0.0 if lora is None else 1e-2
+    stage = Stage(steps=3, text_length=8, warmup_steps=0, learning_rate=rate, tasks=TaskMixture(1, 1, 0))
 
     def fit(ckpt_path: str | None = None) -> Any:
-        module = UniViGU(str(folder), trains=trains, lora=LoraOptions(rank=2), seed=1)  # type: ignore[arg-type]
+        module = UniViGU(str(folder), lora=lora, optimizer=ADAMW, seed=1)
         saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         trainer = Trainer(
-            default_root_dir=tmp_path, accelerator="cpu", logger=False, callbacks=[StageSwitch([stage]), saver],
+            default_root_dir=tmp_path, accelerator="cpu", logger=False, callbacks=[StageSwitch({"a": stage}), saver],
             enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         trainer.fit(module, DataLoader(stages.Clips(), batch_size=12), ckpt_path=ckpt_path, weights_only=True)
@@ -112,7 +109,7 @@ def test_a_run_moves_what_it_should_and_is_resumed(tmp_path: Path, trains: str) 
     vocab = loaded.config.vocab_size
     start = tiny.make_wan()
     moved = {name for name, value in start.state_dict().items() if not torch.equal(value, loaded.state_dict()[name])}
-    assert bool(moved) == (trains == "lora")
+    assert bool(moved) == (lora is not None)
     assert all(name.endswith(".weight") and ".attn" in name and ".norm" not in name for name in moved)
     inputs = formulas.make_inputs() | {"text_tokens": torch.randint(vocab, (3, 7))}
     formulas.assert_close(formulas.run(loaded, inputs).text, formulas.run(trained.eval(), inputs).text)
@@ -126,7 +123,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Checkpoints of a step of each kind of training."""
     root = tmp_path_factory.mktemp("trained")
     tiny.make_pipeline().save_pretrained(root / "foundation")
-    kinds = {"lora": {"trains": "lora", "lora": LoraOptions(rank=2, alpha=4)}, "all": {}, "text": {"trains": "text"}}
+    kinds = {"lora": {"lora": LoraOptions(rank=2, alpha=4)}, "all": {}}
     for name, options in kinds.items():
         trainer = make_trainer(root / name)
         trainer.fit(UniViGU(str(root / "foundation"), seed=1, **options), DataLoader(stages.Clips(), batch_size=12))
@@ -135,9 +132,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 def make_trainer(root: Path, steps: int = 1) -> Trainer:
-    stage = Stage(name="a", steps=2, text_length=8, warmup_steps=0, learning_rate=0.3, tasks=TaskMixture(1, 1, 0))
+    stage = Stage(steps=2, text_length=8, warmup_steps=0, learning_rate=0.3, tasks=TaskMixture(1, 1, 0))
     return Trainer(
-        default_root_dir=root, accelerator="cpu", logger=False, callbacks=[StageSwitch([stage])], max_steps=steps,
+        default_root_dir=root, accelerator="cpu", logger=False, callbacks=[StageSwitch({"a": stage})], max_steps=steps,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
 
@@ -151,15 +148,14 @@ def with_texts(items: list[dict[str, Any]]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "options",
     [
-        {"trains": "lora", "lora": LoraOptions(rank=2, alpha=4)},
-        {"trains": "lora", "lora": LoraOptions(rank=2, alpha=64)},
-        {"trains": "lora", "lora": LoraOptions(rank=3, attention=("attn1",))},
+        {"lora": LoraOptions(rank=2, alpha=4)},
+        {"lora": LoraOptions(rank=2, alpha=64)},
+        {"lora": LoraOptions(rank=3, attention=("attn1",))},
         {
-            "trains": "lora",
             "lora": LoraOptions(rank=2, alpha=4),
             "architecture": ArchitectureOptions(clean_video_reads_text=False),
         },
-        {"trains": "all"},
+        {},
     ],
     ids=["same", "alpha", "rank", "architecture", "all"],
 )
@@ -180,10 +176,8 @@ def test_a_checkpoint_is_evaluated_as_it_was_trained(
 @pytest.mark.parametrize(
     ("saved", "options", "message"),
     [
-        ("lora", {"trains": "all"}, r"'model\.trains': \('lora', 'all'\)"),
-        ("all", {"trains": "lora"}, r"'model\.trains': \('all', 'lora'\)"),
-        ("all", {"trains": "text"}, r"'model\.trains': \('all', 'text'\)"),
-        ("text", {"trains": "all"}, r"'model\.trains': \('text', 'all'\)"),
+        ("lora", {}, r"'model\.lora': \(LoraOptions\(.*\), None\)"),
+        ("all", {"lora": LoraOptions(rank=2)}, r"'model\.lora': \(None, LoraOptions\(.*\)\)"),
         ("lora", {"lora": LoraOptions(rank=3, alpha=4)}, r"'model\.lora\.rank': \(2, 3\)"),
         ("lora", {"lora": LoraOptions(rank=2, alpha=5)}, r"'model\.lora\.alpha': \(4, 5\)"),
         ("lora", {"lora": LoraOptions(2, 4, ("attn1",))}, r"'model\.lora\.attention': .*'attn1',\)"),
@@ -193,23 +187,7 @@ def test_a_run_is_resumed_with_what_was_trained(
     trained: SimpleNamespace, tmp_path: Path, saved: str, options: dict[str, Any], message: str
 ) -> None:
     path = trained.root / f"{saved}.ckpt"
-    module = UniViGU(trained.foundation, seed=1, **({"trains": "lora"} | options))
+    module = UniViGU(trained.foundation, seed=1, **options)
     loader = DataLoader(stages.Clips(), batch_size=12)
     with pytest.raises(MisconfigurationException, match=rf"{saved}\.ckpt: .*{message}.*; resume .*model\.init_from"):
         make_trainer(tmp_path, steps=2).fit(module, loader, ckpt_path=str(path), weights_only=True)
-
-
-def test_checkpoints_from_before_the_choice_was_recorded_are_resumed(trained: SimpleNamespace, tmp_path: Path) -> None:
-    checkpoint = torch.load(trained.root / "text.ckpt", weights_only=True)
-    del checkpoint["univigu"]["trains"]
-    torch.save(checkpoint, tmp_path / "old.ckpt")
-    for trains, refused in (("text", False), ("lora", True)):
-        module = UniViGU(trained.foundation, seed=1, trains=trains)  # type: ignore[arg-type]
-        trainer = make_trainer(tmp_path, steps=2)
-        arguments = {"ckpt_path": str(tmp_path / "old.ckpt"), "weights_only": True}
-        if refused:
-            with pytest.raises(MisconfigurationException, match=r"\('all or text', 'lora'\)"):
-                trainer.fit(module, DataLoader(stages.Clips(), batch_size=12), **arguments)
-        else:
-            trainer.fit(module, DataLoader(stages.Clips(), batch_size=12), **arguments)
-            assert trainer.global_step == 2

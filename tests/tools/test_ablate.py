@@ -87,7 +87,7 @@ def test_runs_of_two_kinds_are_not_mixed(in_tmp: Path, capsys: pytest.CaptureFix
 
 
 def test_the_recipes_sampling_is_kept() -> None:
-    base = yaml.safe_load((TOOL.parents[1] / "configs" / "recall.yaml").read_text())
+    base = ablate.read_configuration(TOOL.parents[1] / "configs" / "recall.yaml")
     options = ablate.parse(["--config", str(TOOL.parents[1] / "configs" / "recall.yaml"), "--caption-steps", "7"])
     config = ablate.configuration(base, ablate.Run("recipe", 0, Path("x")), options)
     assert config["model"]["sampling"] == base["model"]["sampling"] | {"caption_steps": 7}

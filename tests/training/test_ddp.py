@@ -21,19 +21,27 @@ from tests.training import test_parallel as parts
 from univigu.flow.objective import FlowOptions
 from univigu.training.callbacks import StageSwitch
 
-STAGES = [replace(stage, steps=4) for stage in parts.STAGES]
+STAGES = {name: replace(stage, steps=4) for name, stage in parts.STAGES.items()}
 
 
 def train(folder: str, processes: int) -> tuple[Any, dict[str, float]]:
     """A run through both stages, the generator frozen in the first; one process takes a step of two."""
     torch.set_num_threads(1)
-    module = (parts.UniViGU if processes == 2 else parts.AsTwo)(folder, seed=3, flow=FlowOptions(max_logits=500))
+    module = (parts.UniViGU if processes == 2 else parts.AsTwo)(folder, optimizer=parts.ADAMW, seed=3)
+    module.flow = FlowOptions(max_logits=500)
     diary = parts.Diary()
     trainer = Trainer(
-        default_root_dir=folder, accelerator="cpu", devices=processes, strategy="ddp" if processes == 2 else "auto",
-        logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        use_distributed_sampler=False, callbacks=[StageSwitch(STAGES), diary],
-    )  # fmt: skip
+        default_root_dir=folder,
+        accelerator="cpu",
+        devices=processes,
+        strategy="ddp" if processes == 2 else "auto",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        callbacks=[StageSwitch(STAGES), diary],
+    )
     clips, size = parts.Clips(), parts.BATCH
     own = Subset(clips, range(trainer.global_rank, len(clips), 2)) if processes == 2 else clips
     trainer.fit(module, DataLoader(own, batch_size=size if processes == 2 else 2 * size))
@@ -46,7 +54,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     parts.tiny.make_pipeline().save_pretrained(tmp_path / "foundation")
     run_processes(Path(__file__), [str(tmp_path / "foundation"), str(tmp_path)])
     diary, weights = train(str(tmp_path / "foundation"), 1)
-    steps = sum(stage.steps for stage in STAGES)
+    steps = sum(stage.steps for stage in STAGES.values())
     assert sorted(diary.losses) == list(range(steps))
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0]["weights"] == ranks[1]["weights"]

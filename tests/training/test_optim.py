@@ -113,11 +113,11 @@ def test_a_restored_state_goes_on_bit_for_bit() -> None:
 
 def test_groups() -> None:
     net = Net()
-    optimizer = make(net, muon_rate=3.0)
+    optimizer = make(net)
     assert isinstance(optimizer, MuonAdamW)
     by_kind = [(g["name"], g["rate"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]
-    assert by_kind == [("video", 3.0, 0.01, 2), ("video", 1.0, 0.01, 2), ("video", 1.0, 0.0, 3)]
-    plain = make_optimizer({"video": list(net.named_parameters())}, OptimizerOptions())
+    assert by_kind == [("video", 4.0, 0.01, 2), ("video", 1.0, 0.01, 2), ("video", 1.0, 0.0, 3)]
+    plain = make_optimizer({"video": list(net.named_parameters())}, OptimizerOptions(name="adamw"))
     assert type(plain) is torch.optim.AdamW and [len(g["params"]) for g in plain.param_groups] == [4, 3]
 
 
@@ -136,7 +136,7 @@ def test_a_closure_is_called_once_and_its_loss_returned() -> None:
     assert calls == [True]
 
 
-@pytest.mark.parametrize("option", [{"name": "sgd"}, {"muon_rate": 0.0}])
+@pytest.mark.parametrize("option", [{"name": "sgd"}, {"learning_rate": 0.0}])
 def test_options_are_checked(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="optimizer"):
         OptimizerOptions(**option)

@@ -29,19 +29,28 @@ from univigu.flow.random import make_generator
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.options import ArchitectureOptions
 from univigu.training.callbacks import LastCheckpoint, StageSwitch, WeightEMA
-from univigu.training.compute import ComputeOptions
 from univigu.training.module import UniViGU
-from univigu.training.parallel import ParallelOptions, ShardedStrategy
+from univigu.training.optim import OptimizerOptions
+from univigu.training.parallel import ShardedStrategy
 from univigu.training.stages import Stage
 
 REPO = Path(__file__).resolve().parents[2]
 
 BATCH, EPOCH = 4, 2  # samples a process and step, steps an epoch
-STAGES = [
-    Stage(name="recall", steps=10, text_length=8, learning_rate=0.0, warmup_steps=2,
-          tasks=TaskMixture(joint=1, understand=1, generate=0)),
-    Stage(name="refine", steps=10, target="caption", text_length=12, learning_rate=1e-3, warmup_steps=0),
-]  # fmt: skip
+ADAMW = OptimizerOptions(name="adamw")
+STAGES = {
+    "recall": Stage(
+        steps=10,
+        text_length=8,
+        learning_rate=0.0,
+        text_learning_rate=1e-3,
+        warmup_steps=2,
+        tasks=TaskMixture(joint=1, understand=1, generate=0),
+    ),
+    "refine": Stage(
+        steps=10, target="caption", text_length=12, learning_rate=1e-3, text_learning_rate=1e-3, warmup_steps=0
+    ),
+}
 
 
 class Clips(Dataset):
@@ -92,25 +101,43 @@ class Diary(Callback):
 
 
 def train(
-    folder: str, root: str, *, processes: int, sharded: bool = True, ckpt_path: str | None = None, steps: int = 20,
-    compute_dtype: str = "float32", compile_backend: str | None = None, saves: int | None = None,
-    text_flow: Any = "mask", **options: Any,
-) -> Diary:  # fmt: skip
+    folder: str,
+    root: str,
+    *,
+    processes: int,
+    sharded: bool = True,
+    ckpt_path: str | None = None,
+    steps: int = 20,
+    compute_dtype: str = "float32",
+    compile_backend: str | None = None,
+    saves: int | None = None,
+    text_flow: Any = "mask",
+    **options: Any,
+) -> Diary:
     """A run of this process's share, with a checkpoint at every ``saves`` steps; one process stands for two."""
     torch.set_num_threads(1)
     kind = UniViGU if processes == 2 else AsTwo
-    options = {"architecture": ArchitectureOptions(text_flow), "gradient_checkpointing": True} | options
-    if compile_backend is not None:
-        options["compute"] = ComputeOptions(compile_blocks=True, compile_backend=compile_backend)
-    module = kind(folder, seed=3, flow=FlowOptions(max_logits=500), parallel=ParallelOptions(compute_dtype), **options)  # type: ignore[arg-type]
+    architecture = ArchitectureOptions(text_flow, separate_text_ffn=options.pop("separate_text_ffn", True))
+    options = {"architecture": architecture, "gradient_checkpointing": True} | options
+    module = kind(folder, seed=3, optimizer=ADAMW, compile_blocks=compile_backend is not None, **options)
+    module.flow = FlowOptions(max_logits=500)
+    module.compile_backend = compile_backend or ""
     diary = Diary()
     saver = [ModelCheckpoint(root, filename="{step}", every_n_train_steps=saves, save_top_k=-1)] if saves else []
     trainer = Trainer(
-        default_root_dir=root, accelerator="cpu", devices=processes if sharded else 1, logger=False, max_steps=steps,
-        strategy=ShardedStrategy() if sharded else "auto", gradient_clip_val=0.5, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=bool(saves), use_distributed_sampler=False,  # would shuffle
+        default_root_dir=root,
+        accelerator="cpu",
+        devices=processes if sharded else 1,
+        logger=False,
+        max_steps=steps,
+        strategy=ShardedStrategy(compute_dtype=compute_dtype) if sharded else "auto",
+        gradient_clip_val=0.5,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=bool(saves),
+        use_distributed_sampler=False,  # would shuffle
         callbacks=[StageSwitch(STAGES), diary, *saver],
-    )  # fmt: skip
+    )
     share = Subset(Clips(), range(int(os.environ.get("RANK", 0)), len(Clips()), processes))
     loader: DataLoader = DataLoader(share, batch_size=BATCH * 2 // processes)
     trainer.fit(module, loader, ckpt_path=ckpt_path)
@@ -125,12 +152,20 @@ def average(folder: str, root: str, *, processes: int, distributed: bool) -> Dia
 
     def make(*callbacks: Callback, **options: Any) -> tuple[Trainer, UniViGU]:
         trainer = Trainer(
-            default_root_dir=root, accelerator="cpu", devices=processes, logger=False, enable_progress_bar=False,
-            enable_model_summary=False, enable_checkpointing=bool(callbacks), use_distributed_sampler=False,
-            strategy=ShardedStrategy(save_distributed_checkpoint=distributed), limit_val_batches=0,
-            callbacks=[StageSwitch(STAGES), *callbacks], **options,
-        )  # fmt: skip
-        return trainer, UniViGU(folder, seed=3, parallel=ParallelOptions("float32"))
+            default_root_dir=root,
+            accelerator="cpu",
+            devices=processes,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=bool(callbacks),
+            use_distributed_sampler=False,
+            strategy=ShardedStrategy("auto", distributed, "float32"),
+            limit_val_batches=0,
+            callbacks=[StageSwitch(STAGES), *callbacks],
+            **options,
+        )
+        return trainer, UniViGU(folder, seed=3, optimizer=ADAMW)
 
     trainer, module = make(WeightEMA(decay=0.5, warmup=False), LastCheckpoint(root), max_steps=3)
     trainer.fit(module, loader)
@@ -159,15 +194,21 @@ def launch(processes: int, folder: Path, *jobs: dict[str, Any]) -> list[list[Dia
     (root / "jobs.json").write_text(json.dumps([{"folder": str(folder), **job} for job in jobs]))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port"]
     result = subprocess.run(
-        [*command, str(port), __file__, str(root / "jobs.json")], capture_output=True, text=True, check=False,
-        cwd=REPO, env={"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
+        [*command, str(port), __file__, str(root / "jobs.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=REPO,
+        env={"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     return [
-        [SimpleNamespace(**{name: {int(k): v for k, v in value.items()} for name, value in page.items()})  # type: ignore[misc]
-         for page in json.loads((root / f"diary-{rank}.json").read_text())]
+        [
+            SimpleNamespace(**{name: {int(k): v for k, v in value.items()} for name, value in page.items()})  # type: ignore[misc]
+            for page in json.loads((root / f"diary-{rank}.json").read_text())
+        ]
         for rank in range(processes)
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:
@@ -258,10 +299,11 @@ def test_checkpoints_go_from_two_processes_to_one_and_back(
 ) -> None:
     """Saved by two in each of the stages, continued by one, saved, continued by two."""
     ((first, second),) = launch(
-        1, folder,
+        1,
+        folder,
         {"root": str(tmp_path / "one"), "ckpt_path": str(two.root / "step=8.ckpt"), "steps": 12},
         {"root": str(tmp_path / "late"), "ckpt_path": str(two.root / "step=12.ckpt"), "steps": 18, "saves": 16},
-    )  # fmt: skip
+    )
     assert list(first.losses) == [8, 9, 10, 11] and list(second.losses) == list(range(12, 18))
     for diary in (first, second):
         for step, loss in diary.losses.items():
@@ -298,22 +340,34 @@ def test_a_sharded_model_is_evaluated_on_the_mean(folder: Path, tmp_path: Path, 
 @pytest.mark.slow
 def test_the_shipped_overlay_runs_with_its_callbacks(small_data: list[str], tmp_path: Path) -> None:
     """Recall, sharded over two processes: held-out samples, the mean of the weights, the report, the checkpoint."""
-    configs = [f"--config={REPO}/configs/{name}.yaml" for name in ("recall", "fsdp")]
-    (tmp_path / "mine.yaml").write_text(
-        "overrides:\n  callbacks: {MediaLogger: {every_n_steps: 2, num_samples: 2}, FinalReport: {num_samples: 2}}\n"
-    )
-    args = ["fit", *configs, f"--config={tmp_path}/mine.yaml", *small_data, "--trainer.devices=2",
-            "--trainer.accelerator=cpu", "--trainer.max_steps=3", "--trainer.val_check_interval=2",
-            "--trainer.callbacks+=univigu.training.callbacks.WeightEMA",
-            "--trainer.callbacks+=univigu.training.callbacks.ThroughputLogger", "--trainer.callbacks.every_n_steps=2",
-            "--data.batch_size=2",
-            "--model.sampling.num_inference_steps=2", "--model.sampling.caption_steps=2"]  # fmt: skip
+    configs = [f"--config={REPO}/configs/{name}.yaml" for name in ("recall", "frozen", "fsdp")]
+    args = [
+        "fit",
+        *configs,
+        *small_data,
+        "--trainer.devices=2",
+        "--media.every_n_steps=2",
+        "--media.num_samples=2",
+        "--report.num_samples=2",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_steps=3",
+        "--trainer.val_check_interval=2",
+        "--trainer.callbacks+=univigu.training.callbacks.WeightEMA",
+        "--trainer.callbacks+=univigu.training.callbacks.ThroughputLogger",
+        "--trainer.callbacks.every_n_steps=2",
+        "--data.batch_size=2",
+        "--model.sampling.num_inference_steps=2",
+        "--model.sampling.caption_steps=2",
+    ]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     result = subprocess.run(
         [sys.executable, *launcher, "-m", "univigu.cli", *args],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert result.returncode == 0, (errors, result.stdout[-2000:], result.stderr[-4000:])
     assert "FSDP2-wrapped module" not in result.stderr
@@ -325,8 +379,8 @@ def test_the_shipped_overlay_runs_with_its_callbacks(small_data: list[str], tmp_
 
 
 def test_options_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"parallel\.compute_dtype='float16'"):
-        ParallelOptions("float16")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"strategy\.compute_dtype='float16'"):
+        ShardedStrategy(compute_dtype="float16")  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from univigu.models.lora import LoraOptions
 from univigu.models.official import check_exportable, official_differences
 from univigu.models.transformer import is_text_parameter
 from univigu.models.weights import empty_model
-from univigu.training.plan import Workload, added_parameters, make_plan, step_flops
-from univigu.training.published import WAN21, workloads_of
+from univigu.training.optim import OptimizerOptions
+from univigu.training.plan import WAN21, Workload, added_parameters, make_plan, step_flops, workloads_of
 from univigu.training.stages import Stage
 
 plan_tool = SimpleNamespace(**runpy.run_path(str(REPO / "tools" / "plan.py")))
@@ -52,7 +52,8 @@ def wan_count(width: int, layers: int, ffn: int) -> int:
 
 
 def overlay(size: str, stage: str = "recall") -> list[str]:
-    return [f"--config={REPO}/configs/{name}.yaml" for name in (stage, f"wan2.1-{size}", "fsdp")]
+    scales = ["wan2.1-1.3b"] + ["wan2.1-14b"] * (size == "14b")
+    return [f"--config={REPO}/configs/{name}.yaml" for name in (stage, *scales, "fsdp")]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -61,7 +62,7 @@ def test_overlays_are_wan21(size: str, monkeypatch: pytest.MonkeyPatch, tmp_path
     (work,) = workloads_of(overlay(size))
     width, heads, layers, ffn = SIZES[size]
     assert work.video_tokens == 21 * 30 * 52 == 32760 and work.stage.text_length == 256
-    assert work.compute_dtype == torch.bfloat16 and work.prompt_length == 512 and work.trains == "all"
+    assert work.compute_dtype == torch.bfloat16 and work.prompt_length == 512 and work.lora is None
     model = empty_model(UniViGUTransformer3DModel, work.transformer)
     config = model.config
     assert config.num_attention_heads == heads and config.num_layers == layers and config.ffn_dim == ffn
@@ -97,13 +98,12 @@ def test_overlays_take_nothing_over_from_the_small_world(
         assert set(official_differences(model)) == set(CONVENTIONS)
 
 
-def test_one_callback_needs_no_list(tmp_path: Path) -> None:
-    (tmp_path / "one.yaml").write_text(
-        "trainer:\n  callbacks:\n    class_path: univigu.training.callbacks.StageSwitch\n"
-        "    init_args: {stages: [{name: alone, steps: 3}]}\noverrides: {stages: {alone: {text_length: 32}}}\n"
+def test_a_stage_and_a_callback_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "run: [mine]\nstages: {mine: {steps: 3}}\ntrainer: {callbacks: univigu.training.callbacks.WeightEMA}\n"
     )
-    (work,) = workloads_of([f"--config={tmp_path}/one.yaml"])
-    assert (work.stage.name, work.stage.steps, work.stage.text_length) == ("alone", 3, 32)
+    (work,) = workloads_of([f"--config={tmp_path}/mine.yaml", "--stages.mine.text_length=32"])
+    assert (work.stage_name, work.stage.steps, work.stage.text_length, work.averaged) == ("mine", 3, 32, True)
 
 
 def test_a_foundation_that_is_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,27 +115,36 @@ def test_a_foundation_that_is_nowhere(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_command_prints_both_stages(capsys: pytest.CaptureFixture[str]) -> None:
-    args = [f"--config={REPO}/configs/two_stage.yaml", "--data.batch_size=4"]
+    args = [f"--config={REPO}/configs/{name}.yaml" for name in ("two_stage", "frozen")] + ["--data.batch_size=4"]
     assert plan_tool.main([*args, "--world-size", "2", "--device", "h100", "--utilisation", "0.3"]) == 0
     printed = capsys.readouterr().out
     assert "stage recall, batch 4 on each of 2" in printed and "stage refine" in printed and "30% used" in printed
     assert printed.count("50% of the text, up to step 360") == 1
-    assert plan_tool.main([*args, "--modules", "--model.trains=lora", "--model.lora.rank=4"]) == 0
+    assert plan_tool.main([*args, "--modules", "--model.lora.rank=4"]) == 0
     printed = capsys.readouterr().out
-    assert "blocks.*.ffn_t" in printed and "trains lora" in printed and "of Wan's own" in printed
+    assert "blocks.*.ffn_t" in printed and ", LoRA" in printed and "of Wan's own" in printed
 
 
 # ---------------------------------------------------------------------- against what is measured
 
 SMALL: dict[str, Any] = {
-    "num_attention_heads": 4, "attention_head_dim": 64, "in_channels": 16, "out_channels": 16, "text_dim": 64,
-    "freq_dim": 64, "ffn_dim": 1024, "num_layers": 5, "vocab_size": 2048, "text_flow": "mask",
-}  # fmt: skip
+    "num_attention_heads": 4,
+    "attention_head_dim": 64,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 64,
+    "freq_dim": 64,
+    "ffn_dim": 1024,
+    "num_layers": 5,
+    "vocab_size": 2048,
+    "text_flow": "mask",
+}
 
 
 def small(**changes: Any) -> Workload:
-    stage = Stage(text_length=64, tasks=TaskMixture(1, 0, 0), learning_rate=1e-4)
-    return replace(Workload(dict(SMALL), (16, 9, 32, 32), 32, stage), **changes)
+    stage = Stage(text_length=64, tasks=TaskMixture(1, 0, 0))
+    adamw = OptimizerOptions(name="adamw")
+    return replace(Workload(dict(SMALL), (16, 9, 32, 32), 32, stage, optimizer=adamw), **changes)
 
 
 def real_step(work: Workload, checkpointing: bool, batch_size: int = 1) -> None:
@@ -145,9 +154,11 @@ def real_step(work: Workload, checkpointing: bool, batch_size: int = 1) -> None:
         model.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     batch = UniFlowBatch(
-        torch.randn(batch_size, *work.latents), torch.randn(batch_size, work.prompt_length, 64),
-        torch.zeros(1, work.prompt_length, 64), torch.zeros(batch_size, work.stage.text_length, dtype=torch.int64),
-    )  # fmt: skip
+        torch.randn(batch_size, *work.latents),
+        torch.randn(batch_size, work.prompt_length, 64),
+        torch.zeros(1, work.prompt_length, 64),
+        torch.zeros(batch_size, work.stage.text_length, dtype=torch.int64),
+    )
     counts = [batch_size * (name > 0) for name in vars(work.stage.tasks).values()]
     objective = UniFlowObjective(make_text_flow(model.config.text_flow, model.config.vocab_size), work.flow)
     for _ in range(2):  # the optimizer's state is there in the second
@@ -185,9 +196,8 @@ def test_freezing_and_adapters_cost_less() -> None:
     layers = {"transformer": SMALL | {"num_layers": 2}, "latents": (16, 3, 16, 16)}
     frozen = Stage(text_length=64, tasks=TaskMixture(1, 0, 0), learning_rate=0)
     everything = make_plan(small(**layers))
-    text = make_plan(small(**layers, trains="text"))
-    lora = make_plan(small(**layers, trains="lora", lora=LoraOptions(rank=4)))
-    assert make_plan(small(**layers, stage=frozen)).trained_parameters == text.trained_parameters
+    text = make_plan(small(**layers, stage=frozen))
+    lora = make_plan(small(**layers, lora=LoraOptions(rank=4)))
     assert text.trained_parameters < lora.trained_parameters < everything.trained_parameters
     assert lora.parameters - everything.parameters == 2 * 2 * 4 * 2 * 4 * 256
     assert text.flops < lora.flops < everything.flops < everything.flops_checkpointed
@@ -222,9 +232,13 @@ def test_memory_is_what_a_run_takes(checkpointing: bool) -> None:
     planned = make_plan(small()).total(checkpointing)
     clean = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG")}
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE, __file__, str(checkpointing)], capture_output=True, text=True, check=False,
-        cwd=REPO, env=clean | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "16384"},
-    )  # fmt: skip
+        [sys.executable, "-c", MEASURE, __file__, str(checkpointing)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=REPO,
+        env=clean | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "16384"},
+    )
     assert result.returncode == 0, result.stderr
     measured = int(result.stdout.split()[-1]) * 1024
     print(f"checkpointing {checkpointing}: planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")

@@ -20,7 +20,8 @@ from univigu.flow.objective import TaskMixture
 from univigu.models.transformer import is_text_parameter
 from univigu.training.callbacks import StageSwitch
 from univigu.training.module import UniViGU
-from univigu.training.stages import Stage
+from univigu.training.optim import OptimizerOptions
+from univigu.training.stages import Stage, select_stages
 
 # ---------------------------------------------------------------------- one stage
 
@@ -28,15 +29,21 @@ from univigu.training.stages import Stage
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("steps", 0), ("target", "title"), ("text_length", 1), ("warmup_steps", -1), ("text_loss", "mse"),
-        ("final_lr_ratio", 2.0), ("video_weight", -1.0),
-        ("text_weight", -1.0), ("learning_rate", -1e-4), ("text_learning_rate", math.nan),
-        ("text_share", 0.0), ("text_share", 1.5), ("whole_text_from", -0.5),
+        ("steps", 0),
+        ("target", "title"),
+        ("text_length", 1),
+        ("text_share", 0.0),
+        ("text_share", 1.5),
+        ("full_text_from", -0.5),
+        ("text_time_power", 0.0),
+        ("warmup_steps", -1),
+        ("learning_rate", -1e-4),
+        ("text_learning_rate", math.nan),
     ],
-)  # fmt: skip
+)
 def test_an_option_out_of_range_is_named(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"stage 'mine': {field}={value!r}: expected"):
-        Stage(name="mine", **{field: value})
+    with pytest.raises(ValueError, match=rf"stage: {field}={value!r}: expected"):
+        Stage(**{field: value})
 
 
 def test_a_stage_in_which_nothing_learns_is_refused() -> None:
@@ -48,20 +55,20 @@ def test_a_stage_in_which_nothing_learns_is_refused() -> None:
 
 
 def test_learning_rate_rises_and_falls() -> None:
-    stage = Stage(steps=110, warmup_steps=10, final_lr_ratio=0.2)
+    stage = Stage(steps=110, warmup_steps=10)
     factors = [stage.learning_rate_factor(step) for step in range(stage.steps + 1)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[10] == 1.0
-    assert factors[60] == pytest.approx(0.6)  # half way down the cosine
-    assert factors[110] == pytest.approx(0.2) and stage.learning_rate_factor(999) == pytest.approx(0.2)
+    assert factors[60] == pytest.approx(0.51)  # half way down the cosine
+    assert factors[110] == pytest.approx(0.02) and stage.learning_rate_factor(999) == pytest.approx(0.02)
     assert factors[10:] == sorted(factors[10:], reverse=True)
-    assert factors[35] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
+    assert factors[35] == pytest.approx(0.02 + 0.98 * (1 + math.cos(math.pi / 4)) / 2)
 
 
-def test_the_whole_text_is_shown_from_some_step_on() -> None:
-    stage = Stage(steps=10, text_share=0.25, whole_text_from=0.6)
+def test_all_positions_are_used_from_some_step_on() -> None:
+    stage = Stage(steps=10, text_share=0.25, full_text_from=0.6)
     assert [stage.text_share_at(step) for step in range(10)] == [0.25] * 6 + [1.0] * 4
-    assert Stage(text_share=0.5, whole_text_from=0.0).text_share_at(0) == 1.0
+    assert Stage(text_share=0.5, full_text_from=0.0).text_share_at(0) == 1.0
     assert Stage().text_share_at(0) == 1.0
 
 
@@ -73,28 +80,59 @@ def test_learning_rate_without_warmup_starts_at_the_peak() -> None:
 
 
 def test_steps_are_located_at_the_borders() -> None:
-    switch = StageSwitch([Stage(steps=2), Stage(steps=1), Stage(steps=3)])
+    switch = StageSwitch({"a": Stage(steps=2), "b": Stage(steps=1), "c": Stage(steps=3)})
     assert switch.total_steps == 6
     assert [switch.locate(step) for step in range(6)] == [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (2, 2)]
     assert switch.locate(6) == switch.locate(100) == (2, 2)
 
 
 def test_no_stages_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"stages=\[\]"):
-        StageSwitch([])
+    with pytest.raises(ValueError, match=r"stages=\{\}"):
+        StageSwitch({})
+
+
+def test_the_stages_of_a_run_are_selected_in_order() -> None:
+    stages = {"refine": Stage(steps=3), "recall": Stage(steps=2), "mine": Stage(steps=1)}
+    assert [*select_stages(stages, ["mine", "recall"])] == ["mine", "recall"]
+    for run, message in (
+        ([], r"run=\[\]"),
+        (["polish"], r"stages\.polish is not configured"),
+        (["recall"], r"stages\.mine: no such stage"),  # shipped stages may be configured by an overlay
+    ):
+        with pytest.raises(ValueError, match=message):
+            select_stages(stages, run)
+
+
+def test_rates_come_from_the_stage_or_the_optimizer() -> None:
+    options = OptimizerOptions(learning_rate=1e-5, text_learning_rate=1e-4)
+    assert options.rates(Stage()) == {"video": 1e-5, "text": 1e-4}
+    assert options.rates(Stage(learning_rate=0.0, tasks=TaskMixture(1, 1, 0))) == {"video": 0.0, "text": 1e-4}
+    assert options.rates(Stage(text_learning_rate=0.5)) == {"video": 1e-5, "text": 0.5}
 
 
 # ---------------------------------------------------------------------- a real training
 
 BATCH, EPOCH = 4, 3
 RECALL = Stage(
-    name="recall", steps=2, target="prompt", text_length=8, learning_rate=0.0, warmup_steps=2,
+    steps=2,
+    target="prompt",
+    text_length=8,
+    learning_rate=0.0,
+    text_learning_rate=1e-3,
+    warmup_steps=2,
     tasks=TaskMixture(joint=1, understand=1, generate=0),
-)  # fmt: skip
+)
 REFINE = Stage(
-    name="refine", steps=4, target="caption", text_length=12, learning_rate=1e-3, text_learning_rate=2e-3,
-    warmup_steps=0, text_share=0.5,
-)  # fmt: skip
+    steps=4,
+    target="caption",
+    text_length=12,
+    learning_rate=1e-3,
+    text_learning_rate=2e-3,
+    warmup_steps=0,
+    text_share=0.5,
+)
+STAGES = {"recall": RECALL, "refine": REFINE}
+ADAMW = OptimizerOptions(name="adamw")
 
 
 class Clips(Dataset):
@@ -129,7 +167,7 @@ class Diary(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.hook.remove()
         self.pages[trainer.global_step - 1] = SimpleNamespace(
-            stage=pl_module.stage.name,
+            stage="recall" if pl_module.stage is RECALL else "refine",
             shown=set(self.shown),
             loss=outputs["loss"].item(),
             rates={group["name"]: group["lr"] for group in trainer.optimizers[0].param_groups},
@@ -147,14 +185,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(
-    folder: Path, root: Path, stages: list[Stage], ckpt_path: Path | None = None, **options: Any
+    folder: Path, root: Path, stages: dict[str, Stage], ckpt_path: Path | None = None, **options: Any
 ) -> tuple[Diary, Trainer, UniViGU]:
-    diary, module = Diary(), UniViGU(str(folder), seed=3)
+    diary, module = Diary(), UniViGU(str(folder), optimizer=ADAMW, seed=3)
     saver = ModelCheckpoint(root, filename="{step}", every_n_train_steps=3, save_top_k=-1)
     trainer = Trainer(
-        default_root_dir=root, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[StageSwitch(stages), diary, saver], **options,
-    )  # fmt: skip
+        default_root_dir=root,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[StageSwitch(stages), diary, saver],
+        **options,
+    )
     loader: DataLoader = DataLoader(Clips(), batch_size=BATCH)
     trainer.fit(module, loader, ckpt_path=None if ckpt_path is None else str(ckpt_path), weights_only=True)
     return diary, trainer, module
@@ -167,7 +210,7 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNam
     start = UniViGU(str(folder), seed=3)
     start.configure_model()
     assert start.transformer is not None
-    diary, trainer, _ = train(folder, root, [RECALL, REFINE])
+    diary, trainer, _ = train(folder, root, STAGES)
     return SimpleNamespace(root=root, pages=diary.pages, trainer=trainer, start=start.transformer.state_dict())
 
 
@@ -208,7 +251,7 @@ def test_frozen_weights_rest_until_their_stage(trained: SimpleNamespace) -> None
 
 
 def test_resuming_in_the_second_stage_continues_exactly(trained: SimpleNamespace, folder: Path, tmp_path: Path) -> None:
-    diary, trainer, _ = train(folder, tmp_path, [RECALL, REFINE], trained.root / "step=3.ckpt")
+    diary, trainer, _ = train(folder, tmp_path, STAGES, trained.root / "step=3.ckpt")
     assert list(diary.pages) == [3, 4, 5] and trainer.global_step == 6
     for step, page in diary.pages.items():
         whole = trained.pages[step]
@@ -219,10 +262,10 @@ def test_resuming_in_the_second_stage_continues_exactly(trained: SimpleNamespace
 
 
 @pytest.mark.parametrize(
-    "stages", [[RECALL], [replace(RECALL, steps=3), REFINE], [RECALL, replace(REFINE, name="polish")]]
+    "stages", [{"recall": RECALL}, STAGES | {"recall": replace(RECALL, steps=3)}, {"recall": RECALL, "polish": REFINE}]
 )
 def test_resuming_with_other_stages_is_refused(
-    trained: SimpleNamespace, folder: Path, tmp_path: Path, stages: list[Stage]
+    trained: SimpleNamespace, folder: Path, tmp_path: Path, stages: dict[str, Stage]
 ) -> None:
     with pytest.raises(MisconfigurationException, match=r"made with stages .*'recall', 2.*'refine', 4.*init_from"):
         train(folder, tmp_path, stages, trained.root / "step=3.ckpt")
@@ -231,25 +274,24 @@ def test_resuming_with_other_stages_is_refused(
 def test_what_a_checkpoint_says_of_its_stages(trained: SimpleNamespace) -> None:
     saved = torch.load(trained.root / "step=3.ckpt", weights_only=True)
     (state,) = [value for name, value in saved["callbacks"].items() if "StageSwitch" in name]
-    assert state == {"index": 1, "stages": [asdict(RECALL), asdict(REFINE)]}
-    assert saved["univigu"]["stage"] == "refine"
+    assert state == {"index": 1, "stages": [{"name": name, **asdict(stage)} for name, stage in STAGES.items()]}
 
 
 def test_max_steps_can_only_shorten(folder: Path, tmp_path: Path) -> None:
-    diary, _, _ = train(folder, tmp_path, [RECALL, REFINE], max_steps=1)
+    diary, _, _ = train(folder, tmp_path, STAGES, max_steps=1)
     assert list(diary.pages) == [0]
 
 
 def test_outside_training_the_last_stage_is_meant(folder: Path) -> None:
     module = UniViGU(str(folder))
-    StageSwitch([RECALL, REFINE]).setup(Trainer(accelerator="cpu", logger=False), module, "predict")
+    StageSwitch(STAGES).setup(Trainer(accelerator="cpu", logger=False), module, "predict")
     assert module.stage is REFINE
 
 
 def test_a_random_start_has_the_foundations_size_and_not_its_weights(folder: Path) -> None:
     sizes, weights = [], []
-    for random_init in (False, True):
-        module = UniViGU(str(folder), random_init=random_init, seed=3)
+    for init_from in (None, "random"):
+        module = UniViGU(str(folder), init_from=init_from, seed=3)
         module.configure_model()
         state = module.transformer.state_dict()
         sizes.append({name: tuple(value.shape) for name, value in state.items()})

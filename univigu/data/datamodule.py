@@ -18,7 +18,15 @@ from torch.utils.data import DataLoader
 from univigu.data.buckets import Bucket, BucketChooser, Grid
 from univigu.data.filters import LengthFilter, Selection, select
 from univigu.data.index import SampleRef
-from univigu.data.inputs import PredictionInput, PredictionInputs, find_videos, read_pairs, read_prompts
+from univigu.data.inputs import (
+    INPUTS,
+    PredictionInput,
+    PredictionInputs,
+    PredictTask,
+    find_videos,
+    read_pairs,
+    read_prompts,
+)
 from univigu.data.loader import ErrorLog, SampleLoader, TrainLoader, VideoTextDataset
 from univigu.data.order import EvalOrder, TrainOrder
 from univigu.data.processes import SpawnPool, this_device
@@ -34,7 +42,6 @@ from univigu.data.sources import (
 )
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 from univigu.shapes.write import world_fingerprint, write_shapes
-from univigu.training.prediction import INPUTS, PredictTask
 
 log = logging.getLogger(__name__)
 

@@ -21,6 +21,15 @@ from univigu.data.sample import VIDEO_SUFFIXES, DataError, is_unicode, is_video
 from univigu.data.video import VideoError, read_video
 from univigu.models.tokens import TextTooLongError, tokenize
 
+PredictTask = Literal["caption", "generate", "joint", "edit", "qa"]
+INPUTS: dict[str, str] = {
+    "caption": "videos",
+    "generate": "prompts",
+    "joint": "prompts",
+    "edit": "pairs",
+    "qa": "pairs",
+}
+"""The option of the data module that a task reads its inputs from."""
 TextField = Literal["prompt", "question"]
 DEFAULT_STRENGTH = 0.8
 

@@ -26,11 +26,15 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from univigu.data.sample import questions_of
+from univigu.data.video import to_frames
 from univigu.evaluation.caption_metrics import CaptionScores
 from univigu.flow.random import randn
 from univigu.flow.time import shift_sigma, time_from_sigma, to_timestep
 from univigu.flow.video import flow_matching_loss, interpolate
 from univigu.shapes.metrics import ShapesAgreement, ShapesTextAccuracy, ShapesVideoAccuracy
+
+CLIP_FRAMES = 8
+"""Frames of a video that CLIPScore averages over."""
 
 
 @dataclass
@@ -41,15 +45,9 @@ class EvaluationOptions:
     """Draw videos and joint samples too, which is most of the work."""
     clip: str | None = None
     """Folder of a transformers CLIP; with it come CLIPScores (``*/clip``)."""
-    clip_frames: int = 8
-    """Frames of a video that CLIP looks at."""
     video_features: str | None = None
     """TorchScript file of a detector (I3D as StyleGAN-V ships it) or folder of a transformers video encoder (VideoMAE);
     with it come Frechet video distances (``*/fvd``)."""
-
-    def __post_init__(self) -> None:
-        if self.clip_frames < 1:
-            raise ValueError(f"evaluation.clip_frames={self.clip_frames}: expected at least 1")
 
     def refuse_latents(self, writes_text: bool) -> None:
         """Raise a MisconfigurationException if something needs the true videos, which batches of latents lack.
@@ -129,25 +127,28 @@ class HeldOutEvaluation(nn.Module):
         inputs = module.prepare(batch)
         length, shape = batch["prompt_ids"].shape[1], tuple(inputs.latents.shape[1:])
         # A sample's seed comes from its key: the same whatever the batch size or the number of ranks.
-        questions = questions_of(batch)
+        tasks, questions = module.tasks, questions_of(batch)
         names = batch["key"] if questions is None else map("".join, zip(batch["key"], questions, strict=True))
         seeds = [zlib.crc32(name.encode()) for name in names]
         texts: list[str] | None = None
         if inputs.text_ids is not None:  # else the stage trains no text, and what the model writes means nothing
-            tokens, texts = module.caption_tokens(inputs.latents, length, seeds, questions)
-            matches = token_matches(tokens, inputs.text_ids, module.foundation.pad_token_id)
+            samples = tasks.caption(inputs.latents, questions, length, module.generators(seeds))
+            texts = tasks.texts(samples)
+            matches = token_matches(samples.tokens, inputs.text_ids, module.foundation.pad_token_id)
             self._add("tokens", len(seeds), matches)
             self._texts(module.stage.target, texts, batch)
         self._videos(module, inputs.latents, texts, batch)
         self._flow(module, foundation_model, inputs, seeds)
         if not self.options.generation or questions:  # no video is made of a question
             return
-        frames, _ = module.generate(batch["prompt"], length, shape, seeds)
+        samples = tasks.generate(batch["prompt"], length, shape, module.generators(seeds))
+        frames = to_frames(tasks.decode(samples.latents))
         self._made("generate", frames, batch["prompt"])
         self._add("generate", _known(batch), frames.cpu(), batch["scene"])
         if texts is None:
             return
-        frames, captions = module.generate(batch["prompt"], length, shape, seeds, joint=True)
+        samples = tasks.joint(batch["prompt"], length, shape, module.generators(seeds))
+        frames, captions = to_frames(tasks.decode(samples.latents)), tasks.texts(samples)
         self._made("joint", frames, captions)
         known = [i for i, scene in enumerate(batch["scene"]) if scene is not None]
         if known:
@@ -191,13 +192,13 @@ class HeldOutEvaluation(nn.Module):
         """Both models' losses on the same noise, at eight times spread evenly over the (shifted) schedule."""
         generators = [torch.Generator(inputs.latents.device).manual_seed(seed) for seed in seeds]
         noise = randn(inputs.latents.shape, generators, inputs.latents.device)
-        shift = module.flow_options.video_times.shift
+        shift = module.shift
         for i in range(8):
             t = time_from_sigma(shift_sigma((i + 0.5) / 8, shift))
             times = t.to(inputs.latents.device).expand(inputs.latents.shape[0])
             noisy = interpolate(noise, inputs.latents, times)
             models = {"flow": module.transformer}
-            if module.conventions.latents_normalized:  # else the foundation knows other latents
+            if module.tasks.conventions.latents_normalized:  # else the foundation knows other latents
                 models["flow_foundation"] = foundation_model
             for name, model in models.items():
                 prediction = model(noisy, to_timestep(times), inputs.prompt_embeds, return_dict=False)[0]
@@ -230,7 +231,7 @@ def _model_metrics(options: EvaluationOptions) -> dict[str, nn.Module]:
     metrics: dict[str, nn.Module] = {}
     if options.clip is not None:
         clip = ClipEncoder(options.clip)
-        metrics |= {f"{task}_clip": VideoCLIPScore(clip, options.clip_frames) for task in ("caption", *tasks)}
+        metrics |= {f"{task}_clip": VideoCLIPScore(clip, CLIP_FRAMES) for task in ("caption", *tasks)}
     if options.video_features is not None:
         features = VideoFeatures(options.video_features)
         metrics |= {f"{task}_fvd": FrechetVideoDistance(features) for task in tasks}

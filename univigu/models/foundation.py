@@ -71,7 +71,7 @@ class Foundation:
     Args:
         path: folder with tokenizer/, text_encoder/, vae/, transformer/ and scheduler/.
         text_encoder_dtype: type of the text encoder's weights; Wan2.1's has 5.7 billion of them.
-        vae_slicing, vae_tiling: see :class:`univigu.training.compute.ComputeOptions`.
+        vae_slicing, vae_tiling: decode the videos of a batch one by one; process large frames in overlapping tiles.
 
     Raises:
         FileNotFoundError: the folder or one of its components is missing, by name.

@@ -1,37 +1,97 @@
-"""The LightningCLI behind ``univigu.cli``: what is linked, what is checked before anything heavy starts."""
+"""The LightningCLI behind ``univigu.cli``: defaults of the trainer, linked options, checks before loading."""
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
-from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from jsonargparse import Namespace
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from univigu.checkpoint import check_checkpoint_file, missing_checkpoint
-from univigu.data.datamodule import VideoTextDataModule
-from univigu.flow.objective import FlowOptions
-from univigu.models.lora import LoraOptions
-from univigu.training.compute import ComputeOptions
+from univigu.training.callbacks import (
+    DataStatistics,
+    FinalReport,
+    LastCheckpoint,
+    MediaLogger,
+    PredictionWriter,
+    StageSwitch,
+    TrainingMonitor,
+)
 from univigu.training.module import UniViGU
-from univigu.training.optim import OptimizerOptions
-from univigu.training.overrides import Overrides, apply_overrides
-from univigu.training.parallel import ParallelOptions
-from univigu.training.report import EARLIER
-from univigu.training.stages import Stage
+from univigu.training.parallel import ShardedStrategy
+from univigu.training.stages import Stage, select_stages
 
 log = logging.getLogger(__name__)
 
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "check_val_every_n_epoch": None,  # validation counts steps, not epochs
+    "val_check_interval": 400,
+    "num_sanity_val_steps": 0,
+}
+FIT_VALIDATION_BATCHES = 4
+DATA = "univigu.data.datamodule.VideoTextDataModule"
+CALLBACK_OPTIONS = {"checkpoint": LastCheckpoint, "media": MediaLogger, "report": FinalReport}
+"""Callbacks of every fit that have options on the command line, such as ``--media.every_n_steps 100``."""
+EARLIER = "earlier"
+"""Folder for the TensorBoard logs of earlier runs."""
+
+REPLACED = {
+    "overrides": "stages (fields of a stage by its name), checkpoint, media and report (callback options)",
+    "StageSwitch": "the top-level 'stages' and 'run'; the command line adds this callback itself",
+    "trains": "stages.NAME.learning_rate: 0 (text only) or model.lora (adapters)",
+    "joint_dropout": "stages.NAME.condition_dropout.joint",
+    "guidance_dropout": "stages.NAME.condition_dropout.generate",
+    "condition_dropout": "a mapping by task: condition_dropout: {joint: , understand: , generate: }",
+    "whole_text_from": "stages.NAME.full_text_from",
+    "video_weight": "nothing: both losses have weight 1",
+    "text_weight": "nothing: both losses have weight 1",
+    "text_loss": "nothing: the loss is the cross-entropy",
+    "random_init": "model.init_from: random",
+    "vae_slicing": "model.vae_tiling",
+    "clip_frames": "nothing: it was removed",
+    "text_rotary": "model.architecture.text_positions (0: rotary, n: n learned positions)",
+    "separate_text_attention": "model.architecture.text_attention ('own' or 'shared')",
+    "text_projects_video": "model.architecture.text_attention ('own')",
+    "text_flow": "model.architecture.text_flow",
+    "text_positions": "model.architecture.text_positions",
+    "separate_text_ffn": "model.architecture.separate_text_ffn",
+    "clean_video_reads_text": "model.architecture.clean_video_reads_text",
+    "clean_video_timestep": "model.architecture.clean_video_timestep",
+    "text_times": "stages.NAME.text_time_power",
+    "video_times": "nothing: the shift is the one of the foundation's scheduler",
+    "flow": "stages.NAME.text_time_power; the video's shift is the one of the foundation's scheduler",
+    "parallel": "trainer.strategy.init_args.compute_dtype of ShardedStrategy",
+    "compute": "model.compile_blocks and model.vae_tiling",
+    "prompt_slots": "nothing: it was removed",
+    "muon_rate": "nothing: it was removed",
+    "fused": "nothing: it was removed",
+}
+"""Keys of former configurations and their successors."""
+
+
+class Parser(LightningArgumentParser):
+    """Names the successor of a key that was replaced."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        for key, successor in REPLACED.items():
+            if re.search(rf"(?<![\w/]){key}(?!\w)(?!\.(joint|understand|generate))", message):
+                message = f"{message}\n{key!r} was replaced; use {successor}"
+                break
+        return super().error(message, ex)
+
 
 class TrainingConfig(SaveConfigCallback):
-    """Keeps what a training was configured to be; an evaluation, which may log into the same folder, changes it not."""
+    """Saves the configuration of a training, not of evaluations that log into the same folder."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -39,65 +99,125 @@ class TrainingConfig(SaveConfigCallback):
 
 
 class UniViGUCLI(LightningCLI):
-    """LightningCLI for one model and one data module; values both need are linked, not written twice."""
+    """LightningCLI of UniViGU with any data module; values that both need are linked.
 
-    def __init__(self, args: Any = None) -> None:
+    Attributes:
+        stages: the stages of the run, in order.
+    """
+
+    stages: dict[str, Stage]
+
+    def __init__(self, args: Any = None, run: bool = True) -> None:
         super().__init__(
             UniViGU,
-            VideoTextDataModule,
+            LightningDataModule,
             args=args,
+            run=run,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             save_config_callback=TrainingConfig,
             save_config_kwargs={"overwrite": True},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_class_arguments(Overrides, "overrides")
-        parser.link_arguments("model.foundation", "data.foundation")
-        parser.link_arguments("model.predict_task", "data.predict_task")
+        parser.set_defaults({"data": {"class_path": DATA}})
+        parser.add_argument("--run", type=list[str], default=[], help="Names of the stages to run, in order.")
+        parser.add_argument("--stages", type=dict[str, Stage], default={}, help="Training stages by name.")
+        for name, callback in CALLBACK_OPTIONS.items():
+            parser.add_class_arguments(callback, name)
+        parser.link_arguments("model.foundation", "data.init_args.foundation")
+        parser.link_arguments("model.predict_task", "data.init_args.predict_task")
         parser.link_arguments("seed_everything", "model.seed")
-        parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, then settle which checkpoint is meant, before anything reads it."""
+        """Parse, then choose the checkpoint, before anything is loaded from it."""
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")
-        config = self.config[subcommand] if subcommand else self.config
-        changes = config.get("overrides")
-        apply_overrides(Overrides(changes.stages, changes.callbacks), _callbacks(config))
-        limit = config.trainer.get("limit_val_batches")
-        if subcommand == "validate" and limit is not None and not _given(args, "--trainer.limit_val_batches"):
-            log.warning("validate takes all clips; --trainer.limit_val_batches=%s would limit it as it does fit", limit)
-            config.trainer.limit_val_batches = 1.0  # what the configurations say of it is meant for fit's own looks
-        evaluates = subcommand in ("validate", "test")
+        if subcommand is None:
+            return
+        config = self.config[subcommand]
         named = config.ckpt_path or (_given(args, "--model.init_from") and config.model.init_from)
-        if evaluates and not named and config.trainer.default_root_dir:
-            # Evaluation is of what the configuration trained.
+        if subcommand in ("validate", "test") and not named and config.trainer.default_root_dir:
+            # By default evaluate what the configuration trained.
             trained = Path(config.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
             if not trained.exists():
                 raise missing_checkpoint(trained)
             config.ckpt_path = str(trained)
-        if config.get("ckpt_path"):
+        if config.ckpt_path:
             if config.ckpt_path not in ("best", "last", "hpc") and "://" not in str(config.ckpt_path):
                 check_checkpoint_file(Path(config.ckpt_path))
-            config.model.init_from = None  # the checkpoint brings all weights
-            if evaluates and Path(config.ckpt_path).is_dir() and not _shards(config):
-                config.model.init_from, config.ckpt_path = config.ckpt_path, None  # only who shards can restore it
+            config.model.init_from = None  # the checkpoint has all weights
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with the callbacks and the logger that every run of the subcommand has."""
+        config = self._options()
+        trainer, own = config.trainer, config.trainer.callbacks or []
+        callbacks: list[Callback] = list(own) if isinstance(own, list) else [own]
+        if self.subcommand == "predict":
+            if not any(isinstance(callback, PredictionWriter) for callback in callbacks):
+                callbacks.append(PredictionWriter())
+            kwargs |= {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+        else:
+            self.stages = select_stages(config.stages, config.run)
+            common = [StageSwitch(self.stages), TrainingMonitor(), DataStatistics(), config.media, config.report]
+            if trainer.enable_checkpointing is not False:
+                common.append(config.checkpoint)
+            callbacks = [*common, *callbacks]
+            if trainer.logger in (None, True):
+                kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir or ".", name=None, version="tensorboard")
+            if self.subcommand == "fit" and trainer.limit_val_batches is None:
+                kwargs["limit_val_batches"] = FIT_VALIDATION_BATCHES
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        _ = self.model.foundation  # raises if the folder is not a foundation
 
     def before_fit(self) -> None:
-        """A training from its beginning does not write its curves over those of an earlier one."""
-        saved = list(Path(self.trainer.default_root_dir).glob("hpc_ckpt_*"))
-        requeued = saved and SLURMEnvironment.detect()  # it goes on with the newest of these
-        if self.config["fit"].ckpt_path or requeued:
+        """Move the curves of an earlier training aside, unless this run continues it."""
+        requeued = list(Path(self.trainer.default_root_dir).glob("hpc_ckpt_*")) and SLURMEnvironment.detect()
+        if self._options().ckpt_path or requeued:
             return
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                set_aside(Path(logger.log_dir))
+                move_earlier_logs(Path(logger.log_dir))
+
+    def before_test(self) -> None:
+        """Read a sharded checkpoint as weights if this run does not shard the model."""
+        options = self._options()
+        sharded = isinstance(self.trainer.strategy, ShardedStrategy)
+        if options.ckpt_path and Path(options.ckpt_path).is_dir() and not sharded:
+            self.model.init_from, options.ckpt_path = options.ckpt_path, None
+
+    before_validate = before_test
+
+    def _options(self) -> Namespace:
+        """The instantiated options of the subcommand."""
+        return self.config_init if self.subcommand is None else self.config_init[self.subcommand]
+
+
+class ConfigOnlyCLI(UniViGUCLI):
+    """Parses the options of ``lightning fit``; makes the model and data objects, but no trainer."""
+
+    trainer_options: Namespace
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(args, run=False)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        options = self._options()
+        self.trainer_options, self.stages = options.trainer, select_stages(options.stages, options.run)
+
+    def after_instantiate_classes(self) -> None:
+        """The foundation need not exist."""
 
 
 @rank_zero_only
-def set_aside(folder: Path) -> None:
-    """Move a folder that holds TensorBoard's events to ``earlier/``, beside it; any other is left alone."""
+def move_earlier_logs(folder: Path) -> None:
+    """Move a folder of TensorBoard events to ``earlier/`` beside it; a folder without events stays."""
     if not any(folder.glob("events.out.tfevents.*")):
         return
     earlier = folder.parent / EARLIER
@@ -108,74 +228,6 @@ def set_aside(folder: Path) -> None:
     log.warning("%s holds the curves of an earlier training: moved to %s", folder, target)
 
 
-def _shards(config: Namespace) -> bool:
-    """Whether the trainer's strategy splits the transformer."""
-    return str(getattr(config.trainer.strategy, "class_path", config.trainer.strategy)).endswith("ShardedStrategy")
-
-
 def _given(args: Any, option: str) -> bool:
-    """Whether an option stands on the command line itself."""
+    """Whether an option is on the command line itself."""
     return any(str(arg).partition("=")[0] == option for arg in (sys.argv[1:] if args is None else args))
-
-
-@dataclass
-class ParsedFit:
-    """What a fit was configured to do, nothing of it made yet."""
-
-    model: Any
-    """Arguments of :class:`UniViGU`, options as their classes."""
-    data: Any
-    """Arguments of :class:`VideoTextDataModule`."""
-    strategy: Any
-    """The trainer's."""
-    callbacks: list[str]
-    """Names of the callbacks' classes."""
-    stages: list[Stage]
-
-
-def parse_fit(args: list[str]) -> ParsedFit:
-    """Parse the arguments of ``lightning fit``, with overrides applied, without making trainer, model or data."""
-
-    class OnlyParse(UniViGUCLI):
-        def instantiate_classes(self) -> None:
-            raise _Parsed(self)
-
-    try:
-        OnlyParse(["fit", *args])
-    except _Parsed as parsed:
-        cli = parsed.cli
-    config = cli.config["fit"]
-    callbacks = _callbacks(config)
-    switches = [callback for callback in callbacks if callback.class_path.endswith("StageSwitch")]
-    if not switches:
-        raise ValueError("trainer.callbacks: no StageSwitch, so there are no stages")
-    model = Namespace(**vars(config.model))
-    for name, kind in (("flow", FlowOptions), ("optimizer", OptimizerOptions), ("lora", LoraOptions),
-                       ("parallel", ParallelOptions), ("compute", ComputeOptions)):  # fmt: skip
-        model[name] = _make(kind, config.model[name])
-    stages = [_make(Stage, stage) for stage in switches[0].init_args.stages]
-    names = [callback.class_path.rpartition(".")[2] for callback in callbacks]
-    return ParsedFit(model, config.data, config.trainer.strategy, names, stages)
-
-
-def _callbacks(config: Namespace) -> list[Namespace]:
-    """The trainer's callbacks as parsed; one alone needs no list."""
-    callbacks = config.trainer.get("callbacks") or []
-    return callbacks if isinstance(callbacks, list) else [callbacks]
-
-
-class _Parsed(Exception):
-    def __init__(self, cli: UniViGUCLI) -> None:
-        self.cli = cli
-
-
-def _make(kind: Any, values: Any) -> Any:
-    """A dataclass of parsed values, those within it as well."""
-    if values is None or isinstance(values, kind):
-        return values
-    hints = get_type_hints(kind)
-    made = {name: value for name, value in vars(values).items()}
-    for name, value in made.items():
-        if is_dataclass(hints.get(name)) and not is_dataclass(value):
-            made[name] = _make(hints[name], value)
-    return kind(**made)

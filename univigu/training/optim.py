@@ -1,4 +1,4 @@
-"""AdamW, or Muon for the matrices of the blocks with AdamW for the rest; learning rates belong to the stages."""
+"""Which weights are trained, and by which optimizer: AdamW, or Muon for the matrices of the blocks with AdamW."""
 
 from __future__ import annotations
 
@@ -10,36 +10,77 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from univigu.models.lora import LoraOptions, is_lora_parameter
+from univigu.models.transformer import is_text_parameter
+from univigu.training.stages import Stage
+
+BETAS = (0.9, 0.95)
+"""AdamW's decay rates of the two moments."""
+MOMENTUM = 0.95
+"""Muon's (Nesterov) momentum."""
+MUON_RATE = 4.0
+"""Muon's learning rate relative to AdamW's, both measured by the size of an update (``match_rms_adamw``)."""
+
 
 @dataclass
 class OptimizerOptions:
-    """Which optimizer, and its constants."""
+    """The optimizer and its learning rates."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon"] = "muon"
     """"muon": orthogonalised momentum (torch.optim.Muon) for matrices inside blocks, AdamW for everything else."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates of the two moments."""
+    learning_rate: float = 5e-4
+    """Peak learning rate of the pretrained weights, where the stage sets none."""
+    text_learning_rate: float = 6e-3
+    """Peak learning rate of the text stream's weights, where the stage sets none."""
     weight_decay: float = 0.01
-    """Decoupled weight decay on matrices; vectors and tables are not decayed."""
-    fused: bool = False
-    """Use torch's fused kernel for AdamW."""
-    muon_momentum: float = 0.95
-    """Muon's momentum (Nesterov)."""
-    muon_rate: float = 4.0
-    """Muon's learning rate relative to AdamW's, both counted by the size of an update (``match_rms_adamw``)."""
+    """Decoupled weight decay of matrices; vectors and tables are not decayed."""
 
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "muon"):
             raise ValueError(f"optimizer.name={self.name!r}: expected 'adamw' or 'muon'")
-        if self.muon_rate <= 0:
-            raise ValueError(f"optimizer.muon_rate={self.muon_rate!r}: expected a number over 0")
+        for name in ("learning_rate", "text_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)!r}: expected over 0; a stage's 0 freezes")
+
+    def rates(self, stage: Stage) -> dict[str, float]:
+        """Peak learning rates in a stage, by the name of the parameter group."""
+        video = self.learning_rate if stage.learning_rate is None else stage.learning_rate
+        text = self.text_learning_rate if stage.text_learning_rate is None else stage.text_learning_rate
+        return {"video": video, "text": text}
+
+
+# ---------------------------------------------------------------- which weights
+
+ParameterGroups = dict[str, list[tuple[str, nn.Parameter]]]
+
+
+def parameter_groups(model: nn.Module, lora: LoraOptions | None) -> ParameterGroups:
+    """Named parameters that can be trained: "video", the pretrained weights (or their adapters), and "text"."""
+    groups: ParameterGroups = {"video": [], "text": []}
+    for name, parameter in model.named_parameters():
+        if is_text_parameter(name):
+            groups["text"].append((name, parameter))
+        elif lora is None or is_lora_parameter(name):
+            groups["video"].append((name, parameter))
+    return groups
+
+
+def freeze_by_rate(model: nn.Module, lora: LoraOptions | None, rates: Mapping[str, float]) -> None:
+    """Require gradients of exactly those parameters whose group has a learning rate over 0."""
+    model.requires_grad_(False)
+    for name, members in parameter_groups(model, lora).items():
+        for _, parameter in members:
+            parameter.requires_grad_(rates[name] > 0)
+
+
+# ---------------------------------------------------------------- the optimizer
 
 
 class BatchedMuon(torch.optim.Muon):
-    """torch's Muon (Jordan et al., 2024) that on a CPU orthogonalises in float32, matrices of one shape together.
+    """torch's Muon (Jordan et al., 2024), which on a CPU orthogonalises matrices of one shape together, in float32.
 
-    torch takes one matrix after the other, in bfloat16.  A CPU without instructions for that type needs fifteen times
-    as long for it, most of a training step of a small model.  Elsewhere (a GPU, sharded matrices) torch's is taken.
+    torch processes one matrix after the other in bfloat16, which takes fifteen times as long on a CPU without
+    instructions for that type.  On a GPU and for sharded matrices this is torch's implementation.
     """
 
     @torch.no_grad()
@@ -67,7 +108,7 @@ class BatchedMuon(torch.optim.Muon):
         return loss
 
     def _averaged(self, parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        """The gradient in (Nesterov's) running mean, which is kept."""
+        """Update the momentum buffer with the gradient; the (Nesterov) average."""
         state, gradient = self.state[parameter], parameter.grad
         assert gradient is not None
         if "momentum_buffer" not in state:
@@ -79,7 +120,7 @@ class BatchedMuon(torch.optim.Muon):
 def orthogonalize(
     matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> torch.Tensor:
-    """Matrices [K, M, N] with all their singular values moved to about 1, by Newton-Schulz steps in their own type."""
+    """Matrices [K, M, N] with singular values moved to about 1, by Newton-Schulz steps in their own dtype."""
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonalize(matrices.mT, coefficients, steps, eps).mT
     a, b, c = coefficients
@@ -91,24 +132,21 @@ def orthogonalize(
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Two optimizers that look like one: their groups stand in one list and their state in one table.
+    """Muon and AdamW as one optimizer with one list of groups and one state.
 
     Args:
         muon_groups: groups of matrices, with the options of :class:`torch.optim.Muon`.
         adamw_groups: groups of everything else, with those of :class:`torch.optim.AdamW`.
-        fused: see :class:`OptimizerOptions`.
     """
 
-    def __init__(
-        self, muon_groups: list[dict[str, Any]], adamw_groups: list[dict[str, Any]], fused: bool = False
-    ) -> None:
+    def __init__(self, muon_groups: list[dict[str, Any]], adamw_groups: list[dict[str, Any]]) -> None:
         self.muon = BatchedMuon(muon_groups, lr=0.0, adjust_lr_fn="match_rms_adamw")  # type: ignore[arg-type]
-        self.adamw = torch.optim.AdamW(adamw_groups, lr=0.0, fused=fused)
+        self.adamw = torch.optim.AdamW(adamw_groups, lr=0.0)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
         self._share()
 
     def _share(self) -> None:
-        """Let both work on this optimizer's groups and state."""
+        """Give both optimizers this one's groups and state."""
         split = len(self.muon.param_groups)
         self.muon.param_groups, self.adamw.param_groups = self.param_groups[:split], self.param_groups[split:]
         self.muon.state = self.adamw.state = self.state
@@ -130,7 +168,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]], options: OptimizerOptions) -> Any:
-    """An optimizer whose groups carry a "name", by which stages set their rates, and a "rate" to multiply it with.
+    """An optimizer whose groups have a "name", by which stages set their rates, and a "rate" that multiplies them.
 
     Args:
         groups: named parameters by the name of their learning rate.
@@ -141,20 +179,15 @@ def make_optimizer(groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]], opt
         matrices = [p for n, p in members if options.name == "muon" and is_block_matrix(n, p)]
         taken = {id(p) for p in matrices}
         rest = [p for _, p in members if id(p) not in taken]
+        decayed, plain = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim != 2]
         if matrices:
-            muon.append(
-                {"params": matrices, "name": name, "rate": options.muon_rate, "momentum": options.muon_momentum}
-                | {"weight_decay": options.weight_decay}
-            )
-        for decay, own in (
-            (options.weight_decay, [p for p in rest if p.ndim == 2]),
-            (0.0, [p for p in rest if p.ndim != 2]),
-        ):
-            if own:
-                adamw.append({"params": own, "name": name, "rate": 1.0, "weight_decay": decay, "betas": options.betas})
-    if muon:
-        return MuonAdamW(muon, adamw, options.fused)
-    return torch.optim.AdamW(adamw, lr=0.0, fused=options.fused)
+            group = {"params": matrices, "name": name, "rate": MUON_RATE, "momentum": MOMENTUM}
+            muon.append(group | {"weight_decay": options.weight_decay})
+        for weight_decay, params in ((options.weight_decay, decayed), (0.0, plain)):
+            if params:
+                group = {"params": params, "name": name, "rate": 1.0, "betas": BETAS}
+                adamw.append(group | {"weight_decay": weight_decay})
+    return MuonAdamW(muon, adamw) if muon else torch.optim.AdamW(adamw, lr=0.0)
 
 
 def is_block_matrix(name: str, parameter: torch.Tensor) -> bool:

@@ -1,18 +1,17 @@
-"""How the transformer is split over processes: FSDP2, sharded by block, through Lightning's ModelParallelStrategy.
+"""Sharding of the transformer over processes: FSDP2, by block, through Lightning's ModelParallelStrategy.
 
-Each process keeps its share of the float32 weights and of the optimizer's state. A block's weights are gathered, in
-the compute type, when the block runs, and its gradients are summed in float32 into the shares.
+Each process keeps a shard of the float32 weights and of the optimizer's state. A block's weights are gathered in the
+compute dtype when the block runs, and its gradients are reduced in float32.
 
-One process builds the model (or reads its checkpoint) and hands each other its share, a weight at a time. So the
-host memory that loading takes does not grow with the number of processes.
+Rank 0 builds the model (or reads its checkpoint) and sends the other ranks their shards, one weight at a time, so the
+host memory for loading does not grow with the number of processes.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,47 +28,33 @@ from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import empty_model
 
 
-@dataclass
-class ParallelOptions:
-    """How a sharded model computes; without a sharding strategy they do nothing."""
-
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the gathered weights and of the activations. The shares and the sums of gradients stay float32."""
-    reshard_after_forward: bool = True
-    """Free a block's gathered weights after its forward and gather them again for its backward."""
-
-    def __post_init__(self) -> None:
-        if self.compute_dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"parallel.compute_dtype={self.compute_dtype!r}: expected 'bfloat16' or 'float32'")
-
-
 def build_sharded(
     build: Callable[[], UniViGUTransformer3DModel],
     prepare: Callable[[UniViGUTransformer3DModel], Any],
     mesh: DeviceMesh,
     device: torch.device,
-    options: ParallelOptions,
+    compute_dtype: torch.dtype,
 ) -> UniViGUTransformer3DModel:
-    """A sharded model with the weights of the one that ``build`` makes, which rank 0 alone calls.
+    """A sharded model with the weights of the model that ``build`` returns on rank 0.
 
     Args:
-        build: makes the whole model in host memory.
-        prepare: adds to a model what its configuration does not say, such as adapters.
+        build: builds the unsharded model in host memory; only rank 0 calls it.
+        prepare: adds to a model what its configuration does not contain, such as adapters.
         mesh: one-dimensional, the processes to shard over.
-        device: this process's.
-        options: see the class.
+        device: of this process.
+        compute_dtype: of gathered weights and activations.
 
     Raises:
         RuntimeError: building failed on rank 0; there the error itself is raised.
     """
-    whole, config = _build_on_first(lambda: _prepared(build(), prepare))
+    full_model, config = _build_on_first(lambda: _prepared(build(), prepare))
     model = empty_model(UniViGUTransformer3DModel, config)
     prepare(model)
-    shard(model, mesh, options)
+    shard(model, mesh, compute_dtype)
     rope = copy.deepcopy(model.rope)
     model.to_empty(device=device)
     model.rope = rope.to(device)  # its buffers are in no state dict
-    state = whole.state_dict() if whole is not None else {}
+    state = full_model.state_dict() if full_model is not None else {}
     with torch.no_grad():
         for name, share in model.state_dict().items():
             full = state[name] if name in state else torch.empty(share.shape, dtype=share.dtype)
@@ -87,11 +72,11 @@ def _build_on_first(
     build: Callable[[], UniViGUTransformer3DModel],
 ) -> tuple[UniViGUTransformer3DModel | None, dict[str, Any]]:
     """The model, on rank 0, and its configuration, everywhere."""
-    whole, message = None, None
+    full_model, message = None, None
     if dist.get_rank() == 0:
         try:
-            whole = build()
-            message = {name: value for name, value in whole.config.items() if not name.startswith("_")}
+            full_model = build()
+            message = {name: value for name, value in full_model.config.items() if not name.startswith("_")}
         except Exception as error:  # the others must not wait for it
             dist.broadcast_object_list([error.__class__.__name__ + f": {error}"], 0)
             raise
@@ -99,36 +84,35 @@ def _build_on_first(
     dist.broadcast_object_list(received, 0)
     if not isinstance(received[0], dict):
         raise RuntimeError(f"rank 0 could not build the model: {received[0]}")
-    return whole, received[0]
+    return full_model, received[0]
 
 
-def shard(model: UniViGUTransformer3DModel, mesh: DeviceMesh, options: ParallelOptions) -> None:
-    """Apply FSDP2: the blocks, the large tables, the float32 time embedders, then what is left."""
-    dtype = getattr(torch, options.compute_dtype)
-    # Times must not be rounded on the way in, so nothing is cast on the way but by ourselves, see below.
+def shard(model: UniViGUTransformer3DModel, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Apply FSDP2: to the blocks, the large tables, the float32 time embedders, then to the rest."""
+    # Times must not be rounded, so FSDP2 casts no inputs; _CastInputs casts those that need it.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
-    reshard: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": options.reshard_after_forward}
     for module in (model.text_head, model):
         module.register_forward_hook(_own_outputs)  # before FSDP2's own hook looks at them
     for block in model.blocks:
-        fully_shard(block, mp_policy=policy, **reshard)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for embedding in (model.condition_embedder, model.time_embedding_t):
-        fully_shard(embedding.time_embedder, mp_policy=exact, **reshard)  # float32 in Wan, too
+        fully_shard(
+            embedding.time_embedder, mesh=mesh, mp_policy=exact, reshard_after_forward=True
+        )  # float32 in Wan, too
     for table in (model.vocab_embed, model.text_head):
-        fully_shard(table, mp_policy=policy, **reshard)
+        fully_shard(table, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-
     model.register_forward_pre_hook(_CastInputs(dtype), with_kwargs=True)
 
 
 def _own_outputs(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Outputs that own their memory: FSDP2's hooks on a view would be lost if someone changed it in place."""
+    """Copy outputs that are views: FSDP2's hooks on a view would be lost if it were changed in place."""
     return tree_map_only(torch.Tensor, lambda t: t.clone() if t.requires_grad and t._is_view() else t, output)
 
 
 class _CastInputs:
-    """Gives a model its latents and prompt embeddings in the compute type; times and text states as they are."""
+    """Casts latents and prompt embeddings to the compute dtype; times and text states stay as they are."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -145,17 +129,17 @@ class _CastInputs:
         return tuple(values), kwargs | {name: inputs[name] for name in names if name in kwargs}
 
     def _cast_prompt(self, embeds: torch.Tensor) -> torch.Tensor:
-        """The same tensor for the same embeddings: an AttentionCache knows its prompt by that."""
+        """The same tensor for the same embeddings, because an AttentionCache compares prompts by identity."""
         if self._prompt is None or self._prompt[0] is not embeds:
             self._prompt = embeds, embeds.to(self.dtype)
         return self._prompt[1]
 
 
 def trained_weights_changed(model: nn.Module) -> None:
-    """Tell FSDP2 that other weights need gradients now.
+    """Tell FSDP2 that other weights require gradients now.
 
-    It settles once in what type a group's gradients are summed, by those of its weights that are trained. A group that
-    was frozen then, and is not in a later stage, would not know.
+    It chooses the dtype of a group's gradient reduction once, from the weights that are trained at that time, which
+    is wrong for a group that is frozen in the first stage only.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -165,33 +149,42 @@ def trained_weights_changed(model: nn.Module) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Give back what a sharded model keeps gathered after a forward without a backward, so that its parameters are the
-    float32 shares again; a model that is not sharded is left alone."""
+    """Free weights that stayed gathered after a forward without a backward; the parameters are shards again.
+
+    Does nothing for a model that is not sharded.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model is split over processes, which then have to run it together."""
+    """Whether a model is split over processes, which then must all run it together."""
     return isinstance(model, FSDPModule)
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Lightning's, on data-parallel processes only, resuming a run exactly in any of its stages.
+    """Lightning's ModelParallelStrategy for FSDP2 only, which also resumes exactly within any stage.
 
-    Which weights have an optimizer state depends on the stages so far; Lightning would look for one of each weight
-    that is being trained at the start.
+    The weights that have an optimizer state depend on the stages so far; Lightning expects one for each weight that
+    is trained at the start.
 
     Args:
         data_parallel_size: processes to shard over; "auto" is all.
-        save_distributed_checkpoint: a folder that every process writes its share to, or one file that rank 0 writes.
+        save_distributed_checkpoint: True: a folder to which every process writes; False: one file, by rank 0.
+        compute_dtype: of the gathered weights and of activations. Shards and gradient sums stay float32.
     """
 
     def __init__(
-        self, data_parallel_size: Literal["auto"] | int = "auto", save_distributed_checkpoint: bool = True
+        self,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        save_distributed_checkpoint: bool = True,
+        compute_dtype: Literal["bfloat16", "float32"] = "bfloat16",
     ) -> None:
+        if compute_dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"strategy.compute_dtype={compute_dtype!r}: expected 'bfloat16' or 'float32'")
         super().__init__(data_parallel_size, 1, save_distributed_checkpoint)
+        self.compute_dtype: torch.dtype = getattr(torch, compute_dtype)
 
     def setup_environment(self) -> None:
         if self._data_parallel_size == "auto":
@@ -199,9 +192,9 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """As Lightning's; each weight has the optimizer state afterwards that it was saved with."""
+        """As Lightning's, with the optimizer state of exactly those weights that were saved with one."""
         path = Path(self.broadcast(checkpoint_path))
-        with self._only_with_state(path) if path.is_dir() and self.optimizers else _unchanged():
+        with self._only_with_state(path) if path.is_dir() and self.optimizers else nullcontext():
             return super().load_checkpoint(path, weights_only)
 
     @contextmanager
@@ -220,8 +213,3 @@ class ShardedStrategy(ModelParallelStrategy):
         finally:
             for name, parameter in parameters.items():
                 parameter.requires_grad_(before[name])
-
-
-@contextmanager
-def _unchanged() -> Iterator[None]:
-    yield

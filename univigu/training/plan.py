@@ -1,11 +1,14 @@
-"""What a training run will need, before it is paid for: counted on the meta device, where nothing is computed."""
+"""Parameters, operations and memory of a training run, counted on the meta device, where nothing is computed."""
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import diffusers.models.transformers.transformer_wan as wan_module
@@ -15,22 +18,37 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import univigu.models.attention as attention_module
+from univigu.data.buckets import Bucket, latents_shape
 from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowObjective, num_positions
 from univigu.flow.text import make_text_flow
 from univigu.models.lora import LoraOptions, add_lora, is_lora_parameter
 from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
-from univigu.models.weights import empty_model
-from univigu.training.optim import OptimizerOptions, is_block_matrix
+from univigu.models.weights import empty_model, known_options
+from univigu.training.optim import OptimizerOptions, freeze_by_rate, is_block_matrix, parameter_groups
 from univigu.training.stages import Stage
-from univigu.training.trained import Trains, parameter_groups, train_only
 
 META = torch.device("meta")
 TASKS = ("joint", "understand", "generate")
+UMT5_VOCAB_SIZE = 256384
+LATENT_CHANNELS, TEMPORAL, SPATIAL = 16, 4, 8  # of Wan2.1's VAE
+_WAN21 = {
+    "patch_size": (1, 2, 2),
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+}
+WAN21: dict[str, dict[str, Any]] = {
+    "Wan2.1-T2V-1.3B": _WAN21 | {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
+    "Wan2.1-T2V-14B": _WAN21 | {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
+}
+"""Options of the transformers of https://huggingface.co/Wan-AI, by the beginning of their folders' names."""
 
 
 @dataclass
 class Workload:
-    """What is trained on what: all that the numbers depend on, but the machine."""
+    """A stage's training step, apart from the machine."""
 
     transformer: dict[str, Any]
     """Options of :class:`UniViGUTransformer3DModel`."""
@@ -39,27 +57,26 @@ class Workload:
     prompt_length: int
     """Slot of the prompt in tokens."""
     stage: Stage
-    """Which text slot, which tasks, what is frozen."""
+    stage_name: str = ""
     batch_size: int = 1
-    """Clips a process and step."""
-    trains: Trains = "all"
-    lora: LoraOptions = field(default_factory=LoraOptions)
+    """Clips per process and step."""
+    lora: LoraOptions | None = None
     flow: FlowOptions = field(default_factory=FlowOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     compute_dtype: torch.dtype = torch.float32
-    """Type of the weights in use and of the activations."""
+    """Dtype of the weights in use and of the activations."""
     averaged: bool = False
     """Whether a running mean of the weights is kept."""
     text_share: float = 1.0
-    """Share of the text's slot that the model is given in the steps meant, see :class:`Stage`."""
+    """Share of the text's positions in the steps meant, see :class:`Stage`."""
 
     def model(self) -> UniViGUTransformer3DModel:
-        """The transformer without its numbers, frozen as in the stage."""
+        """The transformer on the meta device, frozen as in the stage."""
         model = empty_model(UniViGUTransformer3DModel, self.transformer)
         model.rope.to(META)
-        if self.trains == "lora":
+        if self.lora is not None:
             add_lora(model, self.lora)
-        train_only(model, self.trains, self.stage)
+        freeze_by_rate(model, self.lora, self.optimizer.rates(self.stage))
         return model.train()
 
     @property
@@ -67,7 +84,7 @@ class Workload:
         """N of one clip."""
         _, *size = self.latents
         patch = self.transformer.get("patch_size", (1, 2, 2))
-        return int(torch.tensor([n // p for n, p in zip(size, patch, strict=True)]).prod())
+        return prod(n // p for n, p in zip(size, patch, strict=True))
 
     @property
     def text_tokens(self) -> int:
@@ -75,17 +92,65 @@ class Workload:
         return num_positions(self.stage.text_length, self.text_share)
 
     def shares(self) -> dict[str, float]:
-        """The tasks' shares of a batch."""
-        tasks = self.stage.tasks
-        total = tasks.joint + tasks.understand + tasks.generate
-        return {name: getattr(tasks, name) / total for name in TASKS}
+        """The tasks' shares of a batch, without those that are 0."""
+        tasks = asdict(self.stage.tasks)
+        return {name: tasks[name] / sum(tasks.values()) for name in TASKS if tasks[name]}
+
+
+def workloads_of(args: list[str]) -> list[Workload]:
+    """The workload of each stage that ``lightning fit`` with these arguments would train.
+
+    Raises:
+        FileNotFoundError: the foundation does not exist, and its name is none of Wan2.1's.
+    """
+    from univigu.training.callbacks import WeightEMA
+    from univigu.training.lightning_cli import ConfigOnlyCLI
+    from univigu.training.parallel import ShardedStrategy
+
+    cli = ConfigOnlyCLI(args)
+    model, data = cli.model, cli.datamodule
+    strategy, callbacks = cli.trainer_options.strategy, cli.trainer_options.callbacks or []
+    transformer, vocab_size, (channels, temporal, spatial) = _sizes(Path(model.foundation_path))
+    transformer |= asdict(model.architecture) | {"vocab_size": vocab_size}
+    shape = latents_shape(Bucket(data.height, data.width, data.num_frames), temporal, spatial)
+    return [
+        Workload(
+            known_options(UniViGUTransformer3DModel, transformer),
+            (channels, *shape),
+            data.prompt_length,
+            stage,
+            name,
+            data.batch_size,
+            model.lora,
+            model.flow,
+            model.optimizer_options,
+            strategy.compute_dtype if isinstance(strategy, ShardedStrategy) else torch.float32,
+            averaged=any(isinstance(c, WeightEMA) for c in (callbacks if isinstance(callbacks, list) else [callbacks])),
+        )
+        for name, stage in cli.stages.items()
+    ]
+
+
+def _sizes(foundation: Path) -> tuple[dict[str, Any], int, tuple[int, int, int]]:
+    """The transformer's options, the vocabulary size and the VAE's (channels, temporal, spatial)."""
+    if (foundation / "transformer" / "config.json").is_file():
+        transformer, encoder, vae = (
+            json.loads((foundation / name / "config.json").read_text())
+            for name in ("transformer", "text_encoder", "vae")
+        )
+        scales = (vae["z_dim"], vae.get("scale_factor_temporal", TEMPORAL), vae.get("scale_factor_spatial", SPATIAL))
+        return transformer, int(encoder["vocab_size"]), scales
+    for name, options in WAN21.items():
+        if foundation.name.startswith(name):
+            return dict(options), UMT5_VOCAB_SIZE, (LATENT_CHANNELS, TEMPORAL, SPATIAL)
+    raise FileNotFoundError(f"foundation={str(foundation)!r}: no such folder, nor one of {', '.join(WAN21)}")
 
 
 # ---------------------------------------------------------------------------- counting
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What a fused kernel keeps for its backward, no [N, N] matrix, and the products it computes unless ``memory``."""
+    """Saves what a fused kernel saves for its backward, and computes its products unless ``memory``."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, memory: bool) -> torch.Tensor:
@@ -106,7 +171,7 @@ class _FusedAttention(torch.autograd.Function):
 
 @contextmanager
 def _counted_attention(memory: bool = False) -> Iterator[None]:
-    """Attention as on a GPU, which the meta device would not choose."""
+    """Replace attention by one that counts like a fused GPU kernel."""
 
     def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
         return _FusedAttention.apply(query, key, value, memory)
@@ -124,7 +189,7 @@ def _counted_attention(memory: bool = False) -> Iterator[None]:
 
 def _loss(work: Workload, model: UniViGUTransformer3DModel, task: str, batch_size: int) -> torch.Tensor:
     """The loss of a batch of one task, as training computes it."""
-    # Which clean videos ignore their text is looked up in the data; both cost the same but for 0.8% of attention.
+    # The meta device cannot look up which clips are clean; the cost differs by 0.8% of attention.
     model.register_to_config(clean_video_reads_text=True)
     flow = make_text_flow(model.config.text_flow, model.config.vocab_size)
     text_dim, dtype = model.config.text_dim, model.dtype
@@ -137,37 +202,36 @@ def _loss(work: Workload, model: UniViGUTransformer3DModel, task: str, batch_siz
     )
     hook = model.register_forward_pre_hook(lambda module, args: (args[0].to(dtype), *args[1:]))
     counts = [batch_size * (name == task) for name in TASKS]
-    objective, stage = UniFlowObjective(flow, work.flow), work.stage
-    losses = objective(model, batch, counts, text_loss=stage.text_loss, text_share=work.text_share)
+    objective = UniFlowObjective(flow, work.flow)
+    losses = objective(model, batch, counts, text_share=work.text_share)
     hook.remove()
-    return losses.total(stage.video_weight, stage.text_weight, batch_size)
+    return losses.total(1.0, 1.0, batch_size)
 
 
 def step_flops(work: Workload, checkpointing: bool) -> float:
     """Operations of one process's training step (a multiply and an add are two), the mean over the tasks.
 
     Args:
-        checkpointing: count what is computed again. Utilisation is counted without.
+        checkpointing: include recomputation; utilisation is defined without.
     """
     model = work.model()
     if checkpointing:
         model.enable_gradient_checkpointing()
     total = 0.0
     for task, share in work.shares().items():
-        if share:
-            with FlopCounterMode(display=False) as counter, _counted_attention():
-                loss = _loss(work, model, task, 1)
-                if loss.requires_grad:
-                    loss.backward()
-            total += share * work.batch_size * counter.get_total_flops()
-            model.zero_grad(set_to_none=True)
+        with FlopCounterMode(display=False) as counter, _counted_attention():
+            loss = _loss(work, model, task, 1)
+            if loss.requires_grad:
+                loss.backward()
+        total += share * work.batch_size * counter.get_total_flops()
+        model.zero_grad(set_to_none=True)
     return total
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes alive of what is made under it, but for parameters' gradients.
+    """Counts the live bytes of tensors made under it, except gradients of parameters.
 
-    torch's own MemTracker would do, if it took models some of whose weights are frozen.
+    torch's MemTracker does not support models with frozen weights.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -200,7 +264,7 @@ class _Live(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
     def _forget(self, gradient: torch.Tensor | None) -> None:
-        """A gradient that a parameter has now is counted elsewhere."""
+        """Stop counting a parameter's gradient, which :class:`Plan` counts separately."""
         assert gradient is not None
         key = id(gradient.untyped_storage())
         self.now -= self._sizes.get(key, 0)
@@ -213,21 +277,16 @@ class _Live(TorchDispatchMode):
 
 
 def activation_bytes(work: Workload, checkpointing: bool) -> int:
-    """Most bytes alive at once in a step besides weights, their gradients and the optimizer's state.
-
-    That is what the forward keeps for the backward, and what either needs for the moment; the costliest task counts.
-    """
+    """Peak live bytes of a step besides weights, their gradients and the optimizer's state, of the costliest task."""
     model = work.model()
     if work.compute_dtype != torch.float32:
-        nn.Module.to(model, work.compute_dtype)  # diffusers' own warns of what is mended below
+        nn.Module.to(model, work.compute_dtype)  # diffusers' own method warns about what the next lines correct
     for embedding in (model.condition_embedder, model.time_embedding_t):
         embedding.time_embedder.float()  # as in training, whatever the rest computes in
     if checkpointing:
         model.enable_gradient_checkpointing()
     peak = 0
     for task, share in work.shares().items():
-        if not share:
-            continue
         live = _Live(model)
         with live, _counted_attention(memory=True):
             loss = _loss(work, model, task, max(1, round(share * work.batch_size)))
@@ -239,12 +298,12 @@ def activation_bytes(work: Workload, checkpointing: bool) -> int:
     return peak
 
 
-# ---------------------------------------------------------------------------- the whole of it
+# ---------------------------------------------------------------------------- the plan
 
 
 @dataclass
 class Plan:
-    """Numbers of one process; bytes, unless said otherwise."""
+    """Numbers of one process, in bytes unless stated otherwise."""
 
     parameters: int
     """Of the transformer, Wan's and the text stream's."""
@@ -252,12 +311,12 @@ class Plan:
     trained_parameters: int
     video_tokens: int
     flops: float
-    """Of a step, without what is computed again: what utilisation refers to."""
+    """Of a step, without recomputation."""
     flops_checkpointed: float
     weights: int
-    """Its share, float32, and a running mean if there is one."""
+    """Its float32 shard, and that of a running mean if there is one."""
     gathered: int
-    """Weights of others that it holds at once, in the compute type; 0 in one process that computes in float32."""
+    """Gathered weights in the compute dtype; 0 in one process that computes in float32."""
     gradients: int
     optimizer: int
     activations: int
@@ -269,7 +328,7 @@ class Plan:
         return self.weights + self.gathered + self.gradients + self.optimizer + rest
 
     def seconds(self, peak_flops: float, utilisation: float) -> float:
-        """Time of a step on a device of so many operations a second, of which a share is used."""
+        """Time of a step on a device with that peak, used to that share."""
         return self.flops / (peak_flops * utilisation)
 
 
@@ -286,7 +345,7 @@ def make_plan(work: Workload, world_size: int = 1) -> Plan:
     return Plan(
         parameters=total,
         wan_parameters=sum(
-            size for name, size in sizes.items() if not is_text_parameter(name) and ".lora_" not in name
+            size for name, size in sizes.items() if not is_text_parameter(name) and not is_lora_parameter(name)
         ),
         trained_parameters=trained,
         video_tokens=work.video_tokens,
@@ -302,9 +361,9 @@ def make_plan(work: Workload, world_size: int = 1) -> Plan:
 
 
 def _gathered_numbers(model: UniViGUTransformer3DModel) -> int:
-    """Most weights gathered at once: two blocks (one runs, the next is on its way) or the largest table, and the root.
+    """Peak number of gathered weights: the root, and two blocks (one runs, one is prefetched) or the largest table.
 
-    In the backward a block's gradients exist whole before they are summed, which is a third.
+    In the backward a block's unreduced gradients count as a third block.
     """
     block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
     tables = [sum(p.numel() for p in table.parameters()) for table in (model.vocab_embed, model.text_head)]
@@ -315,7 +374,7 @@ def _gathered_numbers(model: UniViGUTransformer3DModel) -> int:
 def _optimizer_bytes(model: nn.Module, work: Workload) -> int:
     """AdamW keeps two float32 numbers a weight, Muon one."""
     numbers = 0
-    for members in parameter_groups(model, work.trains).values():
+    for members in parameter_groups(model, work.lora).values():
         for name, parameter in members:
             if parameter.requires_grad:
                 muon = work.optimizer.name == "muon" and is_block_matrix(name, parameter)
@@ -323,18 +382,13 @@ def _optimizer_bytes(model: nn.Module, work: Workload) -> int:
     return 4 * numbers
 
 
-def is_added(name: str) -> bool:
-    """Whether a parameter is none of Wan's."""
-    return is_text_parameter(name) or is_lora_parameter(name)
-
-
 def added_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """Per module: parameters in all, of them not Wan's, of them trained.  Blocks are summed up."""
+    """For each module, with blocks summed: all parameters, those not of Wan, those trained."""
     table: dict[str, tuple[int, int, int]] = {}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         module = ".".join(["blocks.*", parts[2]] if parts[0] == "blocks" else parts[:1])
-        size, added = parameter.numel(), is_added(name)
+        size, added = parameter.numel(), is_text_parameter(name) or is_lora_parameter(name)
         before = table.get(module, (0, 0, 0))
         now = (size, size * added, size * parameter.requires_grad)
         table[module] = tuple(a + b for a, b in zip(before, now, strict=True))  # type: ignore[assignment]

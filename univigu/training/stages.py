@@ -1,86 +1,106 @@
-"""What is learned when: the paper's two training stages, and stage 0 that makes the generator.
+"""Training stages as configuration: what a stage trains, on which tasks and texts, and how fast.
 
-A stage is data, not code: which text is the target, how often the condition is dropped, which tasks share a
-batch, how the losses are weighed, what is trained and how fast.  ``callbacks.StageSwitch`` puts them in force.
+``callbacks.StageSwitch`` puts the stages of a run in force, one after the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import cos, pi
 from typing import Literal
 
 from univigu.flow.objective import ConditionDropout, TaskMixture
 
+SHIPPED_STAGES = ("foundation", "recall", "refine")
+"""Stages of the shipped configurations. An overlay may configure those that a run does not have."""
+FINAL_RATE = 0.02
+"""Learning rate at the end of the cosine, relative to the peak."""
+
 
 @dataclass
 class Stage:
     """One stage of training."""
 
-    name: str = "recall"
-    """Shown in logs and stored in checkpoints."""
     steps: int = 1000
-    """Optimizer steps the stage lasts; the learning rate decays over them."""
+    """Optimizer steps of the stage; the learning rate decays over them."""
     target: Literal["prompt", "caption"] = "prompt"
-    """Which text of the sample is denoised."""
+    """Which text of the sample is the target of the text flow."""
     text_length: int = 256
-    """Slot of the target text in tokens, its end-of-sequence token counted."""
-    tasks: TaskMixture = field(default_factory=TaskMixture)
-    """Shares of a batch given to each task."""
+    """Length of the target text in tokens, its end-of-sequence token included."""
     text_share: float = 1.0
-    """Share of the slot's places, drawn anew for each sample and step, that the model is shown in training until
-    ``whole_text_from``; below 1 a step costs less."""
-    whole_text_from: float = 0.5
-    """From which fraction of the stage's steps on all places are shown, as sampling does."""
+    """Share of the target's positions, drawn for each sample and step, that the model sees in training until
+    ``full_text_from``. Below 1 a step costs less."""
+    full_text_from: float = 0.5
+    """Fraction of the stage's steps after which all positions are used, as in sampling."""
+    text_time_power: float = 1.0
+    """Training draws the text's flow time as ``u ** text_time_power``, u uniform; above 1 favours noisy text."""
+    tasks: TaskMixture = field(default_factory=TaskMixture)
+    """Share of a batch for each task."""
     condition_dropout: ConditionDropout = field(default_factory=ConditionDropout)
-    """Probability by task that the prompt is replaced by the encoded empty prompt."""
-    video_weight: float = 1.0
-    """Weight of the video loss."""
-    text_weight: float = 1.0
-    """Weight of the text loss."""
-    text_loss: Literal["cross_entropy", "generalized_kl"] = "cross_entropy"
-    """Loss of the discrete text flows."""
-    learning_rate: float = 1e-4
-    """Peak learning rate of the pretrained weights; 0 freezes them."""
-    text_learning_rate: float = 1e-3
-    """Peak learning rate of the text stream's own weights; 0 freezes them."""
+    """Probability, by task, that the prompt is replaced by the encoded empty prompt."""
+    learning_rate: float | None = None
+    """Peak learning rate of the pretrained weights (or of the adapters). None takes ``model.optimizer.learning_rate``;
+    0 freezes them."""
+    text_learning_rate: float | None = None
+    """Peak learning rate of the text stream's weights. None takes ``model.optimizer.text_learning_rate``; 0 freezes
+    them."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises from 0."""
-    final_lr_ratio: float = 0.02
-    """Learning rate at the end of the cosine, relative to the peak."""
 
     def __post_init__(self) -> None:
-        def check(name: str, fine: bool, expected: str) -> None:
-            if not fine:
-                raise ValueError(f"stage {self.name!r}: {name}={getattr(self, name)!r}: expected {expected}")
+        def check(name: str, valid: bool, expected: str) -> None:
+            if not valid:
+                raise ValueError(f"stage: {name}={getattr(self, name)!r}: expected {expected}")
 
         check("steps", self.steps >= 1, "at least 1")
         check("target", self.target in ("prompt", "caption"), "'prompt' or 'caption'")
         check("text_length", self.text_length >= 2, "at least 2")
         check("text_share", 0.0 < self.text_share <= 1.0, "over 0, at most 1")
+        check("full_text_from", 0.0 <= self.full_text_from <= 1.0, "a number in [0, 1]")
+        check("text_time_power", self.text_time_power > 0, "over 0")
         check("warmup_steps", self.warmup_steps >= 0, "at least 0")
-        check("text_loss", self.text_loss in ("cross_entropy", "generalized_kl"), "'cross_entropy' or 'generalized_kl'")
-        for name in ("final_lr_ratio", "whole_text_from"):
-            check(name, 0.0 <= getattr(self, name) <= 1.0, "a number in [0, 1]")
-        for name in ("video_weight", "text_weight", "learning_rate", "text_learning_rate"):
-            check(name, getattr(self, name) >= 0.0, "at least 0")
-        learns_text = self.writes_text and self.text_learning_rate > 0
-        check("learning_rate", self.learning_rate > 0 or learns_text, "over 0, as nothing else is trained")
-        frozen_share = self.learning_rate == 0 and self.tasks.generate > 0
-        check("tasks", not frozen_share, "no generate share where learning_rate is 0: nothing would learn from it")
+        for name in ("learning_rate", "text_learning_rate"):
+            rate = getattr(self, name)
+            check(name, rate is None or rate >= 0.0, "at least 0")
+        trains_text = self.writes_text and self.text_learning_rate != 0
+        check("learning_rate", self.learning_rate != 0 or trains_text, "over 0, because nothing else is trained")
+        unused = self.learning_rate == 0 and self.tasks.generate > 0
+        check("tasks", not unused, "no generate share if learning_rate is 0, because it would train nothing")
 
     @property
     def writes_text(self) -> bool:
-        """Whether text is trained at all; else what a model writes means nothing."""
+        """Whether the text stream is trained; if not, its output means nothing."""
         return self.tasks.joint + self.tasks.understand > 0
 
     def text_share_at(self, step: int) -> float:
-        """The share of the slot that is shown; ``step`` counts from the stage's start."""
-        return self.text_share if step < self.whole_text_from * self.steps else 1.0
+        """Share of the target's positions in use; ``step`` counts from the start of the stage."""
+        return self.text_share if step < self.full_text_from * self.steps else 1.0
 
     def learning_rate_factor(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to ``final_lr_ratio``; ``step`` counts from the stage's start."""
+        """Linear warm-up, then a cosine down to ``FINAL_RATE``; ``step`` counts from the start of the stage."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         progress = min(1.0, (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
-        return self.final_lr_ratio + (1 - self.final_lr_ratio) * 0.5 * (1 + cos(pi * progress))
+        return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + cos(pi * progress))
+
+
+def select_stages(stages: Mapping[str, Stage], run: Sequence[str]) -> dict[str, Stage]:
+    """The stages of a run, in order.
+
+    Args:
+        stages: configured stages by name; those of ``SHIPPED_STAGES`` may be missing from the run.
+        run: names of the stages to run.
+
+    Raises:
+        ValueError: the run is empty or names a stage that is not configured, or a name in ``stages`` is unknown.
+    """
+    if not run:
+        raise ValueError(f"run={list(run)}: expected names of stages, such as [recall]; configured: {list(stages)}")
+    for name in run:
+        if name not in stages:
+            raise ValueError(f"run={list(run)}: stages.{name} is not configured; configured: {list(stages)}")
+    for name in stages:
+        if name not in run and name not in SHIPPED_STAGES:
+            raise ValueError(f"stages.{name}: no such stage in run={list(run)}")
+    return {name: stages[name] for name in run}

@@ -14,18 +14,15 @@ from univigu.cli import main
 from univigu.shapes.scenes import sample_scene
 from univigu.shapes.texts import prompt_of
 from univigu.training.callbacks import CaptionAccuracy
-from univigu.training.stages import Stage
+from univigu.training.module import UniViGU
 
 CALLBACKS = """
+stages: {recall: {steps: 4}}
 trainer:
   logger:
     class_path: lightning.pytorch.loggers.CSVLogger
     init_args: {save_dir: runs, name: csv, version: ""}
   callbacks:
-    - class_path: univigu.training.callbacks.StageSwitch
-      init_args:
-        stages:
-          - {name: recall, steps: 4, target: prompt, text_length: 32, warmup_steps: 1}
     - class_path: univigu.training.callbacks.CaptionAccuracy
       init_args: {every_n_steps: 2, num_clips: 4, batch_size: 3}
 """
@@ -35,10 +32,14 @@ def test_curves_are_logged_at_their_steps(in_tmp: Path, small_data: list[str]) -
     Path("callbacks.yaml").write_text(CALLBACKS)
     main(
         [
-            "fit", "--config=configs/recall.yaml", "--config=callbacks.yaml", *small_data,
-            "--model.sampling.caption_steps=2", "--trainer.enable_checkpointing=false",
+            "fit",
+            "--config=configs/recall.yaml",
+            "--config=callbacks.yaml",
+            *small_data,
+            "--model.sampling.caption_steps=2",
+            "--trainer.enable_checkpointing=false",
         ]
-    )  # fmt: skip
+    )
     with Path("runs/csv/metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get("val/caption/mean")]
     assert [int(row["step"]) for row in rows] == [2, 4]
@@ -47,10 +48,8 @@ def test_curves_are_logged_at_their_steps(in_tmp: Path, small_data: list[str]) -
             assert 0 <= float(row[f"val/{name}"]) <= 1
 
 
-class Copier:
-    """A captioner that repeats its condition and has nothing to say without one."""
-
-    stage = Stage()
+class Copier(UniViGU):
+    """A captioner that repeats its condition and writes nothing without one."""
 
     def latents_of(self, samples: dict[str, Any]) -> torch.Tensor:
         return torch.zeros(len(samples["key"]), 1)
@@ -65,9 +64,11 @@ def test_copying_shows() -> None:
     scenes = [sample_scene(seed, "val") for seed in range(8)]
     callback = CaptionAccuracy(num_clips=8, batch_size=3)
     callback._samples = {
-        "key": [str(i) for i in range(8)], "prompt": [prompt_of(scene) for scene in scenes],
-        "scene": [scene.to_dict() for scene in scenes], "prompt_ids": torch.zeros(8, 32),
-    }  # fmt: skip
+        "key": [str(i) for i in range(8)],
+        "prompt": [prompt_of(scene) for scene in scenes],
+        "scene": [scene.to_dict() for scene in scenes],
+        "prompt_ids": torch.zeros(8, 32),
+    }
     results = callback.measure(SimpleNamespace(), Copier())  # type: ignore[arg-type]
     assert results["val/caption/mean"] == 0
     assert results["val/caption_with_prompt/mean"] == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import runpy
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,20 +21,14 @@ from tests.conftest import REPO
 from tests.training import test_stages as stages
 from univigu.cli import main
 from univigu.training.callbacks import FinalReport, LastCheckpoint, MediaLogger, StageSwitch, TrainingMonitor
-from univigu.training.callbacks.media import HeldOutCallback
+from univigu.training.callbacks.held_out import HeldOutCallback
+from univigu.training.callbacks.media import add_video
 from univigu.training.module import UniViGU
 
 CALLBACKS = """
-trainer:
-  callbacks:
-    - class_path: univigu.training.callbacks.StageSwitch
-      init_args:
-        stages:
-          - {name: recall, steps: 3, target: prompt, text_length: 32, warmup_steps: 1}
-    - {class_path: univigu.training.callbacks.TrainingMonitor, init_args: {every_n_steps: 1}}
-    - class_path: univigu.training.callbacks.MediaLogger
-      init_args: {every_n_steps: 2, num_samples: 3, scale: 2, fps: 8}
-    - {class_path: univigu.training.callbacks.FinalReport, init_args: {num_samples: 3}}
+stages: {recall: {steps: 3, warmup_steps: 1}}
+media: {every_n_steps: 2, num_samples: 3}
+report: {num_samples: 3}
 """
 
 
@@ -51,14 +44,22 @@ def run(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path, foundation:
         patch.chdir(folder)
         main(
             [
-                "fit", f"--config={REPO}/configs/recall.yaml", "--config=callbacks.yaml",
-                f"--model.foundation={foundation}", f"--data.root={shapes_root}", "--data.num_train_clips=8",
-                "--data.num_val_clips=4", "--data.batch_size=4", "--data.num_workers=0",
-                "--model.sampling.num_inference_steps=2", "--model.sampling.caption_steps=2",
-                "--trainer.log_every_n_steps=1", "--trainer.val_check_interval=2",
+                "fit",
+                f"--config={REPO}/configs/recall.yaml",
+                "--config=callbacks.yaml",
+                f"--model.foundation={foundation}",
+                f"--data.root={shapes_root}",
+                "--data.num_train_clips=8",
+                "--data.num_val_clips=4",
+                "--data.batch_size=4",
+                "--data.num_workers=0",
+                "--model.sampling.num_inference_steps=2",
+                "--model.sampling.caption_steps=2",
+                "--trainer.log_every_n_steps=1",
+                "--trainer.val_check_interval=2",
                 "--trainer.enable_checkpointing=false",
             ]
-        )  # fmt: skip
+        )
     events = EventAccumulator(str(folder / "runs/recall/tensorboard"), size_guidance={"images": 0, "tensors": 0})
     events.Reload()
     return events, printed.getvalue()
@@ -67,9 +68,16 @@ def run(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path, foundation:
 def test_scalars(run: tuple[EventAccumulator, str]) -> None:
     tags = set(run[0].Tags()["scalars"])
     assert {
-        "train/loss", "train/video_loss", "train/text_loss", "train/grad_norm", "val/text_loss", "val/video_loss",
-        "lr/video", "lr/text", "throughput/samples_per_second", "throughput/data_wait_share", "data/train/kept",
-    } <= tags  # fmt: skip
+        "train/loss",
+        "train/video_loss",
+        "train/text_loss",
+        "train/grad_norm",
+        "val/text_loss",
+        "val/video_loss",
+        "lr/video",
+        "lr/text",
+        "data/train/kept",
+    } <= tags
     assert any(tag.startswith("train/text_loss_t0.") for tag in tags)
     assert any(tag.startswith("train/video_loss_t0.") for tag in tags)
     assert run[0].Scalars("data/train/kept")[0].value == 8
@@ -107,12 +115,17 @@ def test_sampling_leaves_training_alone(in_tmp: Path, small_data: list[str]) -> 
         root = f"runs/media{media}"
         main(
             [
-                "fit", "--config=configs/recall.yaml", "--config=callbacks.yaml", *small_data,
-                "--model.sampling.num_inference_steps=2", "--model.sampling.caption_steps=2",
-                "--trainer.log_every_n_steps=1", "--trainer.enable_checkpointing=false",
-                f"--trainer.logger.init_args.save_dir={root}",
+                "fit",
+                "--config=configs/recall.yaml",
+                "--config=callbacks.yaml",
+                *small_data,
+                "--model.sampling.num_inference_steps=2",
+                "--model.sampling.caption_steps=2",
+                "--trainer.log_every_n_steps=1",
+                "--trainer.enable_checkpointing=false",
+                f"--trainer.default_root_dir={root}",
             ]
-        )  # fmt: skip
+        )
         events = EventAccumulator(f"{root}/tensorboard")
         events.Reload()
         return [event.value for event in events.Scalars("train/loss")]
@@ -123,9 +136,9 @@ def test_sampling_leaves_training_alone(in_tmp: Path, small_data: list[str]) -> 
 
 
 def test_a_report_that_fails_costs_no_training(in_tmp: Path, caplog: pytest.LogCaptureFixture) -> None:
-    fit_tiny([StageSwitch([stages.RECALL]), FinalReport(), LastCheckpoint()])  # there are no held-out clips
+    fit_tiny([StageSwitch({"recall": stages.RECALL}), FinalReport(), LastCheckpoint()])  # there are no held-out clips
     assert torch.load("checkpoints/last.ckpt", weights_only=True)["global_step"] == stages.RECALL.steps
-    assert "could not be captioned; the training itself is whole" in caplog.text
+    assert "could not be captioned; the training itself is complete" in caplog.text
 
 
 def test_held_out_clips_are_looked_at_once_a_step(in_tmp: Path) -> None:
@@ -134,10 +147,10 @@ def test_held_out_clips_are_looked_at_once_a_step(in_tmp: Path) -> None:
     class Look(HeldOutCallback):
         steps: ClassVar[list[int]] = []
 
-        def look(self, trainer: Trainer, pl_module: Any) -> None:
+        def evaluate(self, trainer: Trainer, pl_module: Any) -> None:
             self.steps.append(trainer.global_step)
 
-    trainer = fit_tiny([StageSwitch([stages.REFINE]), Look(2, 1)], accumulate_grad_batches=3)
+    trainer = fit_tiny([StageSwitch({"refine": stages.REFINE}), Look(2, 1)], accumulate_grad_batches=3)
     assert trainer.global_step == stages.REFINE.steps == 4 and Look.steps == [2, 4]
 
 
@@ -160,7 +173,7 @@ def test_only_data_is_waited_for(in_tmp: Path, loader: Any, low: float, high: fl
         def on_train_batch_end(self, *args: Any) -> None:
             time.sleep(0.5)
 
-    callbacks = [StageSwitch([stages.REFINE]), TrainingMonitor(3), Busy()]
+    callbacks = [StageSwitch({"refine": stages.REFINE}), TrainingMonitor(3), Busy()]
     trainer = fit_tiny(callbacks, loader, logger=CSVLogger("."), log_every_n_steps=1)
     assert low < trainer.callback_metrics["throughput/data_wait_share"] < high
 
@@ -168,9 +181,13 @@ def test_only_data_is_waited_for(in_tmp: Path, loader: Any, low: float, high: fl
 def fit_tiny(callbacks: list[Callback], loader: Any = DataLoader, **options: Any) -> Trainer:
     tiny.make_pipeline().save_pretrained("foundation")
     trainer = Trainer(
-        default_root_dir=".", accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
-        callbacks=callbacks, **({"logger": False} | options),
-    )  # fmt: skip
+        default_root_dir=".",
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+        **({"logger": False} | options),
+    )
     trainer.fit(UniViGU("foundation"), loader(stages.Clips(), batch_size=stages.BATCH))
     return trainer
 
@@ -184,9 +201,6 @@ def test_options_are_checked() -> None:
 
 def test_frames_stay_what_they_are(tmp_path: Path) -> None:
     """A logged clip holds its frames in order, each side by side with the others' of its time."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    from univigu.training.callbacks.media import add_video
 
     frames = torch.zeros(2, 3, 3, 8, 8, dtype=torch.uint8)
     for i in range(3):
@@ -201,28 +215,3 @@ def test_frames_stay_what_they_are(tmp_path: Path) -> None:
         image.seek(i)
         picture = image.convert("L")
         assert abs(picture.getpixel((3, 3)) - 60 * i) < 4 and abs(picture.getpixel((11, 3)) - (255 - 60 * i)) < 4
-
-
-def test_a_report_shows_the_run(run: tuple[EventAccumulator, str], tmp_path: Path) -> None:
-    tool = runpy.run_path(str(REPO / "tools" / "report.py"))["main"]
-    folder, page, document = Path(run[0].path).parent, tmp_path / "new" / "report.html", tmp_path / "RESULTS.md"
-    begin, end = "<!-- runs: written by tools/report.py -->", "<!-- end of runs -->"
-    document.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
-    with SummaryWriter(str(folder / "tensorboard")) as writer:  # as `lightning test` does
-        writer.add_scalar("test/caption/shape", 0.875, 3)
-        writer.add_scalar("test/flow/ratio", 1.0625, 3)
-    arguments = ["--run", str(folder), "--output", str(page), "--document", str(document)]
-    assert tool(arguments) == 0
-    text = page.read_text()
-    assert text.count("data:image/gif;base64,") == 2 and text.count("data:image/png;base64,") == 1
-    for part in ("<td>recall</td>", ">87.5</td>", ">1.062</td>", "Learning curves", "00000002", "optimizer steps"):
-        assert part in text
-    assert "://" not in text and "src=" in text  # no other file, no network
-    assert "| caption | 87.5 |" in document.read_text() and "old" not in document.read_text()
-    assert document.read_text().startswith("before\n") and document.read_text().endswith("after\n")
-
-
-def test_mistakes_in_a_report_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tool, page = runpy.run_path(str(REPO / "tools" / "report.py"))["main"], tmp_path / "report.html"
-    assert tool(["--run", str(tmp_path), "--output", str(page)]) == 2
-    assert f"{tmp_path}: no TensorBoard events" in capsys.readouterr().err and not page.exists()

@@ -13,10 +13,11 @@ from lightning import LightningModule, Trainer
 
 from tests.conftest import run_processes
 from univigu.data.datamodule import VideoTextDataModule
+from univigu.data.inputs import PredictTask
 from univigu.data.sample import DataError
 from univigu.data.video import encode_mp4, read_video
 from univigu.training.callbacks import PredictionWriter
-from univigu.training.prediction import Prediction, PredictTask
+from univigu.training.prediction import Prediction
 
 
 class Painter(LightningModule):

@@ -51,10 +51,15 @@ def test_the_signal_waits_for_the_steps_end(folder: Path, tmp_path: Path, slurm:
     before = signal.getsignal(signal.SIGUSR1)
     noted = Preempted()
     trainer = Trainer(
-        default_root_dir=tmp_path, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, plugins=[SLURMEnvironment(auto_requeue=True)],
-        callbacks=[StageSwitch([stages.RECALL, stages.REFINE]), noted, LastCheckpoint()],
-    )  # fmt: skip
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        plugins=[SLURMEnvironment(auto_requeue=True)],
+        callbacks=[StageSwitch(stages.STAGES), noted, LastCheckpoint()],
+    )
     trainer.fit(UniViGU(str(folder), seed=3), DataLoader(stages.Clips(), batch_size=stages.BATCH))
     assert slurm.read_text().split() == ["requeue", "77"]
     saved = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)

@@ -32,7 +32,7 @@ class DataStatistics(Callback):
             return
         refs = loader.samples(loader.position - done, loader.position)
         metrics = {f"data/epoch/{name}": float(count) for name, count in epoch_counts(loader, done).items()}
-        filtered = getattr(trainer.datamodule, "filter_counts", {}).get("train", {})  # type: ignore[attr-defined]
+        filtered = getattr(getattr(trainer, "datamodule", None), "filter_counts", {}).get("train", {})
         dropped = {name: count for name, count in filtered.items() if name != "kept"}
         for group, counts in (("filtered", dropped), ("unusable", loader.errors.counts)):
             metrics |= {f"data/{group}/{reason}": float(count) for reason, count in counts.items()}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from univigu.training.module import UniViGU
 from univigu.training.stages import Stage
 
 log = logging.getLogger(__name__)
@@ -18,17 +20,17 @@ log = logging.getLogger(__name__)
 class StageSwitch(Callback):
     """Switches stages by optimizer step and sets learning rates within them.
 
-    The stage is a function of the global step, so a resumed run is in the stage, and at the learning rate, it
-    would have been in.  What the checkpoint stores is checked against the configuration on resume.
+    The stage is a function of the global step, so a resumed run continues in the right stage at the right learning
+    rate. A checkpoint of other stages is refused on resume. The command line always adds this callback.
 
     Args:
-        stages: the stages in order; training stops after the last one's steps.
+        stages: the stages by name, in order; training stops after the steps of the last one.
     """
 
-    def __init__(self, stages: list[Stage]) -> None:
+    def __init__(self, stages: Mapping[str, Stage]) -> None:
         if not stages:
-            raise ValueError("stages=[]: expected at least one stage")
-        self.stages = stages
+            raise ValueError("stages={}: expected at least one stage")
+        self.names, self.stages = list(stages), list(stages.values())
         self.index = -1
         self._fitting = True
 
@@ -38,7 +40,7 @@ class StageSwitch(Callback):
         return sum(stage.steps for stage in self.stages)
 
     def locate(self, global_step: int) -> tuple[int, int]:
-        """Index of the stage a global step belongs to, and the step counted from that stage's start."""
+        """Index of the stage at a global step, and the step counted from the start of that stage."""
         for index, stage in enumerate(self.stages):
             if global_step < stage.steps:
                 return index, global_step
@@ -46,9 +48,9 @@ class StageSwitch(Callback):
         return len(self.stages) - 1, self.stages[-1].steps - 1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Outside of fit the last stage is what evaluation and prediction refer to.
+        # Evaluation and prediction refer to the last stage.
         self._fitting = stage == "fit"
-        self._enter(0 if stage == "fit" else len(self.stages) - 1, pl_module)
+        self._enter(0 if self._fitting else len(self.stages) - 1, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         limit = trainer.max_steps
@@ -56,43 +58,44 @@ class StageSwitch(Callback):
             trainer.fit_loop.epoch_loop.max_steps = self.total_steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Steps end the training; as many epochs as they take must be allowed (and are what the progress bar shows).
+        # Steps end the training, so enough epochs must be allowed (the progress bar shows their number).
         batches = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
         if math.isfinite(trainer.num_training_batches):
-            resumed = trainer.global_step > 0  # the epoch it was cut off in may be counted already
+            resumed = trainer.global_step > 0  # the interrupted epoch may be counted already
             epochs = math.ceil(batches / trainer.num_training_batches) + resumed
             trainer.fit_loop.max_epochs = trainer.current_epoch + epochs
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        assert isinstance(pl_module, UniViGU)
         index, step = self.locate(trainer.global_step)
         if index != self.index:
             self._enter(index, pl_module)
-        stage = self.stages[index]
-        pl_module.stage_step = step  # type: ignore[assignment]
-        factor = stage.learning_rate_factor(step)
-        rates = {"video": stage.learning_rate, "text": stage.text_learning_rate}
+        pl_module.stage_step = step
+        factor = self.stages[index].learning_rate_factor(step)
+        rates = pl_module.learning_rates
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rates[group["name"]] * group["rate"] * factor
 
     def _enter(self, index: int, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, UniViGU)
         self.index = index
-        stage = self.stages[index]
-        log.info("stage %s: %s", stage.name, stage)
-        pl_module.enter_stage(stage)  # type: ignore[operator]
+        log.info("stage %s: %s", self.names[index], self.stages[index])
+        pl_module.enter_stage(self.stages[index])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"index": self.index, "stages": [asdict(stage) for stage in self.stages]}
+        stages = zip(self.names, self.stages, strict=True)
+        return {"index": self.index, "stages": [{"name": name, **asdict(stage)} for name, stage in stages]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to resume into other stages than the checkpoint's: step numbers would mean something else.
+        """Refuse to resume with other stages than the checkpoint's, because step numbers would differ in meaning.
 
-        Evaluation takes any: a checkpoint of both stages in one fit is evaluated with the second one's configuration.
+        Evaluation accepts any stages: a checkpoint of a two-stage run is evaluated with the second stage's config.
         """
         if not self._fitting:
             return
         saved = [(stage["name"], stage["steps"]) for stage in state_dict["stages"]]
-        ours = [(stage.name, stage.steps) for stage in self.stages]
+        ours = [(name, stage.steps) for name, stage in zip(self.names, self.stages, strict=True)]
         if saved != ours:
             raise MisconfigurationException(
                 f"the checkpoint was made with stages {saved}, the configuration has {ours}; to start a new stage "

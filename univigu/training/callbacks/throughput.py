@@ -12,8 +12,10 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.throughput import Throughput, get_available_flops
 
 from univigu.training.callbacks.wait import DataWait
-from univigu.training.parallel import is_sharded
+from univigu.training.module import UniViGU
+from univigu.training.parallel import ShardedStrategy
 from univigu.training.plan import Workload, step_flops
+from univigu.training.stages import Stage
 
 
 class ThroughputLogger(Callback):
@@ -40,7 +42,7 @@ class ThroughputLogger(Callback):
             raise ValueError(f"peak_flops={peak_flops}: expected a number over 0")
         self.every_n_steps = every_n_steps
         self.peak_flops = peak_flops
-        self._stage = ""
+        self._stage: Stage | None = None
         self._wait = DataWait()
         self._costs: dict[tuple[float, ...], tuple[float | None, int]] = {}
         """Operations (where they are counted) and tokens of a clip, by the share of its text and its size."""
@@ -48,7 +50,7 @@ class ThroughputLogger(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(trainer, pl_module)
 
-    def _begin(self, trainer: Trainer, pl_module: Any) -> None:
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start counting anew: at the start, at another stage, and after what is no training."""
         peak = self.peak_flops
         if peak is None and pl_module.device.type == "cuda":
@@ -60,8 +62,8 @@ class ThroughputLogger(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._wait.batch_started()
-        if pl_module.stage.name != self._stage:
-            self._stage, self._costs = pl_module.stage.name, {}
+        if pl_module.stage is not self._stage:
+            self._stage, self._costs = pl_module.stage, {}
         size = (pl_module.text_share, *batch["latents" if "latents" in batch else "video"].shape[1:])
         if size not in self._costs:  # once a stage, share of the text and, where clips are of several sizes, bucket
             work = workload(trainer, pl_module, batch)
@@ -105,32 +107,32 @@ class ThroughputLogger(Callback):
         pl_module.log_dict({f"speed/{name}": float(value) for name, value in rates.items()})
 
 
-def compute_dtype(pl_module: Any, trainer: Trainer) -> torch.dtype:
+def compute_dtype(pl_module: LightningModule, trainer: Trainer) -> torch.dtype:
     """What the transformer computes in."""
-    if is_sharded(pl_module.transformer):
-        return getattr(torch, pl_module.parallel.compute_dtype)
+    if isinstance(trainer.strategy, ShardedStrategy):
+        return trainer.strategy.compute_dtype
     return torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
 
 
-def workload(trainer: Trainer, pl_module: Any, batch: Any) -> Workload:
+def workload(trainer: Trainer, pl_module: UniViGU, batch: Any) -> Workload:
     """What the steps of the present stage compute."""
+    assert pl_module.transformer is not None
     config = pl_module.transformer.config
     if "latents" in batch:
         latents = tuple(batch["latents"].shape[1:])
     else:
         frames, _, height, width = batch["video"].shape[1:]
-        latents = pl_module.latents_shape(frames, height, width)
+        latents = pl_module.tasks.latents_shape(height, width, frames)
     return Workload(
         {name: value for name, value in config.items() if not name.startswith("_")},
         latents,
         batch["prompt_ids"].shape[1],
         pl_module.stage,
-        len(batch["key"]),
-        pl_module.trains,
-        pl_module.lora,
-        pl_module.flow_options,
-        pl_module.optimizer_options,
-        compute_dtype(pl_module, trainer),
+        batch_size=len(batch["key"]),
+        lora=pl_module.lora,
+        flow=pl_module.flow,
+        optimizer=pl_module.optimizer_options,
+        compute_dtype=compute_dtype(pl_module, trainer),
         text_share=pl_module.text_share,
     )
 
