@@ -1,0 +1,143 @@
+"""Jobs that are killed with SIGKILL and started again end with the same files and weights as undisturbed ones.
+
+UNIVIGU_KILLS=20 kills each job at 20 random points instead of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+
+from tests.conftest import REPO
+from tools import encode, synthesize
+from univigu.data.datamodule import VideoTextDataModule
+from univigu.shapes.scenes import sample_scene
+from univigu.shapes.texts import prompt_of
+from univigu.shapes.write import write_shapes
+from univigu.training.callbacks import LastCheckpoint, StageSwitch
+from univigu.training.module import UniViGU
+from univigu.training.stages import Stage
+
+KILLS = int(os.environ.get("UNIVIGU_KILLS", 1))
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Checksums of all files, hidden ones too."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def killed(command: list[str], progress: Callable[[], int], until: int) -> int:
+    """Run a command until its progress reaches a number, then kill it and its children; gives the exit code."""
+    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while process.poll() is None and progress() < until:
+        time.sleep(0.02)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["synthesize", "encode"])
+def test_killed_data_jobs_write_the_same_files(job: str, tmp_path: Path) -> None:
+    if job == "encode":
+        write_shapes(tmp_path / "videos", "train", 12, shard_size=2, workers=1)
+        main, arguments = encode.main, ["--source", str(tmp_path / "videos"), "--workers=1", "--device=cpu"]
+    else:
+        prompts = [prompt_of(sample_scene(seed)) for seed in range(6)]
+        (tmp_path / "prompts.txt").write_text("\n".join([*prompts, "red " * 200]))  # the last one is too long
+        main, arguments = synthesize.main, ["--prompts", str(tmp_path / "prompts.txt"), "--device=cpu", "--steps=2"]
+        arguments += ["--guidance-scale=1", "--shard-size=1"]
+    assert main([*arguments, "--output", str(tmp_path / "undisturbed")]) == 0
+    expected = files(tmp_path / "undisturbed")
+    for kill in range(KILLS):
+        output, until = tmp_path / f"killed-{kill}", random.Random(kill).randint(1, len(expected) - 2)
+        command = [f"{REPO}/tools/{job}.py", *arguments, "--output", str(output)]
+        code = killed(command, lambda: sum(path.is_file() for path in output.rglob("*")), until)  # noqa: B023
+        assert code == -signal.SIGKILL
+        assert main([*arguments, "--output", str(output)]) == 0
+        assert files(output) == expected
+
+
+class Notes(Callback):
+    """Writes down what each step saw and lost."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        row = {"step": trainer.global_step, "loss": float(outputs["loss"]).hex(), "keys": batch["key"]}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def data(root: Path) -> VideoTextDataModule:
+    sizes = {"num_train_clips": 9, "num_val_clips": 1}
+    return VideoTextDataModule(root=str(root), batch_size=2, num_workers=1, prompt_length=32, **sizes)
+
+
+def fit(folder: Path, steps: int = 16) -> None:
+    """Train, from the last checkpoint if there is one."""
+    folder.mkdir(exist_ok=True)
+    last = folder / "checkpoints" / "last.ckpt"
+    stages = {"recall": Stage(steps=steps, target="prompt", text_length=32, warmup_steps=2)}
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        limit_val_batches=0,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        default_root_dir=str(folder),
+        callbacks=[StageSwitch(stages), LastCheckpoint(every_n_train_steps=4), Notes(folder / "steps.jsonl")],
+    )
+    trainer.fit(UniViGU(), datamodule=data(folder.parent / "world"), ckpt_path=str(last) if last.exists() else None)
+
+
+def outcome(folder: Path) -> tuple[dict[int, Any], dict[str, torch.Tensor]]:
+    """What each step saw and lost, and the final weights.  A repeated step must be the same as before."""
+    steps: dict[int, Any] = {}
+    for row in map(json.loads, (folder / "steps.jsonl").read_text().splitlines()):
+        assert steps.setdefault(row["step"], row) == row
+    return steps, torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
+
+
+@pytest.mark.slow
+def test_killed_training_continues_bit_for_bit(tmp_path: Path) -> None:
+    data(tmp_path / "world").prepare_data()
+    fit(tmp_path / "undisturbed")
+    steps, weights = outcome(tmp_path / "undisturbed")
+    assert list(steps) == list(range(1, 17))
+    for kill in range(KILLS):
+        folder = tmp_path / f"killed-{kill}"
+        notes, until = folder / "steps.jsonl", random.Random(kill).randint(5, 14)
+        progress = lambda: notes.read_text().count("\n") if notes.exists() else 0  # noqa: B023, E731
+        assert killed([__file__, str(folder)], progress, until) == -signal.SIGKILL
+        fit(folder)
+        resumed_steps, resumed_weights = outcome(folder)
+        assert resumed_steps == steps
+        assert all(torch.equal(value, weights[name]) for name, value in resumed_weights.items())
+
+
+if __name__ == "__main__":
+    fit(Path(sys.argv[1]))
