@@ -10,7 +10,8 @@ import pytest
 
 from tests.conftest import REPO
 
-DOCS = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+GUIDES = sorted((REPO / "docs").glob("*.md"))
+DOCS = [REPO / "README.md", REPO / "CONTRIBUTING.md", *GUIDES]  # docs/experiments shows commands of earlier commits
 
 
 def commands() -> list[tuple[str, str]]:
@@ -23,11 +24,19 @@ def commands() -> list[tuple[str, str]]:
 
 def test_the_readme_starts_with_its_two_commands() -> None:
     lines = [line for name, line in commands() if name == "README.md"]
-    assert lines[0].endswith(".venv/bin/lightning fit --config configs/two_stage.yaml")
+    assert lines[0].endswith(".venv/bin/lightning fit --config configs/two_stage.yaml --config configs/frozen.yaml")
     assert lines[1].endswith(".venv/bin/python -m pytest")
     script = (REPO / ".ci/run").read_text()
     for part in lines[1].split(" && "):
         assert part.replace("pip install", "pip install -q") in script or part in script
+
+
+def test_guide_pages_are_short_and_links_lead_somewhere() -> None:
+    long = {path.name: lines for path in GUIDES if (lines := len(path.read_text().splitlines())) > 150}
+    assert not long
+    for path in (*DOCS, *(REPO / "docs" / "experiments").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
 @pytest.mark.parametrize("where,line", commands(), ids=lambda value: value[:60])
