@@ -61,10 +61,10 @@ def killed(command: list[str], progress: Callable[[], int], until: int) -> int:
 @pytest.mark.parametrize("job", ["synthesize", "encode"])
 def test_killed_data_jobs_write_the_same_files(job: str, tmp_path: Path) -> None:
     if job == "encode":
-        write_shapes(tmp_path / "videos", "train", 12, shard_size=2, workers=1)
+        write_shapes(tmp_path / "videos", "train", 8, shard_size=2, workers=1)
         main, arguments = encode.main, ["--source", str(tmp_path / "videos"), "--workers=1", "--device=cpu"]
     else:
-        prompts = [prompt_of(sample_scene(seed)) for seed in range(6)]
+        prompts = [prompt_of(sample_scene(seed)) for seed in range(4)]
         (tmp_path / "prompts.txt").write_text("\n".join([*prompts, "red " * 200]))  # the last one is too long
         main, arguments = synthesize.main, ["--prompts", str(tmp_path / "prompts.txt"), "--device=cpu", "--steps=2"]
         arguments += ["--guidance-scale=1", "--shard-size=1"]
@@ -96,7 +96,7 @@ def data(root: Path) -> VideoTextDataModule:
     return VideoTextDataModule(root=str(root), batch_size=2, num_workers=1, prompt_length=32, **sizes)
 
 
-def fit(folder: Path, steps: int = 16) -> None:
+def fit(folder: Path, steps: int = 10) -> None:
     """Train, from the last checkpoint if there is one."""
     folder.mkdir(exist_ok=True)
     last = folder / "checkpoints" / "last.ckpt"
@@ -109,7 +109,7 @@ def fit(folder: Path, steps: int = 16) -> None:
         enable_model_summary=False,
         enable_progress_bar=False,
         default_root_dir=str(folder),
-        callbacks=[StageSwitch(stages), LastCheckpoint(every_n_train_steps=4), Notes(folder / "steps.jsonl")],
+        callbacks=[StageSwitch(stages), LastCheckpoint(every_n_train_steps=3), Notes(folder / "steps.jsonl")],
     )
     trainer.fit(UniViGU(), datamodule=data(folder.parent / "world"), ckpt_path=str(last) if last.exists() else None)
 
@@ -127,10 +127,10 @@ def test_killed_training_continues_bit_for_bit(tmp_path: Path) -> None:
     data(tmp_path / "world").prepare_data()
     fit(tmp_path / "undisturbed")
     steps, weights = outcome(tmp_path / "undisturbed")
-    assert list(steps) == list(range(1, 17))
+    assert list(steps) == list(range(1, 11))
     for kill in range(KILLS):
         folder = tmp_path / f"killed-{kill}"
-        notes, until = folder / "steps.jsonl", random.Random(kill).randint(5, 14)
+        notes, until = folder / "steps.jsonl", random.Random(kill).randint(4, 8)
         progress = lambda: notes.read_text().count("\n") if notes.exists() else 0  # noqa: B023, E731
         assert killed([__file__, str(folder)], progress, until) == -signal.SIGKILL
         fit(folder)
