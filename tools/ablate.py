@@ -25,16 +25,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-<<<<<<< HEAD
-import yaml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from univigu.data.processes import usable_cores
-from univigu.training.report import split_around
-=======
 from univigu.cli import exit_code
->>>>>>> fbc3bd2 (Ablations are options of fit, without plots; kills and broken inputs are tests instead of commands)
+from univigu.data.processes import usable_cores
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 BEGIN, END = "<!-- ablations: written by tools/ablate.py -->", "<!-- end of ablations -->"
@@ -139,7 +131,7 @@ def train(run: Run, options: argparse.Namespace) -> str | None:
     print(f"{run.folder.name} ...", flush=True)
     environment, log = dict(os.environ), run.folder / "log.txt"
     if options.jobs > 1:  # more threads than cores slow each other down
-        threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
+        threads = max(1, usable_cores() // options.jobs)
         environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
     command = [sys.executable, "-m", "univigu.cli", "fit", *arguments(run, options)]
     with log.open("w") as output:
