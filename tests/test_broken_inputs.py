@@ -180,7 +180,7 @@ def test_predict(task: str, tmp_path: Path, model: Model) -> None:
 def test_evaluate(name: str, tmp_path: Path, model: Model) -> None:
     if name == "vbench":
         sound = write_prompts(tmp_path / "prompts.jsonl", cuts_long=True)
-        given = [f"--prompts={tmp_path}/prompts.jsonl", "--samples=1", "--steps=1"]
+        given = [f"--prompts={tmp_path}/prompts.jsonl", "--videos-per-prompt=1", "--steps=1"]
     else:
         sound = list(write_videos(tmp_path / "videos", random.Random(0)).values())
         given = [f"--videos={tmp_path}/videos", "--caption-steps=1"]

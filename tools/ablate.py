@@ -45,8 +45,8 @@ VARIANTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "trained": ("generator's weights (recipe: frozen)", "trained", TRAINED),
     "uniform": ("text flow (recipe: mask)", "uniform", ("--model.architecture.text_flow=uniform",)),
     "embedding": ("text flow (recipe: mask)", "embedding", ("--model.architecture.text_flow=embedding",)),
-    "random": ("initialisation (recipe: foundation)", "random, trained", (*TRAINED, "--model.random_init=true")),
-    "random_frozen": ("initialisation (recipe: foundation)", "random, frozen", ("--model.random_init=true",)),
+    "random": ("initialisation (recipe: foundation)", "random, trained", (*TRAINED, "--model.init_from=random")),
+    "random_frozen": ("initialisation (recipe: foundation)", "random, frozen", ("--model.init_from=random",)),
     "dropout0": ("condition dropout (recipe: 0.9)", "0", ("--stages.recall.condition_dropout.understand=0",)),
     "dropout50": ("condition dropout (recipe: 0.9)", "0.5", ("--stages.recall.condition_dropout.understand=0.5",)),
     "ffn": (
