@@ -17,6 +17,9 @@ from tools import convert
 from univigu.models.tokens import TextTooLongError, token_count
 from univigu.pipeline import UniViGUPipeline
 from univigu.sampling.options import TASK_OPTIONS, SamplingOptions
+from univigu.shapes.renderer import render
+from univigu.shapes.scenes import sample_scene
+from univigu.training.module import UniViGU
 
 SIZE = {"height": 32, "width": 48, "num_frames": 5}
 QUICK = {"num_inference_steps": 2, "max_sequence_length": 16}
@@ -258,3 +261,21 @@ def test_a_checkpoint_becomes_a_pipeline(pipe: UniViGUPipeline, videos: np.ndarr
     tokens = [p.caption(videos, generator=seeds(1, 2), **READ).tokens for p in (pipe, made)]
     assert torch.equal(*tokens)
     assert convert.main(["pipeline", "--checkpoint", str(tmp_path / "none.ckpt"), *options]) == 2
+
+
+def test_a_clips_latents_do_not_depend_on_the_entry_point(foundation: str) -> None:
+    """Training, captioning and prediction encode alike: a clip by itself, in a batch, as floats or as frames."""
+    module = UniViGU(foundation, seed=1)
+    module.configure_model()
+    parts = module.foundation
+    pipe = UniViGUPipeline(parts.tokenizer, parts.text_encoder, parts.vae, parts.scheduler(), module.transformer)
+    frames = torch.stack([render(sample_scene(seed), 64, 64, 9) for seed in range(5)])
+    batch = module.latents_of({"video": frames})
+    for i in range(5):
+        assert torch.equal(module.encode_frames(frames[i : i + 1])[0], batch[i])
+    floats = frames.float() / 255
+    by_pipeline = pipe._runner().encode_video(pipe._pixels(floats, None, None))
+    single = pipe._runner().encode_video(pipe._pixels(floats[3:4], None, None))
+    assert torch.equal(single[0], by_pipeline[3])
+    torch.testing.assert_close(by_pipeline, batch, rtol=1e-4, atol=1e-5)  # x / 255 * 2 - 1 rounds unlike x / 127.5 - 1
+    assert (by_pipeline[0] - batch[1]).abs().max() > 0.1  # negative control: another clip

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from diffusers import WanPipeline
@@ -23,7 +23,7 @@ from univigu.flow.random import Generators
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
 from univigu.models.conventions import Conventions
 from univigu.models.encode import encode_prompts
-from univigu.models.foundation import set_conv_layout
+from univigu.models.foundation import Foundation, set_conv_layout
 from univigu.models.tokens import TextTooLongError, detokenize, tokenize
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import compute_device
@@ -48,42 +48,23 @@ class UniViGUOutput(BaseOutput):
 
 
 def check_prompts(tokenizer: Any, prompts: list[str], max_sequence_length: int) -> None:
-    """Check that prompts fit their slot; WanPipeline's own encoding would silently truncate them.
-
-    Raises:
-        TextTooLongError: a prompt has more tokens, its end-of-sequence token included.
-    """
+    """Raise a TextTooLongError for a prompt that does not fit, which WanPipeline's encoding would truncate."""
     try:
         tokenize(tokenizer, prompts, max_sequence_length)
     except TextTooLongError as error:
         raise TextTooLongError(f"max_sequence_length={max_sequence_length}: {error}") from None
 
 
-class Components(Protocol):
-    """Frozen components around the transformer: a Foundation, which loads them on first use, or a pipeline."""
-
-    @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def text_encoder(self) -> Any: ...
-    @property
-    def vae(self) -> Any: ...
-
-
 class TaskRunner:
     """Encodes, samples and decodes: the one implementation of the tasks for pipeline, training and evaluation.
 
-    Args:
-        components: tokenizer, text encoder and VAE.
-        transformer: the unified transformer.
-        scheduler: returns a diffusers scheduler for the video.
-        sampling: see :class:`SamplingOptions`.
-        device: where tensors are made; None is the transformer's.
+    ``scheduler`` returns a diffusers scheduler for the video; ``device`` is by default the transformer's. The tasks
+    take prompts with the length of their slot in tokens, and one generator or one for each sample.
     """
 
     def __init__(
         self,
-        components: Components,
+        components: Foundation | UniViGUPipeline,
         transformer: UniViGUTransformer3DModel,
         scheduler: Callable[[], Any],
         sampling: SamplingOptions | None = None,
@@ -93,8 +74,6 @@ class TaskRunner:
         self.sampling = sampling or SamplingOptions()
         self.device = device or transformer.device
         self.conventions = Conventions.of(transformer.config)
-
-    # ------------------------------------------------------------ encoding and decoding
 
     @torch.no_grad()
     def encode_video(self, video: Tensor) -> Tensor:
@@ -107,11 +86,7 @@ class TaskRunner:
         return self.conventions.decode(self.components.vae, latents)
 
     def encode_prompts(self, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
-        """Prompt embeddings [B, S, text_dim] and those of the null condition [1, S, text_dim]; S = ``length``.
-
-        Raises:
-            TextTooLongError: a prompt has more tokens.
-        """
+        """Prompt embeddings [B, S, text_dim] and those of the null condition [1, S, text_dim]; S = ``length``."""
         return self.encode_ids(tokenize(self.components.tokenizer, [*prompts, ""], length)[:-1])
 
     @torch.no_grad()
@@ -129,24 +104,15 @@ class TaskRunner:
         return None if samples.tokens is None else detokenize(self.components.tokenizer, samples.tokens)
 
     def latents_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
-        """Latents' (C, T, H, W) of a video of that size.
-
-        Raises:
-            ValueError: the size is not a whole number of patches.
-        """
+        """Latents' (C, T, H, W) of a video of that size; a ValueError if it is not a whole number of patches."""
         config = self.components.vae.config
         temporal, spatial = config.scale_factor_temporal, config.scale_factor_spatial
         _, down, right = self.transformer.config.patch_size
-        for name, value, step, rest in (
-            ("height", height, spatial * down, 0),
-            ("width", width, spatial * right, 0),
-            ("num_frames", num_frames, temporal, 1),
-        ):
+        sizes = ("height", height, spatial * down, 0), ("width", width, spatial * right, 0)
+        for name, value, step, rest in (*sizes, ("num_frames", num_frames, temporal, 1)):
             if value < 1 or value % step != rest % step:
                 raise ValueError(f"{name}={value}: expected a multiple of {step}" + (" plus 1" if rest else ""))
         return config.z_dim, *latents_shape(Bucket(height, width, num_frames), temporal, spatial)
-
-    # ------------------------------------------------------------ tasks
 
     @property
     def sampler(self) -> Sampler:
@@ -164,14 +130,7 @@ class TaskRunner:
         generator: Generators = None,
         on_step: StepCallback | None = None,
     ) -> Samples:
-        """Texts of clean latents [B, C, T, H, W].
-
-        Args:
-            prompts: a condition for each clip, such as a question; None is the null condition.
-            prompt_length: slot of the prompts in tokens.
-            generator: one generator, or one for each clip.
-            on_step: see :class:`Sampler`.
-        """
+        """Texts of clean latents [B, C, T, H, W]; ``prompts`` is a condition for each, None the null condition."""
         embeds, null = self.encode_prompts(prompts or [], prompt_length)
         condition = embeds if prompts else null
         length = self.transformer.config.text_length
@@ -181,7 +140,7 @@ class TaskRunner:
     def generate(
         self, prompts: list[str], prompt_length: int, shape: tuple[int, ...], generator: Generators = None
     ) -> Samples:
-        """Videos from prompts; ``shape`` is (C, T, H, W) of the latents, the rest as in :meth:`caption`."""
+        """Videos from prompts; ``shape`` is (C, T, H, W) of the latents."""
         embeds, null = self.encode_prompts(prompts, prompt_length)
         return self.sampler.generate(embeds, null, shape, generator)
 
@@ -194,7 +153,7 @@ class TaskRunner:
         generator: Generators = None,
         on_step: StepCallback | None = None,
     ) -> Samples:
-        """Videos and their texts from prompts; arguments as in :meth:`generate`."""
+        """Videos and their texts from prompts."""
         embeds, null = self.encode_prompts(prompts, prompt_length)
         return self.sampler.joint(embeds, null, shape, self.transformer.config.text_length, generator, on_step)
 
@@ -216,16 +175,22 @@ class TaskRunner:
 class UniViGUPipeline(WanPipeline):
     """Generate, caption, joint, edit, answer: one unified transformer inside a WanPipeline folder.
 
-    Calling it makes video from prompts and is WanPipeline's own ``__call__``, with all its arguments.  The other
-    tasks are methods.  Moving, offloading and saving work as in diffusers.
+    Calling it generates video and is WanPipeline's own ``__call__`` with all its arguments. The other tasks are
+    methods. Moving, offloading and saving work as in diffusers. Arguments of several tasks:
 
-    Args:
-        tokenizer, text_encoder, vae, scheduler: as in WanPipeline.
-        transformer: a :class:`UniViGUTransformer3DModel`.
-        transformer_2, boundary_ratio, expand_timesteps: WanPipeline's, for Wan2.2; not used by the tasks.
+    video: what diffusers' ``VideoProcessor.preprocess_video`` takes: a list of PIL images, an array [F, H, W, C] or a
+        tensor [F, C, H, W] in [0, 1], or a batch of them. It is cut to 4k+1 frames of whole patches.
+    prompt: one prompt for all samples, or one each. A prompt over ``max_sequence_length`` tokens (its end included) is
+        a TextTooLongError; only ``pipe(prompt)`` truncates it, as WanPipeline does.
+    height, width: size in pixels; for a given video the size to scale it to, by default its own.
+    generator: one, or one for each sample, which makes a sample independent of its batch.
+    options: see :class:`SamplingOptions`; single options can be given by keyword, such as ``caption_steps=10``. A
+        keyword that the task or the text flow does not use is a ValueError.
+    output_type: "np", "pt", "pil" or "latent", as in diffusers.
+    callback_on_step_end: see :data:`StepEndCallback`.
 
     Raises:
-        ValueError: another transformer; a plain Wan one has no text stream.
+        ValueError: the transformer is a plain Wan one, which has no text stream.
     """
 
     def __init__(
@@ -257,15 +222,10 @@ class UniViGUPipeline(WanPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """As in diffusers; the transformer is read strictly.
-
-        Raises:
-            ValueError: the transformer's weights do not fit, or it is a plain Wan one; keys are named.
-        """
+        """As in diffusers; weights of the transformer that do not fit are a ValueError that names the keys."""
         if "transformer" not in kwargs:
-            options = {
-                name: kwargs[name] for name in ("torch_dtype", "cache_dir", "revision", "token") if name in kwargs
-            }
+            names = kwargs.keys() & {"torch_dtype", "cache_dir", "revision", "token"}
+            options = {name: kwargs[name] for name in names}
             kwargs["transformer"] = UniViGUTransformer3DModel.from_pretrained(
                 pretrained_model_name_or_path, subfolder="transformer", **options
             )
@@ -276,10 +236,10 @@ class UniViGUPipeline(WanPipeline):
     @torch.no_grad()
     def __call__(self, *args: Any, output_type: str | None = "np", return_dict: bool = True, **kwargs: Any) -> Any:
         """WanPipeline's, on latents as the transformer knows them."""
-        if self._conventions.latents_normalized or output_type == "latent":
+        if self._runner().conventions.latents_normalized or output_type == "latent":
             return super().__call__(*args, output_type=output_type, return_dict=return_dict, **kwargs)
         (latents,) = super().__call__(*args, output_type="latent", return_dict=False, **kwargs)
-        decoded = self._conventions.decode(self.vae, latents)
+        decoded = self._runner().conventions.decode(self.vae, latents)
         frames = self.video_processor.postprocess_video(decoded, output_type=output_type)
         return WanPipelineOutput(frames=frames) if return_dict else (frames,)
 
@@ -296,24 +256,7 @@ class UniViGUPipeline(WanPipeline):
         callback_on_step_end: StepEndCallback | None = None,
         **overrides: Any,
     ) -> UniViGUOutput:
-        """Describe videos.
-
-        Args:
-            video: what diffusers' ``VideoProcessor.preprocess_video`` takes: a list of PIL images, an array
-                [F, H, W, C] or a tensor [F, C, H, W] in [0, 1], or a batch of them.  Frames behind the last 4k+1 are
-                left out.
-            prompt: what the text is conditioned on, one for all or one a video; None is the empty prompt.
-            generator: one, or one a video, which makes each text independent of the batch.
-            options: see :class:`SamplingOptions`; single ones can be given by keyword, ``caption_steps=10``, if they
-                mean something to the task (:data:`univigu.sampling.options.TASK_OPTIONS`) and the text flow.
-            height, width: size to scale frames to, in pixels; default is the video's, brought to whole patches.
-            max_sequence_length: slot of the prompt in tokens, its end counted.
-            callback_on_step_end: see :data:`StepEndCallback`.
-
-        Raises:
-            TextTooLongError: a prompt needs more tokens; only ``pipe(prompt)`` cuts it, as WanPipeline does.
-            ValueError: as many prompts as videos are needed, or one; an option out of range or of another task.
-        """
+        """Describe videos; the text is conditioned on the prompt, by default on none."""
         runner, on_step = self._runner("caption", options, overrides), self._on_step(callback_on_step_end)
         latents = runner.encode_video(self._pixels(video, height, width))
         prompts = None if not prompt else self._prompts(prompt, len(latents), max_sequence_length)
@@ -337,18 +280,7 @@ class UniViGUPipeline(WanPipeline):
         callback_on_step_end: StepEndCallback | None = None,
         **overrides: Any,
     ) -> UniViGUOutput:
-        """Make video and its text together, each reading the other.
-
-        Args:
-            prompt: one or several.
-            height, width, num_frames: of the video; multiples of whole patches, and 4k+1.
-            output_type: "np", "pt", "pil" or "latent", as in diffusers.
-            generator, options, max_sequence_length, callback_on_step_end: as in :meth:`caption`.
-
-        Raises:
-            TextTooLongError: as in :meth:`caption`.
-            ValueError: a size that does not fit, an option out of range or of another task.
-        """
+        """Make videos and their texts together; height and width are multiples of patches, num_frames is 4k+1."""
         runner, on_step = self._runner("joint", options, overrides), self._on_step(callback_on_step_end)
         shape = runner.latents_shape(height, width, num_frames)
         prompts = self._prompts(prompt, None, max_sequence_length)
@@ -370,20 +302,7 @@ class UniViGUPipeline(WanPipeline):
         callback_on_step_end: StepEndCallback | None = None,
         **overrides: Any,
     ) -> UniViGUOutput:
-        """Make a video anew under another prompt, starting part of the way back to noise.
-
-        Args:
-            video, height, width: as in :meth:`caption`.
-            prompt: what it shall show instead, in full.
-            strength: how far back, in (0, 1]; 1 keeps nothing of the video.
-            generator, options, max_sequence_length, callback_on_step_end: as in :meth:`caption`.
-            output_type: as in :meth:`joint`.
-
-        Raises:
-            TextTooLongError: as in :meth:`caption`.
-            ValueError: strength or an option out of range, an option of another task, another number of prompts than
-                videos.
-        """
+        """Regenerate videos under a full new prompt, from noise level ``strength`` in (0, 1]; 1 keeps nothing."""
         runner, on_step = self._runner("edit", options, overrides), self._on_step(callback_on_step_end)
         latents = runner.encode_video(self._pixels(video, height, width))
         prompts = self._prompts(prompt, len(latents), max_sequence_length)
@@ -396,7 +315,7 @@ class UniViGUPipeline(WanPipeline):
         """WanPipeline's, where no negative prompt is the null condition that the model was trained with."""
         given = kwargs.get("negative_prompt_embeds") is not None or negative_prompt
         embeds, negative = super().encode_prompt(prompt, negative_prompt, *args, **kwargs)
-        return embeds, negative if given or negative is None else self._conventions.null(negative)
+        return embeds, negative if given or negative is None else self._runner().conventions.null(negative)
 
     def _get_t5_prompt_embeds(
         self,
@@ -407,7 +326,7 @@ class UniViGUPipeline(WanPipeline):
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """WanPipeline's, with what the encoder gives for padding where the model was trained with that."""
-        if self._conventions.prompt_padding == "zeros":
+        if self._runner().conventions.prompt_padding == "zeros":
             return super()._get_t5_prompt_embeds(prompt, num_videos_per_prompt, max_sequence_length, device, dtype)
         texts = [prompt] if isinstance(prompt, str) else prompt
         ids = tokenize(self.tokenizer, texts, max_sequence_length).to(compute_device(self.text_encoder))
@@ -434,10 +353,6 @@ class UniViGUPipeline(WanPipeline):
             raise ValueError(f"prompt: {len(prompts)} of them for {count} videos; give one for all or one for each")
         check_prompts(self.tokenizer, prompts, length)
         return prompts
-
-    @property
-    def _conventions(self) -> Conventions:
-        return Conventions.of(self.transformer.config)
 
     def _pixels(self, video: Any, height: int | None, width: int | None) -> Tensor:
         """A video in any form as [B, C, F, H, W] in [-1, 1], cropped to 4k+1 frames of whole patches."""
