@@ -130,12 +130,12 @@ def test_another_architecture_is_refused_by_option(tmp_path: Path, model: Any, k
 
 def test_missing_and_unexpected_keys_are_named(tmp_path: Path, model: Any) -> None:
     path = save(tmp_path / "more.ckpt", model, **{"transformer.blocks.7.extra": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match=r"more\.ckpt: .*unexpected \['blocks\.7\.extra'\]"):
+    with pytest.raises(CheckpointError, match=r"more\.ckpt: .*unexpected keys \['blocks\.7\.extra'\]"):
         load_weights(path)
     checkpoint = torch.load(path)
     del checkpoint["state_dict"]["transformer.blocks.7.extra"], checkpoint["state_dict"]["transformer.proj_out.bias"]
     torch.save(checkpoint, tmp_path / "less.ckpt")
-    with pytest.raises(CheckpointError, match=r"less\.ckpt: .*missing \['proj_out\.bias'\]"):
+    with pytest.raises(CheckpointError, match=r"less\.ckpt: .*missing keys \['proj_out\.bias'\]"):
         load_weights(tmp_path / "less.ckpt")
 
 

@@ -1,7 +1,7 @@
 """Weights in and out: training checkpoints, transformer folders, foundation folders.
 
-Everything is read as safetensors or with ``weights_only=True``, and strictly: a key that is missing or not
-understood is an error that names it.
+Everything is read as safetensors or with ``weights_only=True``, and strictly: a missing or unexpected key is an error
+that names it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from diffusers import WanTransformer3DModel
 from lightning import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, not an Exception
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import distribute_tensor
 
 from univigu.models.conventions import CONVENTIONS
@@ -27,13 +29,13 @@ from univigu.models.lora import LoraOptions, is_lora_parameter, lora_differences
 from univigu.models.official import export_official, import_official, import_wan
 from univigu.models.options import check_replaced
 from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
-from univigu.models.weights import CheckpointError, known_options
+from univigu.models.weights import CheckpointError, known_options, load_strictly, unreadable
 from univigu.training.parallel import reshard
 
 PREFIX = "transformer."
 EMA_PREFIX = "ema."  # of callbacks.WeightEMA
 FREE = ("clean_video_reads_text", "clean_video_timestep", "text_length", *CONVENTIONS)
-"""Options that shape no weight: attention's reach is each run's choice, the others come with the weights."""
+"""Options that shape no weight. A run chooses the first two itself; the others are taken from the checkpoint."""
 
 __all__ = [
     "CheckpointError",
@@ -78,15 +80,15 @@ def check_checkpoint_file(path: Path) -> None:
 
 
 def _read_sharded(path: Path) -> dict[str, Any]:
-    """The weights of a sharded checkpoint, whole, and what stands beside them; the optimizer's state is left out."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-    checkpoint: dict[str, Any] = {}
-    planner = _EmptyStateDictLoadPlanner(keys={"state_dict"})
-    _load_state_dict(checkpoint, FileSystemReader(path), planner=planner, no_dist=True)
-    return checkpoint | _read_file(path / "meta.pt")  # written there by Lightning
+    """The full weights of a sharded checkpoint and its other entries, without the optimizer's state."""
+    reader = FileSystemReader(path)
+    state = {
+        name.removeprefix("state_dict."): torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
+    }
+    load({"state_dict": state}, storage_reader=reader, no_dist=True)
+    return {"state_dict": state} | _read_file(path / "meta.pt")  # written by Lightning
 
 
 def _read_file(path: Path) -> Any:
@@ -94,10 +96,10 @@ def _read_file(path: Path) -> Any:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a training checkpoint: a ``.ckpt`` file, or the folder of a sharded one, whose weights are put together.
+    """Read a training checkpoint: a ``.ckpt`` file or the folder of a sharded one, whose full weights are read.
 
     Raises:
-        CheckpointError: there is none, or it is not one of this project's; says how to make it.
+        CheckpointError: there is none (says how to make it), or it is not one of this project's.
     """
     path = Path(path)
     if not path.exists():
@@ -105,9 +107,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     _check_folder(path)
     try:
         checkpoint = (_read_sharded if path.is_dir() else _read_file)(path)
-    except (Exception, CheckpointException) as error:  # many kinds, from pickle, zip and torch alike
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
+    except (Exception, CheckpointException) as error:  # of many types, from pickle, zip and torch
+        raise unreadable(path, error) from error
     if not isinstance(checkpoint, dict) or not {"univigu", "state_dict"} <= checkpoint.keys():
         raise CheckpointError(f"{path}: not a checkpoint of this project (it holds no 'univigu' entry)")
     return checkpoint
@@ -125,10 +126,7 @@ def load_weights(path: str | Path, like: UniViGUTransformer3DModel | None = None
     """
     folder = Path(path)
     if (folder / "config.json").is_file():
-        try:
-            saved = UniViGUTransformer3DModel.from_pretrained(folder)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
+        saved = UniViGUTransformer3DModel.from_pretrained(folder)
         if like is None:
             return saved
         config, state = dict(saved.config), saved.state_dict()
@@ -138,26 +136,15 @@ def load_weights(path: str | Path, like: UniViGUTransformer3DModel | None = None
         state = {key[len(PREFIX) :]: value for key, value in weights.items() if key.startswith(PREFIX)}
     check_replaced(config, path)
     config = with_defaults(config)
-    _check_config(path, config, like)
+    if like is not None:
+        names = [name for name in like.config if not name.startswith("_") and name not in FREE]
+        pairs = {name: (config.get(name), like.config[name]) for name in names}
+        if differing := {name: pair for name, pair in pairs.items() if plain(pair[0]) != plain(pair[1])}:
+            raise CheckpointError(f"{path}: made for another model; (checkpoint, configuration) differ in {differing}")
     model = like if like is not None else UniViGUTransformer3DModel(**config)
     model.register_to_config(**{name: config[name] for name in ("text_length", *CONVENTIONS)})
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        raise CheckpointError(f"{path}: weights do not fit: missing {missing}, unexpected {unexpected}")
+    load_strictly(model, state, path)
     return model
-
-
-def _check_config(path: str | Path, config: dict[str, Any], like: UniViGUTransformer3DModel | None) -> None:
-    if like is None:
-        return
-    names = [name for name in like.config if not name.startswith("_") and name not in FREE]
-    differing = {
-        name: (config.get(name), like.config[name])
-        for name in names
-        if plain(config.get(name)) != plain(like.config[name])
-    }
-    if differing:
-        raise CheckpointError(f"{path}: made for another model; (checkpoint, configuration) differ in {differing}")
 
 
 def usable_weights(checkpoint: Mapping[str, Any], keep_lora: bool = False) -> dict[str, Any]:
@@ -176,8 +163,6 @@ def saved_names(path: str | Path) -> set[str]:
     """Names of the weights in a checkpoint of either kind, such as "transformer.proj_out.bias"; reads none of them."""
     path = Path(path)
     if path.is_dir():
-        from torch.distributed.checkpoint import FileSystemReader
-
         start = "state_dict."
         names = FileSystemReader(path).read_metadata().state_dict_metadata
         return {name[len(start) :] for name in names if name.startswith(start)}
@@ -277,10 +262,8 @@ def take_sharded(
     reshard(model)
     path, weights = Path(path), dict(model.named_parameters())
     if path.is_dir():
-        from torch.distributed.checkpoint import load
-
-        places = {EMA_PREFIX + name: weight.detach() for name, weight in weights.items()}  # read into the weights
-        load({"state_dict": places}, checkpoint_id=path)
+        targets = {EMA_PREFIX + name: weight.detach() for name, weight in weights.items()}  # read into the weights
+        load({"state_dict": targets}, checkpoint_id=path)
         return
     means = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     for name, weight in weights.items():

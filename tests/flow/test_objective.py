@@ -20,6 +20,7 @@ from univigu.flow.objective import (
     by_noise_level,
     sample_positions,
 )
+from univigu.flow.random import make_generator
 from univigu.flow.text import make_text_flow
 from univigu.flow.time import VideoTimeSampling
 
@@ -50,7 +51,7 @@ class Watch:
     """Records what the model is called with."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.calls = model, []
+        self.model, self.config, self.calls = model, model.config, []
 
     def __call__(self, *args: Any) -> Any:
         self.calls.append(args)
@@ -211,6 +212,33 @@ def test_a_share_of_the_text_is_the_tokens_at_its_positions(models: dict[str, An
     assert whole.calls[0][3].positions is None and whole.calls[0][3].tokens.shape[1] == 6
 
 
+def test_self_conditioning_feeds_back_the_own_prediction(models: dict[str, Any]) -> None:
+    """In half of the steps, the same in all processes; without gradients, and for this flow only."""
+    model, batch, second = models["embedding"], make_batch(), []
+    for step in range(20):
+        watch = Watch(model)
+        measure(watch, batch, (2, 2, 0), "embedding", step=step)
+        given = [call[3].endpoint for call in watch.calls]
+        second.append(len(given) == 4)
+        assert [endpoint is not None for endpoint in given] == ([False, True] * 2 if second[-1] else [False] * 2)
+        if second[-1]:  # the posterior mean is a mixture of rows
+            assert given[1].shape == (2, 6, 24) and not given[1].requires_grad and given[1].square().mean() <= 1.0
+    assert 5 < sum(second) < 15
+    expected = measure(model, batch, (2, 2, 0), "embedding", step=second.index(False))
+    parts = UniFlowObjective(make_text_flow("embedding", VOCAB), FlowOptions(max_logits=2 * VOCAB))
+    for step, same in ((second.index(False), True), (second.index(True), False)):
+        found = parts(model, batch, (2, 2, 0), generator=torch.Generator().manual_seed(0), step=step)
+        assert torch.allclose(found.text, expected.text, atol=1e-5) == same
+    watch = Watch(models["mask"])
+    measure(watch, batch, (2, 2, 0), step=second.index(True))
+    assert len(watch.calls) == 2
+
+
+def test_embedding_times_are_warped(models: dict[str, Any]) -> None:
+    even, warped = (measure(models[name], make_batch(), (2, 2, 0), name).text_times for name in ("mask", "embedding"))
+    torch.testing.assert_close(warped, even**3)
+
+
 def test_time_options_are_used(models: dict[str, Any]) -> None:
     options = FlowOptions(video_times=VideoTimeSampling(shift=1000.0))  # almost always nearly pure noise
     objective = UniFlowObjective(make_text_flow("mask", VOCAB), options)
@@ -252,7 +280,8 @@ def test_losses_by_noise_level() -> None:
 def test_forward_and_backward_are_finite(models: dict[str, Any], flow: str, text_loss: str) -> None:
     model = models[flow]
     model.zero_grad(set_to_none=True)
-    losses = measure(model, make_batch(), (1, 2, 1), flow, text_loss=text_loss)
+    twice = next(step for step in range(9) if torch.rand((), generator=make_generator("cpu", step)) < 0.5)
+    losses = measure(model, make_batch(), (1, 2, 1), flow, text_loss=text_loss, step=twice)
     losses.total(1.0, 1.0, 4).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,15 @@ import pytest
 import torch
 
 from univigu.flow.discrete import cross_entropy, generalized_kl
-from univigu.flow.text import CorruptedText, EmbeddingFlow, MaskFlow, TextFlow, UniformFlow, make_text_flow
+from univigu.flow.text import (
+    CorruptedText,
+    EmbeddingFlow,
+    EmbeddingFlowOptions,
+    MaskFlow,
+    TextFlow,
+    UniformFlow,
+    make_text_flow,
+)
 
 V, D = 7, 16
 
@@ -26,6 +36,7 @@ def token_table() -> torch.Tensor:
 
 TABLE = token_table()
 EMBEDDING = EmbeddingFlow(V, table=TABLE)
+PLAIN = EmbeddingFlowOptions(input_scale=1.0, time_power=1.0, self_conditioning=False, skip=False)
 FLOWS: list[TextFlow] = [EMBEDDING, UniformFlow(V), MaskFlow(V)]
 each_flow = pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.name)
 
@@ -88,7 +99,7 @@ def test_bfloat16_logits_are_raised_to_float32(flow: TextFlow) -> None:
 @each_flow
 def test_temperature_zero_ends_at_the_likeliest_token(flow: TextFlow) -> None:
     logits = torch.randn(2, 5, V, generator=seeded(0))
-    flow = make_text_flow(flow.name, V, temperature=0.0, table=TABLE)
+    flow = make_text_flow(flow.name, V, temperature=0.0, table=TABLE, options=PLAIN)
     assert torch.equal(flow.tokens(flow.step(flow.initial(2, 5), logits, 0.5, 1.0)), logits.argmax(-1))
 
 
@@ -96,8 +107,10 @@ def test_flows_are_built_by_name() -> None:
     assert make_text_flow("embedding", V, top_p=0.5, order="confidence") == EmbeddingFlow(V, top_p=0.5)
     assert make_text_flow("uniform", V, temperature=0.5) == UniformFlow(V, 0.5)
     assert make_text_flow("mask", V, order="confidence") == MaskFlow(V, order="confidence")
-    model = SimpleNamespace(token_table=lambda: TABLE)
-    assert EmbeddingFlow(V).bind(model).table is TABLE and MaskFlow(V).bind(None) == MaskFlow(V)
+    model = SimpleNamespace(token_table=lambda: TABLE, config=SimpleNamespace(embedding={"time_power": 2.0}))
+    bound = EmbeddingFlow(V).bind(model)
+    assert bound.table is TABLE and bound.options == EmbeddingFlowOptions(time_power=2.0)
+    assert MaskFlow(V).bind(None) == MaskFlow(V)
 
 
 LOGITS, IDS, TIMES = torch.zeros(1, 3, V), torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1)
@@ -137,40 +150,56 @@ def test_wrong_arguments_are_named(call: Any, message: str) -> None:
 # ---------------------------------------------------------------------- the embedding flow
 
 
-def test_embedding_loss_is_the_cross_entropy_and_reaches_the_table() -> None:
+@pytest.mark.parametrize("skip", [False, True])
+def test_embedding_loss_is_the_cross_entropy_and_reaches_the_table(skip: bool) -> None:
     table, t = TABLE.clone().requires_grad_(), torch.tensor([0.2, 0.8])
-    flow, tokens = EmbeddingFlow(V, table=table), torch.randint(V, (2, 5), generator=seeded(0))
+    flow = EmbeddingFlow(V, options=EmbeddingFlowOptions(skip=skip), table=table)
+    tokens, head = torch.randint(V, (2, 5), generator=seeded(0)), torch.randn(V, D, generator=seeded(2))
     corrupted = flow.corrupt(tokens, t, seeded(1))
-    head = torch.randn(V, D, generator=seeded(2))
-    loss = flow.loss(corrupted.x_t @ head.T, corrupted, t)
-    torch.testing.assert_close(loss, cross_entropy(corrupted.x_t @ head.T, tokens))
+    output = corrupted.x_t @ head.T
+    evidence = (t / (1 - t) ** 2)[:, None, None] * (corrupted.x_t @ table.T) if skip else 0.0
+    loss = flow.loss(output, corrupted, t)
+    torch.testing.assert_close(loss, cross_entropy(output + evidence, tokens))
     loss.sum().backward()
     assert table.grad is not None and float(table.grad.abs().max()) > 1e-3
 
 
 def test_embedding_step_follows_the_posterior_mean() -> None:
-    z, logits = EMBEDDING.initial(2, 9, seeded(1)), torch.randn(2, 9, V, generator=seeded(2))
+    flow = EmbeddingFlow(V, options=PLAIN, table=TABLE)
+    z, logits = flow.initial(2, 9, seeded(1)), torch.randn(2, 9, V, generator=seeded(2))
     mean = logits.softmax(-1) @ TABLE
-    torch.testing.assert_close(EMBEDDING.step(z, logits, 0.2, 0.5), z + 0.3 * (mean - z) / 0.8)
-    sharp = EmbeddingFlow(V, temperature=0.5, table=TABLE)
-    torch.testing.assert_close(sharp.endpoint(logits), (2 * logits).softmax(-1) @ TABLE)
-    first = EmbeddingFlow(V, top_p=1e-6, table=TABLE)
-    torch.testing.assert_close(first.endpoint(logits), TABLE[logits.argmax(-1)])
+    torch.testing.assert_close(flow.step(z, logits, 0.2, 0.5), z + 0.3 * (mean - z) / 0.8)
+    sharp, first = (replace(flow, temperature=0.5), replace(flow, top_p=1e-6))
+    torch.testing.assert_close(sharp.endpoint(logits, z, 0.2), (2 * logits).softmax(-1) @ TABLE)
+    torch.testing.assert_close(first.endpoint(logits, z, 0.2), TABLE[logits.argmax(-1)])
 
 
 def true_posterior(z: torch.Tensor, t: float, prior: torch.Tensor) -> torch.Tensor:
-    """Logits of p(x_1 | z_t) by Bayes: z_t is normal around t E[x_1] with deviation 1 - t."""
-    return prior.log() + t * (z @ TABLE.T) / (1 - t) ** 2 - t**2 * D / (2 * (1 - t) ** 2)
+    """p(x_1 | z_t) by Bayes: z_t is normal around t E[x_1] with deviation 1 - t."""
+    squares = (z[..., None, :] - t * TABLE).square().sum(-1)
+    return (prior.log() - squares / (2 * (1 - t) ** 2)).softmax(-1)
 
 
-def test_embedding_sampler_with_the_true_posterior_gives_the_data() -> None:
-    prior = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.04, 0.0])
-    z, steps = EMBEDDING.initial(1, 5000, seeded(0)), 60
-    for k in range(steps):
-        t = k / steps
-        z = EMBEDDING.step(z, true_posterior(z, t, prior), t, (k + 1) / steps)
-    counts = torch.bincount(EMBEDDING.tokens(z)[0], minlength=V) / 5000
-    torch.testing.assert_close(counts, prior, rtol=0, atol=0.03)
+PRIOR = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.04, 0.0])
+
+
+def test_the_skip_turns_a_prior_into_the_posterior() -> None:
+    z = EMBEDDING.corrupt(torch.randint(V, (1, 50), generator=seeded(0)), torch.tensor([0.3]), seeded(1)).x_t
+    posterior = EMBEDDING.logits(PRIOR.log().expand(1, 50, V), z, torch.full((1, 1, 1), 0.3)).softmax(-1)
+    torch.testing.assert_close(posterior, true_posterior(z, 0.3, PRIOR), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [PLAIN, EmbeddingFlowOptions()], ids=["plain", "default"])
+def test_embedding_sampler_with_the_true_posterior_gives_the_data(options: EmbeddingFlowOptions) -> None:
+    flow = EmbeddingFlow(V, options=options, table=TABLE)
+    z, steps = flow.initial(1, 5000, seeded(0)), 60
+    times = [flow.warp(k / steps) for k in range(steps + 1)]
+    assert times[30] == pytest.approx(0.5**options.time_power) and times[-1] == 1.0
+    for t, t_next in pairwise(times):
+        output = PRIOR.log().expand(1, 5000, V) if options.skip else true_posterior(z, t, PRIOR).log()
+        z = flow.step(z, output, t, t_next)
+    counts = torch.bincount(flow.tokens(z)[0], minlength=V) / 5000
+    torch.testing.assert_close(counts, PRIOR, rtol=0, atol=0.03)
 
 
 def test_initial_embeddings_are_standard_normal() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from tests import tiny
 from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import CorruptedText, make_text_flow
-from univigu.flow.text_loss import TextLoss
+from univigu.flow.text_loss import PerToken
 
 VOCAB = 11
 CASES = [
@@ -67,7 +67,7 @@ def test_no_more_logits_exist_than_allowed() -> None:
     linear.register_forward_hook(lambda *args: sizes.append(args[2].numel()))
     corrupted = CorruptedText(tokens, tokens)
     for limit in (10 * VOCAB, 10 * VOCAB - 1, 4 * VOCAB, 1):
-        loss = TextLoss(make_text_flow("uniform", VOCAB), corrupted, torch.zeros(2), "cross_entropy", limit)
+        loss = PerToken(make_text_flow("uniform", VOCAB).loss, corrupted, torch.zeros(2), limit)
         loss(torch.randn(2, 5, 3), linear)
         assert max(sizes) <= max(limit, VOCAB) and sum(sizes) == 10 * VOCAB
         sizes.clear()
@@ -83,7 +83,7 @@ def test_bfloat16_and_autocast() -> None:
         linear.load_state_dict(plain.state_dict())
         flow = make_text_flow("uniform", 20)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = TextLoss(flow, CorruptedText(tokens, tokens), torch.zeros(2), "cross_entropy", max_logits)
+            loss = PerToken(flow.loss, CorruptedText(tokens, tokens), torch.zeros(2), max_logits)
             losses = loss(hidden.to(dtype), linear)
         losses.mean().backward()
         assert losses.dtype == torch.float32 and linear.weight.grad is not None and linear.weight.grad.dtype == dtype
@@ -103,19 +103,20 @@ PEAK = """
 import resource, sys, torch
 from univigu.flow.objective import FlowOptions
 from univigu.flow.text import make_text_flow
-from univigu.flow.text_loss import TextLoss
+from functools import partial
+from univigu.flow.text_loss import PerToken
 way, kind, vocab, length, width = sys.argv[1], sys.argv[2], 256384, 256, 16
 torch.manual_seed(0)
 flow, linear = make_text_flow("uniform", vocab), torch.nn.Linear(width, vocab)
 hidden = torch.randn(1, length, width, requires_grad=True)
 tokens, t = torch.randint(vocab, (1, length)), torch.full((1,), 0.5)
-corrupted = flow.corrupt(tokens, t)
+corrupted, loss = flow.corrupt(tokens, t), partial(flow.loss, kind=kind)
 limit = 10**12 if way == "plain" else FlowOptions().max_logits
 linear.weight.grad, linear.bias.grad = torch.zeros(vocab, width), torch.zeros(vocab)
 small = type(corrupted)(corrupted.x_t[:, :1], tokens[:, :1])
-TextLoss(flow, small, t, kind, limit)(hidden[:, :1], linear).sum().backward()
+PerToken(loss, small, t, limit)(hidden[:, :1], linear).sum().backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-TextLoss(flow, corrupted, t, kind, limit)(hidden, linear).sum().backward()
+PerToken(loss, corrupted, t, limit)(hidden, linear).sum().backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, hidden.grad.norm().item())
 """
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests import tiny
 from univigu.flow.inputs import TextInputs
+from univigu.flow.text import EmbeddingFlowOptions
 from univigu.models import UniViGUTransformer3DModel, UniViGUTransformerOutput
 from univigu.models.options import ArchitectureOptions, check_replaced
 
@@ -280,7 +281,7 @@ class Reference:
         patches = latents.reshape(batch, -1, grid[0], pt, grid[1], ph, grid[2], pw)
         patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, count, -1)
         video = patches @ self.w["patch_embedding.weight"].flatten(1).T + self.w["patch_embedding.bias"]
-        text = tokens if tokens.is_floating_point() else self.w["vocab_embed.weight"][tokens]
+        text = 0.1 * tokens if tokens.is_floating_point() else self.w["vocab_embed.weight"][tokens]
         x = torch.cat([video, text], dim=1)
 
         # Times and prompt
@@ -338,6 +339,24 @@ def test_what_the_generator_is_told_of_clean_video(wan: WanTransformer3DModel) -
     for wrong in (-1.0, 1000.0):
         with pytest.raises(ValueError, match="clean_video_timestep="):
             tiny.make_unified(wan, VOCAB, clean_video_timestep=wrong)
+
+
+def test_self_conditioning_starts_as_nothing_and_learns(wan: WanTransformer3DModel) -> None:
+    fresh = UniViGUTransformer3DModel.from_wan(wan, VOCAB, ArchitectureOptions("embedding")).eval()
+    torch.nn.init.normal_(fresh.text_head.linear.weight)
+    inputs = make_inputs(width=24)
+    given = inputs | {"text_endpoint": torch.randn(3, 7, 24)}
+    output = fresh(**arguments(given)).text
+    assert torch.equal(output, run(fresh, inputs).text)
+    output.square().mean().backward()
+    assert fresh.text_endpoint_proj.weight.grad.abs().sum() > 0
+    torch.nn.init.normal_(fresh.text_endpoint_proj.weight)
+    assert (run(fresh, given).text - output).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=r"text\.endpoint is torch\.float32 \[3, 7, 5\]"):
+        run(fresh, given | {"text_endpoint": torch.randn(3, 7, 5)})
+    without = ArchitectureOptions("embedding", embedding=EmbeddingFlowOptions(self_conditioning=False))
+    assert UniViGUTransformer3DModel.from_wan(wan, VOCAB, without).text_endpoint_proj is None
+    assert not any("endpoint" in name for name in tiny.make_unified(wan, VOCAB).state_dict())
 
 
 def test_joint_forward_agrees_for_other_sizes() -> None:
@@ -556,7 +575,7 @@ def test_loading_wrong_folders(tmp_path: Path, wan: WanTransformer3DModel) -> No
 def test_a_wan_with_a_foreign_part_is_refused() -> None:
     changed = tiny.make_wan()
     changed.extra = torch.nn.Linear(1, 1)
-    with pytest.raises(ValueError, match=r"unexpected keys \['extra\.weight'"):
+    with pytest.raises(ValueError, match=r"unexpected keys \['extra\.bias', 'extra\.weight'\]"):
         UniViGUTransformer3DModel.from_wan(changed, VOCAB)
 
 

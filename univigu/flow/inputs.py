@@ -23,5 +23,7 @@ class TextInputs(NamedTuple):
     """bool [B, L]; False hides a text token from every query. None shows all."""
     positions: torch.Tensor | None = None
     """Positions of the tokens in the text, int64 [B, L] from 0; None is 0 to L-1."""
+    endpoint: torch.Tensor | None = None
+    """The previous step's prediction of the data [B, L, D], for the ``embedding`` flow's self-conditioning."""
     reader: TextReader | None = None
     """Replaces the text output by a function of the head's hidden states, see :class:`univigu.models.text.TextHead`."""

@@ -8,15 +8,16 @@ generate    video at time t_v, no text stream              -> video loss
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 
 import torch
 
 from univigu.flow.inputs import TextInputs
-from univigu.flow.random import rand, randn
+from univigu.flow.random import make_generator, rand, randn
 from univigu.flow.text import CorruptedText, TextFlow
-from univigu.flow.text_loss import TextLoss
-from univigu.flow.time import TextTimeSampling, VideoTimeSampling, to_timestep
+from univigu.flow.text_loss import PerToken
+from univigu.flow.time import TextTimeSampling, VideoTimeSampling, expand_time, to_timestep
 from univigu.flow.video import flow_matching_loss, interpolate
 
 
@@ -172,8 +173,19 @@ class NoisyTexts:
             part.x_t,
             to_timestep(self.t[rows]),
             positions=None if positions is None else positions[rows],
-            reader=TextLoss(self.flow, part, self.t[rows], kind, max_logits),
+            reader=PerToken(partial(self.flow.loss, kind=kind), part, self.t[rows], max_logits),
         )
+
+    @torch.no_grad()
+    def self_conditioned(self, model: torch.nn.Module, video: tuple[torch.Tensor, ...], text: TextInputs) -> TextInputs:
+        """The same inputs with the model's own prediction of the data, as in sampling after the first step."""
+
+        def endpoint(logits: torch.Tensor, corrupted: CorruptedText, t: torch.Tensor) -> torch.Tensor:
+            return self.flow.endpoint(logits, corrupted.x_t, expand_time(t, corrupted.x_t))  # type: ignore[attr-defined]
+
+        assert isinstance(text.reader, PerToken)
+        first = text._replace(reader=replace(text.reader, function=endpoint))
+        return text._replace(endpoint=model(*video, first).text)
 
 
 class UniFlowObjective:
@@ -197,6 +209,7 @@ class UniFlowObjective:
         text_loss: str = "cross_entropy",
         generator: torch.Generator | None = None,
         text_share: float = 1.0,
+        step: int | None = None,
     ) -> UniFlowLosses:
         """Add noise to the batch, run the model and compute the losses.
 
@@ -208,6 +221,8 @@ class UniFlowObjective:
             text_loss: "cross_entropy" or "generalized_kl" (discrete flows).
             generator: source of all randomness.
             text_share: share of the text's positions that the model is given, see :func:`sample_positions`.
+            step: number of the training step, the same in all processes; in a random half of the steps a
+                self-conditioned text flow takes a second forward pass. None takes none.
         """
         joint, understand, generate = counts
         size, device = batch.latents.shape[0], batch.latents.device
@@ -226,6 +241,8 @@ class UniFlowObjective:
         noisy = interpolate(noise, batch.latents, t_video)
         texts = self._corrupt(model, batch, joint + understand, text_share, generator)
 
+        twice = step is not None and bool(torch.rand((), generator=make_generator("cpu", step)) < 0.5)
+
         # 3. A forward pass for each task, so that none goes backward through the clean video of a frozen generator
         empty = batch.latents.new_zeros(0)
         video, times, text, start = [empty], [empty], [empty], 0
@@ -237,7 +254,10 @@ class UniFlowObjective:
             if texts is None or task == "generate":
                 output = model(*inputs)
             else:
-                output = model(*inputs, texts.inputs(rows, text_loss, self.options.max_logits))
+                shown = texts.inputs(rows, text_loss, self.options.max_logits)
+                if texts.flow.self_conditioning and twice:
+                    shown = texts.self_conditioned(model, inputs, shown)
+                output = model(*inputs, shown)
                 text.append(output.text.mean(dim=1))
             if task != "understand":
                 video.append(flow_matching_loss(output.sample, noise[rows], batch.latents[rows]))
@@ -253,7 +273,7 @@ class UniFlowObjective:
         if batch.text_ids is None:
             raise ValueError("text_ids=None: tasks joint and understand need target tokens")
         flow, tokens, positions = self.text_flow.bind(model), batch.text_ids[:count], None
-        t = self.options.text_times.sample(count, tokens.device, generator)
+        t = flow.warp(self.options.text_times.sample(count, tokens.device, generator))
         if share < 1:
             positions = sample_positions(count, tokens.shape[1], share, tokens.device, generator)
             tokens = tokens.gather(1, positions)

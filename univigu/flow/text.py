@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,11 @@ from univigu.flow.discrete import (
     sample_categorical,
 )
 from univigu.flow.random import Generators, rand, randint, randn
-from univigu.flow.time import check_step, expand_time
+from univigu.flow.time import check_positive, check_step, expand_time
 from univigu.flow.video import interpolate
 
 Order = Literal["random", "confidence"]
+Time = TypeVar("Time", float, torch.Tensor)
 
 
 class CorruptedText(NamedTuple):
@@ -64,8 +65,17 @@ class TextFlow(ABC):
             raise ValueError(f"top_p: must be over 0 and at most 1, got {self.top_p}")
 
     def bind(self, model: Any) -> Self:
-        """This flow with what it needs of a transformer's weights; call it before the methods below."""
+        """This flow with what it needs of a transformer; call it before the methods below."""
         return self
+
+    @property
+    def self_conditioning(self) -> bool:
+        """Whether the network is given :meth:`EmbeddingFlow.endpoint` of its previous output."""
+        return False
+
+    def warp(self, u: Time) -> Time:
+        """Flow times of even times u in [0, 1], for training and sampling."""
+        return u
 
     @abstractmethod
     def corrupt(self, tokens: torch.Tensor, t: torch.Tensor, generator: Generators = None) -> CorruptedText:
@@ -108,6 +118,24 @@ class TextFlow(ABC):
 
 
 @dataclass(frozen=True)
+class EmbeddingFlowOptions:
+    """Parts of the embedding flow, each of which can be switched off to measure it."""
+
+    input_scale: float = 0.1
+    """Factor of z_t where it enters the network; 0.1 gives it the size of the position embeddings. 1 is off."""
+    time_power: float = 3.0
+    """Times are ``u ** time_power`` of an even u, in training and sampling. 1 is off."""
+    self_conditioning: bool = True
+    """Whether the network is given its previous prediction of the data (Chen et al., 2022, arXiv:2208.04202)."""
+    skip: bool = True
+    """Whether the evidence of z_t about its own token is added to the logits, see :meth:`EmbeddingFlow.logits`."""
+
+    def __post_init__(self) -> None:
+        check_positive("embedding.input_scale", self.input_scale)
+        check_positive("embedding.time_power", self.time_power)
+
+
+@dataclass(frozen=True)
 class EmbeddingFlow(TextFlow):
     r"""Continuous flow matching on rows of a learned matrix E, on the straight path to z_1 = E[y].
 
@@ -120,12 +148,22 @@ class EmbeddingFlow(TextFlow):
     """
 
     name: ClassVar[str] = "embedding"
+    options: EmbeddingFlowOptions = EmbeddingFlowOptions()
     table: torch.Tensor | None = None
     """E, float32 [V, D]; :meth:`bind` sets it."""
 
     def bind(self, model: Any) -> Self:
-        """With the model's token table."""
-        return replace(self, table=model.token_table())
+        """With the model's token table and options."""
+        options = EmbeddingFlowOptions(**(model.config.embedding or {}))
+        return replace(self, table=model.token_table(), options=options)
+
+    @property
+    def self_conditioning(self) -> bool:
+        return self.options.self_conditioning
+
+    def warp(self, u: Time) -> Time:
+        """``t = u ** time_power``. Sampling at even u then takes the quantiles of the training times."""
+        return u**self.options.time_power
 
     def corrupt(self, tokens: torch.Tensor, t: torch.Tensor, generator: Generators = None) -> CorruptedText:
         """z_t = (1 - t) z_0 + t E[tokens], float32 [B, L, D]; differentiable in E."""
@@ -138,8 +176,7 @@ class EmbeddingFlow(TextFlow):
         """Cross-entropy; a ValueError for another kind."""
         if kind != "cross_entropy":
             raise ValueError(f"kind: the embedding flow has 'cross_entropy' only, got {kind!r}")
-        self._check_logits(logits, corrupted.x_t)
-        return cross_entropy(logits, corrupted.tokens)
+        return cross_entropy(self.logits(logits, corrupted.x_t, expand_time(t, corrupted.x_t)), corrupted.tokens)
 
     def initial(
         self, batch: int, length: int, generator: Generators = None, device: torch.device | str | None = None
@@ -152,14 +189,31 @@ class EmbeddingFlow(TextFlow):
     ) -> torch.Tensor:
         """The Euler step ``z_t + (t_next - t) u``; the last one takes the likeliest token's row. Draws nothing."""
         check_step(t, t_next)
-        self._check_logits(logits, x_t)
         if t_next == 1.0:
-            return F.embedding(logits.argmax(dim=-1), self._table)
-        return x_t + (t_next - t) / (1.0 - t) * (self.endpoint(logits) - x_t)
+            return F.embedding(self.logits(logits, x_t, t).argmax(dim=-1), self._table)
+        return x_t + (t_next - t) / (1.0 - t) * (self.endpoint(logits, x_t, t) - x_t)
 
-    def endpoint(self, logits: torch.Tensor) -> torch.Tensor:
-        """The posterior mean of the data, float32 [B, L, D]; temperature and nucleus change the posterior."""
-        p = torch.softmax(logits.float() / (self.temperature or 1.0), dim=-1)
+    def logits(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
+        r"""The posterior's logits, float32 [B, L, V].
+
+        With ``skip`` the network's output is the logarithm of p(x_1) given everything but the token's own z_t, whose
+        likelihood is known: z_t is normal around t E_k with deviation 1 - t, and all rows have the same norm, so
+
+        .. math:: \ln p(k | z_t) = \text{output}_k + \frac{t}{(1-t)^2} z_t \cdot E_k + \text{const}
+        """
+        self._check_logits(output, x_t)
+        if not self.options.skip:
+            return output.float()
+        return output.float() + _product(t / (1.0 - t) ** 2 * x_t.float(), self._table)
+
+    def endpoint(self, logits: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
+        """The posterior mean of the data, float32 [B, L, D]; temperature and nucleus change the posterior.
+
+        Args:
+            logits: the network's output [B, L, V].
+            t: flow times [B, 1, 1], or one for all; below 1.
+        """
+        p = torch.softmax(self.logits(logits, x_t, t) / (self.temperature or 1.0), dim=-1)
         if self.top_p < 1.0:
             kept, order = nucleus(p, self.top_p)
             p = torch.zeros_like(p).scatter(-1, order, kept / kept.sum(dim=-1, keepdim=True))

@@ -1,25 +1,31 @@
-"""Weights in the forms that others write: the official preview's files and Wan's original ones.
+"""Weights in others' formats: the official preview's files and Wan's original ones.
 
-An official file is ``{"model": state dict, "step": n}``.  Its keys are ours but for a few names and the prefixes that
-wrappers leave; nothing else may differ, and what does is named.
+An official file is ``{"model": state dict, "step": n}``. Its keys are ours except for a few names and the prefixes of
+wrappers; any other difference is an error that names it.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-from safetensors.torch import load_file
 
 from univigu.models.conventions import OFFICIAL, Conventions
 from univigu.models.transformer import UniViGUTransformer3DModel
-from univigu.models.weights import CheckpointError, empty_model, known_options, transformer_folder
+from univigu.models.weights import (
+    CheckpointError,
+    empty_model,
+    known_options,
+    load_strictly,
+    read_weights,
+    transformer_folder,
+)
 
 ROTARY_KEY = "rotary_emb_text.inv_freq"  # a buffer that the official files store
 WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.")
@@ -31,10 +37,10 @@ RENAMED = (
     ("scale_shift_table_v", "scale_shift_table"),
     ("video_head.proj_out.", "proj_out."),
 )
-WAN_HEAD_DIM = 128  # of every Wan model; the weights do not tell
+WAN_HEAD_DIM = 128  # of every Wan model; it cannot be read off the weights
 ARCHITECTURE = {"separate_text_ffn": True, "text_attention": "shared", "text_positions": 0}
 CONDITIONS = {"clean_video_reads_text": True, "clean_video_timestep": 0, "text_length": 256} | vars(OFFICIAL)
-"""What the official model was trained under: no weight tells, so that a file of weights alone loses it."""
+"""Training conditions of the official model, which a file of weights does not record."""
 
 
 def official_name(name: str) -> str:
@@ -56,31 +62,32 @@ def import_official(
     Args:
         path: its file.
         wan_transformer: the Wan transformer it extends, for the sizes: a folder (its config.json is enough) or a model.
-        text_flow: "uniform", the official source of text, or "mask", which the file must hold one more embedding for.
-        conventions: how its inputs are made, kept in the model's configuration and honoured wherever it is used.
+        text_flow: "uniform", the official source of text, or "mask", which needs one more embedding in the file.
+        conventions: of the model's inputs; kept in its configuration and used wherever it is used.
 
     Returns:
-        the model, in the types the file holds.
+        the model, in the types of the file.
 
     Raises:
-        CheckpointError: not such a file; keys that are missing, not understood or of another shape, all named.
+        CheckpointError: not such a file; keys that are missing, unexpected or of another shape, all named.
         FileNotFoundError: no transformer folder.
     """
-    state = strip_wrappers(path, _read_model(path))
+    state = read_weights(path).get("model")
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: not a checkpoint of the official preview (it holds no 'model' state dict)")
+    state = strip_wrappers(path, state)
     state.pop(ROTARY_KEY, None)
     head = state.get("text_head.linear.weight", state.get("vocab_embed.weight"))
     if head is None:
         raise CheckpointError(f"{path}: missing keys ['text_head.linear.weight', 'vocab_embed.weight']")
     config = _wan_config(wan_transformer) | {"vocab_size": head.shape[0], "text_flow": text_flow} | vars(conventions)
     model = empty_model(UniViGUTransformer3DModel, config)
-    names = {official_name(name): name for name in model.state_dict()}
-    check_keys(path, state, {theirs: model.get_parameter(ours).shape for theirs, ours in names.items()})
-    model.load_state_dict({names[key]: value for key, value in state.items()}, assign=True)
+    load_strictly(model, state, path, {name: official_name(name) for name in model.state_dict()}, assign=True)
     return model.requires_grad_(True).eval()
 
 
 def official_differences(model: UniViGUTransformer3DModel) -> dict[str, tuple[Any, Any]]:
-    """Options of how a model was trained that are not the official ones: name -> (the model's value, the official)."""
+    """Training conditions that differ from the official ones: name -> (the model's value, the official one)."""
     return _differing(model, CONDITIONS)
 
 
@@ -92,21 +99,20 @@ def check_exportable(model: UniViGUTransformer3DModel, accept_differences: bool 
     """Refuse a model that the official code, or :func:`import_official`, would not run as it was trained.
 
     Args:
-        model: what is to be exported.
-        accept_differences: let pass what no weight depends on, see :func:`official_differences`.
+        accept_differences: accept other training conditions, see :func:`official_differences`.
 
     Raises:
         CheckpointError: names each option with its value and the official one.
     """
     if found := _differing(model, ARCHITECTURE):
-        raise CheckpointError(f"the official model is another: {_listed(found)}")
+        raise CheckpointError(f"not the official architecture: {_listed(found)}")
     if model.config.text_flow == "embedding":
-        raise CheckpointError("text_flow='embedding': the official model's head gives logits")
+        raise CheckpointError("text_flow='embedding': the official model has a discrete text flow")
     differences = official_differences(model)
     if differences and not accept_differences:
         raise CheckpointError(
-            f"trained otherwise than the official model, and a file of weights does not tell: {_listed(differences)}; "
-            "to export it all the same, --accept-differences (accept_differences=True)"
+            f"trained under other conditions than the official model, which the file would not record: "
+            f"{_listed(differences)}; to export it anyway, --accept-differences (accept_differences=True)"
         )
 
 
@@ -122,12 +128,11 @@ def export_official(
     Args:
         model: a model of the official architecture.
         path: the file to write.
-        step: number to store beside the weights.
-        accept_differences: write a model, too, that was trained under other conditions than the official one; whoever
-            reads the file has to know them (:func:`official_differences`).
+        step: number to store with the weights.
+        accept_differences: see :func:`check_exportable`.
 
     Raises:
-        CheckpointError: the model has, or lacks, what the official one does not; each option is named.
+        CheckpointError: another architecture or other training conditions; each option is named.
     """
     check_exportable(model, accept_differences)
     state = {official_name(name): value.detach().cpu() for name, value in model.state_dict().items()}
@@ -147,33 +152,16 @@ def import_wan(path: str | Path, wan_transformer: str | Path | None = None) -> W
         wan_transformer: folder whose config.json gives the sizes; None reads them off the weights.
 
     Raises:
-        CheckpointError: unreadable, or keys that are missing, not understood or of another shape, named.
+        CheckpointError: unreadable, or keys that are missing, unexpected or of another shape, all named.
     """
-    state = dict(convert_wan_transformer_to_diffusers(_read_plain(path)))
+    state = dict(convert_wan_transformer_to_diffusers(read_weights(path)))
     missing = [key for key in ("patch_embedding.weight", "proj_out.weight") if key not in state]
     if missing:
         raise CheckpointError(f"{path}: not a Wan transformer: missing keys {missing}")
     config = _wan_config(wan_transformer) if wan_transformer is not None else _infer_config(path, state)
     wan = empty_model(WanTransformer3DModel, config)
-    check_keys(path, state, {name: value.shape for name, value in wan.state_dict().items()})
-    wan.load_state_dict(state, assign=True)
+    load_strictly(wan, state, path, assign=True)
     return wan.eval()
-
-
-def check_keys(path: str | Path, state: Mapping[str, torch.Tensor], expected: Mapping[str, Iterable[int]]) -> None:
-    """Raise CheckpointError unless a state dict has exactly the expected keys with the expected shapes."""
-    problems = {
-        "missing keys": sorted(expected.keys() - state.keys()),
-        "unexpected keys": sorted(state.keys() - expected.keys()),
-        "wrong shapes (file, model)": {
-            key: (list(state[key].shape), list(shape))
-            for key, shape in expected.items()
-            if key in state and list(state[key].shape) != list(shape)
-        },
-    }
-    found = ", ".join(f"{what} {which}" for what, which in problems.items() if which)
-    if found:
-        raise CheckpointError(f"{path}: weights do not fit: {found}")
 
 
 def strip_wrappers(path: str | Path, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -186,37 +174,6 @@ def strip_wrappers(path: str | Path, state: Mapping[str, torch.Tensor]) -> dict[
             raise CheckpointError(f"{path}: key {key!r} is there twice, with and without a wrapper's prefix")
         stripped[key] = value
     return stripped
-
-
-def _read_plain(path: str | Path) -> dict[str, torch.Tensor]:
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        if path.is_dir():
-            files = sorted(path.glob("*.safetensors"))
-            if not files:
-                raise CheckpointError(f"{path}: no .safetensors file in this folder")
-            return {key: value for file in files for key, value in load_file(file).items()}
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except Exception as error:  # many kinds, from pickle, zip and safetensors alike
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a dict, found {type(content).__name__}")
-    return content
-
-
-def _read_model(path: str | Path) -> dict[str, torch.Tensor]:
-    content = _read_plain(path)
-    model = content.get("model")
-    if not isinstance(model, dict) or not all(isinstance(value, torch.Tensor) for value in model.values()):
-        raise CheckpointError(f"{path}: not a checkpoint of the official preview (it holds no 'model' state dict)")
-    return model
 
 
 def _wan_config(wan: str | Path | WanTransformer3DModel) -> dict[str, Any]:
@@ -241,7 +198,7 @@ def _infer_config(path: str | Path, state: Mapping[str, torch.Tensor]) -> dict[s
             raise CheckpointError(f"{path}: not a Wan transformer: missing keys {[key]}")
         sizes[name] = state[key].shape[axis]
     if width % WAN_HEAD_DIM:
-        raise CheckpointError(f"{path}: width {width} is no multiple of Wan's head size {WAN_HEAD_DIM}; name a config")
+        raise CheckpointError(f"{path}: width {width} is no multiple of Wan's head size {WAN_HEAD_DIM}; give a config")
     return sizes | {
         "patch_size": patch_size,
         "num_attention_heads": width // WAN_HEAD_DIM,

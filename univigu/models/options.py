@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from univigu.flow.text import EmbeddingFlowOptions
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
 
 TextFlowName = Literal["embedding", "uniform", "mask"]
@@ -38,6 +39,8 @@ class ArchitectureOptions:
     that captioning computes them once."""
     clean_video_timestep: float = 0.0
     """Conditioning timestep for clean video beside text, in [0, 1000)."""
+    embedding: EmbeddingFlowOptions = field(default_factory=EmbeddingFlowOptions)
+    """Parts of the embedding flow; unused by the others."""
 
     def __post_init__(self) -> None:
         for name, choices in (("text_flow", get_args(TextFlowName)), ("text_attention", get_args(TextAttention))):

@@ -106,6 +106,7 @@ def check_text(
         ("text.timestep", text.timestep, None, [batch]),
         ("text.mask", text.mask, torch.bool, [batch, length]),
         ("text.positions", text.positions, torch.int64, [batch, length]),
+        ("text.endpoint", text.endpoint, None, list(text.tokens.shape)),
     ):
         if value is not None and (list(value.shape) != shape or dtype not in (None, value.dtype)):
             raise ValueError(f"{name} is {value.dtype} {list(value.shape)}: expected {dtype or 'float'} {shape}")

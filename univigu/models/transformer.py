@@ -25,6 +25,7 @@ from einops import rearrange
 from torch import nn
 
 from univigu.flow.inputs import TextInputs, TextReader
+from univigu.flow.text import EmbeddingFlowOptions
 from univigu.models.attention import VideoOnly
 from univigu.models.block import TextStream, UniViGUTransformerBlock, modulate
 from univigu.models.cache import AttentionCache
@@ -32,12 +33,13 @@ from univigu.models.conventions import Conventions, NullCondition, PromptPadding
 from univigu.models.internals import checkpointed
 from univigu.models.options import ArchitectureOptions, TextAttention, TextFlowName, check_replaced
 from univigu.models.text import TextHead, TextTimeEmbedding, check_text, text_rotary_table
-from univigu.models.weights import cast_like, check_complete, embedding_rows, transformer_folder
+from univigu.models.weights import cast_like, check_complete, embedding_rows, load_strictly, transformer_folder
 
 TEXT_KEYS = (
     "time_embedding_t.",
     "vocab_embed.",
     "text_position_embed.",
+    "text_endpoint_proj.",
     "text_head.",
     "scale_shift_table_t",
     ".ffn_t.",
@@ -68,7 +70,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
     Args (besides :class:`~diffusers.WanTransformer3DModel`'s):
         vocab_size: number of tokens V of the text tokenizer, at least 1. The ``mask`` flow has one more embedding,
             id V, for the mask state.
-        text_flow to clean_video_timestep: see :class:`univigu.models.options.ArchitectureOptions`.
+        text_flow to embedding: see :class:`univigu.models.options.ArchitectureOptions`.
         text_length: number of text tokens of the last training stage; sampling uses it.
         latents_normalized, null_condition, prompt_padding: see :class:`univigu.models.conventions.Conventions`.
     """
@@ -114,6 +116,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         separate_text_ffn: bool = True,
         clean_video_reads_text: bool = True,
         clean_video_timestep: float = 0.0,
+        embedding: dict[str, Any] | None = None,
         text_length: int = 256,
         latents_normalized: bool = True,
         null_condition: NullCondition = "encoded",
@@ -170,6 +173,15 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         self.time_embedding_t = TextTimeEmbedding(freq_dim, dim)
         self.scale_shift_table_t = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.text_head = TextHead(dim, vocab_size)
+        self.text_endpoint_proj: nn.Linear | None = None
+        if text_flow == "embedding" and self.embedding_options.self_conditioning:
+            self.text_endpoint_proj = nn.Linear(dim, dim, bias=False)
+            nn.init.zeros_(self.text_endpoint_proj.weight)
+
+    @property
+    def embedding_options(self) -> EmbeddingFlowOptions:
+        """Of the embedding flow."""
+        return EmbeddingFlowOptions(**(self.config.embedding or {}))
 
     # ------------------------------------------------------------------ forward
 
@@ -292,7 +304,13 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         self, text: TextInputs, video_tokens: int, dtype: torch.dtype, time_dtype: torch.dtype
     ) -> tuple[TextStream, torch.Tensor]:
         """The text stream before the first block, and the text's time embedding [B, D]."""
-        states = self.vocab_embed(text.tokens) if text.tokens.ndim == 2 else text.tokens
+        if text.tokens.ndim == 2:
+            states = self.vocab_embed(text.tokens)
+        else:
+            states = self.embedding_options.input_scale * text.tokens
+            if text.endpoint is not None:
+                assert self.text_endpoint_proj is not None
+                states = states + self.text_endpoint_proj(text.endpoint.to(dtype))
         positions, rotary, key_mask = text.positions, None, None
         if positions is None:
             positions = torch.arange(states.shape[1], device=states.device)
@@ -355,10 +373,8 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         config = {name: value for name, value in wan.config.items() if not name.startswith("_")}
         model = cls(**(config | asdict(options or ArchitectureOptions()) | {"vocab_size": vocab_size}))
         cast_like(model, wan)
-        missing, unexpected = model.load_state_dict(wan.state_dict(), strict=False)
-        missing = [key for key in missing if not is_text_parameter(key)]
-        if missing or unexpected:
-            raise ValueError(f"not a Wan transformer: missing keys {missing}, unexpected keys {unexpected}")
+        names = {name: name for name in model.state_dict() if not is_text_parameter(name)}
+        load_strictly(model, wan.state_dict(), "wan", names)
         model.copy_text_stream_from_video()
         return model
 

@@ -18,7 +18,7 @@ import torch
 
 from univigu.flow.inputs import TextInputs
 from univigu.flow.random import Generators, randn
-from univigu.flow.text import TextFlow
+from univigu.flow.text import EmbeddingFlow, TextFlow
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
 from univigu.flow.video import interpolate
 from univigu.models.cache import AttentionCache
@@ -91,13 +91,19 @@ class TextRun:
     """Flow times from 0 to 1, one more than there are steps."""
     generator: Generators
 
+    endpoint: torch.Tensor | None = None
+    """The last step's prediction of the data, for a flow with self-conditioning."""
+
     def inputs(self, i: int) -> TextInputs:
         """The transformer's inputs at step i."""
-        return TextInputs(self.state, _timestep(self.times[i], self.state))
+        return TextInputs(self.state, _timestep(self.times[i], self.state), endpoint=self.endpoint)
 
     def advance(self, i: int, logits: torch.Tensor) -> None:
         """Take step i, given the logits of its inputs."""
-        self.state = self.flow.step(self.state, logits, self.times[i], self.times[i + 1], self.generator)
+        t, t_next = self.times[i], self.times[i + 1]
+        if isinstance(self.flow, EmbeddingFlow) and self.flow.self_conditioning:
+            self.endpoint = self.flow.endpoint(logits, self.state, t)
+        self.state = self.flow.step(self.state, logits, t, t_next, self.generator)
 
     def tokens(self) -> torch.Tensor:
         """The finished text, int64 [B, L]."""
@@ -324,9 +330,8 @@ class Sampler:
     def _start_text(self, like: torch.Tensor, length: int, num_steps: int, generator: Generators) -> TextRun:
         """Text from noise for as many samples as ``like`` has."""
         flow = self.text_flow.bind(self.model)
-        return TextRun(
-            flow, flow.initial(like.shape[0], length, generator, like.device), uniform_times(num_steps), generator
-        )
+        state = flow.initial(like.shape[0], length, generator, like.device)
+        return TextRun(flow, state, [flow.warp(t) for t in uniform_times(num_steps)], generator)
 
     def _solver(self, start: float = 0.0) -> VideoSolver:
         solver = self.scheduler if self.options.solver == "scheduler" else self.options.solver
