@@ -154,7 +154,7 @@ class EmbeddingFlow(TextFlow):
 
     def bind(self, model: Any) -> Self:
         """With the model's token table and options."""
-        options = EmbeddingFlowOptions(**(model.config.embedding or {}))
+        options = EmbeddingFlowOptions(**model.config.embedding)
         return replace(self, table=model.token_table(), options=options)
 
     @property

@@ -46,6 +46,7 @@ TEXT_KEYS = (
     ".attn1_t.",
 )
 """Parts of the names of weights that a Wan checkpoint does not have."""
+EMBEDDING_DEFAULTS = asdict(EmbeddingFlowOptions())
 
 
 def is_text_parameter(name: str) -> bool:
@@ -116,7 +117,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         separate_text_ffn: bool = True,
         clean_video_reads_text: bool = True,
         clean_video_timestep: float = 0.0,
-        embedding: dict[str, Any] | None = None,
+        embedding: dict[str, Any] = EMBEDDING_DEFAULTS,
         text_length: int = 256,
         latents_normalized: bool = True,
         null_condition: NullCondition = "encoded",
@@ -181,7 +182,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
     @property
     def embedding_options(self) -> EmbeddingFlowOptions:
         """Of the embedding flow."""
-        return EmbeddingFlowOptions(**(self.config.embedding or {}))
+        return EmbeddingFlowOptions(**self.config.embedding)
 
     # ------------------------------------------------------------------ forward
 

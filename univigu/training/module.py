@@ -217,6 +217,7 @@ class UniViGU(EvaluatedModule):
             dropout=stage.condition_dropout,
             generator=self._generator(step),
             text_share=self.text_share,
+            step=step,
         )
         loss = losses.total(1.0, 1.0, size)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
