@@ -293,7 +293,7 @@ def imported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_honours_the_conventions(folder: Path, imported: Path) -> None:
     module = UniViGU(str(folder), init_from=str(imported))
     module.configure_model()
-    assert module.conventions == OFFICIAL
+    assert module.tasks.conventions == OFFICIAL
     foundation = module.foundation
     ids = tokenize(foundation.tokenizer, ["a red circle"], 8)
     batch = {"key": ["0"], "latents": torch.randn(1, tiny.CHANNELS, 2, 4, 4), "prompt_ids": ids}
@@ -304,11 +304,11 @@ def test_training_honours_the_conventions(folder: Path, imported: Path) -> None:
     clean = encode_prompt(foundation.text_encoder, ids, foundation.pad_token_id)
     end = int((ids != foundation.pad_token_id).sum())
     assert torch.equal(inputs.prompt_embeds[:, :end], clean[:, :end]) and not clean[:, end:].any()
-    assert not module.encode_prompts(["a"], 8)[1].any()
+    assert not module.tasks.encode_prompts(["a"], 8)[1].any()
 
     plain = UniViGU(str(folder))
     inputs = plain.prepare(batch)
-    assert plain.conventions == Conventions() and torch.equal(inputs.latents, batch["latents"])
+    assert plain.tasks.conventions == Conventions() and torch.equal(inputs.latents, batch["latents"])
     assert inputs.null_embeds.any() and not inputs.prompt_embeds[:, -1].any()
 
 
@@ -319,7 +319,7 @@ def test_frames_go_through_the_same_latents(folder: Path, imported: Path) -> Non
     frames = torch.randint(256, (1, 5, 3, 32, 32), dtype=torch.uint8)
     raw, normalized = theirs.encode_frames(frames), ours.encode_frames(frames)
     torch.testing.assert_close(raw, denormalize_latents(normalized, ours.foundation.vae))
-    decoded = [m.conventions.decode(m.foundation.vae, z) for m, z in ((theirs, raw), (ours, normalized))]
+    decoded = [m.tasks.conventions.decode(m.foundation.vae, z) for m, z in ((theirs, raw), (ours, normalized))]
     torch.testing.assert_close(*decoded, rtol=1e-4, atol=1e-4)
 
 
