@@ -63,9 +63,9 @@ def run(o: argparse.Namespace) -> None:
         sampling = SamplingOptions(caption_steps=o.caption_steps, text_order=o.text_order, temperature=o.temperature)
         options = read_options(CaptionerOptions, o, sampling=sampling)
         if o.command == "dream1k":
-            rows = export_dream1k(o.output, o.model, o.videos, o.annotations, options, **common)
+            rows = export_dream1k(o.output, o.model, o.videos, o.annotations, options=options, **common)
         else:
-            rows = export_vdc(o.output, o.model, o.videos, o.category, o.annotations, o.task, options, **common)
+            rows = export_vdc(o.output, o.model, o.videos, o.category, o.annotations, o.task, options=options, **common)
     if rows is None:
         print(f"{o.output}: this process is done, others are not")
         return

@@ -20,8 +20,8 @@ from univigu.cli import exit_code
 from univigu.data.filters import LengthFilter
 from univigu.data.options import add_options, add_share, read_options
 from univigu.data.processes import Share, this_device
-from univigu.data.synthesis.captioners import CaptionOptions, make_captioner
-from univigu.data.synthesis.run import synthesize
+from univigu.data.synthesis.captioners import CaptionModel, CaptionOptions
+from univigu.data.synthesis.run import Captioner, synthesize
 from univigu.data.synthesis.sources import PromptSource, ShapesSource, Source, VideoOptions
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 
@@ -47,7 +47,10 @@ def parser() -> argparse.ArgumentParser:
 def run(o: argparse.Namespace) -> None:
     share, device = Share.from_environment(o.rank, o.world_size), o.device or this_device()
     video, lengths = read_options(VideoOptions, o), read_options(LengthFilter, o)
-    captioner = make_captioner(o.captioner, read_options(CaptionOptions, o), lengths, video.fps, device)
+    captions = read_options(CaptionOptions, o)
+    captioner: Captioner = (
+        o.captioner if o.captioner in ("none", "template") else CaptionModel(o.captioner, captions, lengths, device)
+    )
     if o.source == "prompts" and o.prompts is None:
         raise ValueError("--prompts: expected a file of prompts (or --source shapes)")
     source: Source = (

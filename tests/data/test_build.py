@@ -62,7 +62,7 @@ def build(folder: Path, jobs: dict[str, int], share: Share = ONLY, **parameters:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.suffix != ".lock"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_shards_do_not_depend_on_processes_and_interruptions(tmp_path: Path) -> None:
@@ -81,7 +81,6 @@ def test_shards_do_not_depend_on_processes_and_interruptions(tmp_path: Path) -> 
     assert build(tmp_path / "killed", jobs).complete
     assert (tmp_path / "killed" / "0.tar").stat().st_mtime_ns == before
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "killed")
-    assert not (tmp_path / "killed" / ".parts").exists()
 
 
 def test_shards_of_something_else_are_refused(tmp_path: Path) -> None:
@@ -126,11 +125,7 @@ def test_jobs_are_done_once_and_failed_ones_again(tmp_path: Path) -> None:
     def run(share: Share = ONLY, **parameters: Any) -> list[Record] | None:
         return run_jobs(tmp_path, parameters, 4, make, lambda rows: {"all.txt": str(len(rows))}, 2, share)
 
-    for use in ("0-99", "11-99"):  # left by killed processes
-        (tmp_path / ".parts").mkdir(exist_ok=True)
-        (tmp_path / ".parts" / f"{use}.tmp").write_text("half")
     assert run(Share(0, 2)) is None and calls == [0, 2]
-    assert [path.name for path in (tmp_path / ".parts").glob("*.tmp")] == ["11-99.tmp"]  # may be in use
     killed = True
     with pytest.raises(RuntimeError, match="killed"):
         run(Share(1, 2))

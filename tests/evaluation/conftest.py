@@ -55,7 +55,7 @@ def evaluate_second(
             second.start()
             while second.is_alive() and "waiting" not in caplog.text:
                 time.sleep(0.01)
-            assert [path.name for path in output.iterdir() if path.suffix != ".lock"] == [] == ended
+            assert [path.name for path in output.iterdir() if path.name != ".parts"] == [] == ended
         second.join()
         assert ended == [0]
 

@@ -207,7 +207,7 @@ def test_mistakes_are_told_in_a_line(
 def test_a_mark_of_byte_order_is_no_part_of_a_list(name: str, tmp_path: Path) -> None:
     content = {"list.jsonl": '{"vid": "1"}', "list.json": '[{"vid": "1"}]', "list.tsv": "vid\tq\n1\tx\n"}[name]
     (tmp_path / name).write_text(content, encoding="utf-8-sig")
-    assert read_listing(str(tmp_path / name), ("vid", "video")).names == ["1"]
+    assert read_listing(str(tmp_path / name), ("vid", "video"))[1] == ["1"]
 
 
 def test_a_second_program_waits_for_the_first(

@@ -1,8 +1,8 @@
-"""Write a folder of shards in parallel, one shard a job; an interrupted run is completed by the next."""
+"""Write a folder of shards, one shard a job, in worker processes or this one; an interrupted run is continued."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.progress import Progress
 
-from univigu.data.parts import Parts, check_same_run, locked, read_records
-from univigu.data.processes import ONLY, Share, SpawnPool, progress_bar
+from univigu.data.parts import Parts, Record, Result, check_same_run, locked, run_jobs
+from univigu.data.processes import ONLY, Share, SpawnPool
 from univigu.data.sample import DataError
 from univigu.data.shards import MANIFEST, Manifest, ShardInfo
 
@@ -29,67 +29,59 @@ def build_folder(
     """Write the shards that are missing or damaged, and the manifest once all are complete.
 
     Args:
-        folder: created if need be.
-        manifest: kind and parameters of the result.
-        jobs: by the shard's file name, the argument of ``work``; the same in all processes.
-        work: writes one shard; a module-level function, if there is a pool.
-        pool: runs ``work`` in other processes; None runs it in this one.
-        description: text of the progress bar.
+        manifest: kind and parameters of the result; a folder of other parameters is a DataError.
+        jobs: the argument of ``work`` by the shard's file name, the same in all processes.
+        work: writes one shard; picklable if there is a pool.
         share: which part of the jobs is this process's.
         progress: a bar to use instead of a new one; ``work`` may add tasks to it.
 
     Returns:
         the manifest; complete unless other processes have shards left to write.
-
-    Raises:
-        DataError: the folder holds shards of other parameters, or shards without a manifest.
     """
-    if _update(folder, manifest, jobs):  # a complete folder may be read-only
-        return manifest
-    with locked(folder, f"{share.rank:05d}"), progress or progress_bar() as bar:
-        parts = Parts(folder, share)
-        with locked(folder):
-            if _update(folder, manifest, jobs):  # meanwhile, by another process
-                return manifest
-            manifest.save(folder)  # says that the folder is not complete
-        done = {shard.name for shard in manifest.shards}
-        numbers = {name: number for number, name in enumerate(sorted(jobs))}
-        names = share.of(sorted(jobs))
-        missing = [name for name in names if name not in done]
-        for path in (path for name in missing for path in folder.glob(f".{name}.*.tmp")):  # left by a killed process
-            path.unlink(missing_ok=True)
-        task = bar.add_task(description, total=len(names), completed=len(names) - len(missing))
-        for info in _results(work, pool, [(folder / name, jobs[name]) for name in missing]):
-            parts.add(numbers[info.name], asdict(info))
-            bar.advance(task)
-        with locked(folder):
-            if not _update(folder, manifest, jobs) and len(manifest.shards) == len(jobs):
-                manifest.complete = True
-                manifest.save(folder)
-                for path in folder.glob(f".{MANIFEST}.*.tmp"):
-                    path.unlink(missing_ok=True)
-            if manifest.complete:
-                parts.clear()
-    return manifest
-
-
-def _update(folder: Path, manifest: Manifest, jobs: Mapping[str, Any]) -> bool:
-    """List in the manifest the complete shards of the folder; whether it holds all of them and a complete manifest."""
-    # Tars, records, manifest: the order in which others replace one by the next.
-    shards, records = sorted(path.name for path in folder.glob("*.tar")), read_records(folder)
-    existing = Manifest.load(folder)
-    if existing is None:
-        if shards:
-            raise DataError(f"{folder}: holds shards of unknown origin ({shards[0]}, ...); choose another folder")
-        return False
+    names = sorted(jobs)
+    numbers = {name: number for number, name in enumerate(names)}
     parameters = {"kind": manifest.kind, **manifest.parameters}
-    check_same_run(folder, {"kind": existing.kind, **existing.parameters}, parameters)
-    existing.shards += [ShardInfo(**record) for record in records.values()]
-    wrong = set(existing.check_files(folder))
-    found = {info.name: info for info in existing.shards if info.name in jobs and info.name not in wrong}
-    manifest.shards = list(found.values())
-    manifest.complete = existing.complete and len(found) == len(jobs)
-    return manifest.complete
+
+    def existing() -> Manifest | None:
+        found = Manifest.load(folder)
+        if found is not None:
+            check_same_run(folder, {"kind": found.kind, **found.parameters}, parameters)
+        elif shard := next(folder.glob("*.tar"), None):
+            raise DataError(f"{folder}: holds shards of unknown origin ({shard.name}, ...); choose another folder")
+        return found if found is not None and found.complete else None
+
+    def make(todo: Sequence[int]) -> Iterator[Result]:
+        for path in (path for number in todo for path in folder.glob(f".{names[number]}.*.tmp")):
+            path.unlink(missing_ok=True)  # left by a killed process
+        calls = [(folder / names[number], jobs[names[number]]) for number in todo]
+        for info in _results(work, pool, calls):
+            yield numbers[info.name], asdict(info), {}
+
+    def merge(records: list[Record]) -> Mapping[str, str]:
+        manifest.shards = [ShardInfo(**record) for record in records]
+        manifest.complete = not manifest.check_files(folder)
+        manifest.save(folder)
+        for path in folder.glob(f".{MANIFEST}.*.tmp"):
+            path.unlink(missing_ok=True)
+        return {}
+
+    def is_done(record: Record) -> bool:
+        path = folder / record["name"]
+        return path.is_file() and path.stat().st_size == record["num_bytes"]
+
+    found = existing()
+    if found is not None and not found.check_files(folder):  # such a folder may be read-only
+        return found
+    parts = Parts(folder, share.rank)
+    with locked(folder):
+        found, records = existing(), parts.records()
+        for shard in found.shards if found is not None else ():
+            if numbers[shard.name] not in records:  # of a copy without the records
+                parts.add(numbers[shard.name], asdict(shard))
+        manifest.save(folder)  # says that the folder is not complete
+    run_jobs(folder, parameters, len(jobs), make, merge, max(1, len(jobs)), share, description, is_done, progress)
+    manifest.shards = [ShardInfo(**record) for record in parts.records().values()]
+    return manifest
 
 
 def _results(

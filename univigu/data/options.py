@@ -1,4 +1,4 @@
-"""Options of the commands: dataclasses whose fields become command-line options, and checks that they share."""
+"""Dataclasses of options whose fields become options of a command, and checks that they share."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ import docstring_parser
 import torch
 
 Options = TypeVar("Options")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_options(parser: Any, options: Any) -> None:
-    """Add ``--field-name`` for every field; default and help come from the dataclass.
-
-    Args:
-        parser: an argparse parser or group of one.
-        options: an instance with the defaults.
-    """
+    """Add ``--field-name`` to a parser or group for every field; default and help come from the dataclass instance."""
     parsed = [docstring_parser.parse_from_object(kind) for kind in reversed(type(options).__mro__[:-1])]
     descriptions = {item.arg_name: item.description or "" for doc in parsed for item in doc.params}
     for name, kind in get_type_hints(type(options)).items():
@@ -51,7 +47,7 @@ def check_least(options: Any, **least: float) -> None:
 
 def check_dtype(name: str, option: str = "dtype") -> torch.dtype:
     """The torch dtype of that name; raises ValueError for one that models do not run in."""
-    if name not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"{option}={name!r}: expected 'float32', 'bfloat16' or 'float16'")
+    if name not in DTYPES:
+        raise ValueError(f"{option}={name!r}: expected one of {DTYPES}")
     dtype: torch.dtype = getattr(torch, name)
     return dtype

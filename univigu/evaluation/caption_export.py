@@ -8,12 +8,11 @@ docs/EVALUATION.md has the commands.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,20 +20,21 @@ import torch
 
 from univigu.data.inputs import find_videos
 from univigu.data.options import check_dtype, check_least
-from univigu.data.parts import Record, run_jobs
+from univigu.data.parts import Record
 from univigu.data.processes import ONLY, Share
 from univigu.data.rows import split_lines, to_json, to_line
 from univigu.data.sample import DataError, is_video
-from univigu.data.synthesis.sources import load_pipeline, pipeline_class
+from univigu.data.synthesis.sources import pipeline_class
 from univigu.data.video import VideoError, read_video
-from univigu.models.fingerprint import folder_fingerprint
+from univigu.evaluation.exports import Pipeline, export_rows
 from univigu.sampling.options import SamplingOptions
 
 Category = Literal["short", "background", "main_object", "camera", "detailed"]
 FAILED = "<error>"
 """Caption of a clip that cannot be read, as in tarsier's own predictions."""
-Forms = Callable[[dict[str, str | None]], dict[str, str]]
-"""A benchmark's files by name, given the captions by video."""
+Captions = Mapping[str, str | None]
+"""By the benchmark's name of the video; None for a clip that cannot be read."""
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -68,130 +68,91 @@ class CaptionerOptions:
 def caption_videos(
     output: Path,
     model: str,
-    videos: dict[str, str | None],
+    videos: Mapping[str, str | None],
+    write: Callable[[Captions], Mapping[str, str]],
     options: CaptionerOptions = CaptionerOptions(),
     share: Share = ONLY,
     device: str = "cpu",
-    forms: Forms | None = None,
-) -> list[dict[str, Any]] | None:
-    """Caption this process's part of the videos; the last process writes captions.jsonl and other forms of it.
+) -> list[Record] | None:
+    """Caption this process's share of the videos; the last process writes captions.jsonl and the benchmark's files.
 
     Args:
-        output: folder of the run.
         model: folder of a UniViGUPipeline.
         videos: file by the benchmark's name of the video, or None where there is none.
-        forms: gives the other forms.
+        write: gives the benchmark's files by name.
 
     Returns:
         a row for each video ("key", "video", "caption", "seed", "error"), or None while other processes have some left.
-
-    Raises:
-        DataError: the model cannot be read, or the folder holds another run.
     """
     if pipeline_class(model, "--model") != "UniViGUPipeline":
         raise DataError(f"--model={model!r}: writes no captions; expected a UniViGUPipeline")
-    names = list(videos)
-    digest = hashlib.sha256(repr(names).encode()).hexdigest()
-    parameters = {"model": folder_fingerprint(model), "videos": digest, **asdict(options)}
-    pipe: Any = None
+    o, rows = options, []
+    for number, (key, path) in enumerate(videos.items()):
+        error = f"there is no video of the name {key!r}" if path is None else None
+        rows.append({"key": key, "video": path, "caption": None, "seed": o.seed + number, "error": error})
 
-    def make(numbers: Sequence[int]) -> Iterator[tuple[int, Record, Mapping[str, bytes]]]:
-        nonlocal pipe
-        frames: dict[int, torch.Tensor] = {}
-        rows: dict[int, Record] = {}
-        for number in numbers:
-            name = names[number]
-            rows[number] = {"key": name, "video": videos[name], "caption": None, "seed": options.seed + number}
-            rows[number]["error"] = None
+    def run(pipeline: Pipeline, batch: list[Record]) -> list[Mapping[str, bytes]]:
+        clips = []
+        for row in batch:
             try:
-                frames[number] = _read(name, videos[name], options)
+                clips.append((row, read_video(row["video"], o.num_frames, o.height, o.width)))
             except VideoError as error:
-                rows[number]["error"] = str(error)
-        if frames:
-            pipe = pipe or load_pipeline(model, options.dtype, device, "--model")
-            made = pipe.caption(
-                torch.stack(list(frames.values())).float() / 255,
-                options.question or None,
-                generator=[torch.Generator("cpu").manual_seed(rows[number]["seed"]) for number in frames],
-                options=options.sampling,
-                max_sequence_length=options.prompt_length,
+                row["error"] = str(error)
+        if clips:
+            captions = pipeline().caption(
+                torch.stack([frames for _, frames in clips]).float() / 255,
+                o.question or None,
+                generator=[torch.Generator("cpu").manual_seed(row["seed"]) for row, _ in clips],
+                options=o.sampling,
+                max_sequence_length=o.prompt_length,
             )
-            for number, text in zip(frames, made.text, strict=True):
-                rows[number]["caption"] = text
-        yield from ((number, row, {}) for number, row in rows.items())
+            for (row, _), text in zip(clips, captions.text, strict=True):
+                row["caption"] = text
+        return [{} for _ in batch]
 
-    def merge(rows: list[Record]) -> dict[str, str]:
+    def merge(rows: list[Record]) -> Mapping[str, str]:
         captions = {row["key"]: row["caption"] for row in rows}
-        return {"captions.jsonl": "".join(map(to_line, rows)), **(forms(captions) if forms is not None else {})}
+        return {"captions.jsonl": "".join(map(to_line, rows)), **write(captions)}
 
-    return run_jobs(output, parameters, len(names), make, merge, options.batch_size, share, "captions")
-
-
-def _read(name: str, path: str | None, options: CaptionerOptions) -> torch.Tensor:
-    if path is None:
-        raise VideoError(f"there is no video of the name {name!r}")
-    return read_video(path, options.num_frames, options.height, options.width)
+    return export_rows(output, model, rows, options, run, merge, share, device, "captions")
 
 
-# ------------------------------------------------------------------ lists of the benchmarks
-
-
-@dataclass
-class Listing:
-    """A benchmark's own list of its items."""
-
-    rows: list[dict[str, Any]]
-    names: list[str]
-    """By row: the video's name."""
-    columns: list[str] | None = None
-    """Of a table; None where rows are json."""
-
-
-def read_listing(path: str, field_names: tuple[str, ...]) -> Listing:
-    """Read a benchmark's list: .jsonl or .json rows, a .tsv table, or aurora's lines ``{video: questions}``.
+def read_listing(path: str, fields: tuple[str, ...]) -> tuple[list[Row], list[str]]:
+    """Rows of a benchmark's list, .jsonl, .json or .tsv, and the names of their videos.
 
     Args:
-        path: the file.
-        field_names: fields of which the first that a row has names its video.
-
-    Raises:
-        DataError: the file or a row of it is not of that kind.
+        fields: the first that a row has names its video; rows of aurora's list are ``{name: questions}``.
     """
+    option = f"--annotations={path!r}"
     if not path.endswith((".jsonl", ".json", ".tsv")):
-        raise DataError(f"--annotations={path!r}: expected a .jsonl, .json or .tsv file")
-    columns = None
+        raise DataError(f"{option}: expected a .jsonl, .json or .tsv file")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if path.endswith(".tsv"):
             csv.field_size_limit(1 << 27)
-            table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t")
-            rows, columns = list(table), list(table.fieldnames or [])
+            rows: Any = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"))
         elif path.endswith(".json"):
             rows = json.loads(text)
         else:
             rows = [json.loads(line) for line in split_lines(text) if line.strip()]
     except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"--annotations={path!r}: cannot be read ({error})") from error
+        raise DataError(f"{option}: cannot be read ({error})") from error
     if not isinstance(rows, list) or not rows:
-        raise DataError(f"--annotations={path!r}: holds no list of rows")
+        raise DataError(f"{option}: holds no list of rows")
     names = []
     for number, row in enumerate(rows, 1):
         name = None
-        if isinstance(row, dict):
+        if isinstance(row, dict) and None not in row:  # csv's key of cells behind the last column
             only = next(iter(row)) if len(row) == 1 and isinstance(next(iter(row.values())), list) else None
-            name = next((row[field] for field in field_names if row.get(field) not in (None, "")), only)
+            name = next((row[field] for field in fields if row.get(field) not in (None, "")), only)
         if name is None:
-            raise DataError(f"--annotations={path!r}: row {number} has none of the fields {list(field_names)}")
+            raise DataError(f"{option}: row {number} has none of the fields {list(fields)}")
         names.append(str(name))
-    return Listing(rows, names, columns)
+    return rows, names
 
 
 def locate(names: list[str], videos: str | list[str]) -> dict[str, str | None]:
-    """The files of videos by name: of that very name, or of that name and any video suffix; None where there is none.
-
-    Raises:
-        DataError: ``videos`` names no video at all.
-    """
+    """The videos' files: of the given name, or of that name and any video suffix; None where there is none."""
     files: dict[str, str] = {}
     for path in find_videos(videos):
         files.setdefault(Path(path).name.lower(), path)
@@ -200,42 +161,35 @@ def locate(names: list[str], videos: str | list[str]) -> dict[str, str | None]:
     return {name: files.get(Path(name).name.lower()) for name in dict.fromkeys(names)}
 
 
-# ------------------------------------------------------------------ benchmarks
-
-
 def export_dream1k(
-    output: Path,
-    model: str,
-    videos: str | list[str],
-    annotations: str,
-    options: CaptionerOptions = CaptionerOptions(),
-    share: Share = ONLY,
-    device: str = "cpu",
-) -> list[dict[str, Any]] | None:
-    """Predictions for DREAM-1K beside captions.jsonl, in the form that belongs to the given list.
+    output: Path, model: str, videos: str | list[str], annotations: str, **options: Any
+) -> list[Record] | None:
+    """Predictions for DREAM-1K beside captions.jsonl, in the form of the given list.
 
     tarsier's DREAM-1k.jsonl    ``tarsier/predictions.jsonl``: its rows, with ``text.prediction``
     VLMEvalKit's DREAM-1K.tsv   ``vlmevalkit/DREAM-1K.tsv``: its rows, with a column ``prediction``
 
-    ``videos`` is a folder, pattern or list of the clips, named as in the list ``annotations`` (1.mp4, ...).
-    Other arguments and errors are those of :func:`caption_videos`.
+    Args:
+        videos: folder, pattern or list of the clips, named as in the list (1.mp4, ...).
+        options: see :func:`caption_videos`.
     """
-    listing = read_listing(annotations, ("vid", "video"))
-    if listing.columns is None and not all(isinstance(row.get("text"), dict) for row in listing.rows):
-        raise DataError(
-            f'--annotations={annotations!r}: expected rows with an object "text", as tarsier\'s DREAM-1k.jsonl'
-        )
+    rows, names = read_listing(annotations, ("vid", "video"))
+    table = annotations.endswith(".tsv")
+    if not table and not all(isinstance(row.get("text"), dict) for row in rows):
+        raise DataError(f'--annotations={annotations!r}: expected rows with an object "text", as tarsier\'s')
 
-    def forms(texts: dict[str, str | None]) -> dict[str, str]:
-        if listing.columns is not None:
-            return {"vlmevalkit/DREAM-1K.tsv": _table(listing, texts)}
+    def write(captions: Captions) -> dict[str, str]:
+        if table:
+            return {"vlmevalkit/DREAM-1K.tsv": _table(rows, names, captions)}
         lines = []
-        for row, name in zip(listing.rows, listing.names, strict=True):
-            prediction = FAILED if texts[name] is None else texts[name]
-            lines.append(to_line({**row, "text": {**row["text"], "prediction": prediction}}))
+        for row, name in zip(rows, names, strict=True):
+            caption = captions[name]
+            lines.append(
+                to_line({**row, "text": {**row["text"], "prediction": FAILED if caption is None else caption}})
+            )
         return {"tarsier/predictions.jsonl": "".join(lines)}
 
-    return caption_videos(output, model, locate(listing.names, videos), options, share, device, forms)
+    return caption_videos(output, model, locate(names, videos), write, **options)
 
 
 def export_vdc(
@@ -245,43 +199,40 @@ def export_vdc(
     category: Category = "detailed",
     annotations: str | None = None,
     task: str | None = None,
-    options: CaptionerOptions = CaptionerOptions(),
-    share: Share = ONLY,
-    device: str = "cpu",
-) -> list[dict[str, Any]] | None:
+    **options: Any,
+) -> list[Record] | None:
     """Predictions for a category of VDC beside captions.jsonl.
 
     any list, or none            ``aurora/{category}.json`` for aurora's post_eval
     rows in lmms-eval's order    ``lmms-eval/{task}.json`` for its model ``from_log``
-    VLMEvalKit's VDC.tsv         ``vlmevalkit/VDC.tsv`` alone: the category's rows, with a column ``prediction``
+    VLMEvalKit's VDC.tsv         only ``vlmevalkit/VDC.tsv``: the category's rows, with a column ``prediction``
 
     Args:
         videos: folder, pattern or list of the clips, named by their ids.
         annotations: the list; rows have ``video_name`` (lmms-eval's data set), ``video_id`` (aurora's) or ``video``.
         task: lmms-eval's name of the task; None is ``vdc_{category}``.
-        options, share, device: as in :func:`caption_videos`, as are the errors.
+        options: see :func:`caption_videos`.
     """
     if annotations is None:
         names = [Path(path).stem for path in find_videos(videos)]
-        twice = sorted(name for name, count in Counter(names).items() if count > 1)
-        if twice:
+        if twice := sorted(name for name, count in Counter(names).items() if count > 1):
             raise DataError(f"--videos: two files are called {twice[0]!r}; an id must be one video's")
-        listing = Listing([{"video_id": name} for name in names], names)
+        rows: list[Row] = [{"video_id": name} for name in names]
     else:
-        listing = read_listing(annotations, ("video_name", "video_id", "video"))
-    if listing.columns is not None and "caption_type" in listing.columns:
-        keep = [i for i, row in enumerate(listing.rows) if row["caption_type"] == category]
+        rows, names = read_listing(annotations, ("video_name", "video_id", "video"))
+    table = annotations is not None and annotations.endswith(".tsv")
+    if table and "caption_type" in rows[0]:
+        keep = [i for i, row in enumerate(rows) if row["caption_type"] == category]
         if not keep:
             raise DataError(f"--annotations={annotations!r}: no row has caption_type={category!r}")
-        listing = Listing([listing.rows[i] for i in keep], [listing.names[i] for i in keep], listing.columns)
+        rows, names = [rows[i] for i in keep], [names[i] for i in keep]
 
-    def forms(texts: dict[str, str | None]) -> dict[str, str]:
-        if listing.columns is not None:
-            return {"vlmevalkit/VDC.tsv": _table(listing, texts)}
-        answers = [texts[name] or "" for name in listing.names]
+    def write(captions: Captions) -> dict[str, str]:
+        if table:
+            return {"vlmevalkit/VDC.tsv": _table(rows, names, captions)}
         records = [
-            {"doc_id": i, "doc": {"video_id": Path(name).stem, "video_name": name}, "resps": [[text]]}
-            for i, (name, text) in enumerate(zip(listing.names, answers, strict=True))
+            {"doc_id": i, "doc": {"video_id": Path(name).stem, "video_name": name}, "resps": [[captions[name] or ""]]}
+            for i, name in enumerate(names)
         ]
         files = {f"aurora/{category}.json": to_json(records, 1) + "\n"}
         if annotations is not None:
@@ -291,16 +242,14 @@ def export_vdc(
             files[f"lmms-eval/{name}.json"] = to_json(log, 1) + "\n"
         return files
 
-    return caption_videos(output, model, locate(listing.names, videos), options, share, device, forms)
+    return caption_videos(output, model, locate(names, videos), write, **options)
 
 
-def _table(listing: Listing, texts: dict[str, str | None]) -> str:
-    """The list's rows as a .tsv with a column ``prediction``; empty for clips that cannot be read."""
-    assert listing.columns is not None
+def _table(rows: list[Row], names: list[str], captions: Captions) -> str:
+    """The rows as a .tsv with a column ``prediction``; empty for clips that cannot be read."""
     buffer = io.StringIO(newline="")
-    columns = [*(name for name in listing.columns if name != "prediction"), "prediction"]
+    columns = [*(name for name in rows[0] if name != "prediction"), "prediction"]
     writer = csv.DictWriter(buffer, columns, delimiter="\t", lineterminator="\n")
     writer.writeheader()
-    for row, name in zip(listing.rows, listing.names, strict=True):
-        writer.writerow({**row, "prediction": texts[name] or ""})
+    writer.writerows({**row, "prediction": captions[name] or ""} for row, name in zip(rows, names, strict=True))
     return buffer.getvalue()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from univigu.data.build import build_folder
 from univigu.data.processes import SpawnPool
@@ -15,15 +15,6 @@ from univigu.data.video import encode_mp4
 from univigu.shapes import renderer, scenes, texts
 
 ENCODING = b"h264-1"  # change it when encode_mp4 writes other files
-
-
-@dataclass(frozen=True)
-class _Job:
-    split: scenes.Split
-    seeds: range
-    height: int
-    width: int
-    num_frames: int
 
 
 @cache
@@ -48,20 +39,14 @@ def write_shapes(
     num_frames: int = scenes.NUM_FRAMES,
     pool: SpawnPool | None = None,
 ) -> Manifest:
-    """Render clips to video shards; complete shards of the folder stay, missing ones are made.
+    """Render clips to video shards; complete shards of the folder stay, missing ones are written.
 
     Args:
-        folder: gets the shards and their manifest.
         split: which of the world's splits; see :func:`univigu.shapes.scenes.sample_scene`.
-        num_clips: how many clips, at least 1.
         first_seed: seed of the first clip; the following ones count up, and a clip's key is its seed.
         shard_size: clips a shard.
-        height, width, num_frames: size of the clips; H.264 wants even pixels.
+        height, width: pixels, even.
         pool: renders in other processes; None renders in this one.
-
-    Raises:
-        DataError: the folder holds other shards.
-        ValueError: an argument out of its range, by name.
     """
     counts = {"num_clips": num_clips, "first_seed": first_seed, "shard_size": shard_size}
     for name, value in counts.items():
@@ -72,19 +57,19 @@ def write_shapes(
     world = {"generator": "shapes", "world": world_fingerprint(), "split": split}
     seeds = range(first_seed, first_seed + num_clips)
     jobs = {
-        f"{split}-{number:06d}.tar": _Job(split, seeds[number * shard_size : (number + 1) * shard_size], **size)
-        for number in range(-(-num_clips // shard_size))
+        f"{split}-{number:06d}.tar": seeds[start : start + shard_size]
+        for number, start in enumerate(range(0, num_clips, shard_size))
     }
-    manifest = Manifest("video", {**world, **counts, **size})
-    return build_folder(Path(folder), manifest, jobs, _write, pool, f"rendering {split} shards")
+    manifest, work = Manifest("video", {**world, **counts, **size}), partial(_write, split, size)
+    return build_folder(Path(folder), manifest, jobs, work, pool, f"rendering {split} shards")
 
 
-def _write(path: Path, job: _Job) -> ShardInfo:
-    return write_shard(path, (_clip(job, seed) for seed in job.seeds))
+def _write(split: scenes.Split, size: dict[str, int], path: Path, seeds: range) -> ShardInfo:
+    return write_shard(path, ((f"{seed:08d}", _members(scenes.sample_scene(seed, split), size)) for seed in seeds))
 
 
-def _clip(job: _Job, seed: int) -> tuple[str, dict[str, bytes]]:
-    scene = scenes.sample_scene(seed, job.split)
-    description = {"prompt": texts.prompt_of(scene), "caption": texts.caption_of(scene), "scene": scene.to_dict()}
-    video = encode_mp4(renderer.render(scene, job.height, job.width, job.num_frames), fps=scenes.FPS)
-    return f"{seed:08d}", {"mp4": video, "json": json.dumps(description).encode()}
+def _members(scene: scenes.Scene, size: dict[str, int]) -> dict[str, bytes]:
+    description: dict[str, Any] = {"prompt": texts.prompt_of(scene), "caption": texts.caption_of(scene)}
+    description["scene"] = scene.to_dict()
+    video = encode_mp4(renderer.render(scene, **size), fps=scenes.FPS)
+    return {"mp4": video, "json": json.dumps(description).encode()}

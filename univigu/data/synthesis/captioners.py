@@ -1,4 +1,4 @@
-"""Who writes the captions: nobody, a template, or a language model that is shown frames and the prompt."""
+"""Captions of clips: a template, or a transformers model that is shown frames and the prompt."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -32,18 +32,14 @@ TEMPLATE = (
     "nothing else enters or leaves the frame, the light is even, and the background stays as it is while the clip "
     "lasts."
 )
-FIELDS = {
-    "instruction": {"prompt", "num_frames", "words"},
-    "template": {"prompt", "num_frames", "height", "width", "fps"},
-}
 
 
 @dataclass(frozen=True)
 class CaptionOptions:
-    """How captions are written."""
+    """How a language model writes captions."""
 
     frames: int = 8
-    """Frames of the clip, evenly spaced, that a language model is shown."""
+    """Frames of the clip, evenly spaced, that the model is shown."""
     tries: int = 4
     """Attempts, each with another seed, until the caption's length is in the window."""
     caption_batch_size: int = 1
@@ -56,8 +52,6 @@ class CaptionOptions:
     """Nucleus sampling."""
     instruction: str = INSTRUCTION
     """Request to the language model, with {prompt}, {num_frames} and {words}."""
-    template: str = TEMPLATE
-    """Text of the captioner "template", with {prompt}, {num_frames}, {height}, {width} and {fps}."""
     caption_dtype: str = "float32"
     """Of the language model: float32, bfloat16 or float16."""
 
@@ -65,12 +59,21 @@ class CaptionOptions:
         check_least(self, frames=1, tries=1, caption_batch_size=1, max_new_tokens=1, temperature=0)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: expected a number in (0, 1]")
-        for name, names in FIELDS.items():
-            try:
-                getattr(self, name).format(**dict.fromkeys(names, ""))
-            except (KeyError, IndexError, ValueError) as error:
-                raise ValueError(f"{name}: expected only the fields {sorted(names)} ({error!r})") from error
+        try:
+            self.instruction.format(prompt="", num_frames=1, words=1)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"instruction: expected only {{prompt}}, {{num_frames}}, {{words}} ({error!r})") from error
         check_dtype(self.caption_dtype, "caption_dtype")
+
+
+def template_caption(clip: Clip, fps: int) -> str:
+    """The embedded world's own description of its clips; of others the filled-in template."""
+    if clip.scene is not None:
+        return texts.caption_of(scenes.Scene.from_dict(clip.scene))
+    assert clip.frames is not None
+    num_frames, _, height, width = clip.frames.shape
+    size = {"num_frames": num_frames, "height": height, "width": width, "fps": fps}
+    return TEMPLATE.format(prompt=clip.prompt.strip(" ."), **size)
 
 
 def derived_seed(*parts: int) -> int:
@@ -78,76 +81,13 @@ def derived_seed(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "little")
 
 
-class Captioner(Protocol):
-    """Who writes the captions."""
-
-    tries: int
-    """Attempts that make sense."""
-    filtered: bool
-    """Whether captions outside the window of lengths are left out."""
-
-    def parameters(self) -> dict[str, Any]:
-        """What the captions depend on, for the manifest."""
-
-    def describe(self, clips: list[Clip], attempt: int) -> None:
-        """Write the captions."""
-
-
-class NoCaptioner:
-    """Leaves the captions empty: enough for stages whose target is the prompt."""
-
-    tries, filtered = 1, False
-
-    def parameters(self) -> dict[str, Any]:
-        return {"captioner": "none"}
-
-    def describe(self, clips: list[Clip], attempt: int) -> None:
-        """The captions stay empty."""
-
-
-class TemplateCaptioner:
-    """Fills in a template; clips of the embedded world get that world's own description.
-
-    Args:
-        options: holds the template.
-        fps: the clips' frames a second.
-    """
-
-    tries, filtered = 1, True
-
-    def __init__(self, options: CaptionOptions, fps: int) -> None:
-        self.template, self.fps = options.template, fps
-
-    def parameters(self) -> dict[str, Any]:
-        return {"captioner": "template", "template": self.template}
-
-    def describe(self, clips: list[Clip], attempt: int) -> None:
-        for clip in clips:
-            if clip.scene is not None:
-                clip.caption = texts.caption_of(scenes.Scene.from_dict(clip.scene))
-                continue
-            assert clip.frames is not None
-            num_frames, _, height, width = clip.frames.shape
-            size = {"num_frames": num_frames, "height": height, "width": width, "fps": self.fps}
-            clip.caption = self.template.format(prompt=clip.prompt.strip(" ."), **size)
-
-
-class ModelCaptioner:
-    """A transformers image-text-to-text model that is shown frames and the prompt.
-
-    The frames are images of one message, which every such model with a chat template takes, video models too.
+class CaptionModel:
+    """A transformers image-text-to-text model with its processor, which is shown frames as images of one message.
 
     Args:
         folder: model and processor, as ``save_pretrained`` writes them.
-        options: frames, draws and instruction.
-        window: window of caption lengths that the instruction asks for.
-        device: where it runs.
-
-    Raises:
-        DataError: the folder is missing.
+        window: caption lengths that the instruction asks for.
     """
-
-    filtered = True
 
     def __init__(
         self, folder: str, options: CaptionOptions, window: LengthFilter, device: torch.device | str = "cpu"
@@ -162,57 +102,50 @@ class ModelCaptioner:
             )
 
     def parameters(self) -> dict[str, Any]:
-        options = asdict(self.options)
-        del options["template"]
-        name, fingerprint = self.folder.resolve().name, folder_fingerprint(self.folder)
-        return {"captioner": {"folder": name, "fingerprint": fingerprint, "words": self.words, **options}}
+        """What the captions depend on, for the manifest."""
+        model = {"folder": self.folder.resolve().name, "fingerprint": folder_fingerprint(self.folder)}
+        return {**model, "words": self.words, **asdict(self.options)}
 
     @cached_property
-    def processor(self) -> Any:
-        from transformers import AutoProcessor
+    def model(self) -> tuple[Any, Any]:
+        """Model and processor."""
+        from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        processor = self._load(AutoProcessor)
-        if getattr(processor, "chat_template", None) is None:
-            raise DataError(f"--captioner={str(self.folder)!r}: its processor has no chat template")
-        processor.tokenizer.padding_side = "left"  # the answers begin where the questions end
-        return processor
-
-    @cached_property
-    def model(self) -> Any:
-        from transformers import AutoModelForImageTextToText
-
-        model = self._load(AutoModelForImageTextToText, dtype=check_dtype(self.options.caption_dtype))
-        return model.requires_grad_(False).eval().to(self.device)
-
-    def _load(self, auto: Any, **kwargs: Any) -> Any:
         try:
-            return auto.from_pretrained(self.folder, **kwargs)
+            processor = AutoProcessor.from_pretrained(self.folder)
+            if getattr(processor, "chat_template", None) is None:
+                raise ValueError("its processor has no chat template")
+            dtype = check_dtype(self.options.caption_dtype)
+            model = AutoModelForImageTextToText.from_pretrained(self.folder, dtype=dtype)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise DataError(f"--captioner={str(self.folder)!r}: cannot be loaded ({error})") from error
+        processor.tokenizer.padding_side = "left"  # the answers begin where the questions end
+        return model.requires_grad_(False).eval().to(self.device), processor
 
     def describe(self, clips: list[Clip], attempt: int) -> None:
+        """Write the clips' captions."""
         for start in range(0, len(clips), self.options.caption_batch_size):
             self._describe(clips[start : start + self.options.caption_batch_size], attempt)
 
     def _describe(self, clips: list[Clip], attempt: int) -> None:
-        o, seed = self.options, derived_seed(clips[0].seed, attempt)
+        o, seed, (model, processor) = self.options, derived_seed(clips[0].seed, attempt), self.model
         images = [self.images(clip) for clip in clips]
         questions = [
-            self.processor.apply_chat_template(self.messages(clip, len(shown)), add_generation_prompt=True)
+            processor.apply_chat_template(self.messages(clip, len(shown)), add_generation_prompt=True)
             for clip, shown in zip(clips, images, strict=True)
         ]
         # The chat template has written the special tokens.
-        inputs = self.processor(
-            text=questions, images=images, padding=True, return_tensors="pt", add_special_tokens=False
-        ).to(self.device, dtype=self.model.dtype)
-        draw: dict[str, float] = {"do_sample": o.temperature > 0}
-        if o.temperature > 0:
-            draw |= {"temperature": o.temperature, "top_p": o.top_p, "top_k": 0}
+        inputs = processor(text=questions, images=images, padding=True, return_tensors="pt", add_special_tokens=False)
+        draw = {"do_sample": True, "temperature": o.temperature, "top_p": o.top_p, "top_k": 0}
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(seed)
-            tokens = self.model.generate(**inputs, max_new_tokens=o.max_new_tokens, **draw)
+            tokens = model.generate(
+                **inputs.to(self.device, dtype=model.dtype),
+                max_new_tokens=o.max_new_tokens,
+                **(draw if o.temperature > 0 else {"do_sample": False}),
+            )
         answers = tokens[:, inputs["input_ids"].shape[1] :]
-        for clip, text in zip(clips, self.processor.batch_decode(answers, skip_special_tokens=True), strict=True):
+        for clip, text in zip(clips, processor.batch_decode(answers, skip_special_tokens=True), strict=True):
             clip.caption, clip.caption_seed = text.strip(), seed
 
     def images(self, clip: Clip) -> list[Image.Image]:
@@ -224,23 +157,8 @@ class ModelCaptioner:
     def messages(self, clip: Clip, num_images: int) -> list[dict[str, Any]]:
         """The message to the model: placeholders of the frames, then the instruction with the prompt."""
         prompt = clip.prompt
-        for token in self.processor.tokenizer.all_special_tokens:  # "<image>" would ask for one frame more
+        for token in self.model[1].tokenizer.all_special_tokens:  # "<image>" would ask for one frame more
             prompt = prompt.replace(token, " ")
         text = self.options.instruction.format(prompt=prompt, num_frames=num_images, words=self.words)
         content: list[dict[str, Any]] = [{"type": "image"} for _ in range(num_images)]
         return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
-
-
-def make_captioner(
-    name: str, options: CaptionOptions, window: LengthFilter, fps: int, device: torch.device | str = "cpu"
-) -> Captioner:
-    """The captioner of that name: "none", "template", or a folder.
-
-    Raises:
-        DataError: the folder holds no model.
-    """
-    if name == "none":
-        return NoCaptioner()
-    if name == "template":
-        return TemplateCaptioner(options, fps)
-    return ModelCaptioner(name, options, window, device)

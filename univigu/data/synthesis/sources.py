@@ -1,4 +1,4 @@
-"""Where clips come from: a diffusers pipeline that is given prompts, or the embedded world."""
+"""Sources of clips: a diffusers text-to-video pipeline that is given prompts, or the embedded world."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -59,14 +59,6 @@ class VideoOptions:
         check_dtype(self.dtype)
 
 
-class Rejection(Exception):
-    """A sample that is left out, and why; it becomes a row of the manifest's ``skipped``."""
-
-    def __init__(self, reason: str, key: str, field: str, value: str) -> None:
-        super().__init__(f"{key}: {reason} in {field}: {value}")
-        self.row = {"reason": reason, "key": key, "field": field, "value": value[:200]}
-
-
 @dataclass
 class Clip:
     """A clip that becomes a sample of a shard."""
@@ -77,30 +69,17 @@ class Clip:
     seed: int
     """Seed of the clip's noise."""
     frames: torch.Tensor | None = None
-    """uint8 [F, C, H, W]; None until they are made, and where the generator's are not finite."""
+    """uint8 [F, C, H, W]; None until they are generated, and where they are not finite."""
     scene: dict[str, Any] | None = None
     """The embedded world's description, where there is one."""
     caption: str = ""
     caption_seed: int | None = None
     """Seed of the caption, where it is sampled."""
+    skipped: dict[str, str] | None = None
+    """Why the clip is not used, as a row of the manifest's ``skipped``."""
 
-
-class Source(Protocol):
-    """Where clips come from."""
-
-    options: VideoOptions
-
-    def __len__(self) -> int:
-        """Number of clips."""
-
-    def parameters(self) -> dict[str, Any]:
-        """What the clips depend on, for the manifest."""
-
-    def clip(self, number: int) -> Clip:
-        """A clip without its frames; raises Rejection if there can be none."""
-
-    def render(self, clips: list[Clip]) -> None:
-        """Make the frames."""
+    def skip(self, reason: str, field: str, value: str) -> None:
+        self.skipped = {"reason": reason, "key": self.key, "field": field, "value": value[:200]}
 
 
 def pipeline_class(folder: str | Path, option: str = "--pipeline") -> str:
@@ -137,47 +116,27 @@ def generate_clips(
     """uint8 frames [F, C, H, W] of each prompt; None where they are not finite.
 
     Every clip has its own generator on the CPU, so that a seed gives the same noise on any device and in any batch.
-
-    Args:
-        pipe: any text-to-video pipeline of diffusers.
-        more: arguments that are passed on if the pipeline knows them.
+    Arguments in ``more`` are passed on if the pipeline, any text-to-video one of diffusers, knows them.
     """
     from diffusers import WanPipeline
 
-    arguments: dict[str, Any] = {
-        "prompt": prompts,
-        "height": options.height,
-        "width": options.width,
-        "num_frames": options.num_frames,
-        "num_inference_steps": options.steps,
-        "output_type": "pt",
-        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-    }
-    if options.guidance_scale is not None:
-        arguments["guidance_scale"] = options.guidance_scale
-    if options.negative_prompt is not None:
-        arguments["negative_prompt"] = [options.negative_prompt] * len(prompts)
+    o, generators = options, [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    arguments: dict[str, Any] = {"prompt": prompts, "height": o.height, "width": o.width, "num_frames": o.num_frames}
+    arguments |= {"num_inference_steps": o.steps, "output_type": "pt", "generator": generators}
+    if o.guidance_scale is not None:
+        arguments["guidance_scale"] = o.guidance_scale
+    if o.negative_prompt is not None:
+        arguments["negative_prompt"] = [o.negative_prompt] * len(prompts)
     call = WanPipeline.__call__ if isinstance(pipe, WanPipeline) else pipe.__call__  # UniViGUPipeline's has **kwargs
-    known = set(inspect.signature(call).parameters)
-    if unknown := sorted(set(arguments) - known):
+    known = inspect.signature(call).parameters
+    if unknown := sorted(arguments.keys() - known):
         raise DataError(f"{type(pipe).__name__} makes no video of a text; it takes no {unknown}")
-    arguments |= {name: value for name, value in more.items() if name in known}
-    videos = pipe(**arguments).frames  # [B, F, C, H, W] in [0, 1]
+    videos = pipe(**arguments, **{name: more[name] for name in more.keys() & known}).frames  # [B, F, C, H, W] in [0, 1]
     return [to_uint8(video).cpu() if torch.isfinite(video).all() else None for video in videos]
 
 
 class PromptSource:
-    """Clips that a text-to-video pipeline generates from prompts.
-
-    Args:
-        prompts: a .txt, .jsonl or .parquet file; see :func:`univigu.data.inputs.read_prompts`.
-        pipeline: folder of any diffusers text-to-video pipeline.
-        options: size, steps, guidance, seeds.
-        device: where it runs.
-
-    Raises:
-        DataError: the prompts cannot be read, or the folder holds no pipeline.
-    """
+    """Clips that a text-to-video pipeline of diffusers generates from a .txt, .jsonl or .parquet file of prompts."""
 
     def __init__(self, prompts: str, pipeline: str, options: VideoOptions, device: torch.device | str = "cpu") -> None:
         if not prompts.endswith((".txt", ".jsonl", ".parquet")):
@@ -191,6 +150,7 @@ class PromptSource:
         return len(self.rows) * self.options.videos_per_prompt
 
     def parameters(self) -> dict[str, Any]:
+        """What the clips depend on, for the manifest."""
         return {
             "source": "prompts",
             "prompts": {"file": self.path.name, "rows": len(self.rows), "sha256": sha256_of(self.path)},
@@ -199,30 +159,26 @@ class PromptSource:
         }
 
     def clip(self, number: int) -> Clip:
+        """The clip of a number, without its frames."""
         prompt, error = self.rows[number // self.options.videos_per_prompt]
-        key = f"{number:08d}"
+        clip = Clip(f"{number:08d}", prompt, self.options.seed + number)
         if error is not None:
-            raise Rejection("invalid_prompt", key, "prompt", error)
-        return Clip(key, prompt, self.options.seed + number)
+            clip.skip("invalid_prompt", "prompt", error)
+        return clip
 
     @cached_property
     def pipeline(self) -> Any:
         return load_pipeline(self.folder, self.options.dtype, self.device)
 
     def render(self, clips: list[Clip]) -> None:
+        """Generate the frames."""
         prompts, seeds = [clip.prompt for clip in clips], [clip.seed for clip in clips]
         for clip, frames in zip(clips, generate_clips(self.pipeline, prompts, seeds, self.options), strict=True):
             clip.frames = frames
 
 
 class ShapesSource:
-    """The embedded world: clips of moving shapes.
-
-    Args:
-        num_clips: how many.
-        split: which of the world's splits.
-        options: size and seeds.
-    """
+    """Clips of a split of the embedded world, with the methods of :class:`PromptSource`."""
 
     def __init__(self, num_clips: int, split: scenes.Split, options: VideoOptions) -> None:
         if num_clips < 1:
@@ -248,3 +204,6 @@ class ShapesSource:
         for clip in clips:
             scene = scenes.sample_scene(clip.seed, self.split)
             clip.frames = renderer.render(scene, o.height, o.width, o.num_frames)
+
+
+Source = PromptSource | ShapesSource

@@ -1,10 +1,10 @@
-"""Writes what ``lightning predict`` makes: captions.jsonl, or mp4 files with a manifest."""
+"""Writes the results of ``lightning predict``: captions.jsonl, or mp4 files with a manifest."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,12 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 
 from univigu.data.parts import Parts
-from univigu.data.processes import Share
 from univigu.data.rows import to_line
 from univigu.data.sample import DataError
 from univigu.data.video import encode_mp4
 
 LISTS = {"caption": "captions.jsonl", "qa": "answers.jsonl"}
-"""Names of the lists of tasks that make only text; of others it is :data:`MANIFEST`."""
+"""Names of the lists of tasks that give only text; of others it is :data:`MANIFEST`."""
 MANIFEST = "manifest.jsonl"
 VIDEO = re.compile(r"\d{5,}\.mp4")
 
@@ -29,24 +28,28 @@ class PredictionWriter(BasePredictionWriter):
 
     Captions go to ``captions.jsonl`` (video, caption, error, seconds, seed), answers to ``answers.jsonl`` (with the
     question), videos to ``videos/00000.mp4`` and so on, with ``manifest.jsonl`` (prompt, video, caption, error,
-    seconds, seed; of edits: source, prompt, strength, video, error, seconds, seed).
-    Files appear under their names when they are complete.  Results of an earlier call of this kind are removed when
-    prediction starts.
+    seconds, seed; of edits: source, prompt, strength, video, error, seconds, seed).  Files are written atomically.
+    Results of an earlier call of this kind are removed when prediction starts.
 
     Args:
         output_dir: folder of the files; None is ``trainer.default_root_dir``.
         fps: frames a second of written videos.
     """
 
+    _parts: Parts
+    _list: str
+
     def __init__(self, output_dir: str | None = None, fps: int = 8) -> None:
         super().__init__(write_interval="batch")
         self.output_dir, self.fps = output_dir, fps
-        self._parts: Parts | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Remove the results of an earlier call; raises DataError if some of them are inputs of this one."""
         folder = Path(self.output_dir or trainer.default_root_dir)
-        old = list(_earlier(folder, LISTS.get(pl_module.predict_task, MANIFEST)))
+        self._list = LISTS.get(pl_module.predict_task, MANIFEST)
+        old = [folder / self._list]
+        if self._list == MANIFEST:
+            old += sorted(path for path in (folder / "videos").glob("*") if VIDEO.fullmatch(path.name))
         dataset = getattr(trainer.predict_dataloaders, "dataset", None)
         inputs = {os.path.realpath(item.video) for item in getattr(dataset, "inputs", ()) if item.video}
         if read := [path for path in old if os.path.realpath(path) in inputs]:
@@ -56,7 +59,7 @@ class PredictionWriter(BasePredictionWriter):
             for path in old:
                 path.unlink(missing_ok=True)
         trainer.strategy.barrier("earlier predictions removed")
-        self._parts = Parts(folder, Share(trainer.global_rank, trainer.world_size))
+        self._parts = Parts(folder, trainer.global_rank)
 
     def write_on_batch_end(
         self,
@@ -68,37 +71,26 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        assert self._parts is not None
         for item in prediction:
-            made = None
+            path = None
             if item.video is not None:
-                made = f"videos/{item.index:05d}.mp4"
-                self._parts.write(made, encode_mp4(item.video, self.fps))
-                made = str(self._parts.folder / made)
-            self._parts.add(item.index, _row(pl_module, item, made))
+                name = f"videos/{item.index:05d}.mp4"
+                self._parts.write(name, encode_mp4(item.video, self.fps))
+                path = str(self._parts.folder / name)
+            self._parts.add(item.index, _row(pl_module, item, path))
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         trainer.strategy.barrier("predictions written")
-        if not trainer.is_global_zero or self._parts is None:
-            return
-        rows = self._parts.records().values()
-        name = LISTS.get(pl_module.predict_task, MANIFEST)
-        self._parts.write(name, "".join(map(to_line, rows)))
-        self._parts.clear()
-        failed = sum(row["error"] is not None for row in rows)
-        text = f"wrote {self._parts.folder / name}: {len(rows)} rows, {failed} of them errors"
-        Console().print(text, soft_wrap=True, highlight=False)
+        if trainer.is_global_zero:
+            rows = self._parts.records().values()
+            self._parts.write(self._list, "".join(map(to_line, rows)))
+            self._parts.clear()
+            failed = sum(row["error"] is not None for row in rows)
+            text = f"wrote {self._parts.folder / self._list}: {len(rows)} rows, {failed} of them errors"
+            Console().print(text, soft_wrap=True, highlight=False)
 
 
-def _earlier(folder: Path, name: str) -> Iterator[Path]:
-    """Files of an earlier call that wrote a list of that name; the list first."""
-    if (folder / name).is_file():
-        yield folder / name
-    if name == MANIFEST:
-        yield from sorted(path for path in (folder / "videos").glob("*") if VIDEO.fullmatch(path.name))
-
-
-def _row(pl_module: Any, item: Any, made: str | None) -> dict[str, Any]:
+def _row(pl_module: Any, item: Any, path: str | None) -> dict[str, Any]:
     """The row of the list for a prediction."""
     rest = {"error": item.error, "seconds": round(item.seconds, 4), "seed": item.seed}
     if pl_module.predict_task == "caption":
@@ -107,5 +99,5 @@ def _row(pl_module: Any, item: Any, made: str | None) -> dict[str, Any]:
         return {"video": item.source, "question": item.condition, "answer": item.text, **rest}
     if pl_module.predict_task == "edit":
         source = {"source": item.source, "prompt": item.condition, "strength": item.strength}
-        return {**source, "video": made, **rest}
-    return {"prompt": item.source, "video": made, "caption": item.text, **rest}
+        return {**source, "video": path, **rest}
+    return {"prompt": item.source, "video": path, "caption": item.text, **rest}
