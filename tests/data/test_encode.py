@@ -132,7 +132,7 @@ def test_the_manifest_says_what_made_them(encoded: dict[str, Path], videos: Path
     assert {name for name in samples[0] if name[0] != "_"} == {"json", "latents.safetensors", "prompt.safetensors"}
 
 
-ef test_other_encoders_are_refused(videos: Path, encoded: dict[str, Path], tmp_path: Path, foundation: str) -> None:
+def test_other_encoders_are_refused(videos: Path, encoded: dict[str, Path], tmp_path: Path, foundation: str) -> None:
     other = tmp_path / "foundation"
     shutil.copytree(foundation, other)
     assert data(encoded["float32"], foundation=str(other))  # a copy is the same
