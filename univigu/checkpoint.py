@@ -148,10 +148,7 @@ def load_weights(path: str | Path, like: UniViGUTransformer3DModel | None = None
 
 
 def usable_weights(checkpoint: Mapping[str, Any], keep_lora: bool = False) -> dict[str, Any]:
-    """The state dict of a training checkpoint as a model for use wants it.
-
-    The weights' running means stand for them, if the checkpoint holds any, and adapters are merged unless kept.
-    """
+    """The weights of a training checkpoint to use: running means, if it has any, and adapters merged unless kept."""
     state = checkpoint["state_dict"]
     means = {PREFIX + key[len(EMA_PREFIX) :]: value for key, value in state.items() if key.startswith(EMA_PREFIX)}
     state = {key: means.get(key, value) for key, value in state.items() if not key.startswith(EMA_PREFIX)}
@@ -213,18 +210,13 @@ def averaging_of(module: LightningModule) -> str | None:
 def take_for_use(
     model: UniViGUTransformer3DModel, checkpoint: dict[str, Any], lora: LoraOptions | None, rebuild: bool
 ) -> UniViGUTransformer3DModel:
-    """Leave in a checkpoint the weights that are to be used: means in place of trained ones, adapters merged.
-
-    Adapters are left apart only if the model has the same.
+    """Replace a checkpoint's weights by those to use (:func:`usable_weights`); returns the model to load them into.
 
     Args:
-        model: the one at hand.
+        model: the present one; it is returned unless the architecture or the adapters differ.
         checkpoint: as Lightning gives it to ``on_load_checkpoint``; changed.
-        lora: what the model's adapters were made with, if it has any.
-        rebuild: whether the checkpoint's architecture is another.
-
-    Returns:
-        the model that they are for: the one at hand, or a new one of the checkpoint's architecture, without adapters.
+        lora: options of the model's adapters, if it has any. They stay separate only if the checkpoint has the same.
+        rebuild: whether the checkpoint has another architecture.
     """
     adapted = any(is_lora_parameter(name) for name, _ in model.named_parameters())
     kept = adapted and not rebuild and lora_options(checkpoint["univigu"].get("lora")) == lora
@@ -238,18 +230,16 @@ def take_for_use(
 def take_sharded(
     model: torch.nn.Module, checkpoint: Mapping[str, Any], path: str | Path, lora: LoraOptions | None
 ) -> None:
-    """Make a sharded model, whose weights have been read from a checkpoint, what that is for use.
-
-    Running means in the checkpoint take the place of the weights; every process reads its share.
+    """Replace a sharded model's loaded weights by the checkpoint's running means, if it has any; each rank its share.
 
     Args:
-        model: whose parameters are all sharded (``training.parallel``), with adapters if the checkpoint has some.
-        checkpoint: what stands beside the weights, as Lightning gives it to ``on_load_checkpoint``.
+        model: its parameters are all sharded (``training.parallel``).
+        checkpoint: without the weights, as Lightning gives it to ``on_load_checkpoint``.
         path: the checkpoint, a folder or a file.
-        lora: what the model's adapters were made with, if it has any.
+        lora: options of the model's adapters, if it has any.
 
     Raises:
-        MisconfigurationException: the adapters were trained at another strength; names the options and values.
+        MisconfigurationException: the checkpoint's adapters have other options, which are named.
     """
     saved = lora_options(checkpoint["univigu"].get("lora"))
     differing = lora_differences(saved, lora or LoraOptions()) if saved is not None else {}
@@ -272,14 +262,14 @@ def take_sharded(
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A transformer's configuration, from before some of the options perhaps, with all of them."""
+    """A transformer's configuration, with defaults for options that it does not have."""
     parameters = inspect.signature(UniViGUTransformer3DModel).parameters.values()
     defaults = {option.name: option.default for option in parameters if option.default is not option.empty}
     return defaults | known_options(UniViGUTransformer3DModel, config)
 
 
 def plain(value: Any) -> Any:
-    """A configuration value as json would give it back: tuples are lists there."""
+    """A configuration value as read from JSON, where tuples are lists."""
     return list(value) if isinstance(value, tuple | list) else value
 
 

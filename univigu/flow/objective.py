@@ -30,7 +30,7 @@ class TaskMixture:
     understand: float = 0.5
     """Clean video, noisy text."""
     generate: float = 0.25
-    """Noisy video alone."""
+    """Noisy video without text."""
 
     def __post_init__(self) -> None:
         for option in fields(self):

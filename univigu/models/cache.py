@@ -1,4 +1,4 @@
-"""What a denoising step need not compute again: keys and values of the prompt, and of a video that is clean."""
+"""Keys and values that denoising steps share: those of the prompt, and of clean video."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class LayerCache:
     """One block's share of an :class:`AttentionCache`."""
 
     keep_video: bool = False
-    """Whether to keep ``joint``, the large part."""
+    """Whether to keep ``joint``, the larger part."""
     prompt: KeyValue | None = None
     """Of the cross-attention onto the encoded prompt, [B, S, ...]."""
     joint: KeyValue | None = None
@@ -26,14 +26,13 @@ class LayerCache:
 class AttentionCache:
     """Keys and values of one batch under one prompt; a forward pass fills it, later ones read it.
 
-    ``model(latents, timestep, prompt_embeds, text, text_timestep, cache=cache)`` computes everything and keeps the
-    video's keys and values; ``model(None, None, None, text, text_timestep, cache=cache)`` then runs text alone
-    beside them.  That is exact where the video does not read text (``clean_video_reads_text: false``, timestep 0)
-    and an approximation elsewhere.  The prompt's keys and values are exact always.
+    ``model(latents, timestep, prompt_embeds, text, cache=cache)`` computes everything and keeps the video's keys and
+    values; ``model(None, None, None, text, cache=cache)`` then computes only the text. That is exact if the video does
+    not read text (``clean_video_reads_text: false``, timestep 0), else an approximation. The prompt's are always exact.
     """
 
     keep_video: bool = True
-    """False keeps the prompt's keys and values only: all that is of use while the video itself is denoised."""
+    """False keeps only the prompt's keys and values, as while the video itself is denoised."""
     prompt_embeds: torch.Tensor | None = None
     """The embeddings the prompt's keys and values were computed from."""
     layers: list[LayerCache] = field(default_factory=list)

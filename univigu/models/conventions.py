@@ -1,4 +1,4 @@
-"""What a model was trained to see: choices about its inputs that live in its configuration, not in its weights."""
+"""Conventions of a model's inputs, which are recorded in its configuration."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Conventions:
     """The defaults are WanPipeline's; models made elsewhere may have been trained with others."""
 
     latents_normalized: bool = True
-    """Whether the transformer sees latents of zero mean and unit deviation a channel, or the VAE's own."""
+    """Whether latents have zero mean and unit deviation a channel; False takes the VAE's own."""
     null_condition: NullCondition = "encoded"
-    """What stands for no prompt: the encoded empty prompt, or zeros."""
+    """The null condition: the encoded empty prompt, or zeros."""
     prompt_padding: PromptPadding = "zeros"
-    """What stands behind a prompt's end: zeros, or what the text encoder gives for padding."""
+    """Prompt embeddings past the prompt's end: zeros, or what the text encoder gives for padding."""
 
     def __post_init__(self) -> None:
         for name, choices in (("null_condition", ("encoded", "zeros")), ("prompt_padding", ("zeros", "encoded"))):
@@ -34,7 +34,7 @@ class Conventions:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
-        """Those of a model's configuration; one from before there was a choice has the defaults."""
+        """Those of a model's configuration; missing entries are the defaults."""
         return cls(**{name: config[name] for name in CONVENTIONS if name in config})
 
     def null(self, embeds: torch.Tensor) -> torch.Tensor:
@@ -42,11 +42,11 @@ class Conventions:
         return torch.zeros_like(embeds) if self.null_condition == "zeros" else embeds
 
     def encode(self, vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
-        """Video [B, C, F, H, W] in [-1, 1] -> float32 latents [B, C, T, H, W] as the transformer wants them."""
+        """Video [B, C, F, H, W] in [-1, 1] -> float32 latents [B, C, T, H, W] for the transformer."""
         return self.from_normalized(encode_clips(vae, video), vae)
 
     def from_normalized(self, latents: torch.Tensor, vae: AutoencoderKLWan) -> torch.Tensor:
-        """Normalised latents, as shards hold them, as the transformer wants them."""
+        """Normalised latents, as in shards, for the transformer."""
         return latents if self.latents_normalized else denormalize_latents(latents, vae)
 
     def decode(self, vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
@@ -58,4 +58,4 @@ class Conventions:
 CONVENTIONS = tuple(field.name for field in fields(Conventions))
 """Names of the entries in a model's configuration."""
 OFFICIAL = Conventions(latents_normalized=False, null_condition="zeros", prompt_padding="encoded")
-"""What the official preview does, as far as can be told; see :func:`univigu.checkpoint.import_official`."""
+"""The official preview's, as far as is known."""

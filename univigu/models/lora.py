@@ -15,12 +15,12 @@ BASE, DOWN, UP = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weig
 
 @dataclass
 class LoraOptions:
-    """Adapters beside the attention's projections: ``W x + alpha / rank * B A x``."""
+    """Adapters of the attention's projections: ``W x + alpha / rank * B A x``."""
 
     rank: int = 32
     """Width of the bottleneck, at least 1."""
     alpha: int = 32
-    """Scale of what the adapters add, at least 1; at alpha = rank it is 1."""
+    """The adapters' output is scaled by alpha / rank; at least 1."""
     attention: tuple[str, ...] = ("attn1", "attn2")
     """Which attention layers: "attn1" is the self-attention of both streams, "attn2" the attention to the prompt."""
 
@@ -34,17 +34,14 @@ class LoraOptions:
 
 
 def add_lora(model: UniViGUTransformer3DModel, options: LoraOptions) -> None:
-    """Put adapters beside the projections; they start at zero, so the model computes what it did."""
+    """Add adapters to the projections; they start at zero, so the model's output does not change."""
     from peft import LoraConfig
 
     layers = "|".join(options.attention)
     targets = rf".*\.({layers})\.(to_q|to_k|to_v|to_out\.0)"
     gradients = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.add_adapter(LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=targets, bias="none"))
-    for (
-        name,
-        parameter,
-    ) in model.named_parameters():  # peft freezes everything else; what is trained is not its business
+    for name, parameter in model.named_parameters():  # peft has frozen everything else
         parameter.requires_grad_(gradients.get(name.replace(BASE, "."), True))
 
 
@@ -54,7 +51,7 @@ def is_lora_parameter(name: str) -> bool:
 
 
 def merge_lora(state: Mapping[str, torch.Tensor], options: LoraOptions) -> dict[str, torch.Tensor]:
-    """A state dict with adapters as one without: what they add is added to the weights, in float32."""
+    """A state dict with the adapters' products added to the weights, in float32."""
     merged = {name: value for name, value in state.items() if not is_lora_parameter(name)}
     scale = options.alpha / options.rank
     for name in [name for name in state if name.endswith(DOWN)]:
@@ -66,7 +63,7 @@ def merge_lora(state: Mapping[str, torch.Tensor], options: LoraOptions) -> dict[
 
 
 def lora_options(saved: Mapping[str, Any] | None) -> LoraOptions | None:
-    """The options as a checkpoint records them."""
+    """The options that a checkpoint has recorded."""
     return None if saved is None else LoraOptions(**{**saved, "attention": tuple(saved["attention"])})
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Self, get_args
 
 from univigu.flow.text import EmbeddingFlowOptions
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
@@ -41,6 +41,12 @@ class ArchitectureOptions:
     """Conditioning timestep for clean video beside text, in [0, 1000)."""
     embedding: EmbeddingFlowOptions = field(default_factory=EmbeddingFlowOptions)
     """Parts of the embedding flow; unused by the others."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Self:
+        """Those of a transformer's configuration."""
+        named = {field.name: config[field.name] for field in fields(cls)}
+        return cls(**(named | {"embedding": EmbeddingFlowOptions(**config["embedding"])}))
 
     def __post_init__(self) -> None:
         for name, choices in (("text_flow", get_args(TextFlowName)), ("text_attention", get_args(TextAttention))):

@@ -1,4 +1,4 @@
-"""Texts as token ids, in Wan's way; light to import, as every process that loads data does it."""
+"""Texts as token ids, as in WanPipeline. Quick to import, since every data process imports it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 
 def clean_text(text: str) -> str:
-    """A text as WanPipeline's ``prompt_clean`` gives it: mended encoding, no HTML entities, single blanks.
-
-    diffusers' own stands in a module whose import takes seconds; that both are one is tested.
-    """
+    """WanPipeline's ``prompt_clean``, whose module takes seconds to import: fixed encoding, no HTML, single blanks."""
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return re.sub(r"\s+", " ", text).strip()
 
 
 class TextTooLongError(ValueError):
-    """A text that does not fit its slot; nothing is ever cut off silently."""
+    """A text with more tokens than allowed; texts are never cut silently."""
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int, name: str = "prompt") -> torch.Tensor:

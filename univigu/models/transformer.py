@@ -33,7 +33,14 @@ from univigu.models.conventions import Conventions, NullCondition, PromptPadding
 from univigu.models.internals import checkpointed
 from univigu.models.options import ArchitectureOptions, TextAttention, TextFlowName, check_replaced
 from univigu.models.text import TextHead, TextTimeEmbedding, check_text, text_rotary_table
-from univigu.models.weights import cast_like, check_complete, embedding_rows, load_strictly, transformer_folder
+from univigu.models.weights import (
+    cast_like,
+    check_complete,
+    embedding_rows,
+    known_options,
+    load_strictly,
+    transformer_folder,
+)
 
 TEXT_KEYS = (
     "time_embedding_t.",
@@ -123,32 +130,12 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         null_condition: NullCondition = "encoded",
         prompt_padding: PromptPadding = "zeros",
     ) -> None:
-        # Checked here; most of them shape no weight.
-        ArchitectureOptions(
-            text_flow, text_positions, text_attention, separate_text_ffn, clean_video_reads_text, clean_video_timestep
-        )
-        Conventions(latents_normalized, null_condition, prompt_padding)
+        wan = known_options(WanTransformer3DModel, locals())
+        options, _ = ArchitectureOptions.of(self.config), Conventions.of(self.config)  # checked by making them
         if vocab_size < 1:
             raise ValueError(f"vocab_size={vocab_size}: expected at least 1")
         # The parent builds everything but its blocks, which are ours: no block is allocated twice.
-        super().__init__(
-            patch_size,
-            num_attention_heads,
-            attention_head_dim,
-            in_channels,
-            out_channels,
-            text_dim,
-            freq_dim,
-            ffn_dim,
-            0,
-            cross_attn_norm,
-            qk_norm,
-            eps,
-            image_dim,
-            added_kv_proj_dim,
-            rope_max_seq_len,
-            pos_embed_seq_len,
-        )
+        super().__init__(**(wan | {"num_layers": 0}))
         self.register_to_config(num_layers=num_layers)
         dim = num_attention_heads * attention_head_dim
         self.blocks = nn.ModuleList(
@@ -175,14 +162,9 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         self.scale_shift_table_t = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.text_head = TextHead(dim, vocab_size)
         self.text_endpoint_proj: nn.Linear | None = None
-        if text_flow == "embedding" and self.embedding_options.self_conditioning:
+        if text_flow == "embedding" and options.embedding.self_conditioning:
             self.text_endpoint_proj = nn.Linear(dim, dim, bias=False)
             nn.init.zeros_(self.text_endpoint_proj.weight)
-
-    @property
-    def embedding_options(self) -> EmbeddingFlowOptions:
-        """Of the embedding flow."""
-        return EmbeddingFlowOptions(**self.config.embedding)
 
     # ------------------------------------------------------------------ forward
 
@@ -308,7 +290,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         if text.tokens.ndim == 2:
             states = self.vocab_embed(text.tokens)
         else:
-            states = self.embedding_options.input_scale * text.tokens
+            states = self.config.embedding["input_scale"] * text.tokens
             if text.endpoint is not None:
                 assert self.text_endpoint_proj is not None
                 states = states + self.text_endpoint_proj(text.endpoint.to(dtype))
@@ -371,8 +353,13 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             folder = transformer_folder(wan)
             wan, info = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch_dtype, output_loading_info=True)
             check_complete(folder, info)
-        config = {name: value for name, value in wan.config.items() if not name.startswith("_")}
-        model = cls(**(config | asdict(options or ArchitectureOptions()) | {"vocab_size": vocab_size}))
+        model = cls(
+            **(
+                known_options(WanTransformer3DModel, wan.config)
+                | asdict(options or ArchitectureOptions())
+                | {"vocab_size": vocab_size}
+            )
+        )
         cast_like(model, wan)
         names = {name: name for name in model.state_dict() if not is_text_parameter(name)}
         load_strictly(model, wan.state_dict(), "wan", names)

@@ -1,0 +1,30 @@
+"""Private names of diffusers and accelerate: each of these fails when one of them changes."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+from tests import tiny
+from univigu.models.internals import attention_backend, checkpointed, execution_device
+
+
+def test_attention_backend() -> None:
+    model = tiny.make_unified(tiny.make_wan())
+    assert attention_backend(model.blocks[0].attn1) is None
+    model.set_attention_backend("native")
+    assert attention_backend(model.blocks[0].attn1) == "native"
+
+
+def test_execution_device() -> None:
+    module = torch.nn.Linear(1, 1)
+    assert execution_device(module) is None
+    add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    assert execution_device(module) == torch.device("cpu")
+
+
+def test_checkpointing_function() -> None:
+    model, calls = tiny.make_unified(tiny.make_wan()), []
+    model.enable_gradient_checkpointing(lambda *args: calls.append(args))
+    checkpointed(model, model.blocks[0], 1, 2)
+    assert calls == [(model.blocks[0], 1, 2)]
