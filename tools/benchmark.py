@@ -31,9 +31,10 @@ from rich.table import Table
 from univigu.data.buckets import Bucket
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.encode import encode_shards
-from univigu.data.index import SampleRef, index_folder
+from univigu.data.index import index_folder
 from univigu.data.loader import TrainLoader
 from univigu.data.processes import SpawnPool
+from univigu.data.sample import SampleRef
 from univigu.flow.inputs import TextInputs
 from univigu.flow.objective import TaskMixture, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
@@ -273,7 +274,7 @@ def read_bare(refs: list[SampleRef]) -> int:
 
     frames = 0
     for ref in refs:
-        reader = decord.VideoReader(io.BytesIO(ref.read("mp4") or b""), num_threads=1)
+        reader = decord.VideoReader(io.BytesIO(ref.read("mp4")), num_threads=1)
         frames += len(reader.get_batch(range(len(reader))).asnumpy())
     return frames
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from tests.damage import DAMAGES, SHARD_DAMAGES, kind_of, write_damaged
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.sample import SAMPLE_REASONS, SampleError
+from univigu.data.sample import SampleError, SampleReason
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def test_damaged_inputs_are_counted_and_sound_ones_arrive(damaged: tuple[Path, i
     assert arrived == dict.fromkeys(sound, 1)
     assert len(data.errors.seen) == number
     assert {kind_of(shard, key) for shard, key, _ in data.errors.seen} == {*DAMAGES, *SHARD_DAMAGES}
-    assert {reason for *_, reason in data.errors.seen} <= set(SAMPLE_REASONS)
+    assert {reason for *_, reason in data.errors.seen} <= set(get_args(SampleReason))
 
 
 def test_strict_mode_raises_with_shard_and_key(tmp_path: Path) -> None:

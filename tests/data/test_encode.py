@@ -16,7 +16,7 @@ from tests.conftest import REPO
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.index import index_folder
 from univigu.data.processes import SpawnPool
-from univigu.data.sample import DataError, SampleError, parse_sample
+from univigu.data.sample import DataError, SampleError, SampleRef
 from univigu.data.shards import Manifest
 from univigu.shapes.write import write_shapes
 from univigu.training.module import UniViGU
@@ -173,7 +173,6 @@ def test_faulty_embeddings_are_named(encoded: dict[str, Path]) -> None:
     from safetensors.torch import save
 
     ref = index_folder(encoded["float32"] / "train")[0][0]
-    members = {suffix: ref.read(suffix) or b"" for suffix in ref.members}
     sound = {"prompt": torch.zeros(4, 8), "null": torch.zeros(1, 8)}
     nan = torch.full((4, 8), torch.nan)
     for tensors, reason in (
@@ -184,11 +183,11 @@ def test_faulty_embeddings_are_named(encoded: dict[str, Path]) -> None:
     ):
         raw = tensors if isinstance(tensors, bytes) else save(tensors)
         with pytest.raises(SampleError, match=reason):
-            parse_sample({**members, "prompt.safetensors": raw}, "a.tar", "k")
+            SampleRef("a.tar", "k", {"prompt.safetensors": raw}).tensors("prompt.safetensors", "prompt", "null")
     dataset: Any = data(encoded["float32"]).train_dataloader()._loader.dataset
-    sample = parse_sample({**members, "prompt.safetensors": save(sound)}, "a.tar", "k")
-    with pytest.raises(SampleError, match=r"wrong_shape in 'prompt': embeddings of 4 tokens, the prompt has 3"):
-        dataset._stored_prompt(sample, torch.tensor([5, 6, 1, 0, 0]))
+    ref.members["prompt.safetensors"] = save(sound)
+    with pytest.raises(SampleError, match=r"wrong_shape in 'prompt': embeddings of 4 tokens, the prompt has \d+"):
+        dataset.load(ref)
 
 
 @pytest.mark.parametrize(

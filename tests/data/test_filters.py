@@ -41,7 +41,7 @@ def test_samples_are_counted_by_reason(tmp_path: Path, foundation: str, raw_tar:
     refs, errors = scan_shard(raw_tar(tmp_path / "a.tar", [*members, ("broken.mp4", b"x"), ("broken.json", b"{")]))
     assert len(refs) == 6 and not errors
     length = LengthFilter(max_prompt=8, min_caption=5, max_caption=8)
-    selection = select(refs, tokenizer, length, prompt_length=8, caption_length=7)
+    selection = select(refs, tokenizer, length, {"prompt": 8, "caption": 7})
     assert [ref.key for ref in selection.kept] == ["fits", "odd"]
     assert selection.counts == {
         "kept": 2,

@@ -57,4 +57,4 @@ def test_the_documented_writer_writes_shards(tmp_path: Path, monkeypatch: pytest
     exec(code, {"my_samples": samples, "tarfile": tarfile, "io": io})
     refs, errors = index_folder(tmp_path / "mine" / "train")
     assert not errors and [ref.key for ref in refs] == list(SAMPLES)
-    assert json.loads(refs[0].read("json") or b"") == {"prompt": "a prompt", "caption": "a caption"}
+    assert json.loads(refs[0].read("json")) == {"prompt": "a prompt", "caption": "a caption"}

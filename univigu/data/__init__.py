@@ -6,6 +6,6 @@ Only light modules are imported here; the data module itself is ``univigu.data.d
 from __future__ import annotations
 
 from univigu.data.filters import LengthFilter
-from univigu.data.sample import DataError, Sample, SampleError
+from univigu.data.sample import DataError, SampleError, SampleRef
 
-__all__ = ["DataError", "LengthFilter", "Sample", "SampleError"]
+__all__ = ["DataError", "LengthFilter", "SampleError", "SampleRef"]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from univigu.data.index import SampleRef
-from univigu.data.sample import LATENTS_SUFFIX, DataError, SampleError, media_suffix
+from univigu.data.sample import LATENTS_SUFFIX, DataError, SampleRef
 from univigu.data.video import VideoError, probe_video
 
 
@@ -89,14 +86,17 @@ class Grid:
         Raises:
             DataError: a config cannot be read or lacks these numbers.
         """
-        has_transformer = (Path(foundation) / "transformer" / "config.json").exists()
-        vae, transformer = _config(foundation, "vae"), _config(foundation, "transformer") if has_transformer else {}
+        path = Path(foundation) / "transformer" / "config.json"
         try:
-            scales = int(vae.get("scale_factor_temporal", 4)), int(vae.get("scale_factor_spatial", 8))
-            frames, down, across = map(int, transformer.get("patch_size", cls.patch))
-        except (TypeError, ValueError) as error:
-            raise DataError(f"foundation={str(foundation)!r}: no sizes in its config.json files ({error})") from error
-        return cls(*scales, (frames, down, across))
+            patch = cls.patch
+            if path.exists():
+                frames, down, across = map(int, json.loads(path.read_text()).get("patch_size", patch))
+                patch = frames, down, across
+            path = Path(foundation) / "vae" / "config.json"
+            vae = json.loads(path.read_text())
+            return cls(int(vae.get("scale_factor_temporal", 4)), int(vae.get("scale_factor_spatial", 8)), patch)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise DataError(f"foundation={str(foundation)!r}: no sizes in {path} ({error})") from error
 
     def check(self, bucket: Bucket, name: Callable[[str], str] = str) -> None:
         """Raise a DataError for a size that is no whole number of tokens; ``name`` gives a field its user's name."""
@@ -111,88 +111,36 @@ class Grid:
                 expected += f"foundation's VAE, {patch} latents a token of its transformer"
                 raise DataError(f"{name(side)}={getattr(bucket, side)}: {expected}")
 
-    def latents_shape(self, bucket: Bucket) -> tuple[int, int, int]:
-        """(T, H, W) of a bucket's latents."""
-        return latents_shape(bucket, self.temporal, self.spatial)
 
-
-def _config(foundation: str | Path, component: str) -> dict[str, Any]:
-    try:
-        config = json.loads((Path(foundation) / component / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"foundation={str(foundation)!r}: no readable {component}/config.json ({error})") from error
-    if not isinstance(config, dict):
-        raise DataError(f"foundation={str(foundation)!r}: {component}/config.json: expected an object, got {config!r}")
-    return config
-
-
-class BucketChooser:
-    """Chooses a sample's bucket by the headers of its video or latents; nothing is decoded.
+def choose_bucket(ref: SampleRef, buckets: Sequence[Bucket], shapes: Sequence[tuple[int, int, int]] = ()) -> int:
+    """Number of a sample's bucket, by the header of its video or latents; with a single bucket none is read.
 
     Args:
-        buckets: to choose among; with a single one no header is read.
         shapes: (T, H, W) of each bucket's latents, if samples may be latents.
+
+    Raises:
+        SampleError: unreadable_video, corrupt_latents, or wrong_shape if latents fit no bucket.
     """
-
-    def __init__(self, buckets: Sequence[Bucket], shapes: Sequence[tuple[int, int, int]] = ()) -> None:
-        self.buckets, self.shapes = buckets, list(shapes)
-
-    def __call__(self, ref: SampleRef) -> int:
-        """The bucket's number.
-
-        Raises:
-            SampleError: unreadable_video, corrupt_latents, or wrong_shape if latents fit no bucket.
-        """
-        if len(self.buckets) == 1:
-            return 0
-        suffix = media_suffix(ref.members, ref.shard, ref.key)
-        with ref.open(suffix) as file:
-            _, offset, size = ref.members[suffix]
-            section = _FileSection(file, offset, size)
-            if suffix == LATENTS_SUFFIX:
-                return self._of_latents(ref, section, size)
-            try:
-                return best_bucket(self.buckets, *probe_video(section))
-            except VideoError as error:
-                raise SampleError("unreadable_video", ref.shard, ref.key, "video", str(error)) from error
-
-    def _of_latents(self, ref: SampleRef, section: _FileSection, size: int) -> int:
-        """By the header of the safetensors file: 8 bytes of length, then JSON."""
+    suffix = ref.media
+    if len(buckets) == 1:
+        return 0
+    if suffix == LATENTS_SUFFIX:
+        # a safetensors file: 8 bytes of length, then JSON
+        header = ref.read(suffix, 8 + int.from_bytes(ref.read(suffix, 8), "little"))[8:]
         try:
-            header = json.loads(section.read(min(int.from_bytes(section.read(8), "little"), size)))
-            shape = tuple(header["latents"]["shape"][1:])
+            shape = tuple(json.loads(header)["latents"]["shape"][1:])
         except (ValueError, KeyError, TypeError) as error:
-            raise SampleError("corrupt_latents", ref.shard, ref.key, "latents", repr(error)) from error
-        if shape not in self.shapes:
-            value = f"[T, H, W] is {list(shape)}, the buckets' are {self.shapes}"
-            raise SampleError("wrong_shape", ref.shard, ref.key, "latents", value)
-        return self.shapes.index(shape)
-
-
-class _FileSection(io.RawIOBase):
-    """A section of a file as a file of its own; a size of -1 is the rest of the file."""
-
-    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
-        if size < 0:
-            size = os.fstat(file.fileno()).st_size - offset
-        self._file, self._offset, self._size, self._at = file, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._offset + self._at)
-        data = self._file.read(max(0, min(len(buffer), self._size - self._at)))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+            raise ref.error("corrupt_latents", "latents", repr(error)) from error
+        if shape not in shapes:
+            value = f"[T, H, W] is {list(shape)}, the buckets' are {list(shapes)}"
+            raise ref.error("wrong_shape", "latents", value)
+        return shapes.index(shape)
+    member = ref.members[suffix]
+    assert not isinstance(member, bytes)
+    path, offset, size = member
+    # FFmpeg's name for a section of a file
+    name = f"file:{path}" if size < 0 else f"subfile,,start,{offset},end,{offset + size},,:file:{path}"
+    try:
+        return best_bucket(buckets, *probe_video(name))
+    except VideoError as error:
+        raise ref.error("unreadable_video", "video", str(error)) from error

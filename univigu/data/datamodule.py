@@ -6,6 +6,7 @@ import logging
 import os
 from collections import Counter
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +16,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
-from univigu.data.buckets import Bucket, BucketChooser, Grid
-from univigu.data.filters import LengthFilter, Selection, select
-from univigu.data.index import SampleRef
+from univigu.data.buckets import Bucket, Grid, choose_bucket, latents_shape
+from univigu.data.filters import LengthFilter, select
 from univigu.data.inputs import (
     INPUTS,
     PredictionInput,
@@ -30,16 +30,8 @@ from univigu.data.inputs import (
 from univigu.data.loader import ErrorLog, SampleLoader, TrainLoader, VideoTextDataset
 from univigu.data.order import EvalOrder, TrainOrder
 from univigu.data.processes import SpawnPool, this_device
-from univigu.data.sample import LATENTS_SUFFIX, DataError
-from univigu.data.sources import (
-    Source,
-    SourceFolder,
-    Split,
-    has_large_encoder,
-    is_remote,
-    local_folder,
-    source_weights,
-)
+from univigu.data.sample import DataError, SampleRef
+from univigu.data.sources import Source, SourceFolder, Split, has_large_encoder, source_weights
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 from univigu.shapes.write import world_fingerprint, write_shapes
 
@@ -139,19 +131,13 @@ class VideoTextDataModule(LightningDataModule):
         """Unusable samples that were found so far, counted by reason."""
         self._refs: dict[Split, list[SampleRef]] = {}
         self._inputs: PredictionInputs | None = None
-        self._tokenizer: Any = None
 
     # --------------------------------------------------------------- preparing
 
-    def _splits(self) -> tuple[Split, ...]:
-        """The splits that the trainer's current task needs; all of them without a trainer."""
-        if self.trainer is None or self.trainer.state.fn is None:
-            return ("train", "val", "test")
-        return SPLITS[self.trainer.state.fn]
-
     def prepare_data(self) -> None:
         """Write the embedded world and encode the shards, if that has not been done yet (one process a node)."""
-        splits = self._splits()
+        fn = None if self.trainer is None else self.trainer.state.fn
+        splits: tuple[Split, ...] = ("train", "val", "test") if fn is None else SPLITS[fn]
         if not splits:
             return
         self._latents_shapes()  # checks the sizes
@@ -168,9 +154,8 @@ class VideoTextDataModule(LightningDataModule):
             jobs = [(folder, split) for split in splits for _, folder in self._folders_of(split)]
             for folder, split in jobs if self.precompute else ():
                 folder.check(split)
-            if all(folder.is_ready(split) for folder, split in jobs):
-                encoders, device = pool, "cpu"
-            else:
+            encoders, device = pool, "cpu"
+            if not all(folder.is_ready(split) for folder, split in jobs):
                 device = self._encoding_device()
                 encoders = single if device != "cpu" or has_large_encoder(self.foundation) else pool
             for folder, split in jobs:
@@ -185,26 +170,21 @@ class VideoTextDataModule(LightningDataModule):
 
     def _folders(self) -> list[SourceFolder]:
         """The local folder of each source."""
-        options = self.foundation, tuple(self.buckets), self.precompute
+        paths = [source.path for source in self.sources or ()]
         if self.sources is None:
-            # clips of other options go to another folder, which leaves alone what a running training reads
+            # clips of other options go to another folder, so that what a running training reads stays as it is
             sizes = (self.height, self.width, self.num_frames)
             counts = (self.num_train_clips, self.num_val_clips, self.num_val_clips)
             name = "-".join(["x".join(map(str, part)) for part in (sizes, counts)] + [world_fingerprint()])
-            return [SourceFolder(Path(self.root) / name, *options)]
-        return [
-            SourceFolder(local_folder(source.path, self.root), *options, url=source.path.rstrip("/"))
-            if is_remote(source.path)
-            else SourceFolder(Path(source.path), *options)
-            for source in self.sources
-        ]
+            paths = [f"{self.root}/{name}"]
+        return [SourceFolder(path, self.root, self.foundation, self.buckets, self.precompute) for path in paths]
 
     def _folders_of(self, split: Split) -> list[tuple[int, SourceFolder]]:
         """Numbers and folders of the sources of a split: all in training, else those that have it."""
         folders = list(enumerate(self._folders()))
         if split == "train" or len(folders) == 1:
             return folders
-        found = [(number, folder) for number, folder in folders if folder.exists(split)]
+        found = [(number, folder) for number, folder in folders if folder.videos(split).exists()]
         if not found:
             bases = [str(folder.base) for _, folder in folders]
             raise DataError(f"data.shards: none of {bases} holds a {split} folder")
@@ -212,16 +192,11 @@ class VideoTextDataModule(LightningDataModule):
 
     def _latents_shapes(self) -> list[tuple[int, int, int]]:
         """(T, H, W) of each bucket's latents; raises DataError for a size that is no whole number of tokens."""
-        grid = self._check_size()
-        for number, bucket in enumerate(self.buckets):
-            grid.check(bucket, f"data.buckets[{number}].{{}}".format)
-        return [grid.latents_shape(bucket) for bucket in self.buckets]
-
-    def _check_size(self) -> Grid:
-        """Check height, width and num_frames; returns the foundation's grid."""
         grid = Grid.of(self.foundation)
         grid.check(Bucket(self.height, self.width, self.num_frames), "data.{}".format)
-        return grid
+        for number, bucket in enumerate(self.buckets):
+            grid.check(bucket, f"data.buckets[{number}].{{}}".format)
+        return [latents_shape(bucket, grid.temporal, grid.spatial) for bucket in self.buckets]
 
     # ------------------------------------------------------------------- setup
 
@@ -234,33 +209,45 @@ class VideoTextDataModule(LightningDataModule):
         """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
         if stage == TrainerFn.PREDICTING:
+            self._latents_shapes()
             self._inputs = self._find_inputs()
-            self._check_size()
             return
         for split in SPLITS[stage]:
             if split not in self._refs:
                 self._refs[split] = self._select(split)
         self._log_counts()
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
         """The foundation's tokenizer."""
-        if self._tokenizer is None:
-            from transformers import AutoTokenizer
+        from transformers import AutoTokenizer
 
-            folder = Path(self.foundation) / "tokenizer"
-            if not folder.is_dir():
-                raise DataError(f"foundation={self.foundation!r}: it holds no tokenizer folder")
-            self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        return self._tokenizer
+        folder = Path(self.foundation) / "tokenizer"
+        if not folder.is_dir():
+            raise DataError(f"foundation={self.foundation!r}: it holds no tokenizer folder")
+        return AutoTokenizer.from_pretrained(folder)
+
+    @property
+    def _slots(self) -> dict[str, int]:
+        return {"prompt": self.prompt_length, "caption": self.caption_length}
 
     def _select(self, split: Split) -> list[SampleRef]:
+        """The usable samples of all sources; counts them and the others."""
         kept: list[SampleRef] = []
         counts: Counter[str] = Counter(kept=0)
+        bucket_of = partial(choose_bucket, buckets=self.buckets, shapes=self._latents_shapes())
         for number, folder in self._folders_of(split):
-            selection = self._select_from(folder, split)
-            kept += [replace(ref, source=number) for ref in selection.kept]
-            counts += selection.counts
+            refs, errors = folder.index(split)
+            questions = self.texts == "qa"
+            found = select(refs, self.tokenizer, self.length_filter, self._slots, questions, bucket_of)
+            self.errors.add(errors + found.errors)
+            found.counts += Counter(error.reason for error in errors)
+            of_source = {"kept": len(found.kept), **dict(sorted(found.counts.items()))}
+            log.info("%s: %s", folder.folder(split), of_source)
+            if not found.kept:
+                raise DataError(f"{folder.folder(split)}: no sample is left for {split}: {of_source}")
+            kept += [replace(ref, source=number) for ref in found.kept]
+            counts += found.counts
         self.filter_counts[split] = dict(sorted(counts.items(), key=lambda item: (item[0] != "kept", item)))
         groups: dict[str, int] = {}
         if len(self.sources or ()) > 1:
@@ -272,20 +259,6 @@ class VideoTextDataModule(LightningDataModule):
             log.info("%s: %s", split, groups)
         return kept
 
-    def _select_from(self, folder: SourceFolder, split: Split) -> Selection:
-        """The usable samples of one source, and counts of the others."""
-        choose = BucketChooser(self.buckets, self._latents_shapes())
-        refs, errors = folder.index(split)
-        slots, questions = (self.prompt_length, self.caption_length), self.texts == "qa"
-        selection = select(refs, self.tokenizer, self.length_filter, *slots, questions, choose)
-        self.errors.add(errors + selection.errors)
-        selection.counts += Counter(error.reason for error in errors)
-        counts = {"kept": len(selection.kept), **dict(sorted(selection.counts.items()))}
-        log.info("%s: %s", folder.folder(split), counts)
-        if not selection.kept:
-            raise DataError(f"{folder.folder(split)}: no sample is left for {split}: {counts}")
-        return selection
-
     def _log_counts(self) -> None:
         if self.trainer is None or not self.trainer.is_global_zero:
             return
@@ -296,7 +269,7 @@ class VideoTextDataModule(LightningDataModule):
             if not isinstance(logger, TensorBoardLogger):
                 continue
             for split, refs in self._refs.items():
-                for i, name in enumerate(("prompt", "caption")):
+                for i, name in enumerate(self._slots):
                     lengths = torch.tensor([ref.tokens[i] for ref in refs])
                     logger.experiment.add_histogram(f"data/{split}/{name}_tokens", lengths, 0)
 
@@ -308,14 +281,14 @@ class VideoTextDataModule(LightningDataModule):
         if self.predict_task is not None and given[0] != INPUTS[self.predict_task]:
             needed = INPUTS[self.predict_task]
             raise DataError(f"model.predict_task={self.predict_task!r} needs data.{needed}, not data.{given[0]}")
-        size = self.num_frames, self.height, self.width
         if self.videos is not None:
-            return PredictionInputs([PredictionInput(path) for path in find_videos(self.videos)], *size)
-        if self.pairs is not None:
+            inputs = [PredictionInput(path) for path in find_videos(self.videos)]
+        elif self.pairs is not None:
             inputs = read_pairs(self.pairs, "question" if self.predict_task == "qa" else "prompt")
         else:
             inputs = [PredictionInput(None, text, error=error) for text, error in read_prompts(self.prompts or "")]
-        return PredictionInputs(inputs, *size, self.tokenizer, self.prompt_length)
+        size = Bucket(self.height, self.width, self.num_frames)
+        return PredictionInputs(inputs, size, self.tokenizer, self.prompt_length)
 
     # ----------------------------------------------------------------- loaders
 
@@ -328,34 +301,26 @@ class VideoTextDataModule(LightningDataModule):
             return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
         return {"rank": kwargs["rank"], "world_size": kwargs["num_replicas"]}
 
-    def _loader_options(self, split: Split, refs: list[SampleRef]) -> dict[str, Any]:
-        lengths, shapes = (self.prompt_length, self.caption_length), self._latents_shapes()
-        dataset = VideoTextDataset(refs, self.tokenizer, *lengths, self.buckets, shapes, replace=split == "train")
-        decodes = any(LATENTS_SUFFIX not in ref.members for ref in refs)
-        return {"dataset": dataset, "errors": self.errors, "num_workers": self.num_workers, "spawn": decodes}
+    def _dataset(self, split: Split, refs: list[SampleRef]) -> VideoTextDataset:
+        shapes = self._latents_shapes()
+        return VideoTextDataset(refs, self.tokenizer, self._slots, self.buckets, shapes, replace=split == "train")
 
     def train_dataloader(self) -> TrainLoader:
         """Shuffled full batches; its position is saved in checkpoints and restored."""
-        refs, ranks = self._refs["train"], self._ranks()
-        order = self._train_order(refs, self.weights, **ranks)
+        refs = self._refs["train"]
+        order = self._train_order(refs, self.weights)
         amount: int | float = getattr(self.trainer, "overfit_batches", 0)
         if amount > 0:
             wanted = amount if isinstance(amount, int) else max(1, int(amount * len(order)))
-            refs = self._first_batches(refs, wanted, order)
-            order = self._train_order(refs, None, **ranks)
-        return TrainLoader(order=order, **self._loader_options("train", refs))
+            batches = map(order.global_numbers, range(min(wanted, len(order))))
+            refs = [refs[number] for batch in batches for number in batch]
+            order = self._train_order(refs, None)
+        return TrainLoader(self._dataset("train", refs), order, self.errors, self.num_workers)
 
-    def _train_order(self, refs: list[SampleRef], weights: list[float] | None, **ranks: int) -> TrainOrder:
-        buckets, sources = [ref.bucket for ref in refs], [ref.source for ref in refs]
-        return TrainOrder(
-            len(refs), self.batch_size, seed=self.seed, weights=weights, sources=sources, buckets=buckets, **ranks
-        )
-
-    def _first_batches(self, refs: list[SampleRef], count: int, order: TrainOrder) -> list[SampleRef]:
-        """Samples of ``count`` batches, for overfitting: the first ones, or with buckets or weights whole batches."""
-        if len(self.buckets) == 1 and self.weights is None:
-            return refs[: count * order.global_batch]
-        return [refs[number] for batch in range(min(count, len(order))) for number in order.global_numbers(batch)]
+    def _train_order(self, refs: list[SampleRef], weights: list[float] | None) -> TrainOrder:
+        sources, buckets = [ref.source for ref in refs], [ref.bucket for ref in refs]
+        options: dict[str, Any] = {"weights": weights, "sources": sources, "buckets": buckets, **self._ranks()}
+        return TrainOrder(len(refs), self.batch_size, seed=self.seed, **options)
 
     def val_dataloader(self) -> SampleLoader:
         """All validation samples, in order."""
@@ -368,16 +333,17 @@ class VideoTextDataModule(LightningDataModule):
     def _eval_dataloader(self, split: Split) -> SampleLoader:
         refs = self._refs[split]
         order = EvalOrder(len(refs), self.batch_size, buckets=[ref.bucket for ref in refs], **self._ranks())
-        return SampleLoader(order=order, **self._loader_options(split, refs))
+        return SampleLoader(self._dataset(split, refs), order, self.errors, self.num_workers)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """One row an input, in order, unusable ones included; see :mod:`univigu.data.inputs`."""
         assert self._inputs is not None
+        decodes = self._inputs.inputs[0].video is not None
         return DataLoader(
             self._inputs,
             batch_size=self.batch_size,
             collate_fn=self._inputs.collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            multiprocessing_context="spawn" if self._inputs.decodes and self.num_workers else None,
+            multiprocessing_context="spawn" if decodes and self.num_workers else None,
         )

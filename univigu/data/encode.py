@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -16,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from univigu.data.buckets import Bucket, BucketChooser, size_parameters
+from univigu.data.buckets import Bucket, choose_bucket, size_parameters
 from univigu.data.build import build_folder
-from univigu.data.index import SampleRef, Scan, list_shards, scan_shard, walk_files
+from univigu.data.index import Scan, list_shards, plain_files, scan_shard
 from univigu.data.options import check_dtype
 from univigu.data.processes import ONLY, Share, SpawnPool
 from univigu.data.sample import (
@@ -27,7 +28,7 @@ from univigu.data.sample import (
     TEXT_SUFFIX,
     DataError,
     SampleError,
-    without_traceback,
+    SampleRef,
 )
 from univigu.data.shards import Manifest, ShardInfo, write_shard
 from univigu.data.video import VideoError, read_video, to_model_range
@@ -68,10 +69,15 @@ def source_parameters(source: Path) -> list[list[Any]]:
     manifest = Manifest.load(source)
     known = {(shard.name, shard.num_bytes): shard.sha256 for shard in manifest.shards} if manifest else {}
     sizes = {
-        path.name: path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in walk_files(path))
+        _name(source, path): path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in plain_files(path))
         for path in list_shards(source)
     }
     return [[name, size, known.get((name, size))] for name, size in sizes.items()]
+
+
+def _name(source: Path, shard: Path) -> str:
+    """A shard's name, with those of the folders between it and the source."""
+    return "--".join(shard.relative_to(source).parts) or shard.name
 
 
 def encode_shards(
@@ -107,28 +113,29 @@ def encode_shards(
     parameters |= size_parameters(buckets)
     if prompts:
         parameters |= prompt_parameters(foundation_path)
-    jobs = {name: job for path in list_shards(source) for name, job in _jobs(path)}
+    jobs = {name: job for path in list_shards(source) for name, job in _jobs(source, path)}
     work = _ShardEncoder(str(foundation_path), device, dtype, prompts, tuple(buckets), strict).write
     description = f"encoding {source.name} shards"
     return build_folder(Path(target), Manifest("latents", parameters), jobs, work, pool, description, share)
 
 
-def _jobs(path: Path) -> Iterator[tuple[str, Path | Scan]]:
+def _jobs(source: Path, path: Path) -> Iterator[tuple[str, Path | Scan]]:
     """Names of the shards encoded from one of the source's, and what goes there: a whole tar, or some samples."""
-    if path.suffix == ".tar" and path.is_file():
-        yield path.name, path
+    name = _name(source, path) if path.is_file() else "files"
+    if name.endswith(".tar"):
+        yield name, path
         return
-    (refs, errors), name = scan_shard(path), path.name if path.is_file() else "files"
+    refs, errors = scan_shard(path)
     for number, start in enumerate(range(0, max(1, len(refs)), SAMPLES_PER_SHARD)):
         yield f"{name}-{number:06d}.tar", (refs[start : start + SAMPLES_PER_SHARD], [] if start else errors)
 
 
-def decode_video(video: bytes, ref: SampleRef, num_frames: int, height: int, width: int) -> torch.Tensor:
-    """:func:`univigu.data.video.read_video` of a sample's bytes, with its errors as SampleError."""
+def decode_video(ref: SampleRef, bucket: Bucket) -> torch.Tensor:
+    """:func:`univigu.data.video.read_video` of a sample's video, with its errors as SampleError."""
     try:
-        return read_video(video, num_frames, height, width)
+        return read_video(ref.read(ref.media), bucket.num_frames, bucket.height, bucket.width)
     except VideoError as error:
-        raise SampleError("unreadable_video", ref.shard, ref.key, "video", str(error)) from error
+        raise ref.error("unreadable_video", "video", str(error)) from error
 
 
 # --------------------------------------------------------------- in a worker
@@ -185,23 +192,20 @@ class _ShardEncoder:
         """Keys and members of the samples, by groups of clips that are encoded together."""
         from univigu.models.encode import group_size
 
-        choose = BucketChooser(self.buckets)
         waiting: dict[Bucket, list[_Clip]] = defaultdict(list)
         for ref in refs:
             try:
-                bucket = self.buckets[choose(ref)]
-                size = bucket.num_frames, bucket.height, bucket.width
-                sample = ref.load()
-                if sample.video is None:
-                    raise SampleError("missing_field", ref.shard, ref.key, "video", "the sample holds latents")
-                frames = decode_video(sample.video, ref, *size)
-                waiting[bucket].append((ref, self._texts(ref, sample.texts.prompt), frames))
+                texts = ref.texts()
+                if ref.media == LATENTS_SUFFIX:
+                    raise ref.error("missing_field", "video", "the sample holds latents")
+                bucket = self.buckets[choose_bucket(ref, self.buckets)]
+                waiting[bucket].append((ref, self._texts(ref, texts.prompt), decode_video(ref, bucket)))
             except SampleError as error:
                 if self.strict:
                     raise
-                errors.append(without_traceback(error))
+                errors.append(copy(error))  # without the traceback, which keeps decoded frames in memory
                 continue
-            if len(waiting[bucket]) == group_size(*size):
+            if len(waiting[bucket]) == group_size(bucket.num_frames, bucket.height, bucket.width):
                 yield from self._encoded(waiting.pop(bucket))
         for clips in filter(None, waiting.values()):
             yield from self._encoded(clips)
@@ -210,12 +214,12 @@ class _ShardEncoder:
         """The json member, and the prompt's embeddings if they are stored."""
         from univigu.models.tokens import TextTooLongError
 
-        texts = {TEXT_SUFFIX: ref.read(TEXT_SUFFIX) or b""}
+        texts = {TEXT_SUFFIX: ref.read(TEXT_SUFFIX)}
         if self.prompts:
             try:
                 embeds = _prompt_embeds(self.foundation, self.device, prompt)
             except TextTooLongError as error:
-                raise SampleError("text_over_slot", ref.shard, ref.key, "prompt", str(error)) from error
+                raise ref.error("text_over_slot", "prompt", str(error)) from error
             texts[PROMPT_SUFFIX] = self._packed(prompt=embeds, null=_null_embeds(self.foundation, self.device))
         return texts
 

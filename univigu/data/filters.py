@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from univigu.data.sample import TEXT_SUFFIX, SampleError, Texts, media_suffix, parse_texts
+from univigu.data.sample import SampleError, SampleRef
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from univigu.data.index import SampleRef
 
 FilterReason = Literal["prompt_long", "caption_short", "caption_long"]
 
@@ -49,12 +47,12 @@ class LengthFilter:
 
 @dataclass
 class Selection:
-    """The samples of a set that can be used, and counts of the others."""
+    """The samples of a set that can be used."""
 
-    kept: list[SampleRef] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
+    kept: list[SampleRef]
+    counts: Counter[str]
     """Numbers of samples: "kept", and the others by filter reason or error reason."""
-    errors: list[SampleError] = field(default_factory=list)
+    errors: list[SampleError]
     """One for every sample that cannot be used; filtered samples are not errors."""
 
 
@@ -62,51 +60,41 @@ def select(
     refs: list[SampleRef],
     tokenizer: PreTrainedTokenizerBase,
     length_filter: LengthFilter,
-    prompt_length: int,
-    caption_length: int,
+    slots: dict[str, int],
     questions: bool = False,
     bucket_of: Callable[[SampleRef], int] = lambda ref: 0,
 ) -> Selection:
     """Read every sample's json once and keep those that are valid, pass the filter and fit their slots.
 
     Args:
-        prompt_length, caption_length: slots in tokens.  A text that passes the filter but not its slot is an error
-            with reason "text_over_slot": texts are never truncated.
+        slots: tokens of "prompt" and "caption".  A text that passes the filter but not its slot is an error with
+            reason "text_over_slot": texts are never truncated.
         questions: use each question and its answer instead of prompt and caption.  A sample without questions is
             counted as "no_question".
-        bucket_of: gives a sample's bucket; its SampleErrors are counted too.
+        bucket_of: gives a sample's bucket; a SampleError that it raises is counted too.
     """
     from univigu.models.tokens import token_count  # not at the top: it loads transformers
 
-    selection = Selection()
-
-    def keep(ref: SampleRef, texts: Texts) -> str:
-        """Keep the sample unless it is filtered; returns what it counts as."""
-        tokens = token_count(tokenizer, texts.prompt), token_count(tokenizer, texts.caption)
-        if reason := length_filter.reason(*tokens):
-            return reason
-        for name, length, slot in zip(("prompt", "caption"), tokens, (prompt_length, caption_length), strict=True):
-            if length > slot:
-                raise SampleError("text_over_slot", ref.shard, ref.key, name, f"{length} tokens, {name}_length={slot}")
-        selection.kept.append(replace(ref, tokens=tokens))
-        return "kept"
-
+    selection = Selection([], Counter(), [])
     for ref in refs:
         try:
-            texts = parse_texts(ref.read(TEXT_SUFFIX), ref.shard, ref.key)
-            media_suffix(ref.members, ref.shard, ref.key)
+            texts = ref.texts()
             ref = replace(ref, bucket=bucket_of(ref))
+            numbers: list[int | None] = [*range(len(texts.qa or []))] if questions else [None]
+            selection.counts["no_question"] += not numbers
+            for number in numbers:
+                pair = texts.question(number)
+                lengths = {name: token_count(tokenizer, getattr(pair, name)) for name in slots}
+                tokens = lengths["prompt"], lengths["caption"]
+                if reason := length_filter.reason(*tokens):
+                    selection.counts[reason] += 1
+                elif over := next((name for name in slots if lengths[name] > slots[name]), None):
+                    value = f"{lengths[over]} tokens, {over}_length={slots[over]}"
+                    selection.errors.append(ref.error("text_over_slot", over, value))
+                else:
+                    selection.kept.append(replace(ref, question=number, tokens=tokens))
         except SampleError as error:
             selection.errors.append(error)
-            selection.counts[error.reason] += 1
-            continue
-        numbers: list[int | None] = [*range(len(texts.qa or []))] if questions else [None]
-        selection.counts["no_question"] += not numbers
-        for number in numbers:
-            try:
-                selection.counts[keep(replace(ref, question=number), texts.question(number))] += 1
-            except SampleError as error:
-                selection.errors.append(error)
-                selection.counts[error.reason] += 1
-    selection.counts = +selection.counts  # without zeros
+    selection.counts += Counter[str](error.reason for error in selection.errors)
+    selection.counts["kept"] = len(selection.kept)
     return selection

@@ -1,106 +1,46 @@
 """Indexes samples for random access: members of tar shards, plain files in folders, and rows of lists.
 
 A shuffle is then a permutation and resuming exactly a position in it, which a sequential stream cannot give.  Tar
-headers are scanned once for (offset, size) of each member; webdataset 1.0 has no index reader of its own any more.
-A folder may hold ``name.mp4`` beside ``name.json``; a list is a .jsonl or .csv file whose ``video`` is a path relative
-to the list, and whose other fields are those of a sample's json.
+headers are scanned once for (offset, size) of each member; webdataset 1.0 has no index reader any more.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 from univigu.data.rows import Row, read_rows
-from univigu.data.sample import (
-    TEXT_SUFFIX,
-    VIDEO_SUFFIXES,
-    DataError,
-    Sample,
-    SampleError,
-    SampleReason,
-    is_video,
-    parse_sample,
-)
-from univigu.data.shards import MANIFEST
+from univigu.data.sample import TEXT_SUFFIX, VIDEO_SUFFIXES, DataError, SampleError, SampleRef, is_video
 
 LIST_SUFFIXES = (".csv", ".jsonl")
-_NAME = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$")  # webdataset's rule: the key ends at the first dot of the file name
-Scan = tuple[list["SampleRef"], list[SampleError]]
+_TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+"""Compressed ones count as damaged shards: they cannot be read at an offset."""
+Scan = tuple[list[SampleRef], list[SampleError]]
 """Usable samples in order, and errors of the others."""
 
 
-@dataclass(frozen=True, slots=True)
-class SampleRef:
-    """Location of a sample; its members are read on demand."""
-
-    shard: str
-    key: str
-    members: dict[str, tuple[str, int, int]]
-    """(file, offset, size) of each member, by suffix; a size of -1 is the rest of the file."""
-    question: int | None = None
-    """Number of the sample's question that is used; None for its prompt and caption."""
-    source: int = 0
-    """Number of the data source."""
-    bucket: int = 0
-    """Number of the size that its video is brought to."""
-    tokens: tuple[int, int] = (0, 0)
-    """Tokens of prompt and caption, once counted."""
-    texts: bytes | None = None
-    """The json member, if no file holds it."""
-
-    def read(self, suffix: str) -> bytes | None:
-        """A member's bytes, or None if the sample has no such member.
-
-        Raises:
-            SampleError: the file cannot be opened, or was truncated after it was indexed.
-        """
-        if suffix not in self.members:
-            return self.texts if suffix == TEXT_SUFFIX else None
-        size = self.members[suffix][2]
-        with self.open(suffix) as file:
-            data = file.read(size)
-        if len(data) < size:
-            raise SampleError("damaged_shard", self.shard, self.key, suffix, f"{len(data)} of {size} bytes are there")
-        return data
-
-    def open(self, suffix: str) -> BinaryIO:
-        """The file that holds a member, at the member's offset."""
-        path, offset, _ = self.members[suffix]
-        try:
-            file = open(path, "rb")  # noqa: SIM115
-        except (OSError, ValueError) as error:
-            reason: SampleReason = "missing_field" if suffix == TEXT_SUFFIX else "unreadable_video"
-            raise SampleError(reason, self.shard, self.key, suffix, f"{path}: {error}") from error
-        file.seek(offset)
-        return file
-
-    def load(self) -> Sample:
-        """Read and check all members."""
-        names = [*self.members, *([TEXT_SUFFIX] if self.texts is not None else [])]
-        return parse_sample({name: self.read(name) or b"" for name in names}, self.shard, self.key)
-
-
 def list_shards(folder: str | Path) -> list[Path]:
-    """Tar files and lists of a folder, sorted by name, and the folder itself if it holds videos but no list.
+    """Tar files in a folder and below and lists in it, sorted by path, and the folder itself if it holds videos.
 
-    A list (.csv or .jsonl) stands for itself.  If there is nothing of these, a DataError names the folder.
+    If there is a list (.csv or .jsonl), videos are used only as it says.  A list may be given in place of a folder.
+
+    Raises:
+        DataError: there is nothing of these.
     """
     folder = Path(folder)
-    if folder.is_file() and folder.suffix in LIST_SUFFIXES:
+    if folder.is_file() and folder.suffix.lower() in LIST_SUFFIXES:
         return [folder]
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of shards, and no such list ({folder.name}.csv or .jsonl)")
-    kinds = (".tar", *LIST_SUFFIXES)
-    shards = sorted(path for path in folder.iterdir() if path.suffix in kinds and not path.name.startswith("."))
-    if all(path.suffix == ".tar" for path in shards) and any(is_video(path) for path in walk_files(folder)):
+    files = list(_walk(folder))
+    lists = [path for path in files if path.suffix.lower() in LIST_SUFFIXES and path.parent == folder]
+    shards = sorted(lists + [path for path in files if path.name.lower().endswith(_TARS)])
+    if not lists and any(map(is_video, files)):
         shards.append(folder)
     if not shards:
         raise DataError(f"{folder}: holds no .tar shard, no .csv or .jsonl list, and no video")
@@ -109,8 +49,8 @@ def list_shards(folder: str | Path) -> list[Path]:
 
 def find_split(base: Path, split: str) -> Path:
     """A split's folder, or else the list of its name; the folder if there is neither."""
-    lists = [base / f"{split}{suffix}" for suffix in LIST_SUFFIXES]
-    return base / split if (base / split).is_dir() else next((path for path in lists if path.is_file()), base / split)
+    paths = [base / split, *(base / f"{split}{suffix}" for suffix in LIST_SUFFIXES)]
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def index_folder(folder: str | Path) -> Scan:
@@ -124,105 +64,92 @@ def scan_shard(path: str | Path) -> Scan:
     path = Path(path)
     if path.is_dir():
         return _scan_files(path)
-    return _scan_list(path) if path.suffix in LIST_SUFFIXES else _scan_tar(str(path))
+    return _scan_list(path) if path.suffix.lower() in LIST_SUFFIXES else _scan_tar(str(path))
 
 
-def walk_files(folder: Path) -> Iterator[Path]:
-    """Files below a folder that may be samples' members, sorted by name within each folder."""
+def plain_files(folder: Path) -> list[Path]:
+    """Videos and json files in a folder and below, sorted by name within each folder."""
+    return [path for path in _walk(folder) if is_video(path) or path.suffix.lower() == f".{TEXT_SUFFIX}"]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files in a folder and below that are not hidden, without manifests."""
     for home, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(home) / name
-            if not name.startswith(".") and name != MANIFEST and path.suffix.lower() not in (".tar", *LIST_SUFFIXES):
-                yield path
+        yield from (Path(home, name) for name in sorted(names) if name[0] != "." and name != "manifest.json")
 
 
-def _split_name(name: str) -> tuple[str, str] | None:
-    """(key, suffix in lower case) of a member's name; None if it has no key or no suffix."""
-    match = _NAME.match(name)
-    return None if match is None else (match.group(1), match.group(2).lower())
-
-
-# --------------------------------------------------------------- tar shards
+def _key(name: str) -> str:
+    """A key that webdataset does not split."""
+    return name.removeprefix("./").replace(".", "_")
 
 
 def _scan_tar(shard: str) -> Scan:
+    """Members of a tar; the key ends at the first dot of the file name, which is webdataset's rule."""
     refs: dict[str, SampleRef] = {}
     errors: list[SampleError] = []
     broken: set[str] = set()
     last = None
-    for name, offset, size, problem in _tar_members(shard):
-        if name is None:
-            errors.append(SampleError("damaged_shard", shard, None, None, problem))
-            continue
-        parts = _split_name(name)
-        if parts is None:
-            continue  # webdataset ignores such files too
-        key, suffix = parts
-        ref = refs.setdefault(key, SampleRef(shard, key, {}))
-        if problem is not None:
-            errors.append(SampleError("damaged_shard", shard, key, suffix, problem))
-            broken.add(key)
-        elif suffix in ref.members or (ref.members and key != last):
-            if key not in broken:
-                errors.append(SampleError("duplicate_member", shard, key, suffix, f"member {name!r}"))
-            broken.add(key)
-        else:
-            ref.members[suffix] = (shard, offset, size)
-        last = key
+    try:
+        for name, offset, size, missing in _tar_members(shard):
+            home, _, file = name.rpartition("/")
+            stem, dot, suffix = file.partition(".")
+            if not stem or not dot:
+                continue  # webdataset ignores such files too
+            key, suffix = _key(f"{home}/{stem}" if home else stem), suffix.lower()
+            ref = refs.setdefault(key, SampleRef(shard, key, {}))
+            error = None
+            if missing > 0:
+                error = ref.error("damaged_shard", suffix, f"the shard ends {missing} bytes too early")
+            elif suffix in ref.members:
+                error = ref.error("duplicate_member", suffix, f"member {name!r}")
+            elif ref.members and key != last:
+                value = f"member {name!r} comes after other samples; sort the members of the tar by name"
+                error = ref.error("duplicate_member", suffix, value)
+            if error is None:
+                ref.members[suffix] = (shard, offset, size)
+            elif key not in broken:
+                errors.append(error)
+                broken.add(key)
+            last = key
+    except tarfile.ReadError as error:
+        errors.append(SampleError("damaged_shard", shard, None, None, str(error)))
     return [ref for key, ref in refs.items() if key not in broken], errors
 
 
-def _tar_members(shard: str) -> Iterable[tuple[str | None, int, int, str | None]]:
-    """Yield (name, offset, size, problem) of each file; without a name the problem is the whole shard's."""
+def _tar_members(shard: str) -> Iterator[tuple[str, int, int, int]]:
+    """(name, offset, size, bytes that are missing) of each file; raises ReadError if the tar is damaged elsewhere."""
     total = os.path.getsize(shard)
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            while (member := tar.next()) is not None:
-                if not member.isfile():
-                    continue
+    with tarfile.open(shard, "r:") as tar:
+        while (member := tar.next()) is not None:
+            if member.isfile():
                 missing = member.offset_data + member.size - total
-                problem = f"the shard ends {missing} bytes too early" if missing > 0 else None
-                yield member.name, member.offset_data, member.size, problem
-                if problem is not None:
+                yield member.name, member.offset_data, member.size, missing
+                if missing > 0:
                     return
-            end = tar.offset
-    except tarfile.ReadError as error:
-        yield None, 0, 0, str(error)
-        return
+        end = tar.offset
     # tarfile takes garbage between members, or the end of a truncated file, for the archive's end
     with open(shard, "rb") as file:
         file.seek(end)
         block = file.read(tarfile.BLOCKSIZE)
     if not block:
-        yield None, 0, 0, "no end-of-archive mark: the shard is cut off"
-    elif block.strip(b"\0"):
-        yield None, 0, 0, f"no tar header at byte {end}"
-
-
-# ---------------------------------------------------------- files and lists
+        raise tarfile.ReadError("no end-of-archive mark: the shard is cut off")
+    if block.strip(b"\0"):
+        raise tarfile.ReadError(f"no tar header at byte {end}")
 
 
 def _scan_files(folder: Path) -> Scan:
-    """Files whose names are equal up to the first dot are a sample's members."""
-    found: dict[str, dict[str, str]] = {}
+    """Files whose paths are equal but for the last suffix are a sample's members."""
+    refs: dict[str, SampleRef] = {}
     errors: dict[str, SampleError] = {}
-    for path in walk_files(folder):
-        parts = _split_name(path.name)
-        if parts is None:
-            continue
-        below = path.parent.relative_to(folder).parts
-        key = "/".join([*(name.replace(".", "_") for name in below), parts[0]])
-        members = found.setdefault(key, {})
-        if parts[1] in members:
-            errors[key] = SampleError("duplicate_member", str(folder), key, parts[1], f"{members[parts[1]]}, {path}")
-        members[parts[1]] = str(path)
-    refs = [
-        SampleRef(str(folder), key, {suffix: (file, 0, -1) for suffix, file in members.items()})
-        for key, members in found.items()
-        if key not in errors and members.keys() & {TEXT_SUFFIX, *VIDEO_SUFFIXES}  # others are no samples at all
-    ]
-    return refs, list(errors.values())
+    first: dict[str, Path] = {}
+    for path in plain_files(folder):
+        key, suffix = _key(path.relative_to(folder).with_suffix("").as_posix()), path.suffix[1:].lower()
+        ref = refs.setdefault(key, SampleRef(str(folder), key, {}))
+        if suffix in ref.members or first.setdefault(key, path).with_suffix("") != path.with_suffix(""):
+            errors[key] = ref.error("duplicate_member", suffix, f"{first[key]}, {path}")
+        ref.members[suffix] = (str(path), 0, -1)
+    return [ref for key, ref in refs.items() if key not in errors], list(errors.values())
 
 
 def _scan_list(path: Path) -> Scan:
@@ -232,8 +159,10 @@ def _scan_list(path: Path) -> Scan:
     number = 0
     try:
         for number, row in enumerate(read_rows(path), 1):
+            ref = SampleRef(str(path), f"{number - 1:08d}", {})
             try:
-                refs.append(_row_ref(path, f"{number - 1:08d}", row))
+                ref.members.update(_row_members(ref, path, row))
+                refs.append(ref)
             except SampleError as error:
                 errors.append(error)
     except DataError as error:
@@ -241,27 +170,26 @@ def _scan_list(path: Path) -> Scan:
     return refs, errors
 
 
-def _row_ref(path: Path, key: str, row: Row) -> SampleRef:
+def _row_members(ref: SampleRef, path: Path, row: Row) -> dict[str, Any]:
+    """The video that a row names, relative to the list, and the row as json member."""
     if row.error is not None:
-        raise SampleError(row.reason, str(path), key, TEXT_SUFFIX, row.error)
-    fields, texts = dict(row.fields), None
-    if row.span is None:
+        raise ref.error(row.reason, TEXT_SUFFIX, row.error)
+    fields, text = dict(row.fields), None
+    if row.span is not None:
+        text = (str(path), *row.span)
+    else:
         with suppress(ValueError, KeyError):  # a column of that name may hold anything
             fields["scene"] = json.loads(fields["scene"])
         try:
             if "qa" in fields:
                 fields["qa"] = json.loads(fields["qa"])
         except ValueError as error:
-            raise SampleError("corrupt_json", str(path), key, "qa", f"{row.where}: {error}") from error
-        texts = json.dumps(fields).encode()
-    if "video" not in fields:
-        raise SampleError("missing_field", str(path), key, "video", f"{row.where}: the row holds {sorted(fields)}")
-    video = fields["video"]
+            raise ref.error("corrupt_json", "qa", f"{row.where}: {error}") from error
+    video = fields.get("video")
+    if video is None:
+        raise ref.error("missing_field", "video", f"{row.where}: the row holds {sorted(fields)}")
     if not isinstance(video, str) or not video or "\0" in video:
-        raise SampleError("wrong_type", str(path), key, "video", f"{row.where}: expected a path, got {video!r}")
-    suffix = Path(video).suffix[1:].lower()
-    suffix = suffix if suffix in VIDEO_SUFFIXES else VIDEO_SUFFIXES[0]  # a listed video may have any suffix
-    members = {suffix: (str(path.parent / video), 0, -1)}
-    if row.span is not None:
-        members[TEXT_SUFFIX] = (str(path), *row.span)
-    return SampleRef(str(path), key, members, texts=texts)
+        raise ref.error("wrong_type", "video", f"{row.where}: expected a path, got {video!r}")
+    suffix = Path(video).suffix[1:].lower()  # a listed video may have any suffix
+    suffix = suffix if suffix in VIDEO_SUFFIXES else VIDEO_SUFFIXES[0]
+    return {suffix: (str(path.parent / video), 0, -1), TEXT_SUFFIX: text or json.dumps(fields).encode()}

@@ -16,19 +16,14 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from univigu.data.buckets import Bucket
 from univigu.data.rows import Row, make_row, read_rows
 from univigu.data.sample import VIDEO_SUFFIXES, DataError, is_unicode, is_video
 from univigu.data.video import VideoError, read_video
 from univigu.models.tokens import TextTooLongError, tokenize
 
 PredictTask = Literal["caption", "generate", "joint", "edit", "qa"]
-INPUTS: dict[str, str] = {
-    "caption": "videos",
-    "generate": "prompts",
-    "joint": "prompts",
-    "edit": "pairs",
-    "qa": "pairs",
-}
+INPUTS = dict(caption="videos", generate="prompts", joint="prompts", edit="pairs", qa="pairs")
 """The option of the data module that a task reads its inputs from."""
 TextField = Literal["prompt", "question"]
 DEFAULT_STRENGTH = 0.8
@@ -135,43 +130,32 @@ def _pairs_of(row: Row, field: TextField) -> list[PredictionInput]:
     pair = PredictionInput(video, text)
     if error := video_error or text_error:
         return [replace(pair, error=error)]
-    for key, value in (("video", video), (field, text)):
-        if not value.strip():
-            return [replace(pair, error=f"{row.where}: {key}={value!r}: expected a non-empty string")]
-    allowed = {"video", field} | ({"strength"} if field == "prompt" else set())
-    if unknown := sorted(row.fields.keys() - allowed):
-        return [replace(pair, error=f"{row.where}: unknown field {unknown[0]!r}, expected {sorted(allowed)}")]
-    if field == "prompt":
-        value = row.fields.get("strength", DEFAULT_STRENGTH)
-        with suppress(TypeError, ValueError):
-            pair = replace(pair, strength=float(value))
-        if pair.strength is None or not 0 < pair.strength <= 1:
-            return [replace(pair, strength=None, error=f"{row.where}: strength={value!r}: expected over 0, at most 1")]
+    allowed = ["prompt", "strength", "video"] if field == "prompt" else [field, "video"]
     try:
-        return [replace(pair, video=path) for path in find_videos(video)]
-    except DataError as error:
-        return [replace(pair, error=f"{row.where}: {error}")]
+        for key, value in (("video", video), (field, text)):
+            if not value.strip():
+                raise DataError(f"{key}={value!r}: expected a non-empty string")
+        if unknown := sorted(row.fields.keys() - set(allowed)):
+            raise DataError(f"unknown field {unknown[0]!r}, expected {allowed}")
+        strength = None
+        if field == "prompt":
+            value = row.fields.get("strength", DEFAULT_STRENGTH)
+            with suppress(TypeError, ValueError):
+                strength = float(value)
+            if strength is None or not 0 < strength <= 1:
+                raise DataError(f"strength={value!r}: expected over 0, at most 1")
+        return [replace(pair, video=path, strength=strength) for path in find_videos(video)]
+    except DataError as failure:
+        return [replace(pair, error=f"{row.where}: {failure}")]
 
 
 class PredictionInputs(Dataset[dict[str, Any]]):
     """The inputs (all with a video, or all with a text only) as rows, decoded and checked; see :meth:`collate`."""
 
     def __init__(
-        self,
-        inputs: Sequence[PredictionInput],
-        num_frames: int,
-        height: int,
-        width: int,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        prompt_length: int = 0,
+        self, inputs: Sequence[PredictionInput], size: Bucket, tokenizer: PreTrainedTokenizerBase, prompt_length: int
     ) -> None:
-        self.inputs, self.size = inputs, (num_frames, height, width)
-        self.tokenizer, self.prompt_length = tokenizer, prompt_length
-
-    @property
-    def decodes(self) -> bool:
-        """Whether the inputs are videos."""
-        return self.inputs[0].video is not None
+        self.inputs, self.size, self.tokenizer, self.prompt_length = inputs, size, tokenizer, prompt_length
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -180,10 +164,10 @@ class PredictionInputs(Dataset[dict[str, Any]]):
         item = self.inputs[index]
         frames, error = None, item.error
         try:
-            if error is None and item.text is not None and self.tokenizer is not None:
+            if error is None and item.text is not None:
                 tokenize(self.tokenizer, [item.text], self.prompt_length)
             if error is None and item.video is not None:
-                frames = read_video(item.video, *self.size)
+                frames = read_video(item.video, self.size.num_frames, self.size.height, self.size.width)
         except (TextTooLongError, VideoError) as failure:
             error = str(failure)
         row = {"index": index, "error": error, "ok": error is None}
@@ -199,7 +183,7 @@ class PredictionInputs(Dataset[dict[str, Any]]):
         """
         batch: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
         if "video" in batch:
-            num_frames, height, width = self.size
             videos = [frames for frames in batch["video"] if frames is not None]
-            batch["video"] = torch.stack(videos) if videos else torch.zeros(0, num_frames, 3, height, width).byte()
+            none = torch.zeros(0, self.size.num_frames, 3, self.size.height, self.size.width, dtype=torch.uint8)
+            batch["video"] = torch.stack(videos) if videos else none
         return batch

@@ -12,6 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -20,43 +21,32 @@ from transformers import PreTrainedTokenizerBase
 
 from univigu.data.buckets import Bucket
 from univigu.data.encode import decode_video
-from univigu.data.index import SampleRef
-from univigu.data.order import Order, TrainOrder
-from univigu.data.sample import (
-    LATENTS_SUFFIX,
-    PROMPT_SUFFIX,
-    DataError,
-    Sample,
-    SampleError,
-    SampleReason,
-    without_traceback,
-)
+from univigu.data.order import EvalOrder, TrainOrder
+from univigu.data.sample import LATENTS_SUFFIX, PROMPT_SUFFIX, DataError, SampleError, SampleReason, SampleRef
 from univigu.models.tokens import TextTooLongError, tokenize
 
 log = logging.getLogger(__name__)
 
 
 class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
-    """Whole batches of samples by their numbers.
+    """Batches of samples, by lists of their numbers.
 
     An unusable sample is returned as an error beside the batch and never raised: exceptions of worker processes lose
     their type.  With ``replace`` the next usable sample of the set takes its position, so that a batch keeps its size
     and does not depend on the worker; without, the batch is smaller (but holds at least one sample).
-    ``latents_shapes`` are the (T, H, W) of each bucket's precomputed latents.
+    ``slots`` are the tokens of "prompt" and "caption", ``latents_shapes`` the (T, H, W) of each bucket's latents.
     """
 
     def __init__(
         self,
         refs: list[SampleRef],
         tokenizer: PreTrainedTokenizerBase,
-        prompt_length: int,
-        caption_length: int,
+        slots: dict[str, int],
         buckets: Sequence[Bucket],
         latents_shapes: Sequence[tuple[int, int, int]],
         replace: bool,
     ) -> None:
-        self.refs, self.tokenizer, self.replace = refs, tokenizer, replace
-        self.lengths = {"prompt": prompt_length, "caption": caption_length}
+        self.refs, self.tokenizer, self.slots, self.replace = refs, tokenizer, slots, replace
         self.buckets, self.latents_shapes = buckets, latents_shapes
         # the stored embeddings are the prompt's, not a question's
         self.stored_prompts = all(
@@ -78,7 +68,7 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
                 try:
                     item = self.load(self.refs[candidate])
                 except SampleError as error:
-                    errors.append(without_traceback(error))
+                    errors.append(copy(error))  # without the traceback, which keeps decoded frames in memory
                     continue
                 # evaluation reads the number to recognise repetitions
                 items.append(item if self.replace else {**item, "number": candidate})
@@ -96,38 +86,30 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
 
     def load(self, ref: SampleRef) -> dict[str, Any]:
         """One sample, decoded and tokenised, as a batch without the batch dimension."""
-        sample = ref.load()
-        texts = sample.texts.question(ref.question)
+        texts = ref.texts().question(ref.question)
         item: dict[str, Any] = {"key": ref.key, "prompt": texts.prompt, "caption": texts.caption, "scene": texts.scene}
         item |= {"source": ref.source, "bucket": ref.bucket, "question": None if ref.question is None else texts.prompt}
-        bucket, shape = self.buckets[ref.bucket], self.latents_shapes[ref.bucket]
-        if sample.latents is not None:
-            if tuple(sample.latents.shape[1:]) != shape:
-                value = f"[T, H, W] is {list(sample.latents.shape[1:])}, expected {list(shape)}"
-                raise SampleError("wrong_shape", ref.shard, ref.key, "latents", value)
-            item["latents"] = sample.latents
+        if ref.media == LATENTS_SUFFIX:
+            (item["latents"],) = ref.tensors(LATENTS_SUFFIX, "latents")
+            shape, expected = tuple(item["latents"].shape[1:]), self.latents_shapes[ref.bucket]
+            if shape != expected:
+                raise ref.error("wrong_shape", "latents", f"[T, H, W] is {list(shape)}, expected {list(expected)}")
         else:
-            assert sample.video is not None
-            item["video"] = decode_video(sample.video, ref, bucket.num_frames, bucket.height, bucket.width)
-        for name in ("prompt", "caption"):
+            item["video"] = decode_video(ref, self.buckets[ref.bucket])
+        for name, slot in self.slots.items():
             try:
-                item[f"{name}_ids"] = tokenize(self.tokenizer, [item[name]], self.lengths[name], name)[0]
+                item[f"{name}_ids"] = tokenize(self.tokenizer, [item[name]], slot, name)[0]
             except TextTooLongError as error:
-                raise SampleError("text_over_slot", ref.shard, ref.key, name, str(error)) from error
+                raise ref.error("text_over_slot", name, str(error)) from error
         if self.stored_prompts:
-            item |= self._stored_prompt(sample, item["prompt_ids"])
+            prompt, null = ref.tensors(PROMPT_SUFFIX, "prompt", "null")
+            tokens, slot = int((item["prompt_ids"] != self.tokenizer.pad_token_id).sum()), self.slots["prompt"]
+            if len(prompt) != tokens:
+                value = f"embeddings of {len(prompt)} tokens, the prompt has {tokens}"
+                raise ref.error("wrong_shape", "prompt", value)
+            for name, embeds in (("prompt_embeds", prompt), ("null_embeds", null)):
+                item[name] = torch.nn.functional.pad(embeds, (0, 0, 0, slot - len(embeds)))
         return item
-
-    def _stored_prompt(self, sample: Sample, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The sample's prompt embeddings and the empty prompt's, zero-padded to the prompt's slot: [S, text_dim]."""
-        assert sample.prompt_embeds is not None and sample.null_embeds is not None
-        tokens = int((ids != self.tokenizer.pad_token_id).sum())
-        if len(sample.prompt_embeds) != tokens:
-            value = f"embeddings of {len(sample.prompt_embeds)} tokens, the prompt has {tokens}"
-            raise SampleError("wrong_shape", sample.shard, sample.key, "prompt", value)
-        both = {"prompt_embeds": sample.prompt_embeds, "null_embeds": sample.null_embeds}
-        slot = self.lengths["prompt"]
-        return {name: torch.nn.functional.pad(value, (0, 0, 0, slot - len(value))) for name, value in both.items()}
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -152,14 +134,17 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class ErrorLog:
-    """Counts unusable samples and logs each of them once; in strict mode it raises the first."""
+    """Logs each unusable sample once; in strict mode it raises the first."""
 
     def __init__(self, strict: bool = False) -> None:
         self.strict = strict
-        self.counts: Counter[SampleReason] = Counter()
+        self.seen: dict[tuple[str, str | None, SampleReason], None] = {}
+        """(shard, key, reason) of each of them, in order; the key is None for a whole shard."""
+
+    @property
+    def counts(self) -> Counter[SampleReason]:
         """Numbers of unusable samples by reason; each sample counts once."""
-        self.seen: set[tuple[str, str | None, str]] = set()
-        """(shard, key, reason) of each of them; the key is None for a whole shard."""
+        return Counter(reason for *_, reason in self.seen)
 
     def add(self, errors: list[SampleError]) -> None:
         for error in errors:
@@ -167,15 +152,14 @@ class ErrorLog:
                 raise error
             identity = (error.shard, error.key, error.reason)
             if identity not in self.seen:
-                self.seen.add(identity)
-                self.counts[error.reason] += 1
+                self.seen[identity] = None
                 log.warning("skipped: %s", error)
 
 
 class _BatchSampler:
     """The batches from ``start`` on, as many as the order has in an epoch."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: TrainOrder | EvalOrder) -> None:
         self.order, self.start = order, 0
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -186,20 +170,21 @@ class SampleLoader:
     """Batches of a dataset in a given order; every pass starts from the beginning.
 
     It holds a DataLoader instead of being one, because Lightning replaces a DataLoader's sampler by its own.
-    ``spawn`` starts workers by spawn instead of fork, for decord's threads do not survive a fork.
     """
 
     def __init__(
-        self, dataset: VideoTextDataset, order: Order, errors: ErrorLog, num_workers: int = 0, spawn: bool = False
+        self, dataset: VideoTextDataset, order: TrainOrder | EvalOrder, errors: ErrorLog, num_workers: int = 0
     ) -> None:
         self.dataset, self.order, self.errors = dataset, order, errors
         self._sampler = _BatchSampler(order)
+        decodes = any(LATENTS_SUFFIX not in ref.members for ref in dataset.refs)
         self._loader = DataLoader(
             dataset,
             batch_size=None,  # the sampler gives whole batches
             sampler=self._sampler,
             num_workers=num_workers,
-            multiprocessing_context="spawn" if spawn and num_workers else None,
+            # decord's threads do not survive a fork
+            multiprocessing_context="spawn" if decodes and num_workers else None,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
@@ -243,15 +228,13 @@ class TrainLoader(SampleLoader):
 
     order: TrainOrder
 
-    def __init__(self, dataset: VideoTextDataset, order: TrainOrder, *args: Any, **kwargs: Any) -> None:
-        super().__init__(dataset, order, *args, **kwargs)
+    def __init__(self, dataset: VideoTextDataset, order: TrainOrder, errors: ErrorLog, num_workers: int = 0) -> None:
+        super().__init__(dataset, order, errors, num_workers)
         self.position = 0
         self.waited = 0.0
         """Seconds that the training loop has waited for batches so far."""
-        names = "\n".join(_identity(ref) for ref in dataset.refs)
-        if order.weights is not None:
-            names += f"\n{order.weights}"
-        self._fingerprint = hashlib.sha256(names.encode()).hexdigest()[:16]
+        names = [_identity(ref) for ref in dataset.refs] + ([] if order.weights is None else [str(order.weights)])
+        self._fingerprint = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._sampler.start = self.position

@@ -5,19 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
 
 import torch
 
 from univigu.data.sample import DataError
-
-
-class Order(Protocol):
-    """The samples of the batch at a position."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, position: int) -> list[int]: ...
 
 
 class TrainOrder:
@@ -56,31 +47,26 @@ class TrainOrder:
         self.weights = None if weights is None else [weight / sum(weights) for weight in weights]
         self._buckets = torch.tensor(buckets or [0] * num_samples)
         self._cells = [] if self.weights is None else self._make_cells(self.weights, torch.tensor(sources))
-        self.bucket_sizes = self._count()
+        values, counts = self._buckets[self._members(0)].unique(return_counts=True)
+        self.bucket_sizes = dict(zip(values.tolist(), counts.tolist(), strict=True)) or {0: 0}
         """Samples that an epoch draws of each bucket; whole global batches of them are used."""
         for bucket, size in self.bucket_sizes.items():
             if size < self.global_batch:
                 of = f" of data.buckets[{bucket}]" if buckets and any(buckets) else ""
-                raise DataError(
-                    f"batch_size={batch_size} on {world_size} rank(s): "
-                    f"{size} training samples{of} do not fill one batch"
-                )
+                batch = f"batch_size={batch_size} on {world_size} rank(s)"
+                raise DataError(f"{batch}: {size} training samples{of} do not fill one batch")
         self._epoch = lru_cache(maxsize=1)(self._draw)
 
     def _make_cells(self, shares: list[float], sources: torch.Tensor) -> list[_Cell]:
         cells = []
         for source, share in enumerate(shares):
-            size = int((sources == source).sum())
+            of_source = sources == source
             for bucket in self._buckets.unique().tolist():
-                numbers = ((sources == source) & (self._buckets == bucket)).nonzero().flatten()
+                numbers = (of_source & (self._buckets == bucket)).nonzero().flatten()
                 if len(numbers):
-                    quota = max(1, round(share * self.num_samples * len(numbers) / size))
+                    quota = max(1, round(share * self.num_samples * len(numbers) / int(of_source.sum())))
                     cells.append(_Cell(numbers, quota, f"{self.seed}/source {source}/bucket {bucket}"))
         return cells
-
-    def _count(self) -> dict[int, int]:
-        values, counts = self._buckets[self._members(0)].unique(return_counts=True)
-        return dict(zip(values.tolist(), counts.tolist(), strict=True)) or {0: 0}
 
     @property
     def global_batch(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 from collections.abc import Iterator
@@ -11,9 +12,8 @@ from typing import Any, Literal
 
 from univigu.data.sample import DataError, is_unicode
 
-LINE_ENDS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
+_LINE_ENDS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
 """Characters that some readers take for a line end, though JSON does not; inside JSON strings they may be escaped."""
-_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -49,30 +49,30 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     Raises:
         DataError: the file cannot be read, or is not of its kind.
     """
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet, ".txt": _read_txt}
     path = Path(path)
-    if path.suffix not in readers:
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet, ".txt": _read_txt}
+    read = readers.get(path.suffix.lower())
+    if read is None:
         raise DataError(f"{path}: expected one of {', '.join(readers)}")
     try:
-        yield from readers[path.suffix](path)
+        yield from read(path)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    offset = 0
+    end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            start, offset, where = offset, offset + len(line), f"{path}:{number}"
-            if start == 0 and line.startswith(_BOM):
-                start, line = len(_BOM), line[len(_BOM) :]
+            end, where = end + len(line), f"{path}:{number}"
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
-                row = make_row(where, json.loads(line.decode()), (start, len(line)))
+                yield make_row(where, json.loads(line.decode()), (end - len(line), len(line)))
             except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
-                row = Row(where, {}, f"{where}: not JSON ({error})", "corrupt_json")
-            yield row
+                yield Row(where, {}, f"{where}: not JSON ({error})", "corrupt_json")
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
@@ -112,7 +112,7 @@ def to_json(value: Any, indent: int | None = None) -> str:
 
 def to_line(row: Any) -> str:
     """JSON and a newline; every other character that could end a line is escaped."""
-    return to_json(row).translate(LINE_ENDS) + "\n"
+    return to_json(row).translate(_LINE_ENDS) + "\n"
 
 
 def split_lines(text: str) -> list[str]:

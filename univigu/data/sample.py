@@ -1,13 +1,11 @@
-"""One training sample as it is stored in a shard, and the checks made when it is read.
+"""One sample: where its members are stored, and the checks made when they are read.
 
-A sample is a group of consecutive tar members that share a key (the name up to its first dot)::
+In a tar shard a sample is a group of consecutive members that share a key (the name up to its first dot)::
 
     00000012.mp4                    the video, or
     00000012.latents.safetensors    its normalised latents (precomputed shards)
     00000012.prompt.safetensors     its prompt's embeddings (likewise)
     00000012.json                   {"prompt": str, "caption": str, "scene": ...?, "qa": [{"question", "answer"}]?}
-
-The ``webdataset`` library groups these as ``mp4``, ``latents.safetensors`` and ``json`` of one ``__key__``.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -37,7 +35,6 @@ SampleReason = Literal[
     "damaged_shard",  # the tar file is empty, truncated, or not a tar file
     "text_over_slot",  # a text has more tokens than its slot
 ]
-SAMPLE_REASONS: tuple[str, ...] = get_args(SampleReason)
 
 
 class DataError(ValueError):
@@ -48,7 +45,7 @@ class SampleError(DataError):
     """A sample that cannot be used.
 
     Args:
-        reason: one of :data:`SAMPLE_REASONS`.
+        reason: the kind of the error.
         shard: path of the shard.
         key: the sample's key; None for a whole shard.
         field: the member or json field at fault; None for the whole sample.
@@ -56,23 +53,14 @@ class SampleError(DataError):
     """
 
     def __init__(self, reason: SampleReason, shard: str, key: str | None, field: str | None, value: object) -> None:
-        if reason not in SAMPLE_REASONS:
-            raise ValueError(f"reason={reason!r}: expected one of {SAMPLE_REASONS}")
+        value = value if isinstance(value, str) else repr(value)
+        self.value = value if len(value) <= 200 else value[:200] + "..."
         self.reason, self.shard, self.key, self.field = reason, shard, key, field
-        self.value = value if isinstance(value, str) else repr(value)
-        if len(self.value) > 200:
-            self.value = self.value[:200] + "..."
-        where = f"{shard}: " + (f"sample {key!r}: " if key is not None else "")
-        super().__init__(f"{where}{reason}" + (f" in {field!r}" if field else "") + f": {self.value}")
+        super().__init__(reason, shard, key, field, self.value)  # what pickle and copy call it with
 
-    def __reduce__(self) -> tuple[Any, ...]:  # workers send these to the training process
-        return SampleError, (self.reason, self.shard, self.key, self.field, self.value)
-
-
-def without_traceback(error: SampleError) -> SampleError:
-    """The error without its traceback, which would keep decoded frames in memory."""
-    error.__cause__ = error.__context__ = None
-    return error.with_traceback(None)
+    def __str__(self) -> str:
+        sample = "" if self.key is None else f"sample {self.key!r}: "
+        return f"{self.shard}: {sample}{self.reason}{f' in {self.field!r}' if self.field else ''}: {self.value}"
 
 
 def is_unicode(text: str) -> bool:
@@ -111,52 +99,100 @@ def questions_of(batch: Mapping[str, Any]) -> list[str] | None:
     return asked if asked and len(asked) == len(questions) else None
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One sample; exactly one of ``video`` and ``latents`` is set."""
+@dataclass(frozen=True, slots=True)
+class SampleRef:
+    """Location of a sample; its members are read and checked on demand, with a SampleError for what is wrong."""
 
-    key: str
     shard: str
-    texts: Texts
-    video: bytes | None = None
-    """The encoded video file."""
-    latents: torch.Tensor | None = None
-    """Normalised latents float32 [C, T, H, W]."""
-    prompt_embeds: torch.Tensor | None = None
-    """The encoded prompt float32 [S, text_dim], S its tokens; optional, only with latents."""
-    null_embeds: torch.Tensor | None = None
-    """The encoded empty prompt; set if and only if ``prompt_embeds`` is."""
+    key: str
+    members: dict[str, tuple[str, int, int] | bytes]
+    """By suffix: (file, offset, size), where a size of -1 is the rest of the file; or the content."""
+    question: int | None = None
+    """Number of the sample's question that is used; None for its prompt and caption."""
+    source: int = 0
+    """Number of the data source."""
+    bucket: int = 0
+    """Number of the size that its video is brought to."""
+    tokens: tuple[int, int] = (0, 0)
+    """Tokens of prompt and caption, once counted."""
 
+    def error(self, reason: SampleReason, field: str | None, value: object) -> SampleError:
+        """An error of this sample."""
+        return SampleError(reason, self.shard, self.key, field, value)
 
-def parse_texts(raw: bytes | None, shard: str, key: str) -> Texts:
-    """Check and parse a json member; None means that the sample has none.
+    @property
+    def media(self) -> str:
+        """Suffix of the member that holds the latents or, without them, the video."""
+        for suffix in (LATENTS_SUFFIX, *VIDEO_SUFFIXES):
+            if suffix in self.members:
+                return suffix
+        expected = f"expected {LATENTS_SUFFIX} or one of {', '.join(VIDEO_SUFFIXES)}"
+        raise self.error("missing_field", "video", f"{expected}; the sample holds {sorted(self.members)}")
 
-    Raises:
-        SampleError: missing_field, corrupt_json or wrong_type, naming the field.
-    """
-    if raw is None:
-        raise SampleError("missing_field", shard, key, TEXT_SUFFIX, "the sample has no such member")
-    try:
-        data = json.loads(raw.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SampleError("corrupt_json", shard, key, TEXT_SUFFIX, str(error)) from error
-    if not isinstance(data, dict):
-        raise SampleError("wrong_type", shard, key, TEXT_SUFFIX, f"expected an object, got {type(data).__name__}")
-    for name in ("prompt", "caption"):
-        if name not in data:
-            raise SampleError("missing_field", shard, key, name, f"the json holds {sorted(data)}")
-        if not isinstance(data[name], str):
-            raise SampleError("wrong_type", shard, key, name, f"expected a string, got {data[name]!r}")
-        if not is_unicode(data[name]):
-            raise SampleError("corrupt_json", shard, key, name, f"no valid Unicode: {data[name]!r}")
-    qa, scene = data.get("qa"), data.get("scene")
-    if qa is not None and not _is_qa(qa):
-        raise SampleError("wrong_type", shard, key, "qa", f"expected a list of question/answer strings, got {qa!r}")
-    if scene is not None:
-        from univigu.shapes.scenes import is_scene
+    def read(self, suffix: str, limit: int | None = None) -> bytes:
+        """A member's content, or as many bytes of it as ``limit`` says."""
+        member = self.members.get(suffix)
+        if member is None:
+            raise self.error("missing_field", suffix, "the sample has no such member")
+        if isinstance(member, bytes):
+            return member
+        path, offset, size = member
+        size = size if limit is None else min(limit, size)
+        try:
+            with open(path, "rb") as file:
+                file.seek(offset)
+                data = file.read(size)
+        except (OSError, ValueError) as error:
+            reason: SampleReason = "missing_field" if suffix == TEXT_SUFFIX else "unreadable_video"
+            raise self.error(reason, suffix, f"{path}: {error}") from error
+        if len(data) < size:  # truncated after it was indexed
+            raise self.error("damaged_shard", suffix, f"{len(data)} of {size} bytes are there")
+        return data
 
-        scene = scene if is_scene(scene) else None  # other data sets may use the name freely
-    return Texts(data["prompt"], data["caption"], scene, qa)
+    def texts(self) -> Texts:
+        """The json member."""
+        try:
+            data = json.loads(self.read(TEXT_SUFFIX).decode("utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise self.error("corrupt_json", TEXT_SUFFIX, str(error)) from error
+        if not isinstance(data, dict):
+            raise self.error("wrong_type", TEXT_SUFFIX, f"expected an object, got {type(data).__name__}")
+        for name in ("prompt", "caption"):
+            if name not in data:
+                raise self.error("missing_field", name, f"the json holds {sorted(data)}")
+            if not isinstance(data[name], str):
+                raise self.error("wrong_type", name, f"expected a string, got {data[name]!r}")
+            if not is_unicode(data[name]):
+                raise self.error("corrupt_json", name, f"no valid Unicode: {data[name]!r}")
+        qa, scene = data.get("qa"), data.get("scene")
+        if qa is not None and not _is_qa(qa):
+            raise self.error("wrong_type", "qa", f"expected a list of question/answer strings, got {qa!r}")
+        if scene is not None:
+            from univigu.shapes.scenes import is_scene
+
+            scene = scene if is_scene(scene) else None  # other data sets may use the name freely
+        return Texts(data["prompt"], data["caption"], scene, qa)
+
+    def tensors(self, suffix: str, *names: str) -> list[torch.Tensor]:
+        """Float32 tensors: "latents" [C, T, H, W], or "prompt" and "null" [S, text_dim], S their tokens."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        reason: SampleReason = "corrupt_latents" if suffix == LATENTS_SUFFIX else "corrupt_embeds"
+        raw, ndim = self.read(suffix), 4 if suffix == LATENTS_SUFFIX else 2
+        try:
+            found = load(raw)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise self.error(reason, names[0], str(error)) from error
+        for name in names:
+            if name not in found:
+                raise self.error(reason, name, f"the file holds {sorted(found)}")
+            if found[name].ndim != ndim:
+                raise self.error("wrong_shape", name, f"expected {ndim} dimensions, got {list(found[name].shape)}")
+            # a sum is ten times faster than isfinite of each number, and finite only if they all are
+            if not found[name].float().sum().isfinite() and not found[name].isfinite().all():
+                raise self.error(reason, name, "not all values are finite")
+        return [found[name].float() for name in names]
 
 
 def _is_qa(value: Any) -> bool:
@@ -164,53 +200,3 @@ def _is_qa(value: Any) -> bool:
         return False
     texts = [pair.get(name) for pair in value for name in ("question", "answer")]
     return all(isinstance(text, str) and is_unicode(text) for text in texts)
-
-
-def media_suffix(members: Mapping[str, object], shard: str, key: str) -> str:
-    """The member that holds a sample's latents or, without them, its video.
-
-    Raises:
-        SampleError: missing_field, if it has neither.
-    """
-    for suffix in (LATENTS_SUFFIX, *VIDEO_SUFFIXES):
-        if suffix in members:
-            return suffix
-    found = f"expected {LATENTS_SUFFIX} or one of {', '.join(VIDEO_SUFFIXES)}; the sample holds {sorted(members)}"
-    raise SampleError("missing_field", shard, key, "video", found)
-
-
-def parse_sample(members: Mapping[str, bytes], shard: str, key: str) -> Sample:
-    """Build a sample from its members' bytes by suffix.
-
-    Raises:
-        SampleError: naming shard, key and the member or field at fault.
-    """
-    texts = parse_texts(members.get(TEXT_SUFFIX), shard, key)
-    suffix = media_suffix(members, shard, key)
-    if suffix != LATENTS_SUFFIX:
-        return Sample(key, shard, texts, video=members[suffix])
-
-    def tensors(suffix: str, names: tuple[str, ...], ndim: int, reason: SampleReason) -> list[torch.Tensor]:
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        try:
-            found = load(members[suffix])
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise SampleError(reason, shard, key, names[0], str(error)) from error
-        for name in names:
-            if name not in found:
-                raise SampleError(reason, shard, key, name, f"the file holds {sorted(found)}")
-            if found[name].ndim != ndim:
-                shape = list(found[name].shape)
-                raise SampleError("wrong_shape", shard, key, name, f"expected {ndim} dimensions, got {shape}")
-            # a sum is ten times faster than isfinite of each number, and finite only if they all are
-            if not found[name].float().sum().isfinite() and not found[name].isfinite().all():
-                raise SampleError(reason, shard, key, name, "not all values are finite")
-        return [found[name].float() for name in names]
-
-    (latents,) = tensors(LATENTS_SUFFIX, ("latents",), 4, "corrupt_latents")
-    prompt, null = None, None
-    if PROMPT_SUFFIX in members:
-        prompt, null = tensors(PROMPT_SUFFIX, ("prompt", "null"), 2, "corrupt_embeds")
-    return Sample(key, shard, texts, None, latents, prompt, null)

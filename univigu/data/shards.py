@@ -12,7 +12,8 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,17 @@ class ShardInfo:
     """Samples of the source that are missing here: {"reason", "key", "field", "value"} as of :class:`SampleError`."""
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the path's name when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> ShardInfo:
     """Write samples (key, {suffix: bytes}) to a tar file that appears under its name only when it is complete.
 
@@ -43,9 +55,8 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
     Raises:
         ValueError: a key that webdataset would split or that occurs twice.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     seen: set[str] = set()
-    try:
+    with replacing(path) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as tar:
             for key, members in samples:
                 if not key or "." in key or key in seen:
@@ -55,12 +66,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
                     info = tarfile.TarInfo(f"{key}.{suffix}")  # mtime, uid and gid are 0, names empty
                     info.size, info.mode = len(members[suffix]), 0o644
                     tar.addfile(info, io.BytesIO(members[suffix]))
-        digest = sha256_of(temporary)
-        size = temporary.stat().st_size
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return ShardInfo(path.name, len(seen), size, digest)
+        return ShardInfo(path.name, len(seen), temporary.stat().st_size, sha256_of(temporary))
 
 
 def sha256_of(path: Path) -> str:
@@ -103,34 +109,33 @@ class Manifest:
         state = "complete" if self.complete else "this process is done, others are not"
         return f"{state}: {len(self.shards)} shards, {self.counts}"
 
-    def save(self, folder: Path, name: str = MANIFEST) -> None:
+    def save(self, folder: Path) -> None:
         """Write the manifest, replacing an older one atomically."""
         self.shards.sort(key=lambda shard: shard.name)
         data = {**asdict(self), "num_samples": self.num_samples, "counts": self.counts}
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
-        os.replace(temporary, folder / name)
+        with replacing(folder / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
 
     @classmethod
-    def load(cls, folder: str | Path, name: str = MANIFEST) -> Manifest | None:
-        """The folder's manifest, or None if it has none.
-
-        Raises:
-            DataError: the file is damaged or of an unknown format.
-        """
-        path = Path(folder) / name
+    def load(cls, folder: str | Path) -> Manifest | None:
+        """The folder's manifest, or None if it has none."""
+        path = Path(folder) / MANIFEST
         try:
-            text = path.read_bytes()
+            return cls.parse(path.read_bytes(), str(path))
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    @classmethod
+    def parse(cls, text: bytes, where: str) -> Manifest:
+        """The manifest in a file's content; raises DataError if it is damaged or of an unknown format."""
         try:
             data = json.loads(text)
             if data["format"] != FORMAT:
-                raise DataError(f"{path}: format={data['format']!r}: this version reads format {FORMAT}")
+                raise DataError(f"{where}: format={data['format']!r}: this version reads format {FORMAT}")
             shards = [ShardInfo(**shard) for shard in data["shards"]]
             return cls(data["kind"], data["parameters"], shards, data["complete"])
         except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise DataError(f"{path}: not a manifest of shards ({type(error).__name__}: {error})") from error
+            raise DataError(f"{where}: not a manifest ({error!r})") from error
 
     def check_files(self, folder: str | Path, checksums: bool = False) -> list[str]:
         """Names of listed shards that are missing or of another size (or, if asked for, content) than recorded."""
@@ -141,23 +146,3 @@ class Manifest:
             if not same or (checksums and sha256_of(path) != shard.sha256):
                 wrong.append(shard.name)
         return wrong
-
-
-def check_latents(folder: str | Path, manifest: Manifest, expected: Mapping[str, Any]) -> None:
-    """Refuse latents that were made with another VAE, normalisation or size than the ones in use.
-
-    Args:
-        expected: values that the manifest's parameters must have, such as ``vae`` and ``height``.
-
-    Raises:
-        DataError: naming the first parameter that differs, both values, and what to do.
-    """
-    if not manifest.complete:
-        raise DataError(f"{folder}: only partly encoded; let data.precompute finish it")
-    for name, value in expected.items():
-        found = manifest.parameters.get(name)
-        if found != value:
-            raise DataError(
-                f"{folder}: latents were encoded with {name}={found!r}, this run has {name}={value!r}; point "
-                "data.shards at the videos and set data.precompute, so that they are encoded again"
-            )

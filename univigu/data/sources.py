@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any, Literal
 
 from univigu.data.buckets import Bucket, size_parameters
 from univigu.data.encode import encode_shards, prompt_parameters, source_parameters, vae_parameters
-from univigu.data.index import SampleRef, find_split, index_folder, list_shards
+from univigu.data.index import Scan, find_split, index_folder, list_shards
 from univigu.data.processes import SpawnPool
 from univigu.data.sample import LATENTS_SUFFIX, DataError, SampleError
-from univigu.data.shards import MANIFEST, Manifest, check_latents, sha256_of
+from univigu.data.shards import MANIFEST, Manifest, replacing, sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -52,32 +51,35 @@ def source_weights(sources: Sequence[Source]) -> list[float] | None:
     return weights or None
 
 
-@dataclass(frozen=True)
 class SourceFolder:
-    """A source on this machine, with the latents computed from it beside it."""
+    """A source on this machine, with the latents computed from it beside it.
 
-    base: Path
-    """Folder with train/, val/ and test/."""
-    foundation: str
-    buckets: tuple[Bucket, ...]
-    precompute: bool
-    url: str | None = None
-    """Where the shards are copied from."""
+    Args:
+        path: folder with train/, val/ and test/, or its URL (s3://bucket/data, https://host/data, ...).
+        root: folder for copies of URLs.
+    """
+
+    def __init__(
+        self, path: str | Path, root: str, foundation: str, buckets: Sequence[Bucket], precompute: bool
+    ) -> None:
+        self.url = str(path).rstrip("/") if "://" in str(path) else None
+        self.base = Path(path)
+        """The local folder."""
+        if self.url is not None:
+            self.base = Path(root) / "remote" / hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        self.foundation, self.buckets, self.precompute = foundation, tuple(buckets), precompute
 
     def fetch(self, split: Split, optional: bool = False) -> None:
         """Copy a remote split to this machine; an optional one may be missing there."""
         if self.url is not None:
             fetch_shards(f"{self.url}/{split}", self.base / split, optional)
 
-    def exists(self, split: Split) -> bool:
-        return self.videos(split).exists()
-
     def check(self, split: Split) -> None:
         """Raise a DataError if the split is missing or empty, before hours are spent on encoding another."""
         try:
             list_shards(self.videos(split))
         except DataError as error:
-            if split != "val" or self.exists(split):
+            if split != "val" or self.videos(split).exists():
                 raise
             raise DataError(f"{error}; training measures its held-out losses on the clips of this split") from None
 
@@ -111,21 +113,16 @@ class SourceFolder:
             options: dict[str, Any] = {"buckets": self.buckets, "strict": strict, "pool": pool, "device": device}
             encode_shards(source, target, self.foundation, **options)
 
-    def index(self, split: Split) -> tuple[list[SampleRef], list[SampleError]]:
+    def index(self, split: Split) -> Scan:
         """The split's samples, and errors of the others.
 
         Raises:
             DataError: there are no shards, or latents that other encoders or sizes made.
         """
         folder, videos = self.folder(split), self.videos(split)
-        manifest, skipped = Manifest.load(folder), []
+        manifest, skipped = Manifest.load(folder), list[SampleError]()
         if manifest is not None and manifest.kind == "latents":
-            expected = {**vae_parameters(self.foundation), **size_parameters(self.buckets)}
-            if "text_encoder" in manifest.parameters:  # else prompts are encoded during training
-                expected |= prompt_parameters(self.foundation)
-            if folder != videos:
-                expected["source"] = source_parameters(videos)
-            check_latents(folder, manifest, expected)
+            self._check_latents(folder, videos, manifest)
             skipped = manifest.skipped(videos)
         elif folder != videos:
             raise DataError(f"{folder}: has not been encoded; run prepare_data first")
@@ -134,6 +131,23 @@ class SourceFolder:
             raise DataError(f"{folder}: holds latents but no manifest.json, so nothing says which VAE made them")
         return refs, skipped + errors
 
+    def _check_latents(self, folder: Path, videos: Path, manifest: Manifest) -> None:
+        """Refuse latents of other encoders, normalisation, sizes or videos than the ones in use."""
+        if not manifest.complete:
+            raise DataError(f"{folder}: only partly encoded; let data.precompute finish it")
+        expected = {**vae_parameters(self.foundation), **size_parameters(self.buckets)}
+        if "text_encoder" in manifest.parameters:  # else prompts are encoded during training
+            expected |= prompt_parameters(self.foundation)
+        if folder != videos:
+            expected["source"] = source_parameters(videos)
+        for name, value in expected.items():
+            found = manifest.parameters.get(name)
+            if found != value:
+                raise DataError(
+                    f"{folder}: latents were encoded with {name}={found!r}, this run has {name}={value!r}; point "
+                    "data.shards at the videos and set data.precompute, so that they are encoded again"
+                )
+
 
 def has_large_encoder(foundation: str | Path) -> bool:
     """Whether the text encoder is so large that on a CPU only one process should run it; warns of the time it takes."""
@@ -141,19 +155,6 @@ def has_large_encoder(foundation: str | Path) -> bool:
     if size > LARGE_ENCODER:
         log.warning("encoding on the CPU with %s's large text encoder is slow; see docs/CLUSTER.md", foundation)
     return size > LARGE_ENCODER
-
-
-# ------------------------------------------------------------ remote shards
-
-
-def is_remote(path: str) -> bool:
-    """Whether it is a URL, such as s3://bucket/data or https://host/data."""
-    return "://" in path
-
-
-def local_folder(url: str, root: str | Path) -> Path:
-    """Folder of a URL's local copy."""
-    return Path(root) / "remote" / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
 
 
 def fetch_shards(url: str, folder: Path, optional: bool = False) -> None:
@@ -167,45 +168,39 @@ def fetch_shards(url: str, folder: Path, optional: bool = False) -> None:
     """
     import fsspec
 
+    url = url.rstrip("/")
     try:
-        system, path = fsspec.core.url_to_fs(url.rstrip("/"))
-        has_manifest = system.exists(f"{path}/{MANIFEST}")
-        if optional and not has_manifest and not system.exists(path):
+        system, path = fsspec.core.url_to_fs(url)
+        manifest = system.cat_file(f"{path}/{MANIFEST}") if system.exists(f"{path}/{MANIFEST}") else None
+        if optional and manifest is None and not system.exists(path):
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        new_manifest = folder / f".{MANIFEST}.remote"
-        sums: dict[str, str | None] = {}
-        if has_manifest:
-            system.get_file(f"{path}/{MANIFEST}", str(new_manifest))
-            manifest = Manifest.load(folder, new_manifest.name)
-            sums = {shard.name: shard.sha256 for shard in manifest.shards} if manifest else {}
+        if manifest is not None:
+            sums = {shard.name: shard.sha256 for shard in Manifest.parse(manifest, f"{url}/{MANIFEST}").shards}
         else:
-            found = {str(item).rstrip("/").rpartition("/")[2] for item in system.ls(path, detail=False)}
-            sums = dict.fromkeys(sorted(name for name in found if name.endswith(".tar")))
+            names = (str(item).rstrip("/").rpartition("/")[2] for item in system.ls(path, detail=False))
+            sums = dict.fromkeys(sorted(name for name in names if name.endswith(".tar")), "")
         if not sums:
             raise DataError(f"{url}: holds no .tar shard")
+        folder.mkdir(parents=True, exist_ok=True)
         for number, (name, checksum) in enumerate(sums.items(), 1):
             log.info("fetching %s/%s (%d of %d)", url, name, number, len(sums))
             _fetch_file(system, f"{path}/{name}", folder / name, checksum)
-        if has_manifest:  # last, as it marks the copy as complete
-            os.replace(new_manifest, folder / MANIFEST)
-    except DataError:
-        raise
+        if manifest is not None:  # last, as it marks the copy as complete
+            with replacing(folder / MANIFEST) as temporary:
+                temporary.write_bytes(manifest)
     except (OSError, ImportError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{url}: cannot be read ({type(error).__name__}: {error})") from error
 
 
-def _fetch_file(system: Any, source: str, target: Path, checksum: str | None) -> None:
-    """Copy one file by way of a temporary one, unless the target has its checksum, or its size if there is none."""
-    if target.exists() and (
-        sha256_of(target) == checksum if checksum else target.stat().st_size == system.size(source)
-    ):
-        return
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+def _fetch_file(system: Any, source: str, target: Path, checksum: str) -> None:
+    """Copy one file, unless the target has its checksum, or its size if there is none."""
+    if target.exists():
+        size = target.stat().st_size
+        if sha256_of(target) == checksum if checksum else size == system.size(source):
+            return
+    with replacing(target) as temporary:
         system.get_file(source, str(temporary))
         if checksum and sha256_of(temporary) != checksum:
             raise DataError(f"{source}: arrived with another checksum than the manifest says")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
