@@ -28,9 +28,15 @@ def make_wan(seed: int = 0, **options: Any) -> WanTransformer3DModel:
     """A random Wan transformer of two layers."""
     torch.manual_seed(seed)
     defaults: dict[str, Any] = {
-        "num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM, "in_channels": CHANNELS,
-        "out_channels": CHANNELS, "text_dim": TEXT_DIM, "freq_dim": 16, "ffn_dim": 40, "num_layers": 2,
-    }  # fmt: skip
+        "num_attention_heads": HEADS,
+        "attention_head_dim": HEAD_DIM,
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "text_dim": TEXT_DIM,
+        "freq_dim": 16,
+        "ffn_dim": 40,
+        "num_layers": 2,
+    }
     wan = WanTransformer3DModel(**(defaults | options))
     shake(wan)
     return wan.eval()
@@ -52,16 +58,35 @@ def make_pipeline() -> WanPipeline:
     tokenizer = runpy.run_path(str(MAKE_FOUNDATION))["make_tokenizer"]()
     text_encoder = UMT5EncoderModel(
         UMT5Config(
-            vocab_size=len(tokenizer), d_model=TEXT_DIM, d_kv=8, d_ff=32, num_layers=1, num_heads=4,
-            dropout_rate=0.0, pad_token_id=0, eos_token_id=1, feed_forward_proj="gated-gelu",
+            vocab_size=len(tokenizer),
+            d_model=TEXT_DIM,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_heads=4,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=1,
+            feed_forward_proj="gated-gelu",
         )
-    )  # fmt: skip
+    )
     vae = AutoencoderKLWan(
-        base_dim=8, z_dim=CHANNELS, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True],
-        in_channels=12, out_channels=12, patch_size=2, latents_mean=[0.1] * CHANNELS, latents_std=[1.5] * CHANNELS,
-    )  # fmt: skip
+        base_dim=8,
+        z_dim=CHANNELS,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        latents_mean=[0.1] * CHANNELS,
+        latents_std=[1.5] * CHANNELS,
+    )
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return WanPipeline(
-        tokenizer=tokenizer, text_encoder=text_encoder.eval(), vae=vae.eval(), transformer=make_wan(),
+        tokenizer=tokenizer,
+        text_encoder=text_encoder.eval(),
+        vae=vae.eval(),
+        transformer=make_wan(),
         scheduler=scheduler,
-    )  # fmt: skip
+    )

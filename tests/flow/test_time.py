@@ -8,12 +8,13 @@ import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from univigu.flow.objective import FlowOptions
 from univigu.flow.random import rand, randint, randn
 from univigu.flow.time import (
     MAX_TEXT_TIME,
-    TextTimeSampling,
-    VideoTimeSampling,
     expand_time,
+    sample_text_times,
+    sample_video_times,
     shift_sigma,
     time_from_sigma,
     to_timestep,
@@ -64,8 +65,8 @@ def test_expand_time_wants_one_time_a_sample() -> None:
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_uniform_video_times_follow_the_shifted_distribution(shift: float) -> None:
-    t = VideoTimeSampling("uniform", shift=shift).sample(DRAWS, generator=seeded(0))
+def test_video_times_follow_the_shifted_distribution(shift: float) -> None:
+    t = sample_video_times(DRAWS, shift, generator=seeded(0))
     assert t.dtype == torch.float32 and t.shape == (DRAWS,)
     assert float(t.min()) >= 0.0 and float(t.max()) < 1.0
     t = t.double().sort().values
@@ -76,25 +77,15 @@ def test_uniform_video_times_follow_the_shifted_distribution(shift: float) -> No
     assert ks_distance(t, other) > KS_BOUND
 
 
-def test_uniform_video_times_may_be_pure_noise_and_are_never_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_video_times_may_be_pure_noise_and_are_never_clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for extreme in (0.0, 1.0 - 2.0**-24):
         monkeypatch.setattr("univigu.flow.time.rand", lambda shape, *_, value=extreme: torch.full(shape, value))
-        t = float(VideoTimeSampling("uniform", shift=1.0).sample(1))
-        assert t == extreme
-
-
-def test_logit_normal_video_times_follow_the_shifted_distribution() -> None:
-    t = VideoTimeSampling("logit_normal", mean=0.4, std=0.7, shift=3.0).sample(DRAWS, generator=seeded(1))
-    t = t.double().sort().values
-    sigma = (1 - t) / (3 - 2 * (1 - t))
-    score = (torch.logit(sigma) - 0.4) / 0.7
-    assert ks_distance(t, 1 - torch.special.ndtr(score)) < KS_BOUND
-    assert ks_distance(t, 1 - torch.special.ndtr(score + 0.1)) > KS_BOUND
+        assert float(sample_video_times(1, 1.0)) == extreme
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
 def test_text_times_stay_below_one_and_follow_their_power(power: float) -> None:
-    t = TextTimeSampling(power=power).sample(DRAWS, generator=seeded(2))
+    t = sample_text_times(DRAWS, power, generator=seeded(2))
     assert t.dtype == torch.float32
     assert float(t.min()) >= 0.0 and float(t.max()) <= MAX_TEXT_TIME
     t = t.double().sort().values
@@ -102,21 +93,13 @@ def test_text_times_stay_below_one_and_follow_their_power(power: float) -> None:
     assert ks_distance(t, (t / MAX_TEXT_TIME) ** (1.2 / power)) > KS_BOUND
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: VideoTimeSampling("normal"), "distribution: must be 'uniform' or 'logit_normal', got 'normal'"),  # type: ignore[arg-type]
-        (lambda: VideoTimeSampling(mean=math.nan), "mean: must be a finite number, got nan"),
-        (lambda: VideoTimeSampling(std=0.0), "std: must be a positive finite number, got 0.0"),
-        (lambda: VideoTimeSampling(shift=-1.0), "shift: must be a positive finite number, got -1.0"),
-        (lambda: VideoTimeSampling(shift=math.inf), "shift: must be a positive finite number, got inf"),
-        (lambda: TextTimeSampling(power=0.0), "power: must be a positive finite number, got 0.0"),
-        (lambda: shift_sigma(0.5, 0.0), "shift: must be a positive finite number, got 0.0"),
-    ],
-)
-def test_options_out_of_range_are_named(build, message: str) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ValueError, match=message):
-        build()
+@pytest.mark.parametrize("options", [{"shift": -1.0}, {"shift": math.inf}, {"text_time_power": 0.0}, {"max_logits": 0}])
+def test_options_out_of_range_are_named(options: dict[str, float]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=rf"flow\.{name}.*{value}"):
+        FlowOptions(**options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"shift: must be a positive finite number, got 0\.0"):
+        shift_sigma(0.5, 0.0)
 
 
 @pytest.mark.parametrize(

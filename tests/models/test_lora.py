@@ -98,9 +98,13 @@ def test_a_run_moves_what_it_should_and_is_resumed(tmp_path: Path, lora: LoraOpt
         module = UniViGU(str(folder), lora=lora, optimizer=ADAMW, seed=1)
         saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         trainer = Trainer(
-            default_root_dir=tmp_path, accelerator="cpu", logger=False, callbacks=[StageSwitch({"a": stage}), saver],
-            enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
+            default_root_dir=tmp_path,
+            accelerator="cpu",
+            logger=False,
+            callbacks=[StageSwitch({"a": stage}), saver],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
         trainer.fit(module, DataLoader(stages.Clips(), batch_size=12), ckpt_path=ckpt_path, weights_only=True)
         return module.transformer
 
@@ -134,9 +138,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 def make_trainer(root: Path, steps: int = 1) -> Trainer:
     stage = Stage(steps=2, text_length=8, warmup_steps=0, learning_rate=0.3, tasks=TaskMixture(1, 1, 0))
     return Trainer(
-        default_root_dir=root, accelerator="cpu", logger=False, callbacks=[StageSwitch({"a": stage})], max_steps=steps,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
+        default_root_dir=root,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[StageSwitch({"a": stage})],
+        max_steps=steps,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
 
 
 def with_texts(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -75,9 +75,16 @@ def test_names_of_the_official_files(model: UniViGUTransformer3DModel, tmp_path:
     assert content["model"].keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(content["model"][name], value, rtol=1e-6, atol=0)
-    for name in ("time_embedding_v.time_proj.weight", "cond_text_embedder.linear_2.bias", "scale_shift_table_v",
-                 "video_head.proj_out.weight", "time_embedding_t.time_embedder.linear_1.weight",
-                 "scale_shift_table_t", "blocks.1.ffn_t.net.0.proj.weight", "text_head.linear.bias"):  # fmt: skip
+    for name in (
+        "time_embedding_v.time_proj.weight",
+        "cond_text_embedder.linear_2.bias",
+        "scale_shift_table_v",
+        "video_head.proj_out.weight",
+        "time_embedding_t.time_embedder.linear_1.weight",
+        "scale_shift_table_t",
+        "blocks.1.ffn_t.net.0.proj.weight",
+        "text_head.linear.bias",
+    ):
         assert name in content["model"]
     assert [path.name for path in tmp_path.iterdir()] == ["ours.pth"]
 
@@ -117,9 +124,12 @@ def test_output_follows_the_formulas(official: Path, wan: WanTransformer3DModel)
     with torch.no_grad():
         output = imported(**formulas.arguments(inputs))
     theirs = torch.load(official, weights_only=True)["model"]
-    names = {theirs_name: ours for ours, theirs_name in zip(
-        imported.state_dict(), (name for name in official_state(imported) if "inv_freq" not in name), strict=True
-    )}  # fmt: skip
+    names = {
+        theirs_name: ours
+        for ours, theirs_name in zip(
+            imported.state_dict(), (name for name in official_state(imported) if "inv_freq" not in name), strict=True
+        )
+    }
     reference = formulas.Reference(imported)
     reference.w = {names[name]: value for name, value in theirs.items() if name in names}
     sample, text = reference(inputs)
@@ -190,13 +200,16 @@ class Payload:
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"separate_text_ffn": False}, "separate_text_ffn=False"), ({"text_positions": 4}, "text_positions=4"),
+        ({"separate_text_ffn": False}, "separate_text_ffn=False"),
+        ({"text_positions": 4}, "text_positions=4"),
         ({"text_flow": "embedding"}, "text_flow='embedding'"),
         # as the embedded world's recipes
-        ({"text_attention": "own", "text_positions": 4},
-         r"text_attention='own' \(official: 'shared'\), text_positions=4"),
+        (
+            {"text_attention": "own", "text_positions": 4},
+            r"text_attention='own' \(official: 'shared'\), text_positions=4",
+        ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("accept", [False, True])
 def test_models_unlike_the_official_one_are_not_exported(
     tmp_path: Path, wan: WanTransformer3DModel, options: dict[str, Any], name: str, accept: bool
@@ -209,11 +222,14 @@ def test_models_unlike_the_official_one_are_not_exported(
 @pytest.mark.parametrize(
     ("name", "value", "official"),
     [
-        ("clean_video_reads_text", False, True), ("clean_video_timestep", 300.0, 0), ("text_length", 32, 256),
-        ("latents_normalized", True, False), ("null_condition", "encoded", "zeros"),
+        ("clean_video_reads_text", False, True),
+        ("clean_video_timestep", 300.0, 0),
+        ("text_length", 32, 256),
+        ("latents_normalized", True, False),
+        ("null_condition", "encoded", "zeros"),
         ("prompt_padding", "zeros", "encoded"),
     ],
-)  # fmt: skip
+)
 def test_what_a_file_of_weights_does_not_tell_is_not_dropped_silently(
     tmp_path: Path, wan: WanTransformer3DModel, name: str, value: Any, official: Any
 ) -> None:
@@ -379,10 +395,17 @@ def original_wan(wan: WanTransformer3DModel) -> dict[str, torch.Tensor]:
             ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
             ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
             ("condition_embedder.time_proj", "time_projection.1"),
-            ("attn1.", "self_attn."), ("attn2.", "cross_attn."), ("norm2.", "norm3."),
-            ("to_out.0.", "o."), ("to_q.", "q."), ("to_k.", "k."), ("to_v.", "v."),
-            ("ffn.net.0.proj", "ffn.0"), ("ffn.net.2", "ffn.2"), ("proj_out.", "head.head."),
-        ):  # fmt: skip
+            ("attn1.", "self_attn."),
+            ("attn2.", "cross_attn."),
+            ("norm2.", "norm3."),
+            ("to_out.0.", "o."),
+            ("to_q.", "q."),
+            ("to_k.", "k."),
+            ("to_v.", "v."),
+            ("ffn.net.0.proj", "ffn.0"),
+            ("ffn.net.2", "ffn.2"),
+            ("proj_out.", "head.head."),
+        ):
             name = name.replace(ours, theirs)
         if name.endswith("scale_shift_table"):
             name = "head.modulation" if name == "scale_shift_table" else name.replace("scale_shift_table", "modulation")

@@ -131,11 +131,18 @@ def test_construction_at_wan_1_3b_has_wans_keys_and_count() -> None:
     width, vocab, hidden = 1536, 256384, 8960
     text_stream = (
         30 * (2 * width * hidden + width + hidden)  # ffn_t
-        + 256 * width + width + width * width + width  # time_embedder
-        + 6 * width * width + 6 * width  # time_proj
-        + vocab * width + 2 * width  # embedding, scale_shift_table_t
-        + width + vocab * width + vocab  # head: norm, linear
-    )  # fmt: skip
+        + 256 * width
+        + width
+        + width * width
+        + width  # time_embedder
+        + 6 * width * width
+        + 6 * width  # time_proj
+        + vocab * width
+        + 2 * width  # embedding, scale_shift_table_t
+        + width
+        + vocab * width
+        + vocab  # head: norm, linear
+    )
     assert sum(value.numel() for name, value in model.named_parameters() if is_text_key(name)) == text_stream
     assert model.config.num_layers == 30
 
@@ -243,9 +250,14 @@ class Reference:
         return self.linear(f"{name}.net.2", F.gelu(self.linear(f"{name}.net.0.proj", x), approximate="tanh"))
 
     def block(
-        self, i: int, x: torch.Tensor, grid: tuple[int, ...], modulation: torch.Tensor, context: torch.Tensor,
+        self,
+        i: int,
+        x: torch.Tensor,
+        grid: tuple[int, ...],
+        modulation: torch.Tensor,
+        context: torch.Tensor,
         bias: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """x: [video ; text]; modulation: [B, N + L, 6, D], each token's own."""
         name, count = f"blocks.{i}", math.prod(grid)
         parts = self.w[f"{name}.scale_shift_table"] + modulation
@@ -386,10 +398,16 @@ def test_joint_forward_agrees_with_the_texts_own_attention(wan: WanTransformer3D
 @pytest.mark.parametrize(
     "fault",
     [
-        "interleaved_text_rotary", "text_moves_with_one_token", "norm_per_head", "text_skips_prompt",
-        "one_feed_forward", "one_time_embedding", "one_time", "unmodulated_text_head",
+        "interleaved_text_rotary",
+        "text_moves_with_one_token",
+        "norm_per_head",
+        "text_skips_prompt",
+        "one_feed_forward",
+        "one_time_embedding",
+        "one_time",
+        "unmodulated_text_head",
     ],
-)  # fmt: skip
+)
 def test_a_broken_rule_would_be_seen(model: UniViGUTransformer3DModel, fault: str) -> None:
     inputs = make_inputs()
     _, text = Reference(model, fault)(inputs)

@@ -87,9 +87,12 @@ def test_generate_is_wan_pipeline(pipeline: WanPipeline, scheduler: str, guidanc
     assert (wrong - expected).abs().max() > 1e-3
 
     given = pipe(
-        prompt_embeds=prompts[:-1], negative_prompt_embeds=prompts[-1:].expand(3, -1, -1), guidance_scale=guidance,
-        generator=generators(1, 2, 3), **common,
-    ).frames  # fmt: skip
+        prompt_embeds=prompts[:-1],
+        negative_prompt_embeds=prompts[-1:].expand(3, -1, -1),
+        guidance_scale=guidance,
+        generator=generators(1, 2, 3),
+        **common,
+    ).frames
     seeded = sampler.generate(prompts[:-1], prompts[-1:], SHAPE, generators(1, 2, 3)).latents
     torch.testing.assert_close(seeded, given, rtol=1e-5, atol=1e-5)
 
@@ -151,8 +154,11 @@ def test_caption_leaves_the_video_alone(embeds: Any) -> None:
     times = [text["text"].timestep[0].item() for _, text in sampler.model.calls]
     assert times == [1000.0, 750.0, 500.0, 250.0]
     assert [(s.step, s.num_steps, s.video_time, s.text_time) for s in seen] == [
-        (0, 4, 1.0, 0.25), (1, 4, 1.0, 0.5), (2, 4, 1.0, 0.75), (3, 4, 1.0, 1.0),
-    ]  # fmt: skip
+        (0, 4, 1.0, 0.25),
+        (1, 4, 1.0, 0.5),
+        (2, 4, 1.0, 0.75),
+        (3, 4, 1.0, 1.0),
+    ]
     assert torch.equal(seen[-1].text, samples.tokens)
 
 

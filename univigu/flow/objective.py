@@ -8,7 +8,7 @@ generate    video at time t_v, no text stream              -> video loss
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from univigu.flow.inputs import TextInputs
 from univigu.flow.random import make_generator, rand, randn
 from univigu.flow.text import CorruptedText, TextFlow
 from univigu.flow.text_loss import PerToken
-from univigu.flow.time import TextTimeSampling, VideoTimeSampling, expand_time, to_timestep
+from univigu.flow.time import check_positive, expand_time, sample_text_times, sample_video_times, to_timestep
 from univigu.flow.video import flow_matching_loss, interpolate
 
 
@@ -82,17 +82,19 @@ NO_DROPOUT = ConditionDropout(0.0, 0.0, 0.0)
 
 @dataclass
 class FlowOptions:
-    """How times are drawn, and how much memory the text's loss may take."""
+    """How times are drawn in training, and how much memory the text's loss may take."""
 
-    video_times: VideoTimeSampling = field(default_factory=VideoTimeSampling)
-    """Distribution of the video's flow time."""
-    text_times: TextTimeSampling = field(default_factory=TextTimeSampling)
-    """Distribution of the text's flow time."""
+    shift: float = 3.0
+    """Timestep shift of the video, above 0; the sampler should use the same one. 1 is no shift."""
+    text_time_power: float = 1.0
+    """Power of the text's times, above 0, see :func:`univigu.flow.time.sample_text_times`."""
     max_logits: int = 2**21
-    """Largest number of logits (tokens times vocabulary) held at once in training; a loss over more of them is computed
-    in parts, and their logits twice."""
+    """Largest number of logits (tokens times vocabulary) held at once; a loss over more of them is computed in parts,
+    and their logits twice."""
 
     def __post_init__(self) -> None:
+        check_positive("flow.shift", self.shift)
+        check_positive("flow.text_time_power", self.text_time_power)
         if self.max_logits < 1:
             raise ValueError(f"flow.max_logits={self.max_logits!r}: expected at least 1")
 
@@ -235,7 +237,7 @@ class UniFlowObjective:
         embeds = torch.where(dropped[:, None, None], batch.null_embeds, batch.prompt_embeds)
 
         # 2. Both modalities with noise; clean video keeps t = 1, where the interpolation is the data itself
-        t_video = self.options.video_times.sample(size, device, generator)
+        t_video = sample_video_times(size, self.options.shift, device, generator)
         t_video[joint : joint + understand] = 1.0
         noise = randn(batch.latents.shape, generator, device)
         noisy = interpolate(noise, batch.latents, t_video)
@@ -273,7 +275,7 @@ class UniFlowObjective:
         if batch.text_ids is None:
             raise ValueError("text_ids=None: tasks joint and understand need target tokens")
         flow, tokens, positions = self.text_flow.bind(model), batch.text_ids[:count], None
-        t = flow.warp(self.options.text_times.sample(count, tokens.device, generator))
+        t = flow.warp(sample_text_times(count, self.options.text_time_power, tokens.device, generator))
         if share < 1:
             positions = sample_positions(count, tokens.shape[1], share, tokens.device, generator)
             tokens = tokens.gather(1, positions)

@@ -11,12 +11,10 @@ would merge neighbouring steps of a sampler.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-from univigu.flow.random import Generators, rand, randn
+from univigu.flow.random import Generators, rand
 
 NUM_TRAIN_TIMESTEPS = 1000
 """Wan's timestep at pure noise."""
@@ -76,51 +74,19 @@ def _float32(value: torch.Tensor | float) -> torch.Tensor:
     return torch.as_tensor(value).to(torch.float32)
 
 
-@dataclass(frozen=True)
-class VideoTimeSampling:
-    """Distribution of the video's flow times in training: a noise level is drawn and shifted (:func:`shift_sigma`)."""
-
-    distribution: Literal["uniform", "logit_normal"] = "uniform"
-    """``uniform``: sigma uniform on (0, 1]. ``logit_normal``: logit(sigma) normal, which draws fewer times near the
-    ends (Esser et al., 2024, arXiv:2403.03206, section 3.1)."""
-    mean: float = 0.0
-    """Mean of logit(sigma) before the shift; above 0 is noisier. Used by ``logit_normal`` only."""
-    std: float = 1.0
-    """Standard deviation of logit(sigma), above 0. Used by ``logit_normal`` only."""
-    shift: float = 3.0
-    """Timestep shift s > 0; the sampler should use the same one. 1 is no shift."""
-
-    def __post_init__(self) -> None:
-        if self.distribution not in ("uniform", "logit_normal"):
-            raise ValueError(f"distribution: must be 'uniform' or 'logit_normal', got {self.distribution!r}")
-        if not math.isfinite(self.mean):
-            raise ValueError(f"mean: must be a finite number, got {self.mean}")
-        check_positive("std", self.std)
-        check_positive("shift", self.shift)
-
-    def sample(
-        self, batch: int, device: torch.device | str | None = None, generator: Generators = None
-    ) -> torch.Tensor:
-        """Draw one flow time a sample: float32 [B] in [0, 1]."""
-        if self.distribution == "uniform":
-            sigma = 1.0 - rand((batch,), generator, device)  # (0, 1]: every sampler starts at pure noise
-        else:
-            sigma = torch.sigmoid(self.mean + self.std * randn((batch,), generator, device))
-        return time_from_sigma(shift_sigma(sigma, self.shift))
+def sample_video_times(
+    batch: int, shift: float, device: torch.device | str | None = None, generator: Generators = None
+) -> torch.Tensor:
+    """The video's flow times in training, float32 [B] in [0, 1): sigma uniform on (0, 1], then shifted."""
+    sigma = 1.0 - rand((batch,), generator, device)  # not 0: every sampler starts at pure noise
+    return time_from_sigma(shift_sigma(sigma, shift))
 
 
-@dataclass(frozen=True)
-class TextTimeSampling:
-    """Distribution of the text's flow times in training: ``t = MAX_TEXT_TIME * u ** power``, u uniform on [0, 1)."""
+def sample_text_times(
+    batch: int, power: float, device: torch.device | str | None = None, generator: Generators = None
+) -> torch.Tensor:
+    """The text's flow times in training: ``t = MAX_TEXT_TIME * u ** power``, u uniform on [0, 1); float32 [B].
 
-    power: float = 1.0
-    """Above 0. 1 is uniform; above 1 favours noisy text, below 1 nearly clean text."""
-
-    def __post_init__(self) -> None:
-        check_positive("power", self.power)
-
-    def sample(
-        self, batch: int, device: torch.device | str | None = None, generator: Generators = None
-    ) -> torch.Tensor:
-        """Draw one flow time a sample: float32 [B] in [0, MAX_TEXT_TIME]."""
-        return MAX_TEXT_TIME * rand((batch,), generator, device) ** self.power
+    A power of 1 is uniform; above 1 favours noisy text, below 1 nearly clean text.
+    """
+    return MAX_TEXT_TIME * rand((batch,), generator, device) ** power

@@ -26,7 +26,6 @@ from univigu.flow.objective import (
 )
 from univigu.flow.random import make_generator
 from univigu.flow.text import make_text_flow
-from univigu.flow.time import TextTimeSampling, VideoTimeSampling
 from univigu.models.conventions import CONVENTIONS
 from univigu.models.foundation import EMBEDDED_FOUNDATION, Foundation
 from univigu.models.lora import LoraOptions, add_lora
@@ -203,8 +202,7 @@ class UniViGU(EvaluatedModule):
     def objective(self) -> UniFlowObjective:
         """The losses of the present stage."""
         config = self._model.config
-        times = TextTimeSampling(power=self.stage.text_time_power)
-        flow = replace(self.flow, video_times=VideoTimeSampling(shift=self.shift), text_times=times)
+        flow = replace(self.flow, shift=self.shift, text_time_power=self.stage.text_time_power)
         return UniFlowObjective(make_text_flow(config.text_flow, config.vocab_size), flow)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
