@@ -50,7 +50,7 @@ def show_plan(work: Workload, plan: Plan, options: argparse.Namespace, console: 
     for label, value in rows:
         table.add_row(label, value)
     if options.device:
-        seconds = plan.seconds(DEVICES[options.device], options.utilisation)
+        seconds = plan.flops / (DEVICES[options.device] * options.utilisation)
         table.add_row(f"a step on {options.device}, {options.utilisation:.0%} used", f"{seconds:.3f} s")
     console.print(table)
 

@@ -40,7 +40,12 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 FIT_VALIDATION_BATCHES = 4
 DATA = "univigu.data.datamodule.VideoTextDataModule"
-CALLBACK_OPTIONS = {"checkpoint": LastCheckpoint, "media": MediaLogger, "report": FinalReport}
+CALLBACK_OPTIONS = {
+    "checkpoint": LastCheckpoint,
+    "media": MediaLogger,
+    "monitor": TrainingMonitor,
+    "report": FinalReport,
+}
 """Callbacks of every fit that have options on the command line, such as ``--media.every_n_steps 100``."""
 EARLIER = "earlier"
 """Folder for the TensorBoard logs of earlier runs."""
@@ -163,7 +168,7 @@ class UniViGUCLI(LightningCLI):
             kwargs |= {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
         else:
             self.stages = select_stages(config.stages, config.run)
-            common = [StageSwitch(self.stages), TrainingMonitor(), DataStatistics(), config.media, config.report]
+            common = [StageSwitch(self.stages), config.monitor, DataStatistics(), config.media, config.report]
             if trainer.enable_checkpointing is not False:
                 common.append(config.checkpoint)
             callbacks = [*common, *callbacks]

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-import diffusers.models.transformers.transformer_wan as wan_module
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-import univigu.models.attention as attention_module
 from univigu.data.buckets import Bucket, latents_shape
 from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowObjective, num_positions
 from univigu.flow.text import make_text_flow
@@ -31,14 +28,8 @@ META = torch.device("meta")
 TASKS = ("joint", "understand", "generate")
 UMT5_VOCAB_SIZE = 256384
 LATENT_CHANNELS, TEMPORAL, SPATIAL = 16, 4, 8  # of Wan2.1's VAE
-_WAN21 = {
-    "patch_size": (1, 2, 2),
-    "attention_head_dim": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 4096,
-    "freq_dim": 256,
-}
+_WAN21 = {"patch_size": (1, 2, 2), "attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
+_WAN21 |= {"in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS}
 WAN21: dict[str, dict[str, Any]] = {
     "Wan2.1-T2V-1.3B": _WAN21 | {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
     "Wan2.1-T2V-14B": _WAN21 | {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
@@ -110,6 +101,7 @@ def workloads_of(args: list[str]) -> list[Workload]:
     cli = ConfigOnlyCLI(args)
     model, data = cli.model, cli.datamodule
     strategy, callbacks = cli.trainer_options.strategy, cli.trainer_options.callbacks or []
+    averaged = any(isinstance(c, WeightEMA) for c in (callbacks if isinstance(callbacks, list) else [callbacks]))
     transformer, vocab_size, (channels, temporal, spatial) = _sizes(Path(model.foundation_path))
     transformer |= asdict(model.architecture) | {"vocab_size": vocab_size}
     shape = latents_shape(Bucket(data.height, data.width, data.num_frames), temporal, spatial)
@@ -125,7 +117,7 @@ def workloads_of(args: list[str]) -> list[Workload]:
             model.flow,
             model.optimizer_options,
             strategy.compute_dtype if isinstance(strategy, ShardedStrategy) else torch.float32,
-            averaged=any(isinstance(c, WeightEMA) for c in (callbacks if isinstance(callbacks, list) else [callbacks])),
+            averaged,
         )
         for name, stage in cli.stages.items()
     ]
@@ -149,48 +141,46 @@ def _sizes(foundation: Path) -> tuple[dict[str, Any], int, tuple[int, int, int]]
 # ---------------------------------------------------------------------------- counting
 
 
-class _FusedAttention(torch.autograd.Function):
-    """Saves what a fused kernel saves for its backward, and computes its products unless ``memory``."""
+def count_step(work: Workload, checkpointing: bool) -> tuple[float, int]:
+    """Operations and memory of one process's training step.
 
-    @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, memory: bool) -> torch.Tensor:
-        q, k, v = (states.transpose(1, 2) for states in (query, key, value))  # [B, heads, S, head_dim]
-        out = torch.empty_like(query) if memory else ((q @ k.mT) @ v).transpose(1, 2)
-        ctx.save_for_backward(query, key, value, out, out.new_empty(q.shape[:3], dtype=torch.float32))
-        ctx.memory = memory
-        return out
+    Args:
+        checkpointing: recompute activations; utilisation is defined without.
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        if ctx.memory:
-            return (*(torch.empty_like(states) for states in ctx.saved_tensors[:3]), None)
-        q, k, v, g = (states.transpose(1, 2) for states in (*ctx.saved_tensors[:3], grad))
-        scores = g @ v.mT
-        return (scores @ k).transpose(1, 2), (scores.mT @ q).transpose(1, 2), (scores.mT @ g).transpose(1, 2), None
+    Returns:
+        Operations (a multiply and an add are two), the mean over the tasks; and the peak bytes besides weights, their
+        gradients and the optimizer's state, of the costliest task.
+    """
+    model = work.model()
+    nn.Module.to(model, work.compute_dtype)  # diffusers' own method warns about what the next lines correct
+    for embedding in (model.condition_embedder, model.time_embedding_t):
+        embedding.time_embedder.float()  # as in training
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    # The meta device cannot look up which clips are clean; the cost differs by 0.8% of attention.
+    model.register_to_config(clean_video_reads_text=True)
+    model.register_forward_pre_hook(lambda module, args: (args[0].to(module.dtype), *args[1:]))
+    total, peak = 0.0, 0
+    for task, share in work.shares().items():
+        batch_size = max(1, round(share * work.batch_size))
+        with _StepCounter(model) as counter, patch(_WAN, _flash_attention), patch(_OURS, _flash_attention):
+            loss = _loss(work, model, task, batch_size)
+            if loss.requires_grad:
+                loss.backward()
+            del loss
+        model.zero_grad(set_to_none=True)
+        total += share * work.batch_size / batch_size * counter.flops
+        peak = max(peak, counter.peak_bytes)
+    return total, peak
 
 
-@contextmanager
-def _counted_attention(memory: bool = False) -> Iterator[None]:
-    """Replace attention by one that counts like a fused GPU kernel."""
-
-    def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
-        return _FusedAttention.apply(query, key, value, memory)
-
-    modules: tuple[Any, ...] = (attention_module, wan_module)
-    originals = [module.dispatch_attention_fn for module in modules]
-    for module in modules:
-        module.dispatch_attention_fn = fused
-    try:
-        yield
-    finally:
-        for module, original in zip(modules, originals, strict=True):
-            module.dispatch_attention_fn = original
+def step_flops(work: Workload, checkpointing: bool) -> float:
+    """The operations of :func:`count_step`."""
+    return count_step(work, checkpointing)[0]
 
 
 def _loss(work: Workload, model: UniViGUTransformer3DModel, task: str, batch_size: int) -> torch.Tensor:
     """The loss of a batch of one task, as training computes it."""
-    # The meta device cannot look up which clips are clean; the cost differs by 0.8% of attention.
-    model.register_to_config(clean_video_reads_text=True)
     flow = make_text_flow(model.config.text_flow, model.config.vocab_size)
     text_dim, dtype = model.config.text_dim, model.dtype
     ids = torch.zeros(batch_size, work.stage.text_length, dtype=torch.int64, device=META)
@@ -200,102 +190,72 @@ def _loss(work: Workload, model: UniViGUTransformer3DModel, task: str, batch_siz
         torch.empty(1, work.prompt_length, text_dim, device=META, dtype=dtype),
         None if task == "generate" else ids,
     )
-    hook = model.register_forward_pre_hook(lambda module, args: (args[0].to(dtype), *args[1:]))
     counts = [batch_size * (name == task) for name in TASKS]
-    objective = UniFlowObjective(flow, work.flow)
-    losses = objective(model, batch, counts, text_share=work.text_share)
-    hook.remove()
+    losses = UniFlowObjective(flow, work.flow)(model, batch, counts, text_share=work.text_share)
     return losses.total(1.0, 1.0, batch_size)
 
 
-def step_flops(work: Workload, checkpointing: bool) -> float:
-    """Operations of one process's training step (a multiply and an add are two), the mean over the tasks.
-
-    Args:
-        checkpointing: include recomputation; utilisation is defined without.
-    """
-    model = work.model()
-    if checkpointing:
-        model.enable_gradient_checkpointing()
-    total = 0.0
-    for task, share in work.shares().items():
-        with FlopCounterMode(display=False) as counter, _counted_attention():
-            loss = _loss(work, model, task, 1)
-            if loss.requires_grad:
-                loss.backward()
-        total += share * work.batch_size * counter.get_total_flops()
-        model.zero_grad(set_to_none=True)
-    return total
+_WAN = "diffusers.models.transformers.transformer_wan.dispatch_attention_fn"
+_OURS = "univigu.models.attention.dispatch_attention_fn"
 
 
-class _Live(TorchDispatchMode):
-    """Counts the live bytes of tensors made under it, except gradients of parameters.
+def _flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
+    """PyTorch's flash attention, which works on the meta device and saves little for its backward."""
+    heads_first = (states.transpose(1, 2) for states in (query, key, value))  # [B, heads, S, head_dim]
+    return torch.ops.aten._scaled_dot_product_flash_attention(*heads_first)[0].transpose(1, 2)
 
-    torch's MemTracker does not support models with frozen weights.
+
+def _attention_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Four products, without the recomputed scores."""
+    return 2 * sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+_FLOPS: dict[Any, Any] = flop_registry | {
+    torch.ops.aten._scaled_dot_product_flash_attention_backward: _attention_backward_flops
+}
+
+
+class _StepCounter(TorchDispatchMode):
+    """Counts operations, and the live bytes of tensors made under it, except gradients of parameters.
+
+    torch's FlopCounterMode keeps activations alive; its MemTracker does not support models with frozen weights.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.flops = self.live_bytes = self.peak_bytes = 0
         weights = (*model.parameters(), *model.buffers())
         self._sizes = {id(weight.untyped_storage()): 0 for weight in weights}  # by storage, which views share
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(lambda p: self._forget(p.grad))
-            for parameter in model.parameters()
-            if parameter.requires_grad
-        ]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._hooks = [parameter.register_post_accumulate_grad_hook(self._forget_gradient) for parameter in trained]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if count := _FLOPS.get(func.overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
         for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in self._sizes:
+                storage = tensor.untyped_storage()
+                self._sizes[id(storage)] = storage.nbytes()
+                self.live_bytes += storage.nbytes()
+                self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+                weakref.finalize(storage, self._free, id(storage))
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if id(storage) in self._sizes:
-            return
-        self._sizes[id(storage)] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, id(storage))
-
     def _free(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
+        self.live_bytes -= self._sizes.pop(key)
 
-    def _forget(self, gradient: torch.Tensor | None) -> None:
+    def _forget_gradient(self, parameter: torch.Tensor) -> None:
         """Stop counting a parameter's gradient, which :class:`Plan` counts separately."""
-        assert gradient is not None
-        key = id(gradient.untyped_storage())
-        self.now -= self._sizes.get(key, 0)
+        assert parameter.grad is not None
+        key = id(parameter.grad.untyped_storage())
+        self.live_bytes -= self._sizes.get(key, 0)
         self._sizes[key] = 0
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         for hook in self._hooks:
             hook.remove()
-
-
-def activation_bytes(work: Workload, checkpointing: bool) -> int:
-    """Peak live bytes of a step besides weights, their gradients and the optimizer's state, of the costliest task."""
-    model = work.model()
-    if work.compute_dtype != torch.float32:
-        nn.Module.to(model, work.compute_dtype)  # diffusers' own method warns about what the next lines correct
-    for embedding in (model.condition_embedder, model.time_embedding_t):
-        embedding.time_embedder.float()  # as in training, whatever the rest computes in
-    if checkpointing:
-        model.enable_gradient_checkpointing()
-    peak = 0
-    for task, share in work.shares().items():
-        live = _Live(model)
-        with live, _counted_attention(memory=True):
-            loss = _loss(work, model, task, max(1, round(share * work.batch_size)))
-            if loss.requires_grad:
-                loss.backward()
-            del loss
-        model.zero_grad(set_to_none=True)
-        peak = max(peak, live.peak)
-    return peak
 
 
 # ---------------------------------------------------------------------------- the plan
@@ -327,36 +287,32 @@ class Plan:
         rest = self.activations_checkpointed if checkpointing else self.activations
         return self.weights + self.gathered + self.gradients + self.optimizer + rest
 
-    def seconds(self, peak_flops: float, utilisation: float) -> float:
-        """Time of a step on a device with that peak, used to that share."""
-        return self.flops / (peak_flops * utilisation)
-
 
 def make_plan(work: Workload, world_size: int = 1) -> Plan:
     """Count for one of ``world_size`` processes that shard the transformer."""
     if world_size < 1:
         raise ValueError(f"world_size={world_size}: expected at least 1")
     model = work.model()
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    total = sum(sizes.values())
+    total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     width = torch.empty(0, dtype=work.compute_dtype).element_size()
     sharded = world_size > 1 or width < 4
+    (flops, activations), (flops_checkpointed, activations_checkpointed) = (
+        count_step(work, checkpointing) for checkpointing in (False, True)
+    )
     return Plan(
         parameters=total,
-        wan_parameters=sum(
-            size for name, size in sizes.items() if not is_text_parameter(name) and not is_lora_parameter(name)
-        ),
+        wan_parameters=sum(size - added for size, added, _ in added_parameters(model).values()),
         trained_parameters=trained,
         video_tokens=work.video_tokens,
-        flops=step_flops(work, False),
-        flops_checkpointed=step_flops(work, True),
+        flops=flops,
+        flops_checkpointed=flops_checkpointed,
         weights=4 * total * (2 if work.averaged else 1) // world_size,
         gathered=width * _gathered_numbers(model) if sharded else 0,
         gradients=4 * trained // world_size,
         optimizer=_optimizer_bytes(model, work) // world_size,
-        activations=activation_bytes(work, False),
-        activations_checkpointed=activation_bytes(work, True),
+        activations=activations,
+        activations_checkpointed=activations_checkpointed,
     )
 
 
@@ -373,13 +329,13 @@ def _gathered_numbers(model: UniViGUTransformer3DModel) -> int:
 
 def _optimizer_bytes(model: nn.Module, work: Workload) -> int:
     """AdamW keeps two float32 numbers a weight, Muon one."""
-    numbers = 0
-    for members in parameter_groups(model, work.lora).values():
-        for name, parameter in members:
-            if parameter.requires_grad:
-                muon = work.optimizer.name == "muon" and is_block_matrix(name, parameter)
-                numbers += parameter.numel() * (1 if muon else 2)
-    return 4 * numbers
+    muon = work.optimizer.name == "muon"
+    return 4 * sum(
+        parameter.numel() * (1 if muon and is_block_matrix(name, parameter) else 2)
+        for members in parameter_groups(model, work.lora).values()
+        for name, parameter in members
+        if parameter.requires_grad
+    )
 
 
 def added_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:

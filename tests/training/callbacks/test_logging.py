@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +24,9 @@ from univigu.cli import main
 from univigu.training.callbacks import FinalReport, LastCheckpoint, MediaLogger, StageSwitch, TrainingMonitor
 from univigu.training.callbacks.held_out import HeldOutCallback
 from univigu.training.callbacks.media import add_video
+from univigu.training.callbacks.monitor import workload
 from univigu.training.module import UniViGU
+from univigu.training.plan import step_flops
 
 CALLBACKS = """
 stages: {recall: {steps: 3, warmup_steps: 1}}
@@ -155,7 +158,7 @@ def test_held_out_clips_are_looked_at_once_a_step(in_tmp: Path) -> None:
 
 
 class CountingLoader(DataLoader):
-    """Says of itself how long it has been waited for, as TrainLoader does."""
+    """Measures how long training waited for it, as TrainLoader does."""
 
     waited = 0.0
 
@@ -165,17 +168,29 @@ class CountingLoader(DataLoader):
             yield batch
 
 
-@pytest.mark.parametrize("loader, low, high", [(CountingLoader, 0.0, 0.2), (DataLoader, 0.5, 1.0)])
-def test_only_data_is_waited_for(in_tmp: Path, loader: Any, low: float, high: float) -> None:
-    """What other callbacks do between two batches is no waiting for data, if the loader can tell."""
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_throughput_is_consistent(in_tmp: Path, share: float) -> None:
+    """Rates agree with each other and with the counted operations; other callbacks' time is no waiting for data."""
+    works = []
 
     class Busy(Callback):
-        def on_train_batch_end(self, *args: Any) -> None:
-            time.sleep(0.5)
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, index: int) -> None:
+            works.append(workload(trainer, pl_module, batch))
+            time.sleep(0.1)
 
-    callbacks = [StageSwitch({"refine": stages.REFINE}), TrainingMonitor(3), Busy()]
-    trainer = fit_tiny(callbacks, loader, logger=CSVLogger("."), log_every_n_steps=1)
-    assert low < trainer.callback_metrics["throughput/data_wait_share"] < high
+    refine = replace(stages.REFINE, text_share=share, full_text_from=1.0)
+    callbacks = [StageSwitch({"refine": refine}), TrainingMonitor(2, peak_flops=1e9), Busy()]
+    trainer = fit_tiny(callbacks, CountingLoader, logger=CSVLogger("."), log_every_n_steps=1)
+    values = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("throughput/")}
+    speeds = {name.removeprefix("throughput/"): value for name, value in values.items()}
+    assert works[-1].video_tokens == 2 * 2 * 2 and works[-1].stage is refine
+    seconds = speeds.pop("seconds_per_batch")
+    assert seconds > 0 and 0.1 < speeds.pop("memory_gb") < 50
+    assert speeds.pop("data_wait_share") == pytest.approx(0.01 / seconds, rel=1e-3)
+    clips = stages.BATCH / seconds
+    assert speeds.pop("samples_per_second") == pytest.approx(clips, rel=1e-3)
+    assert speeds.pop("tokens_per_second") == pytest.approx(clips * (8 + 12 * share), rel=1e-3)
+    assert speeds == {"utilisation": pytest.approx(step_flops(works[-1], False) / (seconds * 1e9), rel=1e-3)}
 
 
 def fit_tiny(callbacks: list[Callback], loader: Any = DataLoader, **options: Any) -> Trainer:
@@ -195,6 +210,8 @@ def fit_tiny(callbacks: list[Callback], loader: Any = DataLoader, **options: Any
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match="every_n_steps=0"):
         TrainingMonitor(every_n_steps=0)
+    with pytest.raises(ValueError, match=r"peak_flops=0\.0"):
+        TrainingMonitor(peak_flops=0.0)
     with pytest.raises(ValueError, match="num_samples=0"):
         MediaLogger(num_samples=0)
 

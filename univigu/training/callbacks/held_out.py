@@ -1,16 +1,23 @@
-"""Held-out clips for callbacks: a base class, the clips, and their captions."""
+"""Callbacks that caption held-out clips: learning curves of what the captions state, and a report at the end."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
+from univigu.data.sample import questions_of
 from univigu.shapes.metrics import ShapesTextAccuracy
 from univigu.shapes.scenes import Scene
 from univigu.training.module import UniViGU
 from univigu.training.parallel import is_sharded
+
+log = logging.getLogger(__name__)
 
 
 class HeldOutCallback(Callback):
@@ -37,7 +44,7 @@ class HeldOutCallback(Callback):
         step = trainer.global_step
         # With gradient accumulation a step stays the same for several batches.
         due = self.every_n_steps and step != self._last_step and step % self.every_n_steps == 0
-        if not (due and runs_model(trainer, pl_module)):
+        if not due or not (trainer.is_global_zero or _is_sharded(pl_module)):
             return
         self._last_step = step
         pl_module.eval()
@@ -52,26 +59,16 @@ class HeldOutCallback(Callback):
         raise NotImplementedError
 
     def samples(self, trainer: Trainer) -> dict[str, Any]:
-        """The clips, read once."""
+        """The clips of rank 0, read once."""
         if self._samples is None:
-            self._samples = shared_samples(trainer, self.num_samples)
+            samples = held_out_samples(trainer, self.num_samples) if trainer.is_global_zero else {}
+            sharded = _is_sharded(trainer.lightning_module)  # type: ignore[arg-type]
+            self._samples = trainer.strategy.broadcast(samples) if sharded else samples
         return self._samples
 
 
-def runs_model(trainer: Trainer, pl_module: UniViGU) -> bool:
-    """Whether this process must run the model when rank 0 does."""
-    return trainer.is_global_zero or _is_sharded(pl_module)
-
-
-def shared_samples(trainer: Trainer, count: int) -> dict[str, Any]:
-    """:func:`held_out_samples` of rank 0, for all processes that run the model."""
-    if not _is_sharded(trainer.lightning_module):
-        return held_out_samples(trainer, count)
-    return trainer.strategy.broadcast(held_out_samples(trainer, count) if trainer.is_global_zero else {})
-
-
-def _is_sharded(module: LightningModule) -> bool:
-    return isinstance(module, UniViGU) and module.transformer is not None and is_sharded(module.transformer)
+def _is_sharded(module: UniViGU) -> bool:
+    return module.transformer is not None and is_sharded(module.transformer)
 
 
 def held_out_samples(trainer: Trainer, count: int) -> dict[str, Any]:
@@ -91,7 +88,7 @@ def held_out_samples(trainer: Trainer, count: int) -> dict[str, Any]:
 
 
 def caption_samples(
-    pl_module: UniViGU, samples: dict[str, Any], latents: torch.Tensor, batch_size: int, prompts: list[str] | None
+    pl_module: UniViGU, samples: dict[str, Any], latents: torch.Tensor, prompts: list[str] | None, batch_size: int = 16
 ) -> list[str]:
     """Captions of samples with clean latents [B, C, T, H, W], ``batch_size`` at a time; see ``UniViGU.caption``."""
     seeds, length = list(range(len(samples["key"]))), samples["prompt_ids"].shape[1]
@@ -111,3 +108,87 @@ def attribute_accuracy(texts: list[str], samples: dict[str, Any], kind: str) -> 
     metric = ShapesTextAccuracy(kind)
     metric.update([text for text, _ in known], [scene for _, scene in known])
     return {name: float(value) for name, value in metric.compute().items()}
+
+
+class CaptionAccuracy(HeldOutCallback):
+    """Logs the accuracy of held-out captions under three conditions, for clips of the embedded world.
+
+    ``val/caption/*``                       from the clean video, without a prompt
+    ``val/caption_with_prompt/mean``        also given the clip's own prompt
+    ``val/caption_with_other_prompt/mean``  given another clip's prompt: a model that copies its condition fails here
+
+    Args:
+        every_n_steps: how often, in optimizer steps; 0 switches it off.
+        num_clips: number of held-out clips, the same ones every time.
+        batch_size: clips captioned at once.
+    """
+
+    def __init__(self, every_n_steps: int = 200, num_clips: int = 64, batch_size: int = 32) -> None:
+        for name, value, least in (("num_clips", num_clips, 2), ("batch_size", batch_size, 1)):
+            if value < least:
+                raise ValueError(f"{name}={value}: expected at least {least}")
+        super().__init__(every_n_steps, num_clips)
+        self.batch_size = batch_size
+
+    def evaluate(self, trainer: Trainer, pl_module: UniViGU) -> None:
+        results = self.measure(trainer, pl_module)
+        for logger in trainer.loggers:
+            logger.log_metrics(results, step=trainer.global_step)
+
+    def measure(self, trainer: Trainer, pl_module: UniViGU) -> dict[str, float]:
+        """Accuracies in [0, 1] by name; empty if no scene is known or the stage trains no captions."""
+        samples = self.samples(trainer) if pl_module.stage.writes_text else {}
+        if not samples or questions_of(samples):
+            return {}
+        latents, prompts = pl_module.latents_of(samples), samples["prompt"]
+        conditions = {"": None, "_with_prompt": prompts, "_with_other_prompt": prompts[1:] + prompts[:1]}
+        results: dict[str, float] = {}
+        for suffix, given in conditions.items():
+            captions = caption_samples(pl_module, samples, latents, given, self.batch_size)
+            accuracy = attribute_accuracy(captions, samples, pl_module.stage.target)
+            names = accuracy if given is None else accuracy.keys() & {"mean"}
+            results |= {f"val/caption{suffix}/{name}": accuracy[name] for name in names}
+        return results
+
+
+class FinalReport(HeldOutCallback):
+    """Prints captions of held-out clips beside the true texts, and where to find curves and checkpoint.
+
+    Args:
+        num_samples: clips to caption.
+        num_shown: captions to print; the accuracy is that of all clips.
+    """
+
+    def __init__(self, num_samples: int = 32, num_shown: int = 3) -> None:
+        super().__init__(0, num_samples)
+        self.num_shown = num_shown
+
+    @torch.no_grad()
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, UniViGU)
+        if trainer.fast_dev_run or not (trainer.is_global_zero or _is_sharded(pl_module)):  # type: ignore[attr-defined]
+            return
+        console = Console(quiet=not trainer.is_global_zero)
+        if pl_module.stage.writes_text:
+            try:
+                self._captions(trainer, pl_module, console)
+            except Exception:  # the on_train_end hooks of other callbacks must still run
+                log.exception("the held-out clips could not be captioned; the training itself is complete")
+        if trainer.log_dir:
+            console.print(f"curves, captions, videos: tensorboard --logdir {trainer.default_root_dir}", soft_wrap=True)
+        if path := getattr(trainer.checkpoint_callback, "last_model_path", ""):
+            console.print(f"checkpoint: {path}", soft_wrap=True, highlight=False)
+
+    def _captions(self, trainer: Trainer, pl_module: UniViGU, console: Console) -> None:
+        samples = self.samples(trainer)
+        pl_module.eval()
+        questions, target = questions_of(samples), pl_module.stage.target
+        captions = caption_samples(pl_module, samples, pl_module.latents_of(samples), questions)
+        title = "held-out clips and questions" if questions else "held-out clips, captioned from the video alone"
+        table = Table("clip", "truth", "model", title=title, show_lines=True)
+        for row in list(zip(samples["key"], samples[target], captions, strict=True))[: self.num_shown]:
+            table.add_row(*map(escape, row))
+        console.print(table)
+        if accuracy := {} if questions else attribute_accuracy(captions, samples, target):
+            numbers = ", ".join(f"{name} {value:.0%}" for name, value in accuracy.items())
+            console.print(f"accuracy over {len(captions)} held-out clips: {numbers}", highlight=False)

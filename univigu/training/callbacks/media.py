@@ -12,7 +12,7 @@ from PIL import Image
 
 from univigu.data.sample import questions_of
 from univigu.data.video import to_frames
-from univigu.training.callbacks.held_out import HeldOutCallback
+from univigu.training.callbacks.held_out import HeldOutCallback, caption_samples
 from univigu.training.module import UniViGU
 
 
@@ -42,7 +42,7 @@ class MediaLogger(HeldOutCallback):
         length, seeds = samples["prompt_ids"].shape[1], list(range(len(samples["key"])))
         latents, tasks = pl_module.latents_of(samples), pl_module.tasks
         if pl_module.stage.writes_text:
-            captions = pl_module.caption(latents, length, seeds, questions_of(samples))
+            captions = caption_samples(pl_module, samples, latents, questions_of(samples))
             if not self._clips_logged:
                 clips = pl_module.decode(latents)
                 for writer in writers:
