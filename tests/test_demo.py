@@ -87,8 +87,8 @@ def test_a_visitor_drags_the_trajectorys_slider(client: Any, tmp_path: Path) -> 
     with Browser(tmp_path / "profile") as browser:
         browser.open(client.src)
         browser.wait(named("Joint", "button[role=tab]"))
-        browser.click(named("Joint", "button[role=tab]"), until=named("Make both", "button"))
-        browser.click(named("Make both", "button"))
+        browser.click(named("Joint", "button[role=tab]"), until=named("Run", "button"))
+        browser.click(named("Run", "button"))
         browser.wait(f"{frame} && {inside.format('step')} && {inside.format('step')}.textContent")
         browser.read(f"{frame}.scrollIntoView({{behavior: 'instant'}})")
         assert browser.read(f"{inside.format('step')}.textContent") == "step 1 of 20"

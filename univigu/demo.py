@@ -1,10 +1,12 @@
-"""A page to try a model on: every task of the pipeline, and how each sample came into being."""
+"""A web page with every task of the pipeline and the sampling steps of each result."""
 
 from __future__ import annotations
 
 import html
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ EDITED = "a large red square moving left slowly, on a black background"
 
 @dataclass
 class DemoOptions:
-    """What the page's videos are like."""
+    """Format of the page's videos."""
 
     height: int = CANVAS
     """Of the videos, in pixels."""
@@ -40,6 +42,10 @@ class DemoOptions:
                 raise ValueError(f"{name}={value}: expected at least 1")
 
 
+class DemoError(ValueError):
+    """A visitor's mistake; shown on the page."""
+
+
 class Demo:
     """The page's functions; each returns what it made and the page of its trajectory.
 
@@ -54,99 +60,76 @@ class Demo:
     ) -> None:
         self.pipe, self.options = pipe, options or DemoOptions()
         self.folder = Path(folder or tempfile.mkdtemp(prefix="univigu-demo-"))
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.pipe.set_progress_bar_config(disable=True)
         self.count = 0
 
     def generate(self, prompt: str, steps: int, guidance: float, seed: int) -> tuple[str, str]:
         """Video from a prompt: path of an mp4 file, and the trajectory."""
-        recorder, prompt = TrajectoryRecorder(self.pipe), _filled(prompt, "prompt")
+        prompt, options = _required(prompt, "prompt"), self._options(seed, steps, guidance)
         # The pipeline's own call, WanPipeline's, would cut it; the other tasks check for themselves.
         check_prompts(self.pipe.tokenizer, [prompt], self.options.max_sequence_length)
-        frames = self.pipe(
-            prompt, **self._size(), guidance_scale=guidance, **self._common(steps, seed, recorder)
-        ).frames
-        return self._write(frames), _framed(recorder)
+        return self._write(self.pipe(prompt, **self._size(), **options).frames), _framed(options)
 
     def caption(self, video: str | None, question: str, steps: int, seed: int) -> tuple[str, str]:
         """Text from a video file, given a question or nothing: the text, and the trajectory."""
-        recorder = TrajectoryRecorder(self.pipe)
-        made = self.pipe.caption(
-            self._read(video),
-            question.strip(),
-            torch.Generator().manual_seed(int(seed)),
-            caption_steps=int(steps),
-            max_sequence_length=self.options.max_sequence_length,
-            callback_on_step_end=recorder,
-        )
-        return _first(made), _framed(recorder)
+        options = self._options(seed)
+        made = self.pipe.caption(self._read(video), question.strip(), caption_steps=int(steps), **options)
+        return _text(made), _framed(options)
 
     def joint(self, prompt: str, steps: int, guidance: float, seed: int) -> tuple[str, str, str]:
         """Video and its text together: path of an mp4 file, the text, and the trajectory."""
-        recorder = TrajectoryRecorder(self.pipe)
-        made = self.pipe.joint(
-            _filled(prompt, "prompt"), **self._size(), guidance_scale=guidance, **self._common(steps, seed, recorder)
-        )
-        return self._write(made.frames), _first(made), _framed(recorder)
+        options = self._options(seed, steps, guidance)
+        made = self.pipe.joint(_required(prompt, "prompt"), **self._size(), **options)
+        return self._write(made.frames), _text(made), _framed(options)
 
     def edit(
-        self, video: str | None, prompt: str, strength: float, steps: int, guidance: float, seed: int
+        self, video: str | None, new_prompt: str, strength: float, steps: int, guidance: float, seed: int
     ) -> tuple[str, str]:
-        """A video file made anew under another prompt: path of an mp4 file, and the trajectory."""
-        recorder = TrajectoryRecorder(self.pipe)
-        made = self.pipe.edit(
-            self._read(video),
-            _filled(prompt, "prompt"),
-            strength,
-            guidance_scale=guidance,
-            **self._common(steps, seed, recorder),
-        )
-        return self._write(made.frames), _framed(recorder)
+        """A video file regenerated under another prompt: path of an mp4 file, and the trajectory."""
+        options = self._options(seed, steps, guidance)
+        made = self.pipe.edit(self._read(video), _required(new_prompt, "prompt"), strength, **options)
+        return self._write(made.frames), _framed(options)
 
-    def _size(self) -> dict[str, Any]:
+    def _size(self) -> dict[str, int]:
         return {name: getattr(self.options, name) for name in ("height", "width", "num_frames")}
 
-    def _common(self, steps: int, seed: int, recorder: TrajectoryRecorder) -> dict[str, Any]:
-        return {
-            "num_inference_steps": int(steps),
+    def _options(self, seed: int, steps: int | None = None, guidance: float = 1.0) -> dict[str, Any]:
+        """Options of the pipeline's tasks; the number of steps and the guidance if a video is made."""
+        video = {"num_inference_steps": int(steps), "guidance_scale": guidance, "output_type": "pt"} if steps else {}
+        return video | {
             "generator": torch.Generator().manual_seed(int(seed)),
             "max_sequence_length": self.options.max_sequence_length,
-            "callback_on_step_end": recorder,
-            "output_type": "pt",
+            "callback_on_step_end": TrajectoryRecorder(self.pipe),
         }
 
     def _read(self, video: str | None) -> torch.Tensor:
         """[1, F, C, H, W] in [0, 1]."""
         if not video:
             raise DemoError("video: none was given")
-        size = self.options
-        return read_video(video, size.num_frames, size.height, size.width)[None].float() / 255
+        return read_video(video, self.options.num_frames, self.options.height, self.options.width)[None].float() / 255
 
     def _write(self, frames: torch.Tensor) -> str:
         self.count += 1
         path = self.folder / f"{self.count:06d}.mp4"
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode_mp4(to_uint8(frames[0]).cpu(), self.options.fps))
         return str(path)
 
 
-class DemoError(ValueError):
-    """What a visitor can mend; shown on the page."""
-
-
-def _first(made: UniViGUOutput) -> str:
+def _text(made: UniViGUOutput) -> str:
     assert made.text is not None
     return made.text[0]
 
 
-def _filled(text: str, name: str) -> str:
+def _required(text: str, name: str) -> str:
     if not text.strip():
         raise DemoError(f"{name}: is empty")
     return text.strip()
 
 
-def _framed(recorder: TrajectoryRecorder) -> str:
-    """The trajectory in a frame of its own, so that its style and script stay inside."""
-    source = html.escape(recorder.page(), quote=True)
+def _framed(options: dict[str, Any]) -> str:
+    """The recorded trajectory in a frame of its own, so that its style and script stay inside."""
+    source = html.escape(options["callback_on_step_end"].page(), quote=True)
     return f'<iframe srcdoc="{source}" style="width: 100%; height: 640px; border: 0"></iframe>'
 
 
@@ -154,7 +137,23 @@ def build(demo: Demo) -> Any:
     """The gradio page; its functions are also at its HTTP API as /generate, /caption, /joint and /edit."""
     import gradio
 
-    def shown(function: Any) -> Any:
+    inputs: dict[str, Callable[[], Any]] = {  # by the parameters of the functions
+        "prompt": lambda: gradio.Textbox(EXAMPLE, label="prompt"),
+        "new_prompt": lambda: gradio.Textbox(EDITED, label="prompt of the new video"),
+        "video": lambda: gradio.Video(label="video"),
+        "question": lambda: gradio.Textbox("", label="question (empty: describe the video)"),
+        "strength": lambda: gradio.Slider(0.05, 1.0, 0.8, step=0.05, label="strength (1 keeps nothing)"),
+        "steps": lambda: gradio.Slider(1, 100, 20, step=1, label="steps"),
+        "guidance": lambda: gradio.Slider(1.0, 8.0, 2.0, step=0.5, label="guidance scale"),
+        "seed": lambda: gradio.Number(0, label="seed", precision=0),
+    }
+    outputs: dict[str, Callable[[], Any]] = {
+        "video": lambda: gradio.Video(label="video", autoplay=True, loop=True),
+        "text": lambda: gradio.Textbox(label="text", lines=6),
+        "trajectory": lambda: gradio.HTML(label="steps of the sampling"),
+    }
+
+    def with_messages(function: Any) -> Any:
         def call(*values: Any) -> Any:
             try:
                 return function(*values)
@@ -163,36 +162,14 @@ def build(demo: Demo) -> Any:
 
         return call
 
-    def sampling(guided: bool = True) -> list[Any]:
-        steps = gradio.Slider(1, 100, 20, step=1, label="steps")
-        scale = gradio.Slider(1.0, 8.0, 2.0, step=0.5, label="guidance scale")
-        seed = gradio.Number(0, label="seed", precision=0)
-        if not guided:
-            scale.visible = False
-        return [steps, scale, seed] if guided else [steps, seed]
-
-    def tab(title: str, inputs: list[Any], function: Any, outputs: list[Any]) -> None:
-        trajectory = gradio.HTML(label="how it came into being")
-        gradio.Button(title, variant="primary").click(
-            shown(function), inputs, [*outputs, trajectory], api_name=function.__name__
-        )
-
     with gradio.Blocks(title="Uni-ViGU") as page:
         gradio.Markdown("# Uni-ViGU\nOne diffusion model that makes video and understands it.")
-        with gradio.Tab("Generate"):
-            inputs = [gradio.Textbox(EXAMPLE, label="prompt"), *sampling()]
-            tab("Generate", inputs, demo.generate, [gradio.Video(label="video", autoplay=True, loop=True)])
-        with gradio.Tab("Caption"):
-            question = gradio.Textbox("", label="question (empty: describe the video)")
-            inputs = [gradio.Video(label="video"), question, *sampling(guided=False)]
-            tab("Caption", inputs, demo.caption, [gradio.Textbox(label="text", lines=6)])
-        with gradio.Tab("Joint"):
-            inputs = [gradio.Textbox(EXAMPLE, label="prompt"), *sampling()]
-            outputs = [gradio.Video(label="video", autoplay=True, loop=True), gradio.Textbox(label="text", lines=6)]
-            tab("Make both", inputs, demo.joint, outputs)
-        with gradio.Tab("Edit"):
-            strength = gradio.Slider(0.05, 1.0, 0.8, step=0.05, label="strength (1 keeps nothing)")
-            inputs = [gradio.Video(label="video"), gradio.Textbox(EDITED, label="what it shall show"), strength]
-            inputs += sampling()
-            tab("Edit", inputs, demo.edit, [gradio.Video(label="video", autoplay=True, loop=True)])
+        for name, made in {"generate": "video", "caption": "text", "joint": "video text", "edit": "video"}.items():
+            function = getattr(demo, name)
+            with gradio.Tab(name.capitalize()):
+                given = [inputs[parameter]() for parameter in signature(function).parameters]
+                shown = [outputs[output]() for output in made.split()]
+                button = gradio.Button("Run", variant="primary")
+                shown.append(outputs["trajectory"]())
+                button.click(with_messages(function), given, shown, api_name=name)
     return page

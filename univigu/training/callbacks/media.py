@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
 
 from univigu.data.sample import questions_of
 from univigu.data.video import to_frames
 from univigu.training.callbacks.held_out import HeldOutCallback, caption_samples
 from univigu.training.module import UniViGU
+from univigu.viewer import enlarged
 
 
 class MediaLogger(HeldOutCallback):
@@ -39,46 +39,41 @@ class MediaLogger(HeldOutCallback):
         if not samples:
             return
         writers = [logger.experiment for logger in loggers] if trainer.is_global_zero else []
-        length, seeds = samples["prompt_ids"].shape[1], list(range(len(samples["key"])))
         latents, tasks = pl_module.latents_of(samples), pl_module.tasks
+        captions = clips = None
         if pl_module.stage.writes_text:
             captions = caption_samples(pl_module, samples, latents, questions_of(samples))
-            if not self._clips_logged:
-                clips = pl_module.decode(latents)
-                for writer in writers:
-                    add_video(writer, "held_out/clips", clips, step, self.fps, self.scale)
-                self._clips_logged = True
-            table = caption_table(samples["key"], samples[pl_module.stage.target], captions)
-            for writer in writers:
-                writer.add_text("held_out/captions", table, step)
-        made = tasks.generate(samples["prompt"], length, tuple(latents.shape[1:]), pl_module.generators(seeds))
+            clips = None if self._clips_logged else pl_module.decode(latents)
+            self._clips_logged = True
+        length, generators = samples["prompt_ids"].shape[1], pl_module.generators(list(range(len(latents))))
+        made = tasks.generate(samples["prompt"], length, tuple(latents.shape[1:]), generators)
         assert made.latents is not None
-        frames = to_frames(tasks.decode(made.latents))
+        generated = to_frames(tasks.decode(made.latents))
         for writer in writers:
-            add_video(writer, "held_out/generated", frames, step, self.fps, self.scale)
+            if captions is not None:
+                table = caption_table(samples["key"], samples[pl_module.stage.target], captions)
+                writer.add_text("held_out/captions", table, step)
+            if clips is not None:
+                add_video(writer, "held_out/clips", clips, step, self.fps, self.scale)
+            add_video(writer, "held_out/generated", generated, step, self.fps, self.scale)
             writer.add_text("held_out/prompts", "  \n".join(samples["prompt"]), step)
 
 
 def caption_table(keys: list[str], truth: list[str], captions: list[str]) -> str:
     """A Markdown table of clips, true texts and captions, one row each, whatever the texts contain."""
     rows = ["| clip | truth | model |", "|---|---|---|"]
-    rows += [f"| {' | '.join(map(table_cell, row))} |" for row in zip(keys, truth, captions, strict=True)]
+    for row in zip(keys, truth, captions, strict=True):  # each cell on one line, with bars escaped as in HTML
+        rows.append("| " + " | ".join(" ".join(text.split()).replace("|", "&#124;") for text in row) + " |")
     return "\n".join(rows)
-
-
-def table_cell(text: str) -> str:
-    """A text as a cell of a Markdown table: on one line, with bars escaped as in HTML."""
-    return " ".join(text.split()).replace("|", "&#124;")
 
 
 def add_video(writer: Any, tag: str, frames: torch.Tensor, step: int, fps: int, scale: int) -> None:
     """Log clips uint8 [B, F, C, H, W] side by side as one GIF (SummaryWriter.add_video would need moviepy)."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    strip = torch.cat(list(frames.cpu()), dim=-1).permute(0, 2, 3, 1)  # [F, H, B * W, C]
-    height, width = strip.shape[1] * scale, strip.shape[2] * scale
-    images = [Image.fromarray(frame.numpy()).resize((width, height), Image.Resampling.NEAREST) for frame in strip]
+    first, *others = enlarged(torch.cat(list(frames.cpu()), dim=-1), scale)  # [F, C, H, B * W]
     buffer = io.BytesIO()
-    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+    first.save(buffer, "GIF", save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
+    width, height = first.size
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
     writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
