@@ -19,17 +19,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from univigu.checkpoint import (
-    export_foundation,
-    export_official,
-    export_pipeline,
-    import_official,
-    import_wan,
-    load_weights,
-)
+from univigu.checkpoint import export_foundation, export_pipeline, load_weights
 from univigu.cli import exit_code
 from univigu.models.conventions import OFFICIAL, Conventions
 from univigu.models.foundation import EMBEDDED_FOUNDATION
+from univigu.models.official import export_official, import_official, import_wan
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -179,7 +179,7 @@ def average(folder: str, root: str, *, processes: int, distributed: bool) -> Dia
     assert not hasattr(module, "ema")
 
     trainer, module = make(max_steps=4)
-    with pytest.raises(MisconfigurationException, match=r"averages weights': \('WeightEMA', None\)"):
+    with pytest.raises(MisconfigurationException, match=r"the WeightEMA callback': \(True, False\)"):
         trainer.fit(module, loader, ckpt_path=path)
     return Diary()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,9 +67,10 @@ def lora_options(saved: Mapping[str, Any] | None) -> LoraOptions | None:
     return None if saved is None else LoraOptions(**{**saved, "attention": tuple(saved["attention"])})
 
 
-def lora_differences(saved: LoraOptions, ours: LoraOptions) -> dict[str, tuple[Any, Any]]:
-    """Options in which a checkpoint's adapters differ from a configuration's: name -> (checkpoint's, ours)."""
-    theirs, configured = asdict(saved), asdict(ours)
-    return {
-        f"model.lora.{name}": (theirs[name], configured[name]) for name in theirs if theirs[name] != configured[name]
-    }
+def lora_differences(saved: Mapping[str, Any] | None, ours: LoraOptions | None) -> dict[str, tuple[Any, Any]]:
+    """Options of adapters that differ: name -> (the checkpoint's, the configuration's)."""
+    theirs = lora_options(saved)
+    if theirs is None or ours is None:
+        return {} if theirs == ours else {"model.lora": (theirs, ours)}
+    pairs = {f"model.lora.{name}": (value, getattr(ours, name)) for name, value in vars(theirs).items()}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

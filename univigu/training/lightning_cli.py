@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
-from univigu.checkpoint import check_checkpoint_file, missing_checkpoint
+from univigu.checkpoint import check_checkpoint_file
 from univigu.training.callbacks import (
     DataStatistics,
     FinalReport,
@@ -148,10 +148,7 @@ class UniViGUCLI(LightningCLI):
         named = config.ckpt_path or (_given(args, "--model.init_from") and config.model.init_from)
         if subcommand in ("validate", "test") and not named and config.trainer.default_root_dir:
             # By default evaluate what the configuration trained.
-            trained = Path(config.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-            if not trained.exists():
-                raise missing_checkpoint(trained)
-            config.ckpt_path = str(trained)
+            config.ckpt_path = str(Path(config.trainer.default_root_dir) / "checkpoints" / "last.ckpt")
         if config.ckpt_path:
             if config.ckpt_path not in ("best", "last", "hpc") and "://" not in str(config.ckpt_path):
                 check_checkpoint_file(Path(config.ckpt_path))

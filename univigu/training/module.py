@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from univigu.checkpoint import averaging_of, check_resumed, load_weights, plain, take_for_use, take_sharded
+from univigu.checkpoint import check_resumed, config_differences, load_weights, take_for_use, take_sharded
 from univigu.data.inputs import PredictTask
 from univigu.data.sample import questions_of
 from univigu.data.video import to_frames, to_model_range
@@ -332,16 +333,15 @@ class UniViGU(EvaluatedModule):
         saved = checkpoint.get("univigu", {}).get("transformer_config")
         if saved is None:
             raise ValueError("ckpt_path: not a checkpoint of this project (it has no 'univigu' entry)")
-        path = self.trainer.strategy.broadcast(self.trainer.ckpt_path or "ckpt_path")
+        path = Path(self.trainer.strategy.broadcast(self.trainer.ckpt_path or "ckpt_path"))
         check_replaced(saved, path)
-        ours = {name: self._model.config[name] for name in saved}
-        differing = {name: (saved[name], ours[name]) for name in saved if plain(saved[name]) != plain(ours[name])}
+        differing = config_differences(saved, self._model)
         for name in {"text_length", *CONVENTIONS} & differing.keys():  # no weight depends on these
             self._model.register_to_config(**{name: differing.pop(name)[0]})
         if differing and (self.trainer.state.fn == "fit" or is_sharded(self._model)):
             raise MisconfigurationException(f"the checkpoint's model differs from the configuration: {differing}")
         if self.trainer.state.fn == "fit":
-            check_resumed(checkpoint, path, self.lora, averaging_of(self))
+            check_resumed(checkpoint, path, self.lora, averages=hasattr(self, "ema"))
             return
         if hasattr(self, "ema"):  # of an earlier fit of this module; no callback updates it now
             del self.ema

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, default_collate
 
@@ -120,10 +120,8 @@ class Stop(Callback):
         setattr(self, hook, stop)
 
 
-AVERAGES = {
-    "WeightEMA": lambda: WeightEMA(decay=0.5, warmup=False),
-    "EMAWeightAveraging": lambda: EMAWeightAveraging(decay=0.5),  # Lightning's
-}
+def make_ema() -> WeightEMA:
+    return WeightEMA(decay=0.5, warmup=False)
 
 
 def fit_to_last(
@@ -170,19 +168,18 @@ def assert_same(first: Any, second: Any, name: str) -> None:
 @pytest.mark.parametrize("end", ["max_steps", "on_train_batch_end", "on_validation_end", "on_train_epoch_end"])
 def test_a_run_that_ends_early_resumes_exactly(folder: Path, tmp_path: Path, end: str) -> None:
     """Its checkpoint holds the trained weights, to which the optimizer's state belongs, and the means."""
-    make = AVERAGES["WeightEMA"]
-    whole = fit_to_last(folder, tmp_path / "whole", make())
+    whole = fit_to_last(folder, tmp_path / "whole", make_ema())
     if end == "max_steps":
-        short = fit_to_last(folder, tmp_path / "short", make(), max_steps=3)
+        short = fit_to_last(folder, tmp_path / "short", make_ema(), max_steps=3)
     else:
-        short = fit_to_last(folder, tmp_path / "short", make(), Stop(3, end))
+        short = fit_to_last(folder, tmp_path / "short", make_ema(), Stop(3, end))
     path = tmp_path / "short" / "checkpoints" / "last.ckpt"
     name = "text_head.linear.weight"
     trained, mean = (short["state_dict"][f"{kind}.{name}"] for kind in ("transformer", "ema"))
     assert short["global_step"] == 3 and not torch.equal(trained, mean)
     assert torch.equal(load_weights(path).state_dict()[name], mean)  # what is used
 
-    resumed = fit_to_last(folder, tmp_path / "resumed", make(), resume=path)
+    resumed = fit_to_last(folder, tmp_path / "resumed", make_ema(), resume=path)
     assert whole["global_step"] == resumed["global_step"] == 6
     for part in ("state_dict", "optimizer_states"):
         assert_same(whole[part], resumed[part], part)
@@ -207,19 +204,13 @@ def test_the_last_step_is_saved_once_and_a_trial_run_saves_nothing(
     assert not saved
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [("WeightEMA", None), (None, "WeightEMA"), ("EMAWeightAveraging", "WeightEMA")],
-)
-def test_a_resumed_run_averages_as_before(folder: Path, tmp_path: Path, before: str | None, after: str | None) -> None:
-    def make(name: str | None) -> Callback | None:
-        return None if name is None else AVERAGES[name]()
-
-    fit_to_last(folder, tmp_path, make(before), max_steps=1)
-    theirs = "WeightAveraging" if before == "EMAWeightAveraging" else before
-    message = rf"last\.ckpt: .*averages weights': \({theirs!r}, {after!r}\).*model\.init_from"
+@pytest.mark.parametrize("before", [True, False])
+def test_a_resumed_run_averages_as_before(folder: Path, tmp_path: Path, before: bool) -> None:
+    fit_to_last(folder, tmp_path, make_ema() if before else None, max_steps=1)
+    message = rf"last\.ckpt: .*the WeightEMA callback': \({before}, {not before}\).*model\.init_from"
     with pytest.raises(MisconfigurationException, match=message):
-        fit_to_last(folder, tmp_path / "b", make(after), resume=tmp_path / "checkpoints" / "last.ckpt", max_steps=2)
+        average, path = None if before else make_ema(), tmp_path / "checkpoints" / "last.ckpt"
+        fit_to_last(folder, tmp_path / "b", average, resume=path, max_steps=2)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
