@@ -21,8 +21,9 @@ from typing import Any, get_args
 from univigu.cli import exit_code
 from univigu.data.options import add_options, add_share, read_options
 from univigu.data.processes import Share, this_device
-from univigu.evaluation.caption_export import CaptionerOptions, Category, export_dream1k, export_vdc
-from univigu.evaluation.vbench import VBenchOptions, export_vbench
+from univigu.evaluation.caption_export import Category, export_captions
+from univigu.evaluation.exports import CAPTION_ONLY, VIDEO_ONLY, ExportOptions
+from univigu.evaluation.vbench import export_vbench
 from univigu.sampling.options import SamplingOptions
 
 
@@ -33,12 +34,12 @@ def parser() -> argparse.ArgumentParser:
     vbench = commands.add_parser("vbench", help="{prompt}-{index}.mp4 for every prompt")
     vbench.add_argument("--prompts", required=True, help="VBench_full_info.json, or .txt, .jsonl or .parquet (prompt)")
     vbench.add_argument("--augmented", help="file of as many longer prompts to make the videos of, in the same order")
-    add_options(vbench, VBenchOptions())
+    add_options(vbench, ExportOptions(), CAPTION_ONLY)
     for name, text in (("dream1k", "tarsier or VLMEvalKit"), ("vdc", "aurora, lmms-eval or VLMEvalKit")):
         captions = commands.add_parser(name, help=f"captions for {text}")
         captions.add_argument("--videos", nargs="+", required=True, help="files, folders or patterns")
         captions.add_argument("--annotations", required=name == "dream1k", help="the benchmark's list: .jsonl or .tsv")
-        add_options(captions, CaptionerOptions())
+        add_options(captions, ExportOptions(), VIDEO_ONLY)
         s = SamplingOptions()
         captions.add_argument("--caption-steps", type=int, default=s.caption_steps, help="denoising steps of the text")
         captions.add_argument("--text-order", default=s.text_order, help="random or confidence (mask flow)")
@@ -58,14 +59,12 @@ def run(o: argparse.Namespace) -> None:
         "device": o.device or this_device(),
     }
     if o.command == "vbench":
-        rows = export_vbench(o.output, o.model, o.prompts, o.augmented, read_options(VBenchOptions, o), **common)
+        rows = export_vbench(o.output, o.model, o.prompts, o.augmented, read_options(ExportOptions, o), **common)
     else:
         sampling = SamplingOptions(caption_steps=o.caption_steps, text_order=o.text_order, temperature=o.temperature)
-        options = read_options(CaptionerOptions, o, sampling=sampling)
-        if o.command == "dream1k":
-            rows = export_dream1k(o.output, o.model, o.videos, o.annotations, options=options, **common)
-        else:
-            rows = export_vdc(o.output, o.model, o.videos, o.category, o.annotations, o.task, options=options, **common)
+        options = read_options(ExportOptions, o, sampling=sampling)
+        vdc = {"category": o.category, "task": o.task} if o.command == "vdc" else {}
+        rows = export_captions(o.output, o.model, o.command, o.videos, o.annotations, options, **vdc, **common)
     if rows is None:
         print(f"{o.output}: this process is done, others are not")
         return

@@ -49,7 +49,9 @@ def run(o: argparse.Namespace) -> None:
     video, lengths = read_options(VideoOptions, o), read_options(LengthFilter, o)
     captions = read_options(CaptionOptions, o)
     captioner: Captioner = (
-        o.captioner if o.captioner in ("none", "template") else CaptionModel(o.captioner, captions, lengths, device)
+        o.captioner
+        if o.captioner in ("none", "template")
+        else CaptionModel(o.captioner, captions, lengths, video.dtype, device)
     )
     if o.source == "prompts" and o.prompts is None:
         raise ValueError("--prompts: expected a file of prompts (or --source shapes)")

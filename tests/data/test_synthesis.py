@@ -68,7 +68,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_clips_are_what_the_pipeline_makes_of_prompt_and_seed(tool: Tool, tmp_path: Path, foundation: str) -> None:
-    manifest = tool("made", "--seed", 7, "--videos-per-prompt", 2, "--crf", 1)
+    manifest = tool("made", "--seed", 7, "--videos-per-prompt", 2)
     assert manifest.complete and manifest.counts == {"kept": 10} and len(manifest.shards) == 5
     texts = texts_of(tmp_path / "made")
     assert [text["key"] for text in texts] == [f"{i:08d}" for i in range(10)]

@@ -14,7 +14,8 @@ import torch
 
 from univigu import UniViGUPipeline
 from univigu.data.video import read_video
-from univigu.evaluation.caption_export import FAILED, read_listing
+from univigu.evaluation.caption_export import FAILED
+from univigu.evaluation.exports import read_listing
 
 Evaluate = Callable[[list[str]], int]
 SIZE = ["--height=32", "--width=32", "--num-frames=5", "--caption-steps=3", "--prompt-length=16", "--device=cpu"]
@@ -180,7 +181,7 @@ def test_ranks_batches_and_interruptions_give_the_same(
     "change,message",
     [
         (["--annotations=/nowhere.jsonl"], "--annotations='/nowhere.jsonl': cannot be read"),
-        (["--annotations=list.txt"], "expected a .jsonl, .json or .tsv file"),
+        (["--annotations=list.txt"], "--annotations='list.txt': cannot be read"),
         (["--videos=/nowhere"], "data.videos='/nowhere': no such file or folder"),
         (["--model=/nowhere"], "--model='/nowhere': no folder of a diffusers pipeline"),
         (["--batch-size=0"], "batch_size=0: expected at least 1"),
@@ -207,7 +208,7 @@ def test_mistakes_are_told_in_a_line(
 def test_a_mark_of_byte_order_is_no_part_of_a_list(name: str, tmp_path: Path) -> None:
     content = {"list.jsonl": '{"vid": "1"}', "list.json": '[{"vid": "1"}]', "list.tsv": "vid\tq\n1\tx\n"}[name]
     (tmp_path / name).write_text(content, encoding="utf-8-sig")
-    assert read_listing(str(tmp_path / name), ("vid", "video"))[1] == ["1"]
+    assert read_listing(str(tmp_path / name), ("vid", "video"), "--annotations")[1] == ["1"]
 
 
 def test_a_second_program_waits_for_the_first(

@@ -18,7 +18,8 @@ from tests.conftest import REPO
 from univigu import UniViGUPipeline
 from univigu.data.sample import DataError
 from univigu.data.video import encode_mp4, read_video
-from univigu.evaluation.vbench import VBenchOptions, plan, video_name
+from univigu.evaluation.exports import ExportOptions
+from univigu.evaluation.vbench import plan, video_name
 
 Evaluate = Callable[[list[str]], int]
 SIZE = ["--height=32", "--width=32", "--num-frames=5", "--steps=2", "--prompt-length=16", "--device=cpu"]
@@ -151,14 +152,14 @@ def test_rows_that_are_no_prompts_become_errors(
 def test_augmented_prompts_make_videos_under_the_plain_ones_names(tmp_path: Path) -> None:
     (tmp_path / "plain.txt").write_text("a cat\na dog\n")
     (tmp_path / "long.txt").write_text("a cat with a long tail\na dog that barks\n")
-    videos = plan(str(tmp_path / "plain.txt"), str(tmp_path / "long.txt"), VBenchOptions(videos_per_prompt=1))
+    videos = plan(str(tmp_path / "plain.txt"), str(tmp_path / "long.txt"), ExportOptions(videos_per_prompt=1))
     assert [(row["video"], row["text"], row["seed"]) for row in videos] == [
         ("a cat-0.mp4", "a cat with a long tail", 0),
         ("a dog-0.mp4", "a dog that barks", 1),
     ]
     (tmp_path / "short.txt").write_text("a cat\n")
     with pytest.raises(DataError, match=r"--augmented='.*short\.txt': 1 rows for 2 prompts"):
-        plan(str(tmp_path / "plain.txt"), str(tmp_path / "short.txt"), VBenchOptions())
+        plan(str(tmp_path / "plain.txt"), str(tmp_path / "short.txt"), ExportOptions())
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,7 @@ def test_mistakes_are_told_in_a_line(
 def test_broken_rows_go_by_their_number(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a cat"}\n{"prompt": "a cat"}\nnot json\n{"prompt": "a dog"}\n{"prompt": " "}\n')
-    assert [row["prompt"] for row in plan(str(path), None, VBenchOptions(videos_per_prompt=1))] == [
+    assert [row["prompt"] for row in plan(str(path), None, ExportOptions(videos_per_prompt=1))] == [
         "a cat",
         "row 3",
         "a dog",
@@ -220,7 +221,7 @@ def test_a_mark_of_byte_order_is_no_part_of_a_prompt(name: str, tmp_path: Path) 
     rows = [{"prompt": "a cat", "prompt_en": "a cat"}]
     content = {"p.txt": "a cat", "p.jsonl": json.dumps(rows[0]), "p.json": json.dumps(rows)}
     (tmp_path / name).write_text(content[name], encoding="utf-8-sig")
-    assert [row["video"] for row in plan(str(tmp_path / name), None, VBenchOptions(videos_per_prompt=1))] == [
+    assert [row["video"] for row in plan(str(tmp_path / name), None, ExportOptions(videos_per_prompt=1))] == [
         "a cat-0.mp4"
     ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,9 +52,11 @@ def build_folder(
     def make(todo: Sequence[int]) -> Iterator[Result]:
         for path in (path for number in todo for path in folder.glob(f".{names[number]}.*.tmp")):
             path.unlink(missing_ok=True)  # left by a killed process
-        calls = [(folder / names[number], jobs[names[number]]) for number in todo]
-        for info in _results(work, pool, calls):
-            yield numbers[info.name], asdict(info), {}
+        apply = map if pool is None else pool.map
+        paths, arguments = [folder / names[number] for number in todo], [jobs[names[number]] for number in todo]
+        yield from (
+            (number, asdict(info), {}) for number, info in zip(todo, apply(work, paths, arguments), strict=True)
+        )
 
     def merge(records: list[Record]) -> Mapping[str, str]:
         manifest.shards = [ShardInfo(**record) for record in records]
@@ -82,19 +83,3 @@ def build_folder(
     run_jobs(folder, parameters, len(jobs), make, merge, max(1, len(jobs)), share, description, is_done, progress)
     manifest.shards = [ShardInfo(**record) for record in parts.records().values()]
     return manifest
-
-
-def _results(
-    work: Callable[[Path, Any], ShardInfo], pool: SpawnPool | None, calls: list[tuple[Path, Any]]
-) -> Iterator[ShardInfo]:
-    """What the calls return, as they finish."""
-    if pool is None:
-        yield from (work(*call) for call in calls)
-        return
-    futures = [pool.submit(work, *call) for call in calls]
-    try:
-        for future in as_completed(futures):
-            yield future.result()
-    finally:
-        for future in futures:
-            future.cancel()

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -95,17 +95,13 @@ def encode_shards(
     """Encode every shard of a folder; complete shards of the target stay, missing ones are written.
 
     Args:
-        target: gets a shard for each of the source, with the same name, keys and texts.
+        source, target: folders; each shard of the source gives one with the same name, keys and texts.
         foundation_path: WanPipeline folder whose VAE and text encoder are used.
         dtype: storage type of latents and embeddings; they are computed in float32.
         buckets: sizes of the clips; each clip gets the one that fits it best, see :mod:`univigu.data.buckets`.
         strict: raise for the first sample that cannot be encoded instead of recording it in the manifest.
-        pool: encodes in other processes; None encodes in this one.
         prompts: whether to store the prompts' embeddings too.
-        share: which part of the shards is this process's.
-
-    Returns:
-        the manifest; ``skipped`` of its shards tells which samples are missing and why.
+        pool, share: see :func:`build_folder`, as is what is returned.
     """
     source = Path(source)
     check_dtype(dtype)
@@ -148,11 +144,7 @@ def _foundation(path: str, device: str) -> Foundation:
     return Foundation(path).to(device)
 
 
-@cache
-def _null_embeds(path: str, device: str) -> torch.Tensor:
-    return _prompt_embeds(path, device, "")
-
-
+@lru_cache(maxsize=2)  # the empty prompt's are asked for with every sample
 def _prompt_embeds(path: str, device: str, prompt: str) -> torch.Tensor:
     """Embeddings [S, text_dim] of a prompt of S tokens."""
     from univigu.models.encode import encode_prompts
@@ -217,10 +209,10 @@ class _ShardEncoder:
         texts = {TEXT_SUFFIX: ref.read(TEXT_SUFFIX)}
         if self.prompts:
             try:
-                embeds = _prompt_embeds(self.foundation, self.device, prompt)
+                embeds, null = (_prompt_embeds(self.foundation, self.device, text) for text in (prompt, ""))
             except TextTooLongError as error:
                 raise ref.error("text_over_slot", "prompt", str(error)) from error
-            texts[PROMPT_SUFFIX] = self._packed(prompt=embeds, null=_null_embeds(self.foundation, self.device))
+            texts[PROMPT_SUFFIX] = self._packed(prompt=embeds, null=null)
         return texts
 
     def _encoded(self, clips: list[_Clip]) -> Iterator[tuple[str, Mapping[str, bytes]]]:

@@ -10,8 +10,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,15 @@ Result = tuple[int, Record, Mapping[str, bytes]]
 """A job's number, its record, and its files by name."""
 
 
-@contextmanager
-def locked(folder: Path, name: str = "finish") -> Iterator[None]:
-    """Hold a lock of the folder, which is created if need be; the lock of a killed process is released."""
+def locked(folder: Path, name: str = "finish") -> AbstractContextManager[Any]:
+    """Acquire a lock of the folder, which is created if need be; the lock of a killed process is released."""
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / PARTS / f"{name}.lock")
     try:
-        lock.acquire(blocking=False)
+        return lock.acquire(blocking=False)
     except Timeout:
         log.warning("%s: waiting for another process that writes it", folder)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def check_same_run(folder: Path, existing: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -57,7 +52,7 @@ def check_same_run(folder: Path, existing: Mapping[str, Any], wanted: Mapping[st
 
 
 class Parts:
-    """The records of a folder, which is created if need be; processes have different ranks or take turns."""
+    """The records of a folder; processes that use it at the same time have different ranks."""
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
         self.folder, self.rank = folder, rank
@@ -79,14 +74,6 @@ class Parts:
         """The records of all processes by the job's number, in its order."""
         paths = sorted((self.folder / PARTS).glob("*.json"))
         return {int(path.stem): json.loads(path.read_bytes()) for path in paths}
-
-    def check(self, parameters: Mapping[str, Any]) -> None:
-        """Store what the records depend on, or raise DataError if there are records of other parameters."""
-        path = self.folder / PARTS / "parameters"
-        with locked(self.folder):
-            if path.exists() and self.records():
-                check_same_run(self.folder, json.loads(path.read_bytes()), json.loads(json.dumps(parameters)))
-            self.write(f"{PARTS}/parameters", to_json(parameters))
 
     def clear(self) -> None:
         """Remove all records."""
@@ -117,8 +104,12 @@ def run_jobs(
     """
     parts = Parts(folder, share.rank)
     with locked(folder, f"{share.rank:05d}"), progress or progress_bar() as bar:
-        parts.check(parameters)
-        done = {number for number, record in parts.records().items() if is_done(record)}
+        with locked(folder):
+            records, path = parts.records(), folder / PARTS / "parameters"
+            if records and path.exists():
+                check_same_run(folder, json.loads(path.read_bytes()), json.loads(json.dumps(parameters)))
+            parts.write(f"{PARTS}/{path.name}", to_json(parameters))
+        done = {number for number, record in records.items() if is_done(record)}
         todo = [number for number in range(share.rank, count, share.world_size) if number not in done]
         task = bar.add_task(description, total=len(todo))
         for start in range(0, len(todo), batch_size):
@@ -128,9 +119,7 @@ def run_jobs(
                 parts.add(number, record)
                 bar.advance(task)
         with locked(folder):
-            records = list(parts.records().values())
-            if len(records) < count:
-                return None
-            for name, text in merge(records).items():
+            rows = list(parts.records().values())
+            for name, text in merge(rows).items() if len(rows) == count else ():
                 parts.write(name, text)
-            return records
+    return rows if len(rows) == count else None

@@ -1,43 +1,70 @@
-"""Runs a model on a list of inputs for a benchmark outside of this project; resumable, by several processes."""
+"""Runs a model on the inputs of a benchmark outside of this project; resumable, by several processes."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from univigu.data.options import check_least
 from univigu.data.parts import Record, Result, run_jobs
 from univigu.data.processes import Share
-from univigu.data.synthesis.sources import load_pipeline
+from univigu.data.rows import split_lines
+from univigu.data.sample import DataError
+from univigu.data.synthesis.sources import VideoOptions, load_pipeline
 from univigu.models.fingerprint import folder_fingerprint
+from univigu.sampling.options import SamplingOptions
 
-if TYPE_CHECKING:
-    from univigu.evaluation.caption_export import CaptionerOptions
-    from univigu.evaluation.vbench import VBenchOptions
+CAPTION_ONLY = ("question",)
+VIDEO_ONLY = ("fps", "steps", "guidance_scale", "negative_prompt", "videos_per_prompt")
+"""Options that mean nothing to the other kind of export."""
 
-Pipeline = Callable[[], Any]
-"""Gives the model; loads it at the first call."""
+
+@dataclass(frozen=True)
+class ExportOptions(VideoOptions):
+    """How videos are generated or captioned."""
+
+    steps: int = 50
+    """Denoising steps."""
+    guidance_scale: float | None = 5.0
+    """Classifier-free guidance."""
+    batch_size: int = 1
+    """Videos generated or captioned at once."""
+    videos_per_prompt: int = 5
+    """Videos of each prompt: VBench expects 5, and 25 for temporal flickering."""
+    prompt_length: int = 512
+    """Tokens that prompts are padded and cut to; how many are cut is recorded."""
+    question: str = ""
+    """Condition of the caption, for models trained on questions; empty: the null condition."""
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    """How captions are sampled."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, prompt_length=1)
 
 
 def export_rows(
     output: Path,
     model: str,
     rows: Sequence[Record],
-    options: VBenchOptions | CaptionerOptions,
-    run: Callable[[Pipeline, list[Record]], list[Mapping[str, bytes]]],
+    options: ExportOptions,
+    run: Callable[[Callable[[], Any], list[Record]], list[Mapping[str, bytes]]],
     merge: Callable[[list[Record]], Mapping[str, str]],
     share: Share,
     device: str,
-    description: str,
 ) -> list[Record] | None:
     """Complete this process's share of the rows; those with an entry "error" are tried again by the next call.
 
     Args:
         rows: what is known of each input, which "key", "prompt" and "text" identify; those with an error are not run.
-        run: fills in a batch of rows and gives the files of each by name.
+        run: fills in a batch of rows and gives the files of each by name; its first argument gives the pipeline.
         merge: gives the files, by name, that are written once all rows are there.
 
     Returns:
@@ -58,4 +85,36 @@ def export_rows(
         for number, row in zip(numbers, batch, strict=True):
             yield number, row, next(files) if rows[number]["error"] is None else {}
 
-    return run_jobs(output, parameters, len(rows), make, merge, options.batch_size, share, description)
+    return run_jobs(output, parameters, len(rows), make, merge, options.batch_size, share, output.name)
+
+
+def read_listing(path: str, fields: tuple[str, ...], option: str) -> tuple[list[Record], list[str]]:
+    """Rows of a benchmark's list, .jsonl, .json or .tsv, and the text of each that names its input.
+
+    Args:
+        fields: the first that a row has holds the name; rows of aurora's list are ``{name: questions}``.
+    """
+    option = f"{option}={path!r}"
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if path.endswith(".tsv"):
+            csv.field_size_limit(1 << 27)
+            rows: Any = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"))
+        elif path.endswith(".jsonl"):
+            rows = [json.loads(line) for line in split_lines(text) if line.strip()]
+        else:
+            rows = json.loads(text)
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{option}: cannot be read as .jsonl, .json or .tsv ({error})") from error
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f"{option}: holds no list of rows")
+    names = []
+    for number, row in enumerate(rows, 1):
+        name = None
+        if isinstance(row, dict) and None not in row:  # csv's key of cells behind the last column
+            only = next(iter(row)) if len(row) == 1 and isinstance(next(iter(row.values())), list) else None
+            name = next((row[field] for field in fields if row.get(field) not in (None, "")), only)
+        if name is None:
+            raise DataError(f"{option}: row {number} has none of the fields {list(fields)}")
+        names.append(str(name))
+    return rows, names

@@ -8,44 +8,22 @@ names and prompts, which also serves prompts that are no valid file names.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from univigu.data.inputs import read_prompts
-from univigu.data.options import check_least
 from univigu.data.parts import Record
 from univigu.data.processes import ONLY, Share
 from univigu.data.rows import to_json, to_line
 from univigu.data.sample import DataError, is_unicode
-from univigu.data.synthesis.sources import VideoOptions, generate_clips, pipeline_class
+from univigu.data.synthesis.sources import generate_clips, pipeline_class
 from univigu.data.video import encode_mp4
-from univigu.evaluation.exports import Pipeline, export_rows
+from univigu.evaluation.exports import ExportOptions, export_rows, read_listing
 
 MAX_NAME = 255
 """Bytes that a file name may have on the usual file systems."""
-
-
-@dataclass(frozen=True)
-class VBenchOptions(VideoOptions):
-    """How the videos are generated."""
-
-    steps: int = 50
-    """Denoising steps."""
-    guidance_scale: float | None = 5.0
-    """Classifier-free guidance."""
-    batch_size: int = 1
-    """Videos generated at once."""
-    videos_per_prompt: int = 5
-    """Videos of each prompt: VBench expects 5, and 25 for temporal flickering."""
-    prompt_length: int = 512
-    """Tokens that prompts are padded and cut to; how many are cut is recorded."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, prompt_length=1)
 
 
 def video_name(prompt: str, index: int) -> str:
@@ -63,25 +41,13 @@ def video_name(prompt: str, index: int) -> str:
     return f"{short} {digest}-{index}.mp4"
 
 
-def _read_prompts(path: str, name: str) -> list[tuple[str, str | None]]:
+def _read_prompts(path: str, option: str) -> list[tuple[str, str | None]]:
     """(prompt, error) of each row of a .txt, .jsonl or .parquet file, or of VBench's own ``VBench_full_info.json``."""
-    if path.endswith((".txt", ".jsonl", ".parquet")):
-        found = read_prompts(path, name)
-    elif path.endswith(".json"):
-        try:
-            rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{name}={path!r}: cannot be read ({error})") from error
-        if not isinstance(rows, list) or not rows:
-            raise DataError(f'{name}={path!r}: expected a list of objects with "prompt_en", as VBench_full_info.json')
-        found = []
-        for number, row in enumerate(rows, 1):
-            prompt = row.get("prompt_en") if isinstance(row, dict) else None
-            wrong = f'row {number} of {path}: expected a string "prompt_en", got {row!s:.80}'
-            found.append((prompt, None) if isinstance(prompt, str) else ("", wrong))
-    else:
-        raise DataError(f"{name}={path!r}: expected a .txt, .jsonl, .json or .parquet file")
-    return [(prompt, error or _prompt_error(prompt)) for prompt, error in found]
+    if path.endswith(".json"):
+        return [(prompt, _prompt_error(prompt)) for prompt in read_listing(path, ("prompt_en",), option)[1]]
+    if not path.endswith((".txt", ".jsonl", ".parquet")):
+        raise DataError(f"{option}={path!r}: expected a .txt, .jsonl, .json or .parquet file")
+    return [(prompt, error or _prompt_error(prompt)) for prompt, error in read_prompts(path, option)]
 
 
 def _prompt_error(prompt: str) -> str | None:
@@ -90,7 +56,7 @@ def _prompt_error(prompt: str) -> str | None:
     return None if prompt.strip() else "an empty prompt"
 
 
-def plan(prompts: str, augmented: str | None, options: VBenchOptions) -> list[Record]:
+def plan(prompts: str, augmented: str | None, options: ExportOptions) -> list[Record]:
     """The rows of ``videos.jsonl`` before anything is generated; a prompt that occurs twice gets its videos once.
 
     Args:
@@ -114,8 +80,8 @@ def export_vbench(
     output: Path,
     model: str,
     prompts: str,
-    augmented: str | None = None,
-    options: VBenchOptions = VBenchOptions(),
+    augmented: str | None,
+    options: ExportOptions,
     share: Share = ONLY,
     device: str = "cpu",
 ) -> list[Record] | None:
@@ -133,7 +99,7 @@ def export_vbench(
     rows, o = plan(prompts, augmented, options), options
     pipeline_class(model, "--model")
 
-    def run(pipeline: Pipeline, batch: list[Record]) -> list[Mapping[str, bytes]]:
+    def run(pipeline: Callable[[], Any], batch: list[Record]) -> list[Mapping[str, bytes]]:
         texts, seeds = [row["text"] for row in batch], [row["seed"] for row in batch]
         clips = generate_clips(pipeline(), texts, seeds, o, max_sequence_length=o.prompt_length)
         tokenizer = getattr(pipeline(), "tokenizer", None)
@@ -143,11 +109,11 @@ def export_vbench(
                 row["tokens_cut"] = max(0, len(tokenizer(row["text"], verbose=False)["input_ids"]) - o.prompt_length)
             if frames is None:
                 row["error"] = "the model gave numbers that are not finite"
-            files.append({} if frames is None else {f"videos/{row['video']}": encode_mp4(frames, o.fps, o.crf)})
+            files.append({} if frames is None else {f"videos/{row['video']}": encode_mp4(frames, o.fps)})
         return files
 
     def merge(rows: list[Record]) -> Mapping[str, str]:
         made = {row["video"]: row["prompt"] for row in rows if row["error"] is None}
         return {"prompts.json": to_json(made, 1) + "\n", "videos.jsonl": "".join(map(to_line, rows))}
 
-    return export_rows(output, model, rows, options, run, merge, share, device, "VBench videos")
+    return export_rows(output, model, rows, options, run, merge, share, device)

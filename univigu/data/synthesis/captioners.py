@@ -42,8 +42,6 @@ class CaptionOptions:
     """Frames of the clip, evenly spaced, that the model is shown."""
     tries: int = 4
     """Attempts, each with another seed, until the caption's length is in the window."""
-    caption_batch_size: int = 1
-    """Clips captioned at once, which share the random numbers."""
     max_new_tokens: int = 400
     """Most tokens (of the language model) of a caption."""
     temperature: float = 0.7
@@ -52,18 +50,15 @@ class CaptionOptions:
     """Nucleus sampling."""
     instruction: str = INSTRUCTION
     """Request to the language model, with {prompt}, {num_frames} and {words}."""
-    caption_dtype: str = "float32"
-    """Of the language model: float32, bfloat16 or float16."""
 
     def __post_init__(self) -> None:
-        check_least(self, frames=1, tries=1, caption_batch_size=1, max_new_tokens=1, temperature=0)
+        check_least(self, frames=1, tries=1, max_new_tokens=1, temperature=0)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: expected a number in (0, 1]")
         try:
             self.instruction.format(prompt="", num_frames=1, words=1)
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(f"instruction: expected only {{prompt}}, {{num_frames}}, {{words}} ({error!r})") from error
-        check_dtype(self.caption_dtype, "caption_dtype")
 
 
 def template_caption(clip: Clip, fps: int) -> str:
@@ -90,9 +85,14 @@ class CaptionModel:
     """
 
     def __init__(
-        self, folder: str, options: CaptionOptions, window: LengthFilter, device: torch.device | str = "cpu"
+        self,
+        folder: str,
+        options: CaptionOptions,
+        window: LengthFilter,
+        dtype: str = "float32",
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.folder, self.options, self.device = Path(folder), options, device
+        self.folder, self.options, self.dtype, self.device = Path(folder), options, dtype, device
         self.words = round(0.375 * (window.min_caption + window.max_caption))  # three words make about four tokens
         self.tries = options.tries if options.temperature > 0 else 1
         if not (self.folder / "config.json").is_file():
@@ -104,7 +104,7 @@ class CaptionModel:
     def parameters(self) -> dict[str, Any]:
         """What the captions depend on, for the manifest."""
         model = {"folder": self.folder.resolve().name, "fingerprint": folder_fingerprint(self.folder)}
-        return {**model, "words": self.words, **asdict(self.options)}
+        return {**model, "dtype": self.dtype, "words": self.words, **asdict(self.options)}
 
     @cached_property
     def model(self) -> tuple[Any, Any]:
@@ -115,50 +115,34 @@ class CaptionModel:
             processor = AutoProcessor.from_pretrained(self.folder)
             if getattr(processor, "chat_template", None) is None:
                 raise ValueError("its processor has no chat template")
-            dtype = check_dtype(self.options.caption_dtype)
-            model = AutoModelForImageTextToText.from_pretrained(self.folder, dtype=dtype)
+            model = AutoModelForImageTextToText.from_pretrained(self.folder, dtype=check_dtype(self.dtype))
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise DataError(f"--captioner={str(self.folder)!r}: cannot be loaded ({error})") from error
-        processor.tokenizer.padding_side = "left"  # the answers begin where the questions end
         return model.requires_grad_(False).eval().to(self.device), processor
 
-    def describe(self, clips: list[Clip], attempt: int) -> None:
-        """Write the clips' captions."""
-        for start in range(0, len(clips), self.options.caption_batch_size):
-            self._describe(clips[start : start + self.options.caption_batch_size], attempt)
-
-    def _describe(self, clips: list[Clip], attempt: int) -> None:
-        o, seed, (model, processor) = self.options, derived_seed(clips[0].seed, attempt), self.model
-        images = [self.images(clip) for clip in clips]
-        questions = [
-            processor.apply_chat_template(self.messages(clip, len(shown)), add_generation_prompt=True)
-            for clip, shown in zip(clips, images, strict=True)
-        ]
+    def describe(self, clip: Clip, attempt: int = 0) -> None:
+        """Write the clip's caption."""
+        assert clip.frames is not None
+        o, (model, processor) = self.options, self.model
+        chosen = sorted(set(even_indices(len(clip.frames), o.frames)))
+        images = [Image.fromarray(clip.frames[i].permute(1, 2, 0).numpy()) for i in chosen]
+        question = processor.apply_chat_template(self.messages(clip.prompt, len(images)), add_generation_prompt=True)
         # The chat template has written the special tokens.
-        inputs = processor(text=questions, images=images, padding=True, return_tensors="pt", add_special_tokens=False)
+        inputs = processor(text=[question], images=[images], return_tensors="pt", add_special_tokens=False)
         draw = {"do_sample": True, "temperature": o.temperature, "top_p": o.top_p, "top_k": 0}
+        clip.caption_seed = derived_seed(clip.seed, attempt)
         with torch.random.fork_rng(), torch.inference_mode():
-            torch.manual_seed(seed)
+            torch.manual_seed(clip.caption_seed)
             tokens = model.generate(
                 **inputs.to(self.device, dtype=model.dtype),
                 max_new_tokens=o.max_new_tokens,
                 **(draw if o.temperature > 0 else {"do_sample": False}),
             )
-        answers = tokens[:, inputs["input_ids"].shape[1] :]
-        for clip, text in zip(clips, processor.batch_decode(answers, skip_special_tokens=True), strict=True):
-            clip.caption, clip.caption_seed = text.strip(), seed
+        clip.caption = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
-    def images(self, clip: Clip) -> list[Image.Image]:
-        """The frames that are shown, evenly spaced over the clip."""
-        assert clip.frames is not None
-        chosen = sorted(set(even_indices(len(clip.frames), self.options.frames)))
-        return [Image.fromarray(clip.frames[i].permute(1, 2, 0).numpy()) for i in chosen]
-
-    def messages(self, clip: Clip, num_images: int) -> list[dict[str, Any]]:
+    def messages(self, prompt: str, num_images: int) -> list[dict[str, Any]]:
         """The message to the model: placeholders of the frames, then the instruction with the prompt."""
-        prompt = clip.prompt
         for token in self.model[1].tokenizer.all_special_tokens:  # "<image>" would ask for one frame more
             prompt = prompt.replace(token, " ")
         text = self.options.instruction.format(prompt=prompt, num_frames=num_images, words=self.words)
-        content: list[dict[str, Any]] = [{"type": "image"} for _ in range(num_images)]
-        return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+        return [{"role": "user", "content": [{"type": "image"}] * num_images + [{"type": "text", "text": text}]}]

@@ -41,12 +41,9 @@ def synthesize(
 
     Args:
         tokenizer_folder: counts the tokens.
-        length_filter: the windows of lengths; texts that miss them are left out and counted.
-        shard_size: clips of a shard, those that are left out included.
-        share: which part of the shards is this process's.
-
-    Returns:
-        the manifest, complete unless other processes have shards left to write.
+        length_filter: the windows of lengths; texts that miss them are skipped and counted.
+        shard_size: clips of a shard, skipped ones included.
+        share: see :func:`build_folder`, as is what is returned.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size={shard_size}: expected at least 1")
@@ -97,34 +94,31 @@ class _ShardWriter:
         for start in range(0, len(clips), size):
             batch = clips[start : start + size]
             self.source.render(batch)
-            self._describe([clip for clip in batch if clip.frames is not None])
             for clip in batch:
                 if clip.frames is None:
                     clip.skip("not_finite", "video", f"seed {clip.seed}: {clip.prompt}")
-                elif reason := self._missed(clip):
-                    length = token_count(self.tokenizer, clip.caption)
-                    clip.skip(reason, "caption", f"{length} tokens: {clip.caption}")
                 else:
+                    self._describe(clip)
+                if clip.skipped is None:
                     yield clip.key, self._members(clip)
                 clip.frames = None
             self.progress.advance(task, len(batch))
         self.progress.remove_task(task)
 
-    def _describe(self, clips: list[Clip]) -> None:
-        """Caption the clips; a model captions those again whose captions miss the window."""
-        if self.captioner == "template":
-            for clip in clips:
-                clip.caption = template_caption(clip, self.source.options.fps)
-        elif isinstance(self.captioner, CaptionModel):
-            for attempt in range(self.captioner.tries):
-                self.captioner.describe(clips, attempt)
-                clips = [clip for clip in clips if self._missed(clip)]
-
-    def _missed(self, clip: Clip) -> str | None:
-        """Why the caption is outside of the window of lengths."""
+    def _describe(self, clip: Clip) -> None:
+        """Caption the clip, with a model up to ``tries`` times; skip it if its caption misses the window of lengths."""
         if self.captioner == "none":
-            return None
-        return self.length_filter.reason(0, token_count(self.tokenizer, clip.caption))
+            return
+        for attempt in range(self.captioner.tries if isinstance(self.captioner, CaptionModel) else 1):
+            if isinstance(self.captioner, CaptionModel):
+                self.captioner.describe(clip, attempt)
+            else:
+                clip.caption = template_caption(clip, self.source.options.fps)
+            length = token_count(self.tokenizer, clip.caption)
+            reason = self.length_filter.reason(0, length)
+            if reason is None:
+                return
+        clip.skip(str(reason), "caption", f"{length} tokens: {clip.caption}")
 
     def _members(self, clip: Clip) -> dict[str, bytes]:
         assert clip.frames is not None
@@ -133,5 +127,4 @@ class _ShardWriter:
             texts["caption_seed"] = clip.caption_seed
         if clip.scene is not None:
             texts["scene"] = clip.scene
-        video = encode_mp4(clip.frames, self.source.options.fps, self.source.options.crf)
-        return {"mp4": video, "json": json.dumps(texts).encode()}
+        return {"mp4": encode_mp4(clip.frames, self.source.options.fps), "json": json.dumps(texts).encode()}

@@ -46,12 +46,10 @@ class VideoOptions:
     seed: int = 0
     """Seed of the first clip; the others count up."""
     dtype: str = "float32"
-    """Of the generator: float32, bfloat16 or float16."""
-    crf: int = 12
-    """x264's constant rate factor: 0 is lossless, 23 its usual default."""
+    """Of generator and captioner: float32, bfloat16 or float16."""
 
     def __post_init__(self) -> None:
-        check_least(self, height=2, width=2, num_frames=1, fps=1, steps=1, guidance_scale=0, seed=0, crf=0)
+        check_least(self, height=2, width=2, num_frames=1, fps=1, steps=1, guidance_scale=0, seed=0)
         check_least(self, batch_size=1, videos_per_prompt=1)
         for name in ("height", "width"):
             if getattr(self, name) % 2:
@@ -189,7 +187,7 @@ class ShapesSource:
         return self.num_clips
 
     def parameters(self) -> dict[str, Any]:
-        names = ("height", "width", "num_frames", "fps", "crf", "seed")
+        names = ("height", "width", "num_frames", "fps", "seed")
         video = {name: getattr(self.options, name) for name in names}
         world = {"world": world_fingerprint(), "split": self.split, "num_clips": self.num_clips}
         return {"source": "shapes", **world, "video": video}
