@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import runpy
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +12,6 @@ import torch
 from tests import tiny
 from tests.conftest import REPO
 from univigu import UniViGUPipeline
-from univigu.data.parts import locked
 from univigu.data.video import encode_mp4
 
 
@@ -40,26 +37,6 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "2.MP4").write_bytes(b"no video")
     (folder / "notes.txt").write_text("nothing")
     return folder
-
-
-@pytest.fixture
-def evaluate_second(
-    evaluate: Callable[[list[str]], int], caplog: pytest.LogCaptureFixture
-) -> Callable[[list[str], Path], None]:
-    """Runs the command while another program holds its folder: it waits, writes nothing by then, and succeeds."""
-
-    def run(arguments: list[str], output: Path) -> None:
-        ended: list[int] = []
-        second = threading.Thread(target=lambda: ended.append(evaluate(arguments)))
-        with locked(output, "00000"):
-            second.start()
-            while second.is_alive() and "waiting" not in caplog.text:
-                time.sleep(0.01)
-            assert [path.name for path in output.iterdir() if path.name != ".parts"] == [] == ended
-        second.join()
-        assert ended == [0]
-
-    return run
 
 
 @pytest.fixture(scope="session")

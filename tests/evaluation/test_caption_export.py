@@ -18,6 +18,7 @@ from univigu.evaluation.caption_export import FAILED
 from univigu.evaluation.exports import read_listing
 
 Evaluate = Callable[[list[str]], int]
+Capture = pytest.CaptureFixture[str]
 SIZE = ["--height=32", "--width=32", "--num-frames=5", "--caption-steps=3", "--prompt-length=16", "--device=cpu"]
 
 
@@ -108,24 +109,24 @@ def test_vdc_without_a_list_for_aurora(model: str, clips: Path, tmp_path: Path, 
     assert not (output / "lmms-eval").exists()  # without its order nothing says which document is which
 
 
-def test_a_hundred_clips_half_of_them_broken(
-    model: str, clips: Path, tmp_path: Path, evaluate: Evaluate, capsys: pytest.CaptureFixture[str]
+def test_many_clips_half_of_them_broken(
+    model: str, clips: Path, tmp_path: Path, evaluate: Evaluate, capsys: Capture
 ) -> None:
     """Every file has its row; names may be of any kind, even bytes that are no text."""
     good, folder, output = (clips / "1.mp4").read_bytes(), tmp_path / "clips", tmp_path / "run"
     folder.mkdir()
     damages = (b"", b"no video", good[: len(good) // 3], b"\0" * 4000, bytes(range(256)) * 20)
-    for i in range(100):
+    for i in range(35):
         name = os.fsencode(folder) + f"/clip {i} ü\u2028".encode() + (b"\x80" if i % 7 == 0 else b"") + b".mp4"
         Path(os.fsdecode(name)).write_bytes(good if i % 2 else damages[i // 2 % 5])
     assert evaluate(command("vdc", model, folder, output, "--caption-steps=1", "--batch-size=8")) == 0
-    assert "complete: 100 rows, 57 of them errors" in capsys.readouterr().out
+    assert "complete: 35 rows, 20 of them errors" in capsys.readouterr().out
     rows = [json.loads(line) for line in (output / "captions.jsonl").read_text().split("\n")[:-1]]
-    assert len({row["key"] for row in rows}) == 100
+    assert len({row["key"] for row in rows}) == 35
     for row in rows:
         number = int(row["key"].split()[1])
         assert (row["error"] is None) == bool(number % 2 and number % 7)  # decord opens no name that is no text
-    assert len(json.loads((output / "aurora" / "detailed.json").read_text())) == 100
+    assert len(json.loads((output / "aurora" / "detailed.json").read_text())) == 35
 
 
 @pytest.mark.parametrize("form", ["lmms-eval", "aurora"])
@@ -161,7 +162,7 @@ def test_vdc_for_vlmevalkit(model: str, clips: Path, tmp_path: Path, evaluate: E
 
 
 def test_ranks_batches_and_interruptions_give_the_same(
-    dream: Path, model: str, clips: Path, tmp_path: Path, evaluate: Evaluate, capsys: pytest.CaptureFixture[str]
+    dream: Path, model: str, clips: Path, tmp_path: Path, evaluate: Evaluate, capsys: Capture
 ) -> None:
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     assert evaluate(command("dream1k", model, clips, alone, f"--annotations={dream}")) == 0
@@ -178,28 +179,20 @@ def test_ranks_batches_and_interruptions_give_the_same(
 
 
 @pytest.mark.parametrize(
-    "change,message",
+    ("change", "message"),
     [
-        (["--annotations=/nowhere.jsonl"], "--annotations='/nowhere.jsonl': cannot be read"),
-        (["--annotations=list.txt"], "--annotations='list.txt': cannot be read"),
-        (["--videos=/nowhere"], "data.videos='/nowhere': no such file or folder"),
-        (["--model=/nowhere"], "--model='/nowhere': no folder of a diffusers pipeline"),
-        (["--batch-size=0"], "batch_size=0: expected at least 1"),
-        (["--text-order=backwards"], "sampling.text_order='backwards'"),
+        ("--annotations=/nowhere.jsonl", "--annotations='/nowhere.jsonl': cannot be read"),
+        ("--annotations=list.txt", "--annotations='list.txt': cannot be read as .jsonl, .json or .tsv"),
+        ("--videos=/nowhere", "data.videos='/nowhere': no such file or folder"),
+        ("--model=/nowhere", "--model='/nowhere': no folder of a diffusers pipeline"),
+        ("--batch-size=0", "batch_size=0: expected at least 1"),
+        ("--text-order=backwards", "sampling.text_order='backwards'"),
     ],
 )
 def test_mistakes_are_told_in_a_line(
-    dream: Path,
-    model: str,
-    clips: Path,
-    tmp_path: Path,
-    evaluate: Evaluate,
-    capsys: pytest.CaptureFixture[str],
-    change: list[str],
-    message: str,
+    dream: Path, clips: Path, model: str, tmp_path: Path, evaluate: Evaluate, capsys: Capture, change: str, message: str
 ) -> None:
-    arguments = [*command("dream1k", model, clips, tmp_path / "run", f"--annotations={dream}"), *change]
-    assert evaluate(arguments) == 2
+    assert evaluate([*command("dream1k", model, clips, tmp_path / "run", f"--annotations={dream}"), change]) == 2
     printed = capsys.readouterr().err
     assert message in printed and "Traceback" not in printed
 
@@ -211,17 +204,9 @@ def test_a_mark_of_byte_order_is_no_part_of_a_list(name: str, tmp_path: Path) ->
     assert read_listing(str(tmp_path / name), ("vid", "video"), "--annotations")[1] == ["1"]
 
 
-def test_a_second_program_waits_for_the_first(
-    dream: Path, model: str, clips: Path, tmp_path: Path, evaluate_second: Callable[[list[str], Path], None]
-) -> None:
-    output = tmp_path / "run"
-    evaluate_second(command("dream1k", model, clips, output, f"--annotations={dream}"), output)
-    assert (output / "tarsier" / "predictions.jsonl").is_file()
-
-
 @pytest.mark.parametrize("text", ["[]\n", '{"other": 1}\n', "not json\n", "", '{"vid": 1}\n'])
 def test_lists_that_are_none(
-    text: str, model: str, clips: Path, tmp_path: Path, evaluate: Evaluate, capsys: pytest.CaptureFixture[str]
+    text: str, model: str, clips: Path, tmp_path: Path, evaluate: Evaluate, capsys: Capture
 ) -> None:
     listing = tmp_path / "list.jsonl"
     listing.write_text(text)
