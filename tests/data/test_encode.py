@@ -28,7 +28,7 @@ main = runpy.run_path(str(REPO / "tools" / "encode.py"))["main"]
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory, pool: SpawnPool) -> Path:
     folder = tmp_path_factory.mktemp("videos")
-    for split, count in (("train", 4), ("val", 2)):
+    for split, count in (("train", 3), ("val", 3)):
         write_shapes(folder / split, split, count, shard_size=2, pool=pool)  # type: ignore[arg-type]
     return folder
 
@@ -44,7 +44,7 @@ def encoded(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def data(shards: Path, **changes: Any) -> VideoTextDataModule:
-    options: dict[str, Any] = {"batch_size": 2, "num_workers": 0, "prompt_length": 32, "precompute": False}
+    options: dict[str, Any] = {"batch_size": 3, "num_workers": 0, "prompt_length": 32, "precompute": False}
     module = VideoTextDataModule(shards=str(shards), **options | changes)
     module.prepare_data()
     module.setup("fit")
@@ -74,7 +74,7 @@ def test_training_is_given_the_same_bits(module: UniViGU, videos: Path, encoded:
         fly, stored = (inputs(module, folder) for folder in (videos, encoded["float32"]))
     finally:
         torch.set_num_threads(before)
-    assert len(fly) == len(stored) == 5
+    assert len(fly) == len(stored) == 3
     for a, b in zip(fly, stored, strict=True):
         assert set(a) == {"latents", "prompt_embeds", "null_embeds", "text_ids"} == set(b)
         for name in a:
@@ -88,7 +88,7 @@ def loss(module: UniViGU, batch: dict[str, torch.Tensor]) -> float:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         losses = module.objective(module._model, UniFlowBatch(**batch), (1, 1, 1), generator=generator)
-    return float(losses.total(1.0, 1.0, 2))
+    return float(losses.total(1.0, 1.0, 3))
 
 
 @pytest.mark.parametrize(("dtype", "unit"), [("bfloat16", 2.0**-8), ("float16", 2.0**-11)])
@@ -115,7 +115,7 @@ def _manifest(folder: Path) -> Manifest:
 def test_the_manifest_says_what_made_them(encoded: dict[str, Path], videos: Path) -> None:
     manifest = _manifest(encoded["bfloat16"])
     recorded = manifest.parameters
-    assert manifest.complete and manifest.kind == "latents" and manifest.counts == {"kept": 4}
+    assert manifest.complete and manifest.kind == "latents" and manifest.counts == {"kept": 3}
     assert recorded["dtype"] == "bfloat16" and recorded["normalization"]["of"] == "mode"
     assert all(len(recorded[name]) == 16 for name in ("vae", "text_encoder", "tokenizer"))
     source = Manifest.load(videos / "train")
@@ -152,7 +152,7 @@ def test_latents_alone_leave_prompts_to_training(module: UniViGU, videos: Path, 
     assert main(args) == 0
     batch = next(iter(data(tmp_path).train_dataloader()))
     assert "latents" in batch and "prompt_embeds" not in batch
-    assert module.prepare(batch).prompt_embeds.shape == (2, 32, 64)
+    assert module.prepare(batch).prompt_embeds.shape == (3, 32, 64)
 
 
 def test_processes_share_the_shards(videos: Path, encoded: dict[str, Path], tmp_path: Path) -> None:

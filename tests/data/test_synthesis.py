@@ -42,14 +42,14 @@ def captioner_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
-    """Run the command on a file of prompts and give the manifest that it left."""
+    """Run the command on a file of prompts, or for five clips of the embedded world, and give the manifest."""
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
 
-    def run(folder: str, *args: Any, prompts: str = "prompts.txt") -> Manifest:
-        words = ["--prompts", str(tmp_path / prompts), "--output", str(tmp_path / folder), *FAST, *map(str, args)]
-        assert main(words) == 0
+    def run(folder: str, *args: Any, prompts: str | None = None) -> Manifest:
+        source = ["--prompts", str(tmp_path / prompts)] if prompts else ["--source", "shapes", "--num-clips", "5"]
+        assert main([*source, "--output", str(tmp_path / folder), *FAST, *map(str, args)]) == 0
         manifest = Manifest.load(tmp_path / folder)
         assert manifest is not None and manifest.check_files(tmp_path / folder, checksums=True) == []
         return manifest
@@ -68,7 +68,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_clips_are_what_the_pipeline_makes_of_prompt_and_seed(tool: Tool, tmp_path: Path, foundation: str) -> None:
-    manifest = tool("made", "--seed", 7, "--videos-per-prompt", 2)
+    manifest = tool("made", "--seed", 7, "--videos-per-prompt", 2, prompts="prompts.txt")
     assert manifest.complete and manifest.counts == {"kept": 10} and len(manifest.shards) == 5
     texts = texts_of(tmp_path / "made")
     assert [text["key"] for text in texts] == [f"{i:08d}" for i in range(10)]
@@ -109,7 +109,7 @@ def test_a_made_folder_trains(tool: Tool, tmp_path: Path) -> None:
     assert batch["video"].shape == (2, 9, 3, 64, 64) and set(batch["prompt"]) <= set(PROMPTS)
 
 
-def test_unusable_prompts_are_counted(tool: Tool, tmp_path: Path) -> None:
+def test_unusable_prompts_are_counted(tool: Tool, tmp_path: Path, foundation: str) -> None:
     pytest.importorskip("pyarrow")
     import pyarrow
     import pyarrow.parquet
@@ -118,16 +118,18 @@ def test_unusable_prompts_are_counted(tool: Tool, tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"prompt": rows}), tmp_path / "p.parquet")
     lines = [json.dumps({"prompt": row}) for row in rows]
     (tmp_path / "p.jsonl").write_text("\n".join([lines[0], "{", lines[2], lines[3]]))
-    for suffix in ("jsonl", "parquet"):
-        manifest = tool(suffix, prompts=f"p.{suffix}")
-        assert manifest.counts == {"kept": 2, "invalid_prompt": 1, "prompt_long": 1}
-        assert [row["key"] for shard in manifest.shards for row in shard.skipped] == ["00000001", "00000002"]
-        assert [text["key"] for text in texts_of(tmp_path / suffix)] == ["00000000", "00000003"]
-    assert content(tmp_path / "jsonl")["clips-000001.tar"] == content(tmp_path / "parquet")["clips-000001.tar"]
+    manifest = tool("made", prompts="p.jsonl")
+    assert manifest.counts == {"kept": 2, "invalid_prompt": 1, "prompt_long": 1}
+    assert [row["key"] for shard in manifest.shards for row in shard.skipped] == ["00000001", "00000002"]
+    assert [text["key"] for text in texts_of(tmp_path / "made")] == ["00000000", "00000003"]
+    sources = [PromptSource(f"{tmp_path}/p.{suffix}", foundation, VideoOptions()) for suffix in ("jsonl", "parquet")]
+    for number in range(4):
+        lines, table = (source.clip(number) for source in sources)
+        assert lines.prompt == table.prompt and (lines.skipped is None) == (table.skipped is None) == (number != 1)
 
 
 def test_the_embedded_world_is_a_source_like_others(tool: Tool, tmp_path: Path) -> None:
-    manifest = tool("world", "--source", "shapes", "--num-clips", 3, "--split", "val", "--seed", 4)
+    manifest = tool("world", "--num-clips", 3, "--split", "val", "--seed", 4)
     assert manifest.counts == {"kept": 3} and manifest.parameters["split"] == "val"
     for seed, text in zip((4, 5, 6), texts_of(tmp_path / "world"), strict=True):
         scene = scenes.sample_scene(seed, "val")
@@ -144,27 +146,26 @@ def test_without_a_captioner_no_window_applies(tool: Tool, tmp_path: Path) -> No
 
 
 def test_captions_are_asked_for_again_until_they_fit(tool: Tool, tmp_path: Path, captioner_folder: Path) -> None:
-    window = ["--min-caption", "60", "--max-caption", "200", "--tokenizer", str(captioner_folder)]
-    asked = ["--captioner", str(captioner_folder), "--temperature", "1.2", "--top-p", "1", "--max-new-tokens", "190"]
-    manifest = tool("captioned", *asked, *window, "--tries", 3, "--frames", 2, "--videos-per-prompt", 4)
+    window = ["--min-caption", "50", "--max-caption", "200", "--tokenizer", str(captioner_folder)]
+    asked = ["--captioner", str(captioner_folder), "--temperature", "1.2", "--top-p", "1", "--max-new-tokens", "70"]
+    manifest = tool("captioned", *asked, *window, "--tries", 3, "--frames", 2, "--num-clips", 6)
     texts = texts_of(tmp_path / "captioned")
-    assert manifest.counts["kept"] == len(texts) and sum(manifest.counts.values()) == 20
+    assert manifest.counts["kept"] == len(texts) and sum(manifest.counts.values()) == 6
     tries = Counter([derived_seed(t["seed"], i) for i in range(3)].index(t["caption_seed"]) for t in texts)
     assert tries[0] and tries[1] + tries[2], tries  # some fitted at once, others after another seed
     assert manifest.counts["caption_short"], manifest.counts  # and some not at all
     tokenizer = AutoTokenizer.from_pretrained(captioner_folder)
-    assert all(60 <= token_count(tokenizer, text["caption"]) <= 200 for text in texts)
+    assert all(50 <= token_count(tokenizer, text["caption"]) <= 200 for text in texts)
     rejected = [row for shard in manifest.shards for row in shard.skipped]
-    assert all(row["field"] == "caption" and int(row["value"].split()[0]) < 60 for row in rejected)
+    assert all(row["field"] == "caption" and int(row["value"].split()[0]) < 50 for row in rejected)
     assert manifest.parameters["captioner"]["tries"] == 3 and manifest.parameters["captioner"]["fingerprint"]
 
 
 def test_the_model_sees_frames_and_prompt(captioner_folder: Path) -> None:
     def describe(prompt: str, frames: torch.Tensor, seed: int = 3, attempt: int = 0, **options: Any) -> str:
         settings = CaptionOptions(frames=3, max_new_tokens=40, **options)
-        captioner = CaptionModel(str(captioner_folder), settings, LengthFilter())
         clip = Clip("0", prompt, seed, frames)
-        captioner.describe([clip], attempt)
+        CaptionModel(str(captioner_folder), settings, LengthFilter()).describe(clip, attempt)
         return clip.caption
 
     red, blue = (renderer.render(scenes.sample_scene(seed)) for seed in (0, 1))
@@ -172,16 +173,13 @@ def test_the_model_sees_frames_and_prompt(captioner_folder: Path) -> None:
     assert first == describe("a red circle", red)
     others = [describe("a blue ring", red), describe("a red circle", blue), describe("a red circle", red, attempt=1)]
     assert len({first, *others, describe("a red circle", red, seed=4)}) == 5
-    greedy = describe("a red circle", red, temperature=0)
-    assert greedy == describe("a red circle", red, seed=9, attempt=2, temperature=0)
+    greedy = describe("a red <image> circle", red, temperature=0)  # the mark of a frame is none of the prompt's
+    assert greedy == describe("a red <image> circle", red, seed=9, attempt=2, temperature=0)
     captioner = CaptionModel(str(captioner_folder), CaptionOptions(frames=3, temperature=0), LengthFilter())
     assert captioner.tries == 1  # nothing would change
-    clip = Clip("0", "a <image> of it", 0, red)
-    assert [image.size for image in captioner.images(clip)] == [(64, 64)] * 3
-    parts = captioner.messages(clip, 3)[0]["content"]
+    parts = captioner.messages("a <image> of it", 3)[0]["content"]
     assert [part["type"] for part in parts] == ["image"] * 3 + ["text"]
     assert "a   of it" in parts[-1]["text"] and "144 words" in parts[-1]["text"]
-    captioner.describe([clip, Clip("1", "red", 1, blue)], 0)  # in one batch, questions of two lengths
 
 
 # ----------------------------------------------------------- parallel, resumed
@@ -235,6 +233,7 @@ def test_damage_is_repaired_and_leftovers_go(tool: Tool, tmp_path: Path) -> None
         (["--prompts", "p.txt", "--tokenizer", "gone"], "--tokenizer='gone': cannot be loaded"),
         (["--prompts", "p.txt", "--height", "63"], "height=63: expected an even number"),
         (["--prompts", "p.txt", "--steps", "0"], "steps=0: expected at least 1"),
+        (["--prompts", "p.txt", "--seed", "-1"], "seed=-1: expected at least 0"),
         (["--prompts", "p.txt", "--dtype", "int8"], "dtype='int8'"),
         (["--prompts", "p.txt", "--top-p", "0"], "top_p=0.0"),
         (["--prompts", "p.txt", "--instruction", "{clip}"], "instruction: expected only {prompt}"),
@@ -257,9 +256,8 @@ def test_another_run_does_not_mix_in(
     tool: Tool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tool("made")
-    args = ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "made"), *FAST]
-    assert main([*args, "--seed", "1"]) == 2
-    assert "was made with video=" in capsys.readouterr().err
+    assert main(["--source", "shapes", "--num-clips", "6", "--output", str(tmp_path / "made"), *FAST]) == 2
+    assert "was made with num_clips=5, this run has num_clips=6" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "x")
     with pytest.raises(ValueError, match="RANK='x': expected a number"):
         Share.from_environment()
@@ -280,8 +278,3 @@ def test_a_pipeline_for_something_else_is_refused(tool: Tool, tmp_path: Path, fo
     (tmp_path / "images" / "model_index.json").write_text('{"_class_name": "NoPipeline"}')
     with pytest.raises(DataError, match="cannot be loaded"):
         _ = PromptSource(str(tmp_path / "prompts.txt"), str(tmp_path / "images"), VideoOptions()).pipeline
-
-
-def test_negative_seeds_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"seed=-1: expected at least 0"):
-        VideoOptions(seed=-1)
