@@ -91,7 +91,7 @@ class Demo:
         made = self.pipe.edit(self._read(video), _required(new_prompt, "prompt"), strength, **options)
         return self._write(made.frames), _framed(options)
 
-    def _size(self) -> dict[str, int]:
+    def _size(self) -> dict[str, Any]:
         return {name: getattr(self.options, name) for name in ("height", "width", "num_frames")}
 
     def _options(self, seed: int, steps: int | None = None, guidance: float = 1.0) -> dict[str, Any]:

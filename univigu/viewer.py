@@ -102,7 +102,8 @@ class TrajectoryRecorder:
 
         A model may have more ids than its tokenizer (an embedding with a rounded-up size), and noise contains them.
         """
-        tokenizer, model, words = self.pipe.tokenizer, self.pipe.transformer, []
+        tokenizer, model = self.pipe.tokenizer, self.pipe.transformer
+        words: list[str] = []
         if text.is_floating_point():
             text = (text.float() @ model.token_table().T).argmax(-1)
         for token in text.tolist():

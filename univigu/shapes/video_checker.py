@@ -28,10 +28,6 @@ QUICK_FROM = 24.0
 MIN_COVER = 0.2  # share of a pixel; less is noise
 MIN_CORE_AREA = 20.0  # pixels per frame; the smallest object, the small triangle, has over three times that
 MIN_SHAPE_IOU = 0.6
-SHAPE_BLURS = (
-    0,
-    1,
-)  # numbers of 3x3 blurs of the ideal shapes: edges out of a VAE are soft, and thin arms are all edge
 # Pixels by which boxes may overlap and still be left of or above each other; more if only one relation can hold.
 MAX_BOX_OVERLAP = 2.0
 MAX_BLUR_OVERLAP = 8.0
@@ -41,16 +37,11 @@ MAX_BLUR_OVERLAP = 8.0
 class _Track:
     """One object's pixels and their measures in every frame; NaN where it is not seen."""
 
-    color: np.ndarray
-    """Mean colour, RGB [3]."""
-    cover: np.ndarray
-    """How much of each pixel the object covers, in [0, 1], [F, 64, 64]."""
-    centroid: np.ndarray
-    """Centre of gravity (x, y) [F, 2]."""
-    boxes: np.ndarray
-    """Bounding boxes (left, top, right, bottom) [F, 4]."""
-    pieces: int
-    """Median number of separate blobs of this colour in a frame."""
+    color: np.ndarray  # mean colour, RGB [3]
+    cover: np.ndarray  # how much of each pixel the object covers, in [0, 1], [F, 64, 64]
+    centroid: np.ndarray  # centre of gravity (x, y) [F, 2]
+    boxes: np.ndarray  # bounding boxes (left, top, right, bottom) [F, 4]
+    pieces: int  # median number of separate blobs of this colour in a frame
 
     @property
     def seen(self) -> np.ndarray:
@@ -100,9 +91,8 @@ def detect(frames: torch.Tensor) -> Reading:
 
 def _border_median(pixels: np.ndarray, width: int = 2) -> np.ndarray:
     """Median colour [F, 3] of the frames' borders, of which objects cover only a small part."""
-    rows = np.concatenate([pixels[:, :width], pixels[:, -width:]], 1).reshape(len(pixels), -1, 3)
-    columns = np.concatenate([pixels[:, :, :width], pixels[:, :, -width:]], 2).reshape(len(pixels), -1, 3)
-    return np.median(np.concatenate([rows, columns], 1), axis=1)
+    sides = (pixels[:, :width], pixels[:, -width:], pixels[:, :, :width], pixels[:, :, -width:])
+    return np.median(np.concatenate([side.reshape(len(pixels), -1, 3) for side in sides], 1), axis=1)
 
 
 def _find_objects(difference: np.ndarray, ground: np.ndarray) -> list[_Track]:
@@ -111,7 +101,8 @@ def _find_objects(difference: np.ndarray, ground: np.ndarray) -> list[_Track]:
     # Edges are mixtures with the background and, in compressed chroma, with anything: only cores vote on colours.
     core = _box_sum(contrast > FOREGROUND_CONTRAST**2, 1) == 9
     palette = np.array(list(COLORS.values()), np.float32) - ground[:, None]  # [F, 6, 3]
-    cores = _merge_overlapping(_split(core, _nearest_mixture(difference, core, palette), len(COLORS)))
+    label = _nearest_mixture(difference, core, palette)
+    cores = _merge_overlapping([own for k in range(len(COLORS)) if _is_large(own := _majority(label == k, core))])
     if not cores:
         return []
     colors = np.stack([np.median(difference[c], axis=0) for c in cores])  # as measured
@@ -134,10 +125,8 @@ def _find_objects(difference: np.ndarray, ground: np.ndarray) -> list[_Track]:
 
 def _box_sum(mask: np.ndarray, reach: int) -> np.ndarray:
     """Number of set pixels in the square of side 2*reach + 1 around each pixel of bool masks [F, 64, 64]."""
-    padded = np.pad(mask.astype(np.uint8), ((0, 0), (reach, reach), (reach, reach)))
-    side = range(2 * reach + 1)
-    rows = np.add.reduce([padded[:, i : i + CANVAS] for i in side])
-    return np.add.reduce([rows[:, :, i : i + CANVAS] for i in side])
+    side = 2 * reach + 1
+    return F.avg_pool2d(torch.from_numpy(mask).float(), side, 1, reach, divisor_override=1).numpy()
 
 
 def _nearest_mixture(difference: np.ndarray, where: np.ndarray, colors: np.ndarray) -> np.ndarray:
@@ -145,11 +134,8 @@ def _nearest_mixture(difference: np.ndarray, where: np.ndarray, colors: np.ndarr
 
     Args:
         difference: pixels minus the background [F, 64, 64, 3].
-        where: pixels to label, bool [F, 64, 64].
+        where: pixels to label, bool [F, 64, 64]; the others get -1.
         colors: colours minus the background [F, K, 3].
-
-    Returns:
-        Index of the colour, int [F, 64, 64]; -1 for the other pixels.
     """
     pixels, colors = difference[where], colors[where.nonzero()[0]]  # [N, 3], [N, K, 3]
     square = np.maximum(np.einsum("nkc,nkc->nk", colors, colors), 1.0)
@@ -160,20 +146,14 @@ def _nearest_mixture(difference: np.ndarray, where: np.ndarray, colors: np.ndarr
     return label
 
 
-def _split(core: np.ndarray, label: np.ndarray, number: int) -> list[np.ndarray]:
-    """The cores [F, 64, 64] of each colour that is large enough in more than half of the frames."""
-    cores = []
-    for own in (label == k for k in range(number)):
-        if own.sum() >= MIN_CORE_AREA * len(core) / 2:
-            own = _majority(own, core)
-            if (own.sum((1, 2)) >= MIN_CORE_AREA).mean() > 0.5:
-                cores.append(own)
-    return cores
-
-
 def _majority(own: np.ndarray, core: np.ndarray) -> np.ndarray:
     """A core without the pixels whose neighbourhood is mostly others': compression mixes hues of adjacent objects."""
     return own & (2 * _box_sum(own, 2) > _box_sum(core, 2))
+
+
+def _is_large(core: np.ndarray) -> bool:
+    """Whether a core [F, 64, 64] is large enough in more than half of the frames."""
+    return bool((core.sum((1, 2)) >= MIN_CORE_AREA).mean() > 0.5)
 
 
 def _merge_overlapping(cores: list[np.ndarray]) -> list[np.ndarray]:
@@ -212,10 +192,10 @@ def _moments(weight: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _drop_specks(cover: np.ndarray) -> int:
-    """Erase, in one frame's cover [64, 64], parts of too small an area that gaps in the row or column sums separate.
+    """Erase small parts of one frame's cover [64, 64] that gaps in the row or column sums separate.
 
     Returns:
-        Number of remaining blobs that such gaps separate, at least 1 (the shapes themselves have no such gaps).
+        Number of remaining blobs that such gaps separate, at least 1; the shapes have no such gaps.
     """
     pieces = 1
     for image in (cover, cover.T):  # two views of one array
@@ -282,26 +262,14 @@ def _overlaps(track: _Track) -> dict[tuple[str, str], float]:
     at = (np.arange(4 * reach) + 0.5) / 2  # twice the resolution, for the edges
     overlaps = {}
     for size, shape in itertools.product(SIZES, SHAPES):
-        radius = SIZES[size]
-        offset = _center(track, shape, radius)[seen] - corner + reach
-        fine = shape_mask(shape, at - offset[:, :1, None], at[:, None] - offset[:, 1:, None], radius)
-        rows_two = fine[:, ::2].astype(np.float32) + fine[:, 1::2]
-        ideal = (rows_two[:, :, ::2] + rows_two[:, :, 1::2]) / 4
-        overlaps[size, shape] = max(_overlap(cover, _blur(ideal, times)) for times in SHAPE_BLURS)
+        offset = _center(track, shape, SIZES[size])[seen] - corner + reach
+        fine = shape_mask(shape, at - offset[:, :1, None], at[:, None] - offset[:, 1:, None], SIZES[size])
+        ideal = F.avg_pool2d(torch.from_numpy(fine).float(), 2)
+        # sharp or blurred by 3x3 pixels, because edges from a VAE are soft
+        blurred = ((F.avg_pool2d(ideal, 3, 1, 1) if blur else ideal).numpy() for blur in (False, True))
+        ious = [np.minimum(cover, i).sum((1, 2)) / np.maximum(cover, i).sum((1, 2)) for i in blurred]
+        overlaps[size, shape] = max(float(iou.mean()) for iou in ious)
     return overlaps
-
-
-def _overlap(cover: np.ndarray, ideal: np.ndarray) -> float:
-    """Mean intersection over union of two stacks of covers [F, H, W]."""
-    return float((np.minimum(cover, ideal).sum((1, 2)) / np.maximum(cover, ideal).sum((1, 2))).mean())
-
-
-def _blur(cover: np.ndarray, times: int) -> np.ndarray:
-    """Covers [F, H, W] blurred with 3x3 boxes, zero beyond the border."""
-    for axis in (1, 2) * times:
-        padded = np.pad(cover, [(0, 0)] + [(1, 1) if axis == side else (0, 0) for side in (1, 2)])
-        cover = np.add.reduce([np.take(padded, range(i, i + cover.shape[axis]), axis) for i in range(3)]) / 3
-    return cover
 
 
 def _motion(centers: np.ndarray, frames: np.ndarray) -> tuple[str | None, str | None]:
@@ -334,11 +302,8 @@ def _nearest(color: np.ndarray, names: dict[str, tuple[int, int, int]], limit: f
 def relation_gaps(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
     """How clearly two objects are left of and above each other, in either order.
 
-    Args:
-        first, second: boxes [F, 4] (left, top, right, bottom) in canvas pixels; NaN where not seen.
-
-    Returns:
-        For each relation the smallest gap between the boxes over all frames with both, negative if they overlap.
+    Given boxes [F, 4] (left, top, right, bottom) in canvas pixels, NaN where not seen; returns for each relation the
+    smallest gap between the boxes over all frames with both, negative if they overlap.
     """
     both = ~np.isnan(first[:, 0] + second[:, 0])
     if not both.any():
