@@ -53,10 +53,8 @@ def write_captioner(folder: Path) -> Path:
     )
     model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=3))
     with torch.no_grad():
-        for (
-            parameter
-        ) in model.parameters():  # as they start, the weights are so small that nothing depends on the input
-            parameter += 0.2 * torch.randn_like(parameter)
+        for weight in model.parameters():  # the initial ones are so small that nothing depends on the input
+            weight += 0.2 * torch.randn_like(weight)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,6 +39,9 @@ def test_processes_know_their_numbers(
         monkeypatch.setenv(name, value)
     assert Share.from_environment() == expected
     assert Share.from_environment(5, 7) == Share(5, 7)
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(ValueError, match="RANK='x': expected a number"):
+        Share.from_environment()
 
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "SLURM_LOCALID"])
@@ -76,11 +80,29 @@ def test_shards_do_not_depend_on_processes_and_interruptions(tmp_path: Path) -> 
         build(tmp_path / "killed", {**jobs, "3.tar": -1})
     saved = Manifest.load(tmp_path / "killed")
     assert saved is not None and not saved.complete
-    (tmp_path / "killed" / ".3.tar.99.tmp").write_text("half")
-    before = (tmp_path / "killed" / "0.tar").stat().st_mtime_ns
-    assert build(tmp_path / "killed", jobs).complete
-    assert (tmp_path / "killed" / "0.tar").stat().st_mtime_ns == before
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("*.tar")}
+    assert len(before) == 3
+    complete = [build(tmp_path / "killed", jobs, Share(rank, 3)).complete for rank in range(3)]  # another number
+    assert complete == [False, True, True]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "killed")
+
+
+@pytest.mark.parametrize("records", [True, False])
+def test_damaged_shards_are_written_again(tmp_path: Path, records: bool) -> None:
+    jobs = {f"{i}.tar": i for i in range(3)}
+    build(tmp_path, jobs)
+    expected = contents(tmp_path)
+    if not records:  # a copy of the visible files
+        shutil.rmtree(tmp_path / ".parts")
+    (tmp_path / "1.tar").write_bytes(expected["1.tar"][:1000])
+    (tmp_path / "2.tar").unlink()
+    for name in ("2.tar", "manifest.json"):
+        (tmp_path / f".{name}.12345.tmp").write_bytes(b"of a killed process")
+    before = (tmp_path / "0.tar").stat().st_mtime_ns
+    assert not build(tmp_path, jobs, Share(0, 2)).complete  # 1.tar is the other process's
+    assert build(tmp_path, jobs, Share(1, 2)).complete
+    assert contents(tmp_path) == expected and (tmp_path / "0.tar").stat().st_mtime_ns == before
 
 
 def test_shards_of_something_else_are_refused(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from tests.conftest import REPO
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.filters import LengthFilter
 from univigu.data.index import index_folder
-from univigu.data.processes import Share
 from univigu.data.sample import DataError
 from univigu.data.shards import Manifest, sha256_of
 from univigu.data.synthesis.captioners import CaptionModel, CaptionOptions, derived_seed
@@ -185,38 +184,12 @@ def test_the_model_sees_frames_and_prompt(captioner_folder: Path) -> None:
 # ----------------------------------------------------------- parallel, resumed
 
 
-def test_processes_share_the_work_and_end_with_the_same_bytes(
-    tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tool("alone")
-    alone = content(tmp_path / "alone")
-    assert sorted(alone) == ["clips-000000.tar", "clips-000001.tar", "clips-000002.tar", "manifest.json"]
-    manifest = tool("shared", "--rank", 0, "--world-size", 2)
-    assert not manifest.complete and manifest.shards == []
-    assert sorted(p.name for p in (tmp_path / "shared").glob("*.tar")) == ["clips-000000.tar", "clips-000002.tar"]
-    # The other process never comes back; three new ones go on, and only one of them has something to do.
-    for rank in range(3):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "3")
-        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").glob("*.tar")}
-        tool("shared")
-        assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert content(tmp_path / "shared") == alone
-    tool("last-first", "--rank", 1, "--world-size", 2)
-    tool("last-first", "--rank", 0, "--world-size", 2)
-    assert content(tmp_path / "last-first") == alone
-
-
-def test_damage_is_repaired_and_leftovers_go(tool: Tool, tmp_path: Path) -> None:
-    tool("made")
-    folder = tmp_path / "made"
-    whole = content(folder)
-    (folder / "clips-000001.tar").write_bytes(whole["clips-000001.tar"][:1000])
-    (folder / "clips-000002.tar").unlink()
-    for name in ("clips-000002.tar", "manifest.json"):
-        (folder / f".{name}.12345.tmp").write_bytes(b"what a killed process leaves")
-    tool("made")
-    assert content(folder) == whole
+def test_processes_share_the_work_and_end_with_the_same_bytes(tool: Tool, tmp_path: Path) -> None:
+    tool("one")
+    assert not tool("two", "--rank", 1, "--world-size", 2).complete
+    assert tool("two", "--rank", 0, "--world-size", 2).complete
+    assert sorted(content(tmp_path / "two")) == [*(f"clips-00000{i}.tar" for i in range(3)), "manifest.json"]
+    assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
 # --------------------------------------------------------------------- errors
@@ -250,17 +223,6 @@ def test_mistakes_are_named(
     assert main(["--output", "made", *args]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "made").exists()
-
-
-def test_another_run_does_not_mix_in(
-    tool: Tool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tool("made")
-    assert main(["--source", "shapes", "--num-clips", "6", "--output", str(tmp_path / "made"), *FAST]) == 2
-    assert "was made with num_clips=5, this run has num_clips=6" in capsys.readouterr().err
-    monkeypatch.setenv("RANK", "x")
-    with pytest.raises(ValueError, match="RANK='x': expected a number"):
-        Share.from_environment()
 
 
 def test_a_pipeline_for_something_else_is_refused(tool: Tool, tmp_path: Path, foundation: str) -> None:

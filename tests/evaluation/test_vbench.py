@@ -85,16 +85,6 @@ def test_batches_make_the_same_videos(prompts: str, model: str, tmp_path: Path, 
     assert (clips[0] - clips[1]).abs().mean() < 1 < (clips[0] - clips[0].roll(1, 0)).abs().mean()
 
 
-def test_two_processes_make_what_one_makes(prompts: str, model: str, tmp_path: Path, evaluate: Evaluate) -> None:
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    options = "--videos-per-prompt=1"
-    assert evaluate(command(prompts, model, alone, options)) == 0
-    for rank in (1, 0):
-        assert not (shared / "prompts.json").exists()
-        assert evaluate(command(prompts, model, shared, options, f"--rank={rank}", "--world-size=2")) == 0
-    assert contents(shared) == contents(alone) and len(contents(alone)) == 6
-
-
 def test_a_finished_run_loads_nothing_and_other_options_are_refused(
     prompts: str, model: str, tmp_path: Path, evaluate: Evaluate, capsys: Capture
 ) -> None:

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,25 +45,25 @@ def locked(folder: Path, name: str = "finish") -> AbstractContextManager[Any]:
 def check_same_run(folder: Path, existing: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise DataError that names the first parameter in which the folder's run differs from this one."""
     for name in sorted(existing.keys() | wanted.keys()):
-        if existing.get(name) != wanted.get(name):
-            raise DataError(
-                f"{folder}: was made with {name}={existing.get(name)!r:.80}, this run has {name}="
-                f"{wanted.get(name)!r:.80}; delete the folder or choose another"
-            )
+        old, new = existing.get(name), wanted.get(name)
+        if old != new:
+            message = f"{folder}: was made with {name}={old!r:.80}, this run has {name}={new!r:.80}"
+            raise DataError(f"{message}; delete the folder or choose another")
 
 
+@dataclass(frozen=True)
 class Parts:
     """The records of a folder; processes that use it at the same time have different ranks."""
 
-    def __init__(self, folder: Path, rank: int = 0) -> None:
-        self.folder, self.rank = folder, rank
-        (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    folder: Path
+    rank: int = 0
 
     def write(self, name: str, data: str | bytes) -> None:
         """Write a file of the folder atomically."""
         path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / PARTS / f"{self.rank}.tmp"  # benchmarks read every file beside theirs
+        temporary = self.folder / PARTS / f"{self.rank}.tmp"  # not beside the file: benchmarks read whole folders
+        for file in (path, temporary):
+            file.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(temporary, path)
 
