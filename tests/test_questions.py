@@ -48,13 +48,14 @@ class Asked(UniViGU):
 
     @property
     def tasks(self) -> TaskRunner:
-        tasks, caption = super().tasks, TaskRunner.caption
+        tasks, sample = super().tasks, TaskRunner.sample
 
-        def noted(latents: Any, prompts: list[str] | None, length: int, generators: list[torch.Generator]) -> Any:
-            self.prompts.append((prompts, [generator.initial_seed() for generator in generators]))
-            return caption(tasks, latents, prompts, length, generators)
+        def noted(task: str, prompts: list[str] | None, length: int, **options: Any) -> Any:
+            assert task == "caption"
+            self.prompts.append((prompts, [generator.initial_seed() for generator in options["generator"]]))
+            return sample(tasks, task, prompts, length, **options)
 
-        tasks.caption, tasks.generate = noted, None  # type: ignore[method-assign, assignment]
+        tasks.sample = noted  # type: ignore[method-assign, assignment]
         return tasks
 
 

@@ -7,10 +7,11 @@ text = pipe.caption(frames).text[0]
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from types import MappingProxyType
+from typing import Any, Literal, Self
 
 import torch
 from diffusers import WanPipeline
@@ -30,6 +31,7 @@ from univigu.models.weights import compute_device
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.sampler import Sampler, Samples, StepCallback, StepState
 
+Task = Literal["generate", "caption", "joint", "edit"]
 StepEndCallback = Callable[[Any, int, float, dict[str, Any]], Any]
 """``callback(pipeline, step, timestep, {"latents": ..., "text": ..., "state": StepState})``, as in diffusers; what it
 returns is not used.  The timestep is that of what is being denoised, the video where both are."""
@@ -114,62 +116,37 @@ class TaskRunner:
                 raise ValueError(f"{name}={value}: expected a multiple of {step}" + (" plus 1" if rest else ""))
         return config.z_dim, *latents_shape(Bucket(height, width, num_frames), temporal, spatial)
 
-    @property
-    def sampler(self) -> Sampler:
-        """A sampler over the current weights."""
-        tokenizer = self.components.tokenizer
-        ends = tokenizer.eos_token_id, tokenizer.pad_token_id
-        return Sampler(self.transformer, self.scheduler(), self.sampling, *ends)
-
     @torch.no_grad()
-    def caption(
+    def sample(
         self,
-        latents: Tensor,
+        task: Task,
         prompts: list[str] | None,
         prompt_length: int,
+        *,
+        latents: Tensor | None = None,
+        shape: tuple[int, ...] = (),
+        strength: float = 1.0,
         generator: Generators = None,
         on_step: StepCallback | None = None,
     ) -> Samples:
-        """Texts of clean latents [B, C, T, H, W]; ``prompts`` is a condition for each, None the null condition."""
+        """Samples of a task for each prompt; without prompts, captions under the null condition.
+
+        "caption" and "edit" (to ``strength`` in (0, 1]) start from clean ``latents`` [B, C, T, H, W]; "generate" and
+        "joint" sample latents of the ``shape`` (C, T, H, W).
+        """
         embeds, null = self.encode_prompts(prompts or [], prompt_length)
-        condition = embeds if prompts else null
-        length = self.transformer.config.text_length
-        return self.sampler.caption(latents, condition, length, generator, on_step, null)
-
-    @torch.no_grad()
-    def generate(
-        self, prompts: list[str], prompt_length: int, shape: tuple[int, ...], generator: Generators = None
-    ) -> Samples:
-        """Videos from prompts; ``shape`` is (C, T, H, W) of the latents."""
-        embeds, null = self.encode_prompts(prompts, prompt_length)
-        return self.sampler.generate(embeds, null, shape, generator)
-
-    @torch.no_grad()
-    def joint(
-        self,
-        prompts: list[str],
-        prompt_length: int,
-        shape: tuple[int, ...],
-        generator: Generators = None,
-        on_step: StepCallback | None = None,
-    ) -> Samples:
-        """Videos and their texts from prompts."""
-        embeds, null = self.encode_prompts(prompts, prompt_length)
-        return self.sampler.joint(embeds, null, shape, self.transformer.config.text_length, generator, on_step)
-
-    @torch.no_grad()
-    def edit(
-        self,
-        latents: Tensor,
-        strength: float,
-        prompts: list[str],
-        prompt_length: int,
-        generator: Generators = None,
-        on_step: StepCallback | None = None,
-    ) -> Samples:
-        """Videos regenerated under other prompts, from clean latents mixed with noise to ``strength`` in (0, 1]."""
-        embeds, null = self.encode_prompts(prompts, prompt_length)
-        return self.sampler.edit(latents, strength, embeds, null, generator, on_step)
+        tokenizer, text_length = self.components.tokenizer, self.transformer.config.text_length
+        ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+        sampler = Sampler(self.transformer, self.scheduler(), self.sampling, *ends)
+        calls: Any = {"generator": generator, "on_step": on_step}
+        if task == "generate":
+            return sampler.generate(embeds, null, shape, **calls)
+        if task == "joint":
+            return sampler.joint(embeds, null, shape, text_length, **calls)
+        assert latents is not None
+        if task == "edit":
+            return sampler.edit(latents, strength, embeds, null, **calls)
+        return sampler.caption(latents, embeds if prompts else null, text_length, null_embeds=null, **calls)
 
 
 class UniViGUPipeline(WanPipeline):
@@ -243,71 +220,74 @@ class UniViGUPipeline(WanPipeline):
         frames = self.video_processor.postprocess_video(decoded, output_type=output_type)
         return WanPipelineOutput(frames=frames) if return_dict else (frames,)
 
-    @torch.no_grad()
     def caption(
         self,
         video: Any,
         prompt: str | list[str] | None = None,
-        generator: Generators = None,
-        options: SamplingOptions | None = None,
         height: int | None = None,
         width: int | None = None,
-        max_sequence_length: int = 512,
-        callback_on_step_end: StepEndCallback | None = None,
-        **overrides: Any,
+        **options: Any,
     ) -> UniViGUOutput:
         """Describe videos; the text is conditioned on the prompt, by default on none."""
-        runner, on_step = self._runner("caption", options, overrides), self._on_step(callback_on_step_end)
-        latents = runner.encode_video(self._pixels(video, height, width))
-        prompts = None if not prompt else self._prompts(prompt, len(latents), max_sequence_length)
-        return self._output(runner, runner.caption(latents, prompts, max_sequence_length, generator, on_step))
+        return self._run("caption", prompt or None, video, (height, width), output_type=None, **options)
 
-    def answer(self, video: Any, question: str | list[str], **kwargs: Any) -> UniViGUOutput:
-        """Answer questions about videos: a caption whose condition is the question; arguments as in :meth:`caption`."""
-        return self.caption(video, question, **kwargs)
+    def answer(self, video: Any, question: str | list[str], **options: Any) -> UniViGUOutput:
+        """Answer questions about videos: a caption whose condition is the question."""
+        return self.caption(video, question, **options)
 
-    @torch.no_grad()
     def joint(
-        self,
-        prompt: str | list[str],
-        height: int = 480,
-        width: int = 832,
-        num_frames: int = 81,
-        generator: Generators = None,
-        options: SamplingOptions | None = None,
-        output_type: str = "np",
-        max_sequence_length: int = 512,
-        callback_on_step_end: StepEndCallback | None = None,
-        **overrides: Any,
+        self, prompt: str | list[str], height: int = 480, width: int = 832, num_frames: int = 81, **options: Any
     ) -> UniViGUOutput:
         """Make videos and their texts together; height and width are multiples of patches, num_frames is 4k+1."""
-        runner, on_step = self._runner("joint", options, overrides), self._on_step(callback_on_step_end)
-        shape = runner.latents_shape(height, width, num_frames)
-        prompts = self._prompts(prompt, None, max_sequence_length)
-        samples = runner.joint(prompts, max_sequence_length, shape, generator, on_step)
-        return self._output(runner, samples, output_type)
+        return self._run("joint", prompt, None, (height, width, num_frames), **options)
 
-    @torch.no_grad()
     def edit(
         self,
         video: Any,
         prompt: str | list[str],
         strength: float = 0.8,
-        generator: Generators = None,
-        options: SamplingOptions | None = None,
-        output_type: str = "np",
         height: int | None = None,
         width: int | None = None,
+        **options: Any,
+    ) -> UniViGUOutput:
+        """Regenerate videos under a full new prompt, from noise level ``strength`` in (0, 1]; 1 keeps nothing."""
+        return self._run("edit", prompt, video, (height, width), strength, **options)
+
+    @torch.no_grad()
+    def _run(
+        self,
+        task: Task,
+        prompt: str | list[str] | None,
+        video: Any,
+        size: tuple[Any, ...],
+        strength: float = 1.0,
+        /,
+        *,
+        generator: Generators = None,
+        options: SamplingOptions | None = None,
+        output_type: str | None = "np",
         max_sequence_length: int = 512,
         callback_on_step_end: StepEndCallback | None = None,
         **overrides: Any,
     ) -> UniViGUOutput:
-        """Regenerate videos under a full new prompt, from noise level ``strength`` in (0, 1]; 1 keeps nothing."""
-        runner, on_step = self._runner("edit", options, overrides), self._on_step(callback_on_step_end)
-        latents = runner.encode_video(self._pixels(video, height, width))
-        prompts = self._prompts(prompt, len(latents), max_sequence_length)
-        samples = runner.edit(latents, strength, prompts, max_sequence_length, generator, on_step)
-        return self._output(runner, samples, output_type)
+        """A task, from a video or on noise of that size."""
+        runner = self._runner(options, overrides)
+        runner.sampling.check_keywords(overrides, task, self.transformer.config.text_flow)
+        inputs: dict[str, Any] = {"strength": strength, "generator": generator}
+        inputs["on_step"], count = self._on_step(callback_on_step_end), None
+        if video is None:
+            inputs["shape"] = runner.latents_shape(*size)
+        else:
+            inputs["latents"] = runner.encode_video(self._pixels(video, *size))
+            count = len(inputs["latents"])
+        prompts = None if prompt is None else self._prompts(prompt, count, max_sequence_length)
+        samples = runner.sample(task, prompts, max_sequence_length, **inputs)
+        frames = None if output_type is None else samples.latents
+        if frames is not None and output_type != "latent":
+            frames = self.video_processor.postprocess_video(runner.decode(frames), output_type=output_type)
+        text = runner.texts(samples)
+        self.maybe_free_model_hooks()
+        return UniViGUOutput(frames=frames, text=text, tokens=samples.tokens)
 
     # ---------------------------------------------------------------------- encoding, as in WanPipeline
 
@@ -337,11 +317,9 @@ class UniViGUPipeline(WanPipeline):
     # ---------------------------------------------------------------------- helpers
 
     def _runner(
-        self, task: str | None = None, options: SamplingOptions | None = None, overrides: dict[str, Any] | None = None
+        self, options: SamplingOptions | None = None, overrides: Mapping[str, Any] = MappingProxyType({})
     ) -> TaskRunner:
-        options = replace(options or SamplingOptions(), **(overrides or {}))
-        if task is not None:
-            options.check_keywords(overrides or {}, task, self.transformer.config.text_flow)
+        options = replace(options or SamplingOptions(), **overrides)
         return TaskRunner(self, self.transformer, lambda: self.scheduler, options, self._execution_device)
 
     def _prompts(self, prompt: str | list[str], count: int | None, length: int) -> list[str]:
@@ -384,13 +362,3 @@ class UniViGUPipeline(WanPipeline):
                 bar.close()
 
         return on_step
-
-    def _output(self, runner: TaskRunner, samples: Samples, output_type: str | None = None) -> UniViGUOutput:
-        """Text and, with an ``output_type``, video."""
-        text, frames = runner.texts(samples), None
-        if output_type == "latent":
-            frames = samples.latents
-        elif output_type is not None and samples.latents is not None:
-            frames = self.video_processor.postprocess_video(runner.decode(samples.latents), output_type=output_type)
-        self.maybe_free_model_hooks()
-        return UniViGUOutput(frames=frames, text=text, tokens=samples.tokens)

@@ -121,7 +121,9 @@ class HeldOutEvaluation(nn.Module):
         seeds = [zlib.crc32(name.encode()) for name in names]
         texts: list[str] | None = None
         if inputs.text_ids is not None:  # the stage trains text
-            samples = tasks.caption(inputs.latents, questions, length, module.generators(seeds))
+            samples = tasks.sample(
+                "caption", questions, length, latents=inputs.latents, generator=module.generators(seeds)
+            )
             texts = tasks.texts(samples)
             matches = token_matches(samples.tokens, inputs.text_ids, module.foundation.pad_token_id)
             self.add("caption/tokens", len(seeds), matches)
@@ -137,11 +139,11 @@ class HeldOutEvaluation(nn.Module):
         self._flow(module, inputs, seeds)
         if not self.options.generation or questions:  # no video is generated from a question
             return
-        samples = tasks.generate(batch["prompt"], length, shape, module.generators(seeds))
+        samples = tasks.sample("generate", batch["prompt"], length, shape=shape, generator=module.generators(seeds))
         frames = self._made("generate", module, samples, batch["prompt"])
         self.add("generate/properties", len(known), frames, batch["scene"])
         if texts is not None:
-            samples = tasks.joint(batch["prompt"], length, shape, module.generators(seeds))
+            samples = tasks.sample("joint", batch["prompt"], length, shape=shape, generator=module.generators(seeds))
             texts = tasks.texts(samples)
             frames = self._made("joint", module, samples, texts)
             if known:

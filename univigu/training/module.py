@@ -304,7 +304,8 @@ class UniViGU(EvaluatedModule):
     ) -> list[str]:
         """Captions of clean latents [B, C, T, H, W]; ``prompts`` is a condition for each clip, None is none."""
         tasks = self.tasks
-        texts = tasks.texts(tasks.caption(latents, prompts, prompt_length, self.generators(seeds)))
+        samples = tasks.sample("caption", prompts, prompt_length, latents=latents, generator=self.generators(seeds))
+        texts = tasks.texts(samples)
         assert texts is not None
         return texts
 

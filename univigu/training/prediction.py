@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning import LightningDataModule
 
-from univigu.data.video import to_frames
-
 if TYPE_CHECKING:
     from univigu.training.module import UniViGU
 
@@ -67,21 +65,15 @@ def predict_batch(module: UniViGU, batch: dict[str, Any], data: LightningDataMod
 
 def _predict(module: UniViGU, items: list[Prediction], data: Any, video: torch.Tensor | None) -> None:
     """Run the task on items that need the same options."""
-    tasks, task, length = module.tasks, module.predict_task, data.prompt_length
-    generators = module.generators([item.seed for item in items])
-    latents = None if video is None else module.encode_frames(video)
-    conditions = [item.condition if task in ("edit", "qa") else item.source for item in items]
-    if task in ("caption", "qa"):
-        assert latents is not None
-        samples = tasks.caption(latents, conditions if task == "qa" else None, length, generators)  # type: ignore[arg-type]
-    elif task == "edit":
-        assert latents is not None and items[0].strength is not None
-        samples = tasks.edit(latents, items[0].strength, conditions, length, generators)  # type: ignore[arg-type]
+    tasks, task = module.tasks, module.predict_task
+    prompts = None if task == "caption" else [i.source if i.condition is None else i.condition for i in items]
+    inputs: dict[str, Any] = {"strength": items[0].strength, "generator": module.generators([i.seed for i in items])}
+    if video is None:
+        inputs["shape"] = tasks.latents_shape(data.height, data.width, data.num_frames)
     else:
-        shape = tasks.latents_shape(data.height, data.width, data.num_frames)
-        make = tasks.joint if task == "joint" else tasks.generate
-        samples = make(conditions, length, shape, generators)  # type: ignore[arg-type]
-    frames = None if task in ("caption", "qa") else to_frames(tasks.decode(samples.latents)).cpu()  # type: ignore[arg-type]
+        inputs["latents"] = module.encode_frames(video)
+    samples = tasks.sample("caption" if task == "qa" else task, prompts, data.prompt_length, **inputs)
+    frames = None if task in ("caption", "qa") else module.decode(samples.latents).cpu()
     texts = tasks.texts(samples)
     for i, item in enumerate(items):
         item.text = None if texts is None else texts[i]

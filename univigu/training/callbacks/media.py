@@ -46,7 +46,7 @@ class MediaLogger(HeldOutCallback):
             clips = None if self._clips_logged else pl_module.decode(latents)
             self._clips_logged = True
         length, generators = samples["prompt_ids"].shape[1], pl_module.generators(list(range(len(latents))))
-        made = tasks.generate(samples["prompt"], length, tuple(latents.shape[1:]), generators)
+        made = tasks.sample("generate", samples["prompt"], length, shape=tuple(latents.shape[1:]), generator=generators)
         assert made.latents is not None
         generated = to_frames(tasks.decode(made.latents))
         for writer in writers:
