@@ -50,14 +50,9 @@ def predict_batch(module: UniViGU, batch: dict[str, Any], data: LightningDataMod
         for index, source, condition, strength, error in zip(*columns, strict=True)
     ]
     valid = [result for result in results if result.error is None]
-    if not valid:
-        return results
-    if module.predict_task == "edit":
-        for strength in dict.fromkeys(result.strength for result in valid):  # one strength at a time: one start time
-            rows = [i for i, result in enumerate(valid) if result.strength == strength]
-            _predict(module, [valid[i] for i in rows], data, batch["video"][rows])
-    else:
-        _predict(module, valid, data, batch.get("video"))
+    for strength in dict.fromkeys(result.strength for result in valid):  # each strength has its own start time
+        rows = [i for i, result in enumerate(valid) if result.strength == strength]
+        _predict(module, [valid[i] for i in rows], data, batch["video"][rows] if "video" in batch else None)
     for result in valid:
         result.seconds = (time.perf_counter() - start) / len(valid)
     return results

@@ -31,30 +31,23 @@ class DataStatistics(Callback):
         if not isinstance(loader, TrainLoader) or not done or not trainer.is_global_zero:
             return
         refs = loader.samples(loader.position - done, loader.position)
-        metrics = {f"data/epoch/{name}": float(count) for name, count in epoch_counts(loader, done).items()}
-        filtered = getattr(getattr(trainer, "datamodule", None), "filter_counts", {}).get("train", {})
-        dropped = {name: count for name, count in filtered.items() if name != "kept"}
-        for group, counts in (("filtered", dropped), ("unusable", loader.errors.counts)):
-            metrics |= {f"data/{group}/{reason}": float(count) for reason, count in counts.items()}
         histograms = {f"{name}_tokens": [ref.tokens[i] for ref in refs] for i, name in enumerate(("prompt", "caption"))}
+        counts = {"samples": len(refs)}
+        counts["repeated"] = len(refs) - len({(ref.source, ref.shard, ref.key, ref.question) for ref in refs})
+        num_sources = 1 + max(ref.source for ref in loader.dataset.refs)
+        if num_sources > 1:
+            sources = Counter(ref.source for ref in refs)
+            counts |= {f"source_{number}": sources[number] for number in range(num_sources)}
         if len(loader.dataset.buckets) > 1:
             histograms["buckets"] = [ref.bucket for ref in refs]
+            buckets = Counter(histograms["buckets"])
+            counts |= {f"bucket_{bucket}": buckets[number] for number, bucket in enumerate(loader.dataset.buckets)}
+        filtered = getattr(getattr(trainer, "datamodule", None), "filter_counts", {}).get("train", {})
+        dropped = {name: count for name, count in filtered.items() if name != "kept"}
+        groups = {"epoch": counts, "filtered": dropped, "unusable": loader.errors.counts}
+        metrics = {f"data/{group}/{name}": float(n) for group, part in groups.items() for name, n in part.items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
             if isinstance(logger, TensorBoardLogger):
                 for name, values in histograms.items():
                     logger.experiment.add_histogram(f"data/epoch/{name}", torch.tensor(values), trainer.global_step)
-
-
-def epoch_counts(loader: TrainLoader, num_batches: int) -> dict[str, int]:
-    """Numbers of samples, repeated samples, and samples of each source and bucket in the last batches."""
-    refs = loader.samples(loader.position - num_batches, loader.position)
-    distinct = {(ref.source, ref.shard, ref.key, ref.question) for ref in refs}
-    sources, buckets = Counter(ref.source for ref in refs), Counter(ref.bucket for ref in refs)
-    counts = {"samples": len(refs), "repeated": len(refs) - len(distinct)}
-    num_sources = 1 + max(ref.source for ref in loader.dataset.refs)
-    if num_sources > 1:
-        counts |= {f"source_{number}": sources[number] for number in range(num_sources)}
-    if len(loader.dataset.buckets) > 1:
-        counts |= {f"bucket_{bucket}": buckets[number] for number, bucket in enumerate(loader.dataset.buckets)}
-    return counts

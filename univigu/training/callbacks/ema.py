@@ -15,9 +15,8 @@ from univigu.training.parallel import reshard
 class WeightEMA(Callback):
     r"""Keeps :math:`\bar\theta \leftarrow d \bar\theta + (1 - d) \theta` of what is trained, after every step.
 
-    Validation and what is saved for use see the mean. Lightning's ``EMAWeightAveraging`` copies the whole module
-    before it is sharded, and so does not work on sharded ones; here each process averages its own share, float32, and
-    the means are saved, consolidated and resharded as weights are.
+    Validation and the model loaded from a checkpoint use the mean. Lightning's ``EMAWeightAveraging`` copies the module
+    before it is sharded; here each process averages its own shard in float32.
 
     Args:
         decay: d, in [0, 1); 0.999 averages over the last thousand steps or so.
@@ -59,12 +58,10 @@ class WeightEMA(Callback):
         if hasattr(pl_module, "ema"):
             pl_module.ema.swap(pl_module.transformer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if hasattr(pl_module, "ema"):
-            pl_module.ema.swap(pl_module.transformer)
+    on_validation_end = on_validation_start  # swaps back
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """The mean is what training made."""
+        """The mean is the result of training."""
         pl_module.ema.copy_to(pl_module.transformer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,28 +80,28 @@ class _Means(nn.Module):
         for name, parameter in model.named_parameters():
             owner: nn.Module = self
             *path, last = name.split(".")
-            for part in path:  # modules within modules, for the names
-                if part not in owner._modules:
+            for part in path:  # nested modules, for the same names
+                if not hasattr(owner, part):
                     owner.add_module(part, nn.Module())
-                owner = owner._modules[part]  # type: ignore[assignment]
+                owner = getattr(owner, part)
             owner.register_parameter(last, nn.Parameter(parameter.detach().clone(), requires_grad=False))
 
-    def _pairs(self, model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _pairs(self, model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each mean with its weight."""
         reshard(model)
-        names = dict(model.named_parameters())
-        means = [_local(mean) for mean in self.parameters()]
-        return means, [_local(names[name]) for name, _ in self.named_parameters()]
+        weights = dict(model.named_parameters())
+        return [(_local(mean), _local(weights[name])) for name, mean in self.named_parameters()]
 
     @torch.no_grad()
     def update(self, model: nn.Module, decay: float) -> None:
         """Move the means by ``1 - decay`` of the way to the model's weights."""
-        means, weights = self._pairs(model)
+        means, weights = zip(*self._pairs(model), strict=True)
         torch._foreach_lerp_(means, weights, 1.0 - decay)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
         """Exchange means and weights."""
-        for mean, weight in zip(*self._pairs(model), strict=True):
+        for mean, weight in self._pairs(model):
             kept = mean.clone()
             mean.copy_(weight)
             weight.copy_(kept)
@@ -112,7 +109,7 @@ class _Means(nn.Module):
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Give the model the means."""
-        for mean, weight in zip(*self._pairs(model), strict=True):
+        for mean, weight in self._pairs(model):
             weight.copy_(mean)
 
 
