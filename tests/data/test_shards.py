@@ -211,16 +211,10 @@ class CountingPool(SpawnPool):
         super().__init__(1)
         self.names: list[str] = []
 
-    def submit(self, work: Any, *args: Any) -> Any:
-        from concurrent.futures import Future
-
-        future: Any = Future()
-        self.names.append(args[0].name)
-        try:
-            future.set_result(work(*args))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+    def map(self, work: Any, paths: Any, arguments: Any) -> Any:  # type: ignore[override]
+        for path, argument in zip(paths, arguments, strict=True):
+            self.names.append(path.name)
+            yield work(path, argument)
 
 
 def test_a_half_written_folder_is_completed(tmp_path: Path) -> None:
