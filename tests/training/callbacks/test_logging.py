@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +16,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
@@ -23,7 +26,7 @@ from tests.training import test_stages as stages
 from univigu.cli import main
 from univigu.training.callbacks import FinalReport, LastCheckpoint, MediaLogger, StageSwitch, TrainingMonitor
 from univigu.training.callbacks.held_out import HeldOutCallback
-from univigu.training.callbacks.media import add_video
+from univigu.training.callbacks.media import add_video, caption_table
 from univigu.training.callbacks.monitor import workload
 from univigu.training.module import UniViGU
 from univigu.training.plan import step_flops
@@ -214,6 +217,20 @@ def test_options_are_checked() -> None:
         TrainingMonitor(peak_flops=0.0)
     with pytest.raises(ValueError, match="num_samples=0"):
         MediaLogger(num_samples=0)
+
+
+def test_the_table_of_captions_has_a_row_for_each_clip() -> None:
+    """As TensorBoard shows it, whatever the texts contain."""
+    truth, captions = (
+        ["One paragraph.\n\nAnother one.\n", "left | right"],
+        ["Windows\r\nlines\u2028too", "| a |\n|---|"],
+    )
+    page = markdown_to_safe_html(caption_table(["0", "a|b"], truth, captions))
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.S) for row in re.findall(r"<tr>(.*?)</tr>", page, re.S)]
+    assert [[unescape(cell) for cell in row] for row in rows[1:]] == [
+        ["0", "One paragraph. Another one.", "Windows lines too"],
+        ["a|b", "left | right", "| a | |---|"],
+    ]
 
 
 def test_frames_stay_what_they_are(tmp_path: Path) -> None:
