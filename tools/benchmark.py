@@ -319,7 +319,7 @@ def step(options: argparse.Namespace) -> dict[str, float]:
     def train(counts: tuple[int, int, int]) -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             losses = objective(model, batch, counts)
-        losses.total(1.0, 1.0, 1).backward()
+        losses.total(1).backward()
         optimizer.step()
         optimizer.zero_grad()
 

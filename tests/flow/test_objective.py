@@ -260,9 +260,32 @@ def test_batches_that_do_not_fit_are_refused(models: dict[str, Any]) -> None:
 
 def test_total_counts_every_sample_once() -> None:
     losses = UniFlowLosses(torch.tensor([1.0, 2.0]), torch.zeros(2), torch.tensor([10.0, 20.0, 30.0]), torch.zeros(3))
-    assert losses.total(video_weight=2.0, text_weight=0.5, batch_size=4).item() == (2 * 3 + 0.5 * 60) / 4
-    none = replace(losses, text=torch.zeros(0))
-    assert none.total(1.0, 1.0, 3).item() == 1.0
+    assert losses.total(batch_size=4).item() == (3 + 60) / 4
+    losses.teacher = torch.tensor([0.5, 1.0])
+    assert losses.total(4, teacher_weight=8.0).item() == (3 + 60 + 8 * 1.5) / 4
+    none = replace(losses, text=torch.zeros(0), teacher=None)
+    assert none.total(3).item() == 1.0
+
+
+def test_a_teacher_replaces_the_data_of_the_generate_share(models: dict[str, Any]) -> None:
+    """A model that computes what its teacher does has no distance to it; joint samples still learn from the data."""
+    model, wan, batch = models["mask"], tiny.make_wan(), make_batch()
+    objective = UniFlowObjective(make_text_flow("mask", VOCAB))
+
+    def run(teacher: Any, counts: tuple[int, int, int]) -> UniFlowLosses:
+        return objective(model, batch, counts, generator=torch.Generator().manual_seed(0), teacher=teacher)
+
+    alone, taught = run(None, (1, 1, 2)), run(wan, (1, 1, 2))
+    assert alone.teacher is None and alone.video.shape == (3,)
+    assert taught.video.equal(alone.video[:1]) and taught.text.equal(alone.text)
+    assert taught.teacher is not None and taught.teacher.shape == (2,)
+    other = tiny.make_wan()
+    torch.nn.init.normal_(other.proj_out.weight)
+    distance = run(other, (0, 0, 4))
+    assert distance.video.numel() == 0 and (distance.teacher > 0).all()
+    assert run(model, (0, 0, 4)).teacher.equal(torch.zeros(4))
+    distance.total(4, 8.0).backward()
+    assert all(parameter.grad is None for parameter in other.parameters())
 
 
 def test_losses_by_noise_level() -> None:
@@ -281,7 +304,7 @@ def test_forward_and_backward_are_finite(models: dict[str, Any], flow: str, text
     model.zero_grad(set_to_none=True)
     twice = next(step for step in range(9) if torch.rand((), generator=make_generator("cpu", step)) < 0.5)
     losses = measure(model, make_batch(), (1, 2, 1), flow, text_loss=text_loss, step=twice)
-    losses.total(1.0, 1.0, 4).backward()
+    losses.total(4).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
     assert gradients["vocab_embed.weight"].abs().sum() > 0 and gradients["proj_out.weight"].abs().sum() > 0
@@ -300,7 +323,7 @@ def test_one_batch_can_be_learned(flow: str) -> None:
     video_before, text_before = losses()
     for step in range(25):
         optimizer.zero_grad()
-        measure(model, batch, (4, 0, 0), flow, seed=step).total(1.0, 1.0, 4).backward()
+        measure(model, batch, (4, 0, 0), flow, seed=step).total(4).backward()
         optimizer.step()
     video_after, text_after = losses()
     assert video_after < 0.9 * video_before

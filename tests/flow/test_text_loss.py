@@ -46,7 +46,7 @@ def measure(flow: str, kind: str, max_logits: int) -> tuple[torch.Tensor, dict[s
     )
     model.zero_grad(set_to_none=True)
     losses = objective(model, batch, (1, 2, 1), text_loss=kind, generator=torch.Generator().manual_seed(3))
-    (losses.total(1.0, 1.0, 4) + (losses.text * torch.tensor([1.0, -2.0, 0.5])).sum()).backward()
+    (losses.total(4) + (losses.text * torch.tensor([1.0, -2.0, 0.5])).sum()).backward()
     return losses.text.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

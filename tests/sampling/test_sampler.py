@@ -49,7 +49,7 @@ class Watch:
 
 def make_sampler(flow: str = "mask", reads_text: bool = True, **options: Any) -> Sampler:
     model = tiny.make_unified(tiny.make_wan(), VOCAB, text_flow=flow, clean_video_reads_text=reads_text)
-    defaults = {"num_inference_steps": 3, "caption_steps": 4}
+    defaults = {"num_inference_steps": 3, "caption_steps": 4, "joint_lag": 0, "text_order": "random"}
     sampling = SamplingOptions(**(defaults | options))
     return Sampler(
         Watch(model),
@@ -79,7 +79,7 @@ def test_generate_is_wan_pipeline(pipeline: WanPipeline, scheduler: str, guidanc
     with torch.no_grad():
         prompts = encode_prompt(pipeline.text_encoder, ids, pipeline.tokenizer.pad_token_id)
     model = UniViGUTransformer3DModel.from_wan(pipeline.transformer, VOCAB).eval()
-    options = SamplingOptions(num_inference_steps=4, guidance_scale=guidance)
+    options = SamplingOptions(num_inference_steps=4, guidance_scale=guidance, joint_lag=0)
     sampler = Sampler(model, schedulers[scheduler], options)
     ours = sampler.generate(prompts[:-1], prompts[-1:], SHAPE, latents=noise).latents
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)

@@ -164,7 +164,7 @@ def real_step(work: Workload, checkpointing: bool, batch_size: int = 1) -> None:
     counts = [batch_size * (name > 0) for name in vars(work.stage.tasks).values()]
     objective = UniFlowObjective(make_text_flow(model.config.text_flow, model.config.vocab_size), work.flow)
     for _ in range(2):  # the optimizer's state is there in the second
-        objective(model, batch, counts).total(1.0, 1.0, batch_size).backward()
+        objective(model, batch, counts).total(batch_size).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -130,6 +130,7 @@ REFINE = Stage(
     text_learning_rate=2e-3,
     warmup_steps=0,
     text_share=0.5,
+    teacher_weight=0.0,
 )
 STAGES = {"recall": RECALL, "refine": REFINE}
 ADAMW = OptimizerOptions(name="adamw")

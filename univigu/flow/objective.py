@@ -125,10 +125,15 @@ class UniFlowLosses:
     """Text loss a sample, mean over its tokens [Bt]."""
     text_times: torch.Tensor
     """Flow times of those samples [Bt]."""
+    teacher: torch.Tensor | None = None
+    """Mean squared distance to the teacher's prediction a sample [Bg]; None without a teacher."""
 
-    def total(self, video_weight: float, text_weight: float, batch_size: int) -> torch.Tensor:
-        """Weighted sum; each sample of the batch counts once, whatever its task."""
-        return (video_weight * self.video.sum() + text_weight * self.text.sum()) / batch_size
+    def total(self, batch_size: int, teacher_weight: float = 1.0) -> torch.Tensor:
+        """Sum over modalities; each sample of the batch counts once, whatever its task."""
+        total = self.video.sum() + self.text.sum()
+        if self.teacher is not None:
+            total = total + teacher_weight * self.teacher.sum()
+        return total / batch_size
 
 
 def by_noise_level(losses: torch.Tensor, times: torch.Tensor, num_bins: int = 4) -> dict[str, torch.Tensor]:
@@ -212,6 +217,7 @@ class UniFlowObjective:
         generator: torch.Generator | None = None,
         text_share: float = 1.0,
         step: int | None = None,
+        teacher: torch.nn.Module | None = None,
     ) -> UniFlowLosses:
         """Add noise to the batch, run the model and compute the losses.
 
@@ -225,6 +231,8 @@ class UniFlowObjective:
             text_share: share of the text's positions that the model is given, see :func:`sample_positions`.
             step: number of the training step, the same in all processes; in a random half of the steps a
                 self-conditioned text flow takes a second forward pass. None takes none.
+            teacher: a frozen video transformer whose predictions are the target of ``generate`` in place of the data.
+                They vary less than the noise of flow matching, so they keep the pretrained prior at little cost.
         """
         joint, understand, generate = counts
         size, device = batch.latents.shape[0], batch.latents.device
@@ -247,7 +255,7 @@ class UniFlowObjective:
 
         # 3. A forward pass for each task, so that none goes backward through the clean video of a frozen generator
         empty = batch.latents.new_zeros(0)
-        video, times, text, start = [empty], [empty], [empty], 0
+        video, times, text, start, distances = [empty], [empty], [empty], 0, None
         for task, count in zip(("joint", "understand", "generate"), counts, strict=True):
             if not count:
                 continue
@@ -261,10 +269,15 @@ class UniFlowObjective:
                     shown = texts.self_conditioned(model, inputs, shown)
                 output = model(*inputs, shown)
                 text.append(output.text.mean(dim=1))
-            if task != "understand":
+            if task == "generate" and teacher is not None:
+                with torch.no_grad():
+                    (target,) = teacher(*inputs, return_dict=False)
+                distances = (output.sample.float() - target.float()).square().flatten(1).mean(dim=1)
+            elif task != "understand":
                 video.append(flow_matching_loss(output.sample, noise[rows], batch.latents[rows]))
                 times.append(t_video[rows])
-        return UniFlowLosses(torch.cat(video), torch.cat(times), torch.cat(text), empty if texts is None else texts.t)
+        text_times = empty if texts is None else texts.t
+        return UniFlowLosses(torch.cat(video), torch.cat(times), torch.cat(text), text_times, distances)
 
     def _corrupt(
         self, model: torch.nn.Module, batch: UniFlowBatch, count: int, share: float, generator: torch.Generator | None

@@ -36,10 +36,10 @@ class SamplingOptions:
 
     num_inference_steps: int = 20
     """Denoising steps of the video (and of both modalities in ``joint``)."""
-    joint_lag: int = 0
+    joint_lag: int = 10
     """Steps by which the text of ``joint`` ends after the video; these last ones see the finished video, as a caption's
     do. With ``text_order`` "confidence" they reveal the least certain words. 0 ends both together."""
-    guidance_scale: float = 3.0
+    guidance_scale: float = 2.0
     """Classifier-free guidance on the video; 1 or less switches it off."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Flow times (0 noise, 1 data) between which guidance is on (Kynkaanniemi et al., 2024, arXiv:2404.07724)."""
@@ -65,7 +65,7 @@ class SamplingOptions:
     """Temperature of the text's posterior; 0 takes the likeliest token (in the embedding flow: leaves it as it is)."""
     top_p: float = 1.0
     """Probability of the likeliest tokens to draw from (nucleus); 1 draws from all."""
-    text_order: Order = "random"
+    text_order: Order = "confidence"
     """Order in which the ``mask`` flow reveals tokens: as the path does, or the most certain first ("confidence")."""
 
     def __post_init__(self) -> None:

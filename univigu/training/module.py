@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import WanTransformer3DModel
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -217,11 +218,27 @@ class UniViGU(EvaluatedModule):
             generator=self._generator(step),
             text_share=self.text_share,
             step=step,
+            teacher=self._teacher[0] if stage.teacher_weight and stage.tasks.generate else None,
         )
-        loss = losses.total(1.0, 1.0, size)
+        loss = losses.total(size, stage.teacher_weight)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
         self._log_losses("train", losses)
+        if losses.teacher is not None:
+            distance = losses.teacher.detach().mean()
+            self.log("train/teacher_distance", distance, batch_size=losses.teacher.numel())
         return loss
+
+    @cached_property
+    def _teacher(self) -> tuple[WanTransformer3DModel]:
+        """The frozen foundation; in a tuple, because it belongs neither to the module tree nor to checkpoints."""
+        if is_sharded(self._model) or not self.tasks.conventions.latents_normalized:
+            raise MisconfigurationException(
+                f"stages: teacher_weight={self.stage.teacher_weight}: the foundation cannot teach a sharded model, nor "
+                "one whose latents are not normalised; set it to 0"
+            )
+        folder = self.foundation.path / "transformer"
+        teacher = WanTransformer3DModel.from_pretrained(folder, torch_dtype=self._model.dtype)
+        return (teacher.to(self.device).eval().requires_grad_(False),)
 
     def prepare(self, batch: dict[str, Any]) -> UniFlowBatch:
         """Encode a batch; precomputed latents and embeddings are used as they are."""

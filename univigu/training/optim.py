@@ -28,12 +28,13 @@ class OptimizerOptions:
 
     name: Literal["adamw", "muon"] = "muon"
     """"muon": orthogonalised momentum (torch.optim.Muon) for matrices inside blocks, AdamW for everything else."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-4
     """Peak learning rate of the pretrained weights, where the stage sets none."""
     text_learning_rate: float = 6e-3
     """Peak learning rate of the text stream's weights, where the stage sets none."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay of matrices; vectors and tables are not decayed."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the text stream's matrices. Pretrained weights are not decayed: it would wear off what
+    they know."""
 
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "muon"):
@@ -179,11 +180,12 @@ def make_optimizer(groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]], opt
         matrices = [p for n, p in members if options.name == "muon" and is_block_matrix(n, p)]
         taken = {id(p) for p in matrices}
         rest = [p for _, p in members if id(p) not in taken]
+        decay = 0.0 if name == "video" else options.weight_decay
         decayed, plain = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim != 2]
         if matrices:
             group = {"params": matrices, "name": name, "rate": MUON_RATE, "momentum": MOMENTUM}
-            muon.append(group | {"weight_decay": options.weight_decay})
-        for weight_decay, params in ((options.weight_decay, decayed), (0.0, plain)):
+            muon.append(group | {"weight_decay": decay})
+        for weight_decay, params in ((decay, decayed), (0.0, plain)):
             if params:
                 group = {"params": params, "name": name, "rate": 1.0, "betas": BETAS}
                 adamw.append(group | {"weight_decay": weight_decay})

@@ -192,7 +192,7 @@ def _loss(work: Workload, model: UniViGUTransformer3DModel, task: str, batch_siz
     )
     counts = [batch_size * (name == task) for name in TASKS]
     losses = UniFlowObjective(flow, work.flow)(model, batch, counts, text_share=work.text_share)
-    return losses.total(1.0, 1.0, batch_size)
+    return losses.total(batch_size)
 
 
 _WAN = "diffusers.models.transformers.transformer_wan.dispatch_attention_fn"

@@ -33,11 +33,11 @@ class Stage:
     ``full_text_from``. Below 1 a step costs less."""
     full_text_from: float = 0.5
     """Fraction of the stage's steps after which all positions are used, as in sampling."""
-    text_time_power: float = 1.0
+    text_time_power: float = 4.0
     """Training draws the text's flow time as ``u ** text_time_power``, u uniform; above 1 favours noisy text."""
-    tasks: TaskMixture = field(default_factory=TaskMixture)
+    tasks: TaskMixture = field(default_factory=lambda: TaskMixture(0.125, 0.625, 0.25))
     """Share of a batch for each task."""
-    condition_dropout: ConditionDropout = field(default_factory=ConditionDropout)
+    condition_dropout: ConditionDropout = field(default_factory=lambda: ConditionDropout(0.5, 0.9, 0.1))
     """Probability, by task, that the prompt is replaced by the encoded empty prompt."""
     learning_rate: float | None = None
     """Peak learning rate of the pretrained weights (or of the adapters). None takes ``model.optimizer.learning_rate``;
@@ -45,6 +45,9 @@ class Stage:
     text_learning_rate: float | None = None
     """Peak learning rate of the text stream's weights. None takes ``model.optimizer.text_learning_rate``; 0 freezes
     them."""
+    teacher_weight: float = 8.0
+    """Over 0: the generate share is trained towards the predictions of the frozen foundation, with this weight, and not
+    on the data. It keeps the pretrained generator's samples while its weights learn to show text what they see."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises from 0."""
 
@@ -59,6 +62,7 @@ class Stage:
         check("text_share", 0.0 < self.text_share <= 1.0, "over 0, at most 1")
         check("full_text_from", 0.0 <= self.full_text_from <= 1.0, "a number in [0, 1]")
         check("text_time_power", self.text_time_power > 0, "over 0")
+        check("teacher_weight", self.teacher_weight >= 0, "at least 0")
         check("warmup_steps", self.warmup_steps >= 0, "at least 0")
         for name in ("learning_rate", "text_learning_rate"):
             rate = getattr(self, name)
