@@ -27,8 +27,7 @@ log = logging.getLogger(__name__)
 
 PARTS = ".parts"
 Record = dict[str, Any]
-Result = tuple[int, Record, Mapping[str, bytes]]
-"""A job's number, its record, and its files by name."""
+Result = tuple[int, Record, Mapping[str, bytes]]  # a job's number, its record, and its files by name
 
 
 def locked(folder: Path, name: str = "finish") -> AbstractContextManager[Any]:
@@ -95,13 +94,9 @@ def run_jobs(
 ) -> list[Record] | None:
     """Do this process's share of the jobs that have no record or one that is not done.
 
-    Args:
-        parameters: what the results depend on; a folder with results of others is a DataError.
-        make: gives the results of a batch of jobs.
-        merge: gives the files, by name, that are written once all jobs have a record.
-
-    Returns:
-        all records, or None while other processes have jobs left.
+    ``make`` gives the results of a batch of jobs, ``merge`` the files, by name, that are written once all jobs have a
+    record.  A folder with results of other ``parameters`` is a DataError.  Returns all records, or None while other
+    processes have jobs left.
     """
     parts = Parts(folder, share.rank)
     with locked(folder, f"{share.rank:05d}"), progress or progress_bar() as bar:
