@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from tests.damage import good_sample, write_raw
 from univigu.data import datamodule
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.processes import SpawnPool
-from univigu.data.video import encode_mp4
-from univigu.shapes import renderer, scenes, texts
 
 SIZES = {"num_train_clips": 13, "num_val_clips": 5}
 
@@ -40,37 +38,14 @@ def world(tmp_path_factory: pytest.TempPathFactory, foundation: str, one_pool: N
     return {**arguments, "num_workers": 0}
 
 
-def clip(seed: int) -> dict[str, bytes]:
-    """The members of a sound sample."""
-    scene = scenes.sample_scene(seed)
-    description = {"prompt": texts.prompt_of(scene), "caption": texts.caption_of(scene), "scene": scene.to_dict()}
-    return {"mp4": encode_mp4(renderer.render(scene)), "json": json.dumps(description).encode()}
-
-
 @pytest.fixture(scope="session")
 def clips() -> list[dict[str, bytes]]:
-    return [clip(seed) for seed in range(6)]
+    return [good_sample(seed) for seed in range(6)]
 
 
 @pytest.fixture
-def raw_tar() -> Callable[..., Path]:
-    """Writes a tar file of any members, without the checks that the package's writer makes."""
-
-    def write(path: Path, members: list[tuple[str, bytes]]) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(path, "w") as tar:
-            for name, data in members:
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, BytesIO(data))
-        return path
-
-    return write
-
-
-@pytest.fixture
-def faulty(tmp_path: Path, clips: list[dict[str, bytes]], raw_tar: Callable[..., Path]) -> Path:
-    """A folder with every kind of damage; the sound samples are good0 ... good4."""
+def faulty(tmp_path: Path, clips: list[dict[str, bytes]]) -> Path:
+    """A folder with every kind of damage (FAULTS); the sound samples are good0 ... good4."""
     good = json.loads(clips[0]["json"])
     video, text = clips[0]["mp4"], clips[0]["json"]
     folder = tmp_path / "faulty" / "train"
@@ -88,20 +63,29 @@ def faulty(tmp_path: Path, clips: list[dict[str, bytes]], raw_tar: Callable[...,
         "null-caption": (video, json.dumps({**good, "caption": None}).encode()),
         "dict-qa": (video, json.dumps({**good, "qa": {"question": "?"}}).encode()),
     }
-    members = []
-    for number, (key, (mp4, member)) in enumerate(bad.items()):
-        if number < 3:  # sound ones between the bad ones
-            members += [(f"good{number}.{suffix}", data) for suffix, data in clips[number].items()]
-        members += [(f"{key}.{suffix}", data) for suffix, data in (("mp4", mp4), ("json", member)) if data is not None]
-    raw_tar(folder / "a.tar", members)
+    samples = [(f"good{number}", clips[number]) for number in range(3)]
+    for key, members in bad.items():
+        found = {suffix: data for suffix, data in zip(("mp4", "json"), members, strict=True) if data is not None}
+        samples.insert(len(samples) // 2, (key, found))
+    write_raw(folder / "a.tar", samples)
     (folder / "b-empty.tar").write_bytes(b"")
     (folder / "c-text.tar").write_bytes(b"no tar file " * 1000)
-    whole = raw_tar(folder / "d-cut.tar", [(f"good3.{s}", d) for s, d in clips[3].items()] + [("cut.mp4", video)])
-    size = whole.read_bytes().index(b"cut.mp4") + 512 + len(video) // 2
-    whole.write_bytes(whole.read_bytes()[:size])
-    twice = [(f"good4.{s}", d) for s, d in clips[4].items()] + [("twice.mp4", video), ("twice.json", text)] * 2
-    raw_tar(folder / "e-twice.tar", twice)
+    write_raw(folder / "d-cut.tar", [("good3", clips[3]), ("cut", {"mp4": video})])
+    whole = (folder / "d-cut.tar").read_bytes()
+    (folder / "d-cut.tar").write_bytes(whole[: whole.index(b"cut.mp4") + 512 + len(video) // 2])
+    write_raw(folder / "e-twice.tar", [("good4", clips[4]), ("twice", clips[0]), ("twice", clips[0])])
     return folder.parent
+
+
+FAULTS = {
+    "unreadable_video": 3,
+    "missing_field": 3,
+    "corrupt_json": 2,
+    "wrong_type": 4,
+    "damaged_shard": 3,
+    "duplicate_member": 1,
+}
+"""What is wrong with the ``faulty`` folder, by reason."""
 
 
 class Recorder(LightningModule):
@@ -124,26 +108,22 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-@pytest.fixture(scope="session")
-def recorder() -> type[Recorder]:
-    """A module that trains on the data and keeps the keys it saw in ``seen``."""
-    return Recorder
-
-
-FAULTS = {
-    "unreadable_video": 3,
-    "missing_field": 3,
-    "corrupt_json": 2,
-    "wrong_type": 4,
-    "damaged_shard": 3,
-    "duplicate_member": 1,
-}
-
-
-@pytest.fixture(scope="session")
-def faults() -> dict[str, int]:
-    """What is wrong with the ``faulty`` folder, by reason."""
-    return dict(FAULTS)
+def fit(data: VideoTextDataModule, folder: Path, steps: int, ckpt: Path | None = None, **options: Any) -> Recorder:
+    """Trains, with a checkpoint after every step; the recorder has the keys of the batches."""
+    model = Recorder()
+    checkpoint = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        callbacks=[checkpoint, *options.pop("callbacks", [])],
+        default_root_dir=str(folder),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **{"logger": False, "limit_val_batches": 0, **options},
+    )
+    trainer.fit(model, datamodule=data, ckpt_path=ckpt)
+    return model
 
 
 def ranked(module: VideoTextDataModule, world_size: int) -> list[Any]:

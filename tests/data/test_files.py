@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,23 @@ def test_damaged_files_are_counted(tmp_path: Path) -> None:
     (folder / "twice.mp4").write_bytes(good_sample(0)["mp4"])
     (folder / "twice.MP4").write_bytes(good_sample(0)["mp4"])
     assert counts(tmp_path) == {"kept": 2, "missing_field": 2, "duplicate_member": 1}
+
+
+def test_names_with_dots_and_tars_in_folders_below(tmp_path: Path) -> None:
+    for name in ("shot.001", "shot.002", "shot_002", "b.c/shot.001"):  # the second and third have one key in a shard
+        (tmp_path / "val" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "val" / f"{name}.mp4").write_bytes(good_sample(0)["mp4"])
+        (tmp_path / "val" / f"{name}.json").write_text(json.dumps(texts(0)))
+    write_raw(tmp_path / "val" / "below" / "a.TAR", [("0", good_sample(1)), ("1", good_sample(2))])
+    (tmp_path / "val" / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "val" / "below" / "a.TAR").read_bytes()))
+    assert counts(tmp_path) == {"kept": 4, "duplicate_member": 1, "damaged_shard": 1}
+    manifest = encode_shards(tmp_path / "val", tmp_path / "encoded", EMBEDDED_FOUNDATION)
+    assert manifest.counts == {"kept": 4, "duplicate_member": 1, "damaged_shard": 1}
+    assert [shard.name for shard in manifest.shards] == [
+        "b.tar.gz-000000.tar",
+        "below--a.TAR-000000.tar",
+        "files-000000.tar",
+    ]
 
 
 def test_a_list_beside_its_videos_says_which_are_taken(tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
+from tests.damage import write_raw
 from univigu.data.filters import LengthFilter, select
 from univigu.data.index import scan_shard
 from univigu.models.tokens import token_count
@@ -29,29 +29,22 @@ def test_impossible_bounds_are_refused(options: dict[str, int], message: str) ->
         LengthFilter(**options)
 
 
-def test_samples_are_counted_by_reason(tmp_path: Path, foundation: str, raw_tar: Callable[..., Path]) -> None:
+def test_samples_are_counted_by_reason(tmp_path: Path, foundation: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(f"{foundation}/tokenizer")
     assert token_count(tokenizer, "a red circle") == token_count(tokenizer, "") + 3  # the end-of-sequence token counts
     assert token_count(tokenizer, "") == 1
     words = {"fits": (3, 5), "long": (9, 5), "short": (3, 1), "slot": (3, 7), "odd": (3, 6)}
-    members = []
+    samples = [("broken", {"mp4": b"x", "json": b"{"})]
     for key, (prompt, caption) in words.items():
         texts = {"prompt": " ".join(["red"] * prompt), "caption": " ".join(["blue"] * caption)}
-        members += [(f"{key}.mp4", b"x"), (f"{key}.json", json.dumps(texts).encode())]
-    refs, errors = scan_shard(raw_tar(tmp_path / "a.tar", [*members, ("broken.mp4", b"x"), ("broken.json", b"{")]))
+        samples.append((key, {"mp4": b"x", "json": json.dumps(texts).encode()}))
+    write_raw(tmp_path / "a.tar", samples)
+    refs, errors = scan_shard(tmp_path / "a.tar")
     assert len(refs) == 6 and not errors
     length = LengthFilter(max_prompt=8, min_caption=5, max_caption=8)
-    selection = select(refs, tokenizer, length, {"prompt": 8, "caption": 7})
-    assert [ref.key for ref in selection.kept] == ["fits", "odd"]
-    assert selection.counts == {
-        "kept": 2,
-        "prompt_long": 1,
-        "caption_short": 1,
-        "text_over_slot": 1,
-        "corrupt_json": 1,
-    }
-    assert [(error.key, error.reason) for error in selection.errors] == [
-        ("slot", "text_over_slot"),
-        ("broken", "corrupt_json"),
-    ]
-    assert "8 tokens, caption_length=7" in str(selection.errors[0])
+    kept, counts = select(refs, errors, tokenizer, length, {"prompt": 8, "caption": 7})
+    assert [ref.key for ref in kept] == ["fits", "odd"]
+    reasons = ("prompt_long", "caption_short", "text_over_slot", "corrupt_json")
+    assert counts == {"kept": 2, **dict.fromkeys(reasons, 1)}
+    assert [(error.key, error.reason) for error in errors] == [("broken", "corrupt_json"), ("slot", "text_over_slot")]
+    assert "8 tokens, caption_length=7" in str(errors[1])

@@ -9,7 +9,6 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import webdataset
 
 from tests.conftest import REPO
 from tests.damage import good_sample
@@ -23,14 +22,6 @@ SAMPLES = {f"{i:04d}": good_sample(i) for i in range(3)}
 def shard(tmp_path: Path) -> Path:
     write_shard(tmp_path / "clips-000000.tar", SAMPLES.items())
     return tmp_path / "clips-000000.tar"
-
-
-def test_webdataset_decodes_them(shard: Path) -> None:
-    texts = [json.loads(members["json"]) for members in SAMPLES.values()]
-    decoded = list(webdataset.WebDataset(str(shard), shardshuffle=False).decode())
-    assert [sample["json"] for sample in decoded] == texts
-    tuples = list(webdataset.WebDataset(str(shard), shardshuffle=False).to_tuple("mp4", "json", "__key__"))
-    assert tuples == [(members["mp4"], members["json"], key) for key, members in SAMPLES.items()]
 
 
 def test_huggingface_datasets_reads_them(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Sources with weights and buckets in the order of training and evaluation; the rest is in test_loader."""
+"""The order of training and evaluation, with sources, weights and buckets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from univigu.data.order import EvalOrder, TrainOrder
+from univigu.data.order import TrainOrder, eval_batches
 from univigu.data.sample import DataError
 
 SOURCES = [0] * 60 + [1] * 30 + [2] * 10
@@ -85,10 +85,16 @@ def test_a_batch_holds_one_bucket_and_an_epoch_every_sample_once(world_size: int
     assert sequence != sorted(sequence) and sequence != [BUCKETS[b[0]] for b in epoch(made, 1)[::world_size]]
 
 
-def test_buckets_do_not_depend_on_the_ranks() -> None:
-    (alone,), shared = orders(1, 6, buckets=BUCKETS), orders(3, 2, buckets=BUCKETS)
+@pytest.mark.parametrize("buckets", [None, BUCKETS])
+def test_the_global_batch_does_not_depend_on_the_ranks(buckets: list[int] | None) -> None:
+    (alone,), shared = orders(1, 6, buckets=buckets), orders(3, 2, buckets=buckets)
     for position in range(40):
         assert sorted(alone.batch(position)) == sorted(n for order in shared for n in order.batch(position))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    (order,) = orders()
+    assert order.batch(0) != order.batch(len(order)) and order.batch(0) != orders(seed=4)[0].batch(0)
 
 
 def test_weights_and_buckets_keep_the_number_of_batches() -> None:
@@ -99,22 +105,28 @@ def test_weights_and_buckets_keep_the_number_of_batches() -> None:
     assert [round(9 * shares[i] / shares.total()) for i in range(3)] == [1, 5, 3]
 
 
-def test_a_bucket_that_fills_no_batch_is_named() -> None:
+def test_too_few_samples_for_a_batch() -> None:
+    with pytest.raises(DataError, match=r"batch_size=4 on 2 rank\(s\): 7 training samples do"):
+        TrainOrder(7, 4, 0, 2)
     with pytest.raises(DataError, match=r"batch_size=4 on 2 rank\(s\): 3 training samples of data\.buckets\[1\] do"):
         TrainOrder(20, 4, 0, 2, buckets=[0] * 17 + [1] * 3)
+    with pytest.raises(ValueError, match=r"rank=2: expected one in \[0, 2\)"):
+        TrainOrder(70, 4, 2, 2)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 5, 8, 9, 17, 100])
 @pytest.mark.parametrize("batch", [1, 2, 4])
-def test_evaluation_sees_everything_once_in_buckets(batch: int, world_size: int) -> None:
-    made = [EvalOrder(100, batch, rank, world_size, BUCKETS) for rank in range(world_size)]
-    assert len({len(order) for order in made}) == 1
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("buckets", [None, BUCKETS])
+def test_evaluation_sees_everything_once(size: int, batch: int, world_size: int, buckets: list[int] | None) -> None:
+    buckets = None if buckets is None else buckets[:size]
+    made = [eval_batches(size, batch, rank, world_size, buckets) for rank in range(world_size)]
+    assert len({len(batches) for batches in made}) == 1  # sharded models would wait for ever otherwise
     seen: list[int] = []
-    for position in range(len(made[0])):
-        batches = [order.batch(position) for order in made]
-        assert len({BUCKETS[n] for b in batches for n in b}) == 1
-        seen += [n for b in batches for n in b]
-    assert set(seen) == set(range(100))
-    assert sorted(n for order in made for n in order.own) == list(range(100))
-    if batch > 1:
-        assert len(seen) == 100
+    for of_ranks in zip(*made, strict=True):
+        assert all(1 <= len(b) <= batch for b in of_ranks)
+        assert buckets is None or len({buckets[n] for b in of_ranks for n in b}) == 1
+        seen += [n for b in of_ranks for n in b]
+    assert set(seen) == set(range(size))
+    if batch > 1 and min(Counter(buckets or [0] * size).values()) >= world_size:
+        assert len(seen) == size

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
+from tests.data.conftest import fit, ranked
 from univigu.data import sources
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.processes import SpawnPool
@@ -64,28 +63,11 @@ def test_weights_are_shares_of_training_alone(folders: list[Path]) -> None:
     assert sorted(val) == [(0, "00000000"), (0, "00000001"), (1, "00000100"), (1, "00000101")]
 
 
-def fit(module: VideoTextDataModule, model: Any, folder: Path, steps: int, ckpt: Path | None = None) -> list[list[str]]:
-    checkpoint = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    trainer = Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        callbacks=[checkpoint],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        default_root_dir=str(folder),
-    )
-    trainer.fit(model, datamodule=module, ckpt_path=ckpt)
-    return model.seen
-
-
-def test_resuming_goes_on_exactly(folders: list[Path], recorder: Any, tmp_path: Path) -> None:
-    weights = (1, 1, 2)
-    whole = fit(data(folders, *weights, num_workers=2), recorder(), tmp_path / "a", 26)
+def test_resuming_goes_on_exactly(folders: list[Path], tmp_path: Path) -> None:
+    whole = fit(data(folders, 1, 1, 2, num_workers=2), tmp_path / "a", 26).seen
     assert len(whole) == 26
     for step in (3, 12, 17):
-        rest = fit(data(folders, *weights), recorder(), tmp_path / f"{step}", 26, tmp_path / "a" / f"step={step}.ckpt")
+        rest = fit(data(folders, 1, 1, 2), tmp_path / f"{step}", 26, tmp_path / "a" / f"step={step}.ckpt").seen
         assert rest == whole[step:]
 
 
@@ -93,12 +75,9 @@ def test_two_ranks_share_what_is_drawn(folders: list[Path]) -> None:
     module = data(folders, 3, 2, 1, num_workers=2)
     module.setup("fit")
     seen: list[tuple[int, str]] = []
-    for rank in range(2):
-        module._ranks = lambda rank=rank: {"rank": rank, "world_size": 2}  # type: ignore[method-assign, misc]
-        loader = module.train_dataloader()
+    for loader, again in zip(ranked(module, 2), ranked(module, 2), strict=True):
         first = keys(loader)
         seen += first
-        again = module.train_dataloader()
         again.load_state_dict({**again.state_dict(), "samples": 8})
         assert keys(again)[: len(first) - 4] == first[4:]
     assert len(seen) == len(set(seen)) == 24

@@ -81,11 +81,7 @@ class Grid:
 
     @classmethod
     def of(cls, foundation: str | Path) -> Grid:
-        """The grid of a WanPipeline folder; the patches are Wan's if it has no transformer config.
-
-        Raises:
-            DataError: a config cannot be read or lacks these numbers.
-        """
+        """The grid of a WanPipeline folder, or DataError; the patches are Wan's if it has no transformer config."""
         path = Path(foundation) / "transformer" / "config.json"
         try:
             patch = cls.patch
@@ -115,11 +111,7 @@ class Grid:
 def choose_bucket(ref: SampleRef, buckets: Sequence[Bucket], shapes: Sequence[tuple[int, int, int]] = ()) -> int:
     """Number of a sample's bucket, by the header of its video or latents; with a single bucket none is read.
 
-    Args:
-        shapes: (T, H, W) of each bucket's latents, if samples may be latents.
-
-    Raises:
-        SampleError: unreadable_video, corrupt_latents, or wrong_shape if latents fit no bucket.
+    ``shapes`` are the (T, H, W) of each bucket's latents.  What cannot be read or fits no bucket is a SampleError.
     """
     suffix = ref.media
     if len(buckets) == 1:

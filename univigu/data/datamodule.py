@@ -18,17 +18,9 @@ from torch.utils.data import DataLoader
 
 from univigu.data.buckets import Bucket, Grid, choose_bucket, latents_shape
 from univigu.data.filters import LengthFilter, select
-from univigu.data.inputs import (
-    INPUTS,
-    PredictionInput,
-    PredictionInputs,
-    PredictTask,
-    find_videos,
-    read_pairs,
-    read_prompts,
-)
+from univigu.data.inputs import PredictionInputs, PredictTask, find_inputs
 from univigu.data.loader import ErrorLog, SampleLoader, TrainLoader, VideoTextDataset
-from univigu.data.order import EvalOrder, TrainOrder
+from univigu.data.order import TrainOrder, eval_batches
 from univigu.data.processes import SpawnPool, this_device
 from univigu.data.sample import DataError, SampleRef
 from univigu.data.sources import Source, SourceFolder, Split, has_large_encoder, source_weights
@@ -202,15 +194,15 @@ class VideoTextDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Index the shards and select samples ("fit", "validate", "test"), or find the inputs ("predict").
-
-        Raises:
-            DataError: nothing is left of a split, the latents belong to another VAE, or an input names nothing.
-            SampleError: in strict mode, for the first sample that cannot be used.
+        What leaves nothing to do is a DataError; in strict mode the first sample that cannot be used is a SampleError.
         """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
         if stage == TrainerFn.PREDICTING:
             self._latents_shapes()
-            self._inputs = self._find_inputs()
+            given = {"videos": self.videos, "prompts": self.prompts, "pairs": self.pairs}
+            size = Bucket(self.height, self.width, self.num_frames)
+            inputs = find_inputs(given, self.predict_task)
+            self._inputs = PredictionInputs(inputs, size, self.tokenizer, self.prompt_length)
             return
         for split in SPLITS[stage]:
             if split not in self._refs:
@@ -234,20 +226,20 @@ class VideoTextDataModule(LightningDataModule):
     def _select(self, split: Split) -> list[SampleRef]:
         """The usable samples of all sources; counts them and the others."""
         kept: list[SampleRef] = []
-        counts: Counter[str] = Counter(kept=0)
+        counts = Counter[str]()
         bucket_of = partial(choose_bucket, buckets=self.buckets, shapes=self._latents_shapes())
         for number, folder in self._folders_of(split):
             refs, errors = folder.index(split)
             questions = self.texts == "qa"
-            found = select(refs, self.tokenizer, self.length_filter, self._slots, questions, bucket_of)
-            self.errors.add(errors + found.errors)
-            found.counts += Counter(error.reason for error in errors)
-            of_source = {"kept": len(found.kept), **dict(sorted(found.counts.items()))}
-            log.info("%s: %s", folder.folder(split), of_source)
-            if not found.kept:
-                raise DataError(f"{folder.folder(split)}: no sample is left for {split}: {of_source}")
-            kept += [replace(ref, source=number) for ref in found.kept]
-            counts += found.counts
+            found, of_source = select(
+                refs, errors, self.tokenizer, self.length_filter, self._slots, questions, bucket_of
+            )
+            self.errors.add(errors)
+            log.info("%s: %s", folder.folder(split), dict(of_source))
+            if not found:
+                raise DataError(f"{folder.folder(split)}: no sample is left for {split}: {dict(of_source)}")
+            kept += [replace(ref, source=number) for ref in found]
+            counts.update(of_source)
         self.filter_counts[split] = dict(sorted(counts.items(), key=lambda item: (item[0] != "kept", item)))
         groups: dict[str, int] = {}
         if len(self.sources or ()) > 1:
@@ -272,23 +264,6 @@ class VideoTextDataModule(LightningDataModule):
                 for i, name in enumerate(self._slots):
                     lengths = torch.tensor([ref.tokens[i] for ref in refs])
                     logger.experiment.add_histogram(f"data/{split}/{name}_tokens", lengths, 0)
-
-    def _find_inputs(self) -> PredictionInputs:
-        given = [name for name in ("videos", "prompts", "pairs") if getattr(self, name) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) + " are" if given else "none is"
-            raise DataError(f"data.videos, data.prompts, data.pairs: prediction needs one of them, {found} given")
-        if self.predict_task is not None and given[0] != INPUTS[self.predict_task]:
-            needed = INPUTS[self.predict_task]
-            raise DataError(f"model.predict_task={self.predict_task!r} needs data.{needed}, not data.{given[0]}")
-        if self.videos is not None:
-            inputs = [PredictionInput(path) for path in find_videos(self.videos)]
-        elif self.pairs is not None:
-            inputs = read_pairs(self.pairs, "question" if self.predict_task == "qa" else "prompt")
-        else:
-            inputs = [PredictionInput(None, text, error=error) for text, error in read_prompts(self.prompts or "")]
-        size = Bucket(self.height, self.width, self.num_frames)
-        return PredictionInputs(inputs, size, self.tokenizer, self.prompt_length)
 
     # ----------------------------------------------------------------- loaders
 
@@ -332,8 +307,8 @@ class VideoTextDataModule(LightningDataModule):
 
     def _eval_dataloader(self, split: Split) -> SampleLoader:
         refs = self._refs[split]
-        order = EvalOrder(len(refs), self.batch_size, buckets=[ref.bucket for ref in refs], **self._ranks())
-        return SampleLoader(self._dataset(split, refs), order, self.errors, self.num_workers)
+        batches = eval_batches(len(refs), self.batch_size, buckets=[ref.bucket for ref in refs], **self._ranks())
+        return SampleLoader(self._dataset(split, refs), batches, self.errors, self.num_workers)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """One row an input, in order, unusable ones included; see :mod:`univigu.data.inputs`."""

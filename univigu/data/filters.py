@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from univigu.data.sample import SampleError, SampleRef
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-FilterReason = Literal["prompt_long", "caption_short", "caption_long"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class LengthFilter:
                 bound = f"min_caption={least}" if name == "max_caption" else least
                 raise ValueError(f"length_filter.{name}={getattr(self, name)}: expected at least {bound}")
 
-    def reason(self, prompt_tokens: int, caption_tokens: int) -> FilterReason | None:
+    def reason(self, prompt_tokens: int, caption_tokens: int) -> str | None:
         """Why a sample with texts of these lengths is dropped, or None if it is kept; the prompt is checked first."""
         if prompt_tokens > self.max_prompt:
             return "prompt_long"
@@ -45,56 +43,49 @@ class LengthFilter:
         return "caption_long" if caption_tokens > self.max_caption else None
 
 
-@dataclass
-class Selection:
-    """The samples of a set that can be used."""
-
-    kept: list[SampleRef]
-    counts: Counter[str]
-    """Numbers of samples: "kept", and the others by filter reason or error reason."""
-    errors: list[SampleError]
-    """One for every sample that cannot be used; filtered samples are not errors."""
-
-
 def select(
     refs: list[SampleRef],
+    errors: list[SampleError],
     tokenizer: PreTrainedTokenizerBase,
     length_filter: LengthFilter,
     slots: dict[str, int],
     questions: bool = False,
     bucket_of: Callable[[SampleRef], int] = lambda ref: 0,
-) -> Selection:
+) -> tuple[list[SampleRef], Counter[str]]:
     """Read every sample's json once and keep those that are valid, pass the filter and fit their slots.
 
     Args:
+        errors: of the samples that could not be indexed; gets one for every sample that cannot be used.
         slots: tokens of "prompt" and "caption".  A text that passes the filter but not its slot is an error with
             reason "text_over_slot": texts are never truncated.
         questions: use each question and its answer instead of prompt and caption.  A sample without questions is
             counted as "no_question".
-        bucket_of: gives a sample's bucket; a SampleError that it raises is counted too.
+        bucket_of: gives a sample's bucket or raises a SampleError.
+
+    Returns:
+        the samples that are kept, and numbers of samples: "kept", and the others by filter reason or error reason.
     """
     from univigu.models.tokens import token_count  # not at the top: it loads transformers
 
-    selection = Selection([], Counter(), [])
+    kept, counts = list[SampleRef](), Counter[str]()
     for ref in refs:
         try:
             texts = ref.texts()
             ref = replace(ref, bucket=bucket_of(ref))
             numbers: list[int | None] = [*range(len(texts.qa or []))] if questions else [None]
-            selection.counts["no_question"] += not numbers
+            counts["no_question"] += not numbers
             for number in numbers:
                 pair = texts.question(number)
                 lengths = {name: token_count(tokenizer, getattr(pair, name)) for name in slots}
                 tokens = lengths["prompt"], lengths["caption"]
                 if reason := length_filter.reason(*tokens):
-                    selection.counts[reason] += 1
+                    counts[reason] += 1
                 elif over := next((name for name in slots if lengths[name] > slots[name]), None):
                     value = f"{lengths[over]} tokens, {over}_length={slots[over]}"
-                    selection.errors.append(ref.error("text_over_slot", over, value))
+                    errors.append(ref.error("text_over_slot", over, value))
                 else:
-                    selection.kept.append(replace(ref, question=number, tokens=tokens))
+                    kept.append(replace(ref, question=number, tokens=tokens))
         except SampleError as error:
-            selection.errors.append(error)
-    selection.counts += Counter[str](error.reason for error in selection.errors)
-    selection.counts["kept"] = len(selection.kept)
-    return selection
+            errors.append(error)
+    counts += Counter[str](error.reason for error in errors)  # which drops zeros
+    return kept, Counter({"kept": len(kept), **dict(sorted(counts.items()))})

@@ -10,7 +10,6 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,7 @@ def list_shards(folder: str | Path) -> list[Path]:
     """Tar files in a folder and below and lists in it, sorted by path, and the folder itself if it holds videos.
 
     If there is a list (.csv or .jsonl), videos are used only as it says.  A list may be given in place of a folder.
-
-    Raises:
-        DataError: there is nothing of these.
+    A folder with nothing of these is a DataError.
     """
     folder = Path(folder)
     if folder.is_file() and folder.suffix.lower() in LIST_SUFFIXES:
@@ -174,17 +171,14 @@ def _row_members(ref: SampleRef, path: Path, row: Row) -> dict[str, Any]:
     """The video that a row names, relative to the list, and the row as json member."""
     if row.error is not None:
         raise ref.error(row.reason, TEXT_SUFFIX, row.error)
-    fields, text = dict(row.fields), None
-    if row.span is not None:
-        text = (str(path), *row.span)
-    else:
-        with suppress(ValueError, KeyError):  # a column of that name may hold anything
-            fields["scene"] = json.loads(fields["scene"])
-        try:
-            if "qa" in fields:
-                fields["qa"] = json.loads(fields["qa"])
-        except ValueError as error:
-            raise ref.error("corrupt_json", "qa", f"{row.where}: {error}") from error
+    fields = dict(row.fields)
+    for name in ("qa", "scene"):  # JSON in the cells of a .csv file
+        if isinstance(fields.get(name), str):
+            try:
+                fields[name] = json.loads(fields[name])
+            except ValueError as error:
+                if name == "qa":  # a column that is called scene may hold anything
+                    raise ref.error("corrupt_json", name, f"{row.where}: {error}") from error
     video = fields.get("video")
     if video is None:
         raise ref.error("missing_field", "video", f"{row.where}: the row holds {sorted(fields)}")
@@ -192,4 +186,4 @@ def _row_members(ref: SampleRef, path: Path, row: Row) -> dict[str, Any]:
         raise ref.error("wrong_type", "video", f"{row.where}: expected a path, got {video!r}")
     suffix = Path(video).suffix[1:].lower()  # a listed video may have any suffix
     suffix = suffix if suffix in VIDEO_SUFFIXES else VIDEO_SUFFIXES[0]
-    return {suffix: (str(path.parent / video), 0, -1), TEXT_SUFFIX: text or json.dumps(fields).encode()}
+    return {suffix: (str(path.parent / video), 0, -1), TEXT_SUFFIX: json.dumps(fields).encode()}

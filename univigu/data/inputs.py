@@ -41,14 +41,27 @@ class PredictionInput:
     error: str | None = None
 
 
+def find_inputs(given: dict[str, Any], task: PredictTask | None) -> list[PredictionInput]:
+    """The inputs in the one option (videos, prompts or pairs) that is not None, which must be the task's."""
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
+        found = " and ".join(names) + " are" if names else "none is"
+        raise DataError(f"data.videos, data.prompts, data.pairs: prediction needs one of them, {found} given")
+    (name,) = names
+    if task is not None and name != INPUTS[task]:
+        raise DataError(f"model.predict_task={task!r} needs data.{INPUTS[task]}, not data.{name}")
+    if name == "videos":
+        return [PredictionInput(path) for path in find_videos(given[name])]
+    if name == "pairs":
+        return read_pairs(given[name], "question" if task == "qa" else "prompt")
+    return [PredictionInput(None, text, error=error) for text, error in read_prompts(given[name])]
+
+
 def find_videos(value: str | list[str]) -> list[str]:
     """Paths of the videos that a file, a folder, a glob pattern, or a list of these names.
 
     Those of one folder or pattern are sorted; a list keeps its order; duplicates are dropped.  A file may have any
-    suffix; folders are searched for video suffixes.
-
-    Raises:
-        DataError: a value matches no file.
+    suffix; folders are searched for video suffixes.  A value that matches no file is a DataError.
     """
     values = [value] if isinstance(value, str) else value
     if not values:
@@ -91,10 +104,8 @@ def read_pairs(
     """Videos with their texts of a .jsonl, .csv or .parquet file, of one object, or of a list of objects.
 
     An object is ``{"video": ..., "prompt": ..., "strength": 0.8}``, of which the strength is optional, or ``{"video":
-    ..., "question": ...}``.  Its video is a value for :func:`find_videos`: a folder or pattern gives several pairs.
-
-    Paths in a file are relative to the working directory.  ``field`` is the name of the text; a file that cannot be
-    read or holds no pair is a DataError about the option ``name``.
+    ..., "question": ...}``.  Its video is a value for :func:`find_videos`, relative to the working directory: a folder
+    or pattern gives several pairs.  No pair, or a file that cannot be read, is a DataError about the option ``name``.
     """
     if isinstance(value, str):
         if not value.endswith((".jsonl", ".csv", ".parquet")):

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from univigu.data.buckets import Bucket
 from univigu.data.encode import decode_video
-from univigu.data.order import EvalOrder, TrainOrder
+from univigu.data.order import TrainOrder
 from univigu.data.sample import LATENTS_SUFFIX, PROMPT_SUFFIX, DataError, SampleError, SampleReason, SampleRef
 from univigu.models.tokens import TextTooLongError, tokenize
 
@@ -156,32 +156,21 @@ class ErrorLog:
                 log.warning("skipped: %s", error)
 
 
-class _BatchSampler:
-    """The batches from ``start`` on, as many as the order has in an epoch."""
-
-    def __init__(self, order: TrainOrder | EvalOrder) -> None:
-        self.order, self.start = order, 0
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return map(self.order.batch, range(self.start, self.start + len(self.order)))
-
-
 class SampleLoader:
-    """Batches of a dataset in a given order; every pass starts from the beginning.
+    """The given batches of a dataset, as lists of sample numbers; every pass starts from the beginning.
 
     It holds a DataLoader instead of being one, because Lightning replaces a DataLoader's sampler by its own.
     """
 
     def __init__(
-        self, dataset: VideoTextDataset, order: TrainOrder | EvalOrder, errors: ErrorLog, num_workers: int = 0
+        self, dataset: VideoTextDataset, batches: Iterable[list[int]], errors: ErrorLog, num_workers: int = 0
     ) -> None:
-        self.dataset, self.order, self.errors = dataset, order, errors
-        self._sampler = _BatchSampler(order)
+        self.dataset, self.batches, self.errors = dataset, batches, errors
         decodes = any(LATENTS_SUFFIX not in ref.members for ref in dataset.refs)
         self._loader = DataLoader(
             dataset,
             batch_size=None,  # the sampler gives whole batches
-            sampler=self._sampler,
+            sampler=batches,
             num_workers=num_workers,
             # decord's threads do not survive a fork
             multiprocessing_context="spawn" if decodes and num_workers else None,
@@ -190,7 +179,7 @@ class SampleLoader:
         )
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self._loader)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch, errors in self._loader:
@@ -218,26 +207,22 @@ def _identity(ref: SampleRef) -> str:
 class TrainLoader(SampleLoader):
     """An endless sequence of training batches; each pass gives ``len(self)`` of them, an epoch's worth.
 
-    A pass starts where the last one stopped, even in mid-epoch, so its batches may belong to two epochs: after a
-    resume Lightning takes the rest of its own epoch and then asks for a new pass.
-
-    The position counts batches given to the training loop, not those that workers have fetched ahead.  Lightning
-    saves it in every checkpoint (at the end of a step) and restores it; a checkpoint made by an exception *within*
-    a step does not count that step's batch.
+    A pass starts where the last one stopped, even in mid-epoch: after a resume Lightning takes the rest of its own
+    epoch and then asks for a new pass.  The position counts batches given to the training loop, not those that workers
+    have fetched ahead.  Lightning saves it in every checkpoint at the end of a step; a checkpoint made by an exception
+    within a step does not count that step's batch.
     """
 
-    order: TrainOrder
-
     def __init__(self, dataset: VideoTextDataset, order: TrainOrder, errors: ErrorLog, num_workers: int = 0) -> None:
-        super().__init__(dataset, order, errors, num_workers)
+        self.order = order
         self.position = 0
         self.waited = 0.0
         """Seconds that the training loop has waited for batches so far."""
         names = [_identity(ref) for ref in dataset.refs] + ([] if order.weights is None else [str(order.weights)])
         self._fingerprint = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+        super().__init__(dataset, _Upcoming(self), errors, num_workers)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self._sampler.start = self.position
         batches = super().__iter__()
         while True:
             start = time.perf_counter()
@@ -264,25 +249,32 @@ class TrainLoader(SampleLoader):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position.
+        """Go to a saved position; one in other samples, weights or buckets, or of another seed, is a DataError.
 
         With the same global batch the sequence of samples goes on exactly, whatever the number of ranks and workers;
-        with another global batch it goes on from the beginning of the batch that holds the position.  With buckets
-        another global batch means other batches: some samples of this epoch come twice and others never.
-
-        Raises:
-            DataError: the position refers to other samples, weights or buckets, or another seed.
+        with another one it goes on from the beginning of the batch that holds the position.
         """
         for name, ours in (("seed", self.order.seed), ("dataset", self._fingerprint)):
             if state[name] != ours:
-                raise DataError(
-                    f"the checkpoint's data position refers to {name}={state[name]!r}, this run has {ours!r}; resume "
-                    "with the same shards, weights, buckets, filter and seed, or start from the weights with "
-                    "model.init_from"
-                )
+                refers = f"the checkpoint's data position refers to {name}={state[name]!r}, this run has {ours!r}"
+                same = "resume with the same shards, weights, buckets, filter and seed"
+                raise DataError(f"{refers}; {same}, or start from the weights with model.init_from")
         number, rest = divmod(state["samples"], self.order.global_batch)
         if len(self.order.bucket_sizes) > 1 and state["global_batch"] != self.order.global_batch:
             log.warning("resuming with another global batch and buckets: samples of this epoch may come twice or never")
         elif rest:
             log.warning("resuming with another global batch: %d samples of this epoch will be seen again", rest)
         self.position = state["epoch"] * len(self) + min(number, len(self))
+
+
+class _Upcoming:
+    """An epoch's worth of batches from a loader's position on."""
+
+    def __init__(self, loader: TrainLoader) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader.order)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(self.loader.order.batch, range(self.loader.position, self.loader.position + len(self)))

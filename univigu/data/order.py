@@ -1,4 +1,4 @@
-"""The samples of the batch at a position: pure functions, so that training can be resumed anywhere."""
+"""Which samples make up a batch, as pure functions of its position, so that training can be resumed anywhere."""
 
 from __future__ import annotations
 
@@ -16,17 +16,15 @@ class TrainOrder:
 
     **Epoch.** Without ``weights`` an epoch holds every sample once.  With them it holds as many samples as there are
     (but for rounding), of which source s has the share ``weights[s] / sum(weights)``, spread over its buckets as its
-    samples are.  Of n samples that an epoch takes q from, each comes floor(q/n) or ceil(q/n) times: at most once where
-    q <= n.  The next epoch goes on where this one stopped, so that a sample comes again only after all others of its
-    source and bucket.
+    samples are.  Of n samples that an epoch takes q from, each comes floor(q/n) or ceil(q/n) times.  The next epoch
+    goes on where this one stopped: a sample comes again only after all others of its source and bucket.
 
     **Batch.** The ``G = batch_size * world_size`` samples of a global batch are consecutive in the epoch's permutation
     (in what it holds of one bucket), and rank r takes every ``world_size``-th of them from r on.  What does not fill
-    a global batch at the end of an epoch, in each bucket, is left out; these samples are drawn again every epoch.
-    Batches of the buckets are shuffled among each other.
+    a global batch at the end of an epoch, in each bucket, is left out.  Batches of the buckets are shuffled.
 
-    ``batch_size`` is that of a rank; ``sources`` (numbers in ``weights``) and ``buckets`` are those of each sample,
-    None if there is one.  Too few samples (of a bucket) for one global batch are a DataError.
+    ``sources`` (numbers in ``weights``) and ``buckets`` are those of each sample, None if there is one.  Too few
+    samples (of a bucket) for one global batch are a DataError.
     """
 
     def __init__(
@@ -119,41 +117,26 @@ def _generator(seed: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "little"))
 
 
-class EvalOrder:
+def eval_batches(
+    num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1, buckets: Sequence[int] | None = None
+) -> list[list[int]]:
     """All samples once, in order (bucket after bucket), split by rank without gap or duplicate.
 
     All ranks have the same number of batches, because sharded models wait for each other in every forward pass: a rank
     with one batch less splits one of its own.  Only if it has too few samples (of a bucket) for that does it repeat
     one.  A batch holds samples of one bucket, the same on all ranks at a position.
     """
-
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        buckets: Sequence[int] | None = None,
-    ) -> None:
-        by_bucket: dict[int, list[int]] = {}
-        for number, bucket in enumerate(buckets or [0] * num_samples):
-            by_bucket.setdefault(bucket, []).append(number)
-        self.own: frozenset[int] = frozenset()
-        """Samples that this rank counts; others in its batches are repetitions."""
-        self._batches: list[list[int]] = []
-        for _, numbers in sorted(by_bucket.items()):
-            self.own |= frozenset(numbers[rank::world_size])
-            own = numbers[rank::world_size] or [numbers[rank % len(numbers)]]
-            batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
-            longest = -(-len(numbers) // world_size)
-            while len(batches) < -(-longest // batch_size):
-                last = batches.pop()
-                half = -(-len(last) // 2)
-                batches += [last[:half], last[half:] or last]
-            self._batches += batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def batch(self, position: int) -> list[int]:
-        return self._batches[position]
+    by_bucket: dict[int, list[int]] = {}
+    for number, bucket in enumerate(buckets or [0] * num_samples):
+        by_bucket.setdefault(bucket, []).append(number)
+    result: list[list[int]] = []
+    for _, numbers in sorted(by_bucket.items()):
+        own = numbers[rank::world_size] or [numbers[rank % len(numbers)]]
+        batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
+        longest = -(-len(numbers) // world_size)
+        while len(batches) < -(-longest // batch_size):
+            last = batches.pop()
+            half = -(-len(last) // 2)
+            batches += [last[:half], last[half:] or last]
+        result += batches
+    return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import json
 from collections.abc import Iterator
@@ -28,26 +27,22 @@ class Row:
     """Why the row cannot be used; starts with ``where``."""
     reason: Literal["corrupt_json", "wrong_type"] = "wrong_type"
     """Kind of the error."""
-    span: tuple[int, int] | None = None
-    """Offset and size in bytes of the row's JSON in a .jsonl file."""
 
 
-def make_row(where: str, value: Any, span: tuple[int, int] | None = None) -> Row:
+def make_row(where: str, value: Any) -> Row:
     """A row of an object; of anything else a row with an error."""
     if not isinstance(value, dict):
         return Row(where, {}, f"{where}: expected an object, got {str(value)[:80]}")
     if None in value:
         return Row(where, {}, f"{where}: expected an object, got more cells than the header has")
-    return Row(where, value, span=span)
+    return Row(where, value)
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
     """Rows of a file, without blank lines; a row that is no object comes as a row with an error.
 
     A .csv file has a header, and its empty cells are left out.  A .txt file gives rows with the one field ``prompt``.
-
-    Raises:
-        DataError: the file cannot be read, or is not of its kind.
+    A file that cannot be read, or is not of its kind, is a DataError.
     """
     path = Path(path)
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet, ".txt": _read_txt}
@@ -61,16 +56,13 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            end, where = end + len(line), f"{path}:{number}"
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.strip():
-                continue
+            where = f"{path}:{number}"
             try:
-                yield make_row(where, json.loads(line.decode()), (end - len(line), len(line)))
+                text = line.decode("utf-8-sig")
+                if text.strip():
+                    yield make_row(where, json.loads(text))
             except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
                 yield Row(where, {}, f"{where}: not JSON ({error})", "corrupt_json")
 

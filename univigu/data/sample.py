@@ -42,15 +42,7 @@ class DataError(ValueError):
 
 
 class SampleError(DataError):
-    """A sample that cannot be used.
-
-    Args:
-        reason: the kind of the error.
-        shard: path of the shard.
-        key: the sample's key; None for a whole shard.
-        field: the member or json field at fault; None for the whole sample.
-        value: what was found there, or the decoder's message.
-    """
+    """A sample (or, without a key, a shard) that cannot be used; ``value`` is what was found in the ``field``."""
 
     def __init__(self, reason: SampleReason, shard: str, key: str | None, field: str | None, value: object) -> None:
         value = value if isinstance(value, str) else repr(value)

@@ -1,8 +1,4 @@
-"""Tar shards as this package writes them, and the manifest of a folder of shards.
-
-A shard is a plain tar file in WebDataset's layout.  A folder of shards that this package wrote holds
-``manifest.json``: what it was made of, and size and checksum of every shard.  Video shards from elsewhere need none.
-"""
+"""Tar shards as this package writes them, and the manifest of a folder of them.  Shards from elsewhere need none."""
 
 from __future__ import annotations
 
@@ -50,10 +46,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> ShardInfo:
     """Write samples (key, {suffix: bytes}) to a tar file that appears under its name only when it is complete.
 
-    The same samples give the same bytes: members are sorted by suffix, and owner, mode and time are fixed.
-
-    Raises:
-        ValueError: a key that webdataset would split or that occurs twice.
+    The same samples give the same bytes: members are sorted by suffix, and owner, mode and time are fixed.  A key that
+    webdataset would split or that occurs twice is a ValueError.
     """
     seen: set[str] = set()
     with replacing(path) as temporary:
@@ -139,10 +133,9 @@ class Manifest:
 
     def check_files(self, folder: str | Path, checksums: bool = False) -> list[str]:
         """Names of listed shards that are missing or of another size (or, if asked for, content) than recorded."""
-        wrong = []
-        for shard in self.shards:
-            path = Path(folder) / shard.name
-            same = path.is_file() and path.stat().st_size == shard.num_bytes
-            if not same or (checksums and sha256_of(path) != shard.sha256):
-                wrong.append(shard.name)
-        return wrong
+
+        def same(path: Path, shard: ShardInfo) -> bool:
+            size = path.stat().st_size if path.is_file() else None
+            return size == shard.num_bytes and (not checksums or sha256_of(path) == shard.sha256)
+
+        return [shard.name for shard in self.shards if not same(Path(folder) / shard.name, shard)]

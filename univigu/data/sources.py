@@ -114,11 +114,7 @@ class SourceFolder:
             encode_shards(source, target, self.foundation, **options)
 
     def index(self, split: Split) -> Scan:
-        """The split's samples, and errors of the others.
-
-        Raises:
-            DataError: there are no shards, or latents that other encoders or sizes made.
-        """
+        """The split's samples, and errors of the others; a DataError for latents of other encoders, sizes or videos."""
         folder, videos = self.folder(split), self.videos(split)
         manifest, skipped = Manifest.load(folder), list[SampleError]()
         if manifest is not None and manifest.kind == "latents":
@@ -132,7 +128,6 @@ class SourceFolder:
         return refs, skipped + errors
 
     def _check_latents(self, folder: Path, videos: Path, manifest: Manifest) -> None:
-        """Refuse latents of other encoders, normalisation, sizes or videos than the ones in use."""
         if not manifest.complete:
             raise DataError(f"{folder}: only partly encoded; let data.precompute finish it")
         expected = {**vae_parameters(self.foundation), **size_parameters(self.buckets)}
@@ -161,10 +156,7 @@ def fetch_shards(url: str, folder: Path, optional: bool = False) -> None:
     """Copy a remote folder of shards by fsspec (http, s3, gs, hf, ...), except for intact shards that are here already.
 
     A shard appears under its name only when it is complete and has the checksum of the remote manifest.  Without a
-    manifest the sizes are compared, and the server must be able to list the folder.
-
-    Raises:
-        DataError: the folder cannot be reached or holds no shard, or a shard arrives damaged.
+    manifest the sizes are compared, and the server must be able to list the folder.  What fails is a DataError.
     """
     import fsspec
 
