@@ -121,12 +121,13 @@ def test_too_few_samples_for_a_batch() -> None:
 def test_evaluation_sees_everything_once(size: int, batch: int, world_size: int, buckets: list[int] | None) -> None:
     buckets = None if buckets is None else buckets[:size]
     made = [eval_batches(size, batch, rank, world_size, buckets) for rank in range(world_size)]
-    assert len({len(batches) for batches in made}) == 1  # sharded models would wait for ever otherwise
+    assert len({len(batches) for batches, _ in made}) == 1  # sharded models would wait for ever otherwise
     seen: list[int] = []
-    for of_ranks in zip(*made, strict=True):
+    for of_ranks in zip(*(batches for batches, _ in made), strict=True):
         assert all(1 <= len(b) <= batch for b in of_ranks)
         assert buckets is None or len({buckets[n] for b in of_ranks for n in b}) == 1
         seen += [n for b in of_ranks for n in b]
-    assert set(seen) == set(range(size))
+    assert set(seen) == set(range(size)) and sorted(n for _, own in made for n in own) == list(range(size))
+    assert all(own <= {n for b in batches for n in b} for batches, own in made)
     if batch > 1 and min(Counter(buckets or [0] * size).values()) >= world_size:
         assert len(seen) == size

@@ -3,10 +3,7 @@ from __future__ import annotations
 import json
 import pickle
 import tarfile
-import threading
-import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +13,10 @@ import webdataset
 
 from tests.damage import write_raw
 from tests.data.conftest import FAULTS
-from univigu.data.build import build_folder
 from univigu.data.encode import encode_shards
 from univigu.data.index import index_folder, scan_shard
-from univigu.data.processes import SpawnPool
 from univigu.data.sample import DataError, SampleError, SampleRef
-from univigu.data.shards import Manifest, ShardInfo, write_shard
+from univigu.data.shards import Manifest, write_shard
 from univigu.data.video import read_video
 from univigu.shapes import renderer, scenes, texts
 from univigu.shapes.write import write_shapes
@@ -190,95 +185,19 @@ def test_faulty_latents_are_named(tensors: Any, reason: str) -> None:
         SampleRef("a.tar", "k", {"latents.safetensors": raw}).tensors("latents.safetensors", "latents")
 
 
-# -------------------------------------------------------- building a folder
-
-
-class CountingPool(SpawnPool):
-    """Runs jobs in this process, and notes which."""
-
-    def __init__(self) -> None:
-        super().__init__(1)
-        self.names: list[str] = []
-
-    def map(self, work: Any, paths: Any, arguments: Any) -> Any:  # type: ignore[override]
-        for path, argument in zip(paths, arguments, strict=True):
-            self.names.append(path.name)
-            yield work(path, argument)
-
-
-def test_a_half_written_folder_is_completed(tmp_path: Path) -> None:
-    def write(count: int = 5) -> tuple[Manifest, list[str]]:
-        pool = CountingPool()
-        return write_shapes(tmp_path / "w", "val", count, shard_size=2, pool=pool), pool.names
-
+def test_manifests_know_their_shards(tmp_path: Path) -> None:
     names = [f"val-00000{i}.tar" for i in range(3)]
-    manifest, written = write()
-    assert written == names and manifest.complete and manifest.num_samples == 5
-    before = {name: (tmp_path / "w" / name).read_bytes() for name in names}
-    assert write()[1] == []
-    (tmp_path / "w" / names[1]).unlink()
-    (tmp_path / "w" / names[2]).write_bytes(before[names[2]][:100])
-    assert manifest.check_files(tmp_path / "w") == names[1:]
-    assert write()[1] == names[1:]
-    assert (tmp_path / "w" / names[0]).read_bytes() == before[names[0]]
-    refs, errors = index_folder(tmp_path / "w")
-    assert [ref.key for ref in refs] == [f"{seed:08d}" for seed in range(5)] and not errors
-    manifest = Manifest.load(tmp_path / "w")  # type: ignore[assignment]
-    assert manifest.check_files(tmp_path / "w", checksums=True) == []
-    (tmp_path / "w" / names[0]).write_bytes(bytes(len(before[names[0]])))
-    assert manifest.check_files(tmp_path / "w") == [] and manifest.check_files(tmp_path / "w", True) == names[:1]
-    with pytest.raises(DataError, match=r"num_clips=5, this run has num_clips=6"):
-        write(6)
-    (tmp_path / "w" / "manifest.json").write_text("{}")
-    with pytest.raises(DataError, match="not a manifest"):
-        write()
-    (tmp_path / "w" / "manifest.json").unlink()
-    with pytest.raises(DataError, match="unknown origin"):
-        write()
-
-
-def _fail_on_second(path: Path, job: int) -> ShardInfo:
-    if job == 1:
-        raise OSError("disk full")
-    return write_shard(path, [("0", {"json": b"{}"})])
-
-
-def test_a_failing_job_keeps_what_is_done(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="disk full"):
-        build_folder(tmp_path, Manifest("video", {}), {"a.tar": 0, "b.tar": 1}, _fail_on_second, CountingPool(), "")
-    manifest = Manifest.load(tmp_path)
-    assert manifest is not None and not manifest.complete
-    assert [shard.name for shard in manifest.shards if (tmp_path / shard.name).exists()] in ([], ["a.tar"])
-
-
-def _slowly(path: Path, job: int) -> ShardInfo:
-    with (path.parent / "written.txt").open("a") as file:
-        file.write(f"{path.name}\n")
-    time.sleep(0.05)
-    return write_shard(path, [(str(job), {"json": b"{}"})])
-
-
-def test_two_programs_may_want_the_same_folder_at_once(tmp_path: Path) -> None:
-    start = threading.Barrier(2)
-
-    def build() -> Manifest:  # the locks of threads exclude each other as those of processes do
-        start.wait()
-        return build_folder(tmp_path, Manifest("video", {}), {f"{i}.tar": i for i in range(8)}, _slowly, None, "")
-
-    with ThreadPoolExecutor(2) as programs:
-        made = [programs.submit(build) for _ in range(2)]
-    assert all(manifest.result().complete and manifest.result().num_samples == 8 for manifest in made)
-    assert sorted((tmp_path / "written.txt").read_text().split()) == [f"{i}.tar" for i in range(8)]  # each once
-    assert sorted(path.name for path in tmp_path.glob("*.tar")) == [f"{i}.tar" for i in range(8)]
-
-
-def test_a_whole_folder_is_left_as_it_is(tmp_path: Path) -> None:
-    """It may be one that this user cannot write to."""
-    build_folder(tmp_path, Manifest("video", {}), {"a.tar": 0}, _slowly, None, "")
-    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} | {"": tmp_path.stat().st_mtime_ns}
-    build_folder(tmp_path, Manifest("video", {}), {"a.tar": 0}, _slowly, None, "")
-    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} | {"": tmp_path.stat().st_mtime_ns}
-    assert after == before
+    manifest = write_shapes(tmp_path, "val", 5, shard_size=2)
+    assert [shard.name for shard in manifest.shards] == names and manifest.complete and manifest.num_samples == 5
+    assert Manifest.load(tmp_path) == manifest and manifest.check_files(tmp_path, checksums=True) == []
+    (tmp_path / names[0]).write_bytes(bytes((tmp_path / names[0]).stat().st_size))
+    (tmp_path / names[1]).unlink()
+    (tmp_path / names[2]).write_bytes(b"cut")
+    assert manifest.check_files(tmp_path) == names[1:] and manifest.check_files(tmp_path, checksums=True) == names
+    for text, message in (("{}", "not a manifest"), ('{"format": 2}', "format=2: this version reads format 1")):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(DataError, match=message):
+            Manifest.load(tmp_path)
 
 
 def test_encoding_counts_and_keeps_going(

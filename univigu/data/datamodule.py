@@ -307,8 +307,8 @@ class VideoTextDataModule(LightningDataModule):
 
     def _eval_dataloader(self, split: Split) -> SampleLoader:
         refs = self._refs[split]
-        batches = eval_batches(len(refs), self.batch_size, buckets=[ref.bucket for ref in refs], **self._ranks())
-        return SampleLoader(self._dataset(split, refs), batches, self.errors, self.num_workers)
+        batches, own = eval_batches(len(refs), self.batch_size, buckets=[ref.bucket for ref in refs], **self._ranks())
+        return SampleLoader(self._dataset(split, refs), batches, self.errors, self.num_workers, own)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """One row an input, in order, unusable ones included; see :mod:`univigu.data.inputs`."""

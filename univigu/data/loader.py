@@ -163,9 +163,16 @@ class SampleLoader:
     """
 
     def __init__(
-        self, dataset: VideoTextDataset, batches: Iterable[list[int]], errors: ErrorLog, num_workers: int = 0
+        self,
+        dataset: VideoTextDataset,
+        batches: Iterable[list[int]],
+        errors: ErrorLog,
+        num_workers: int = 0,
+        own: frozenset[int] | None = None,
     ) -> None:
-        self.dataset, self.batches, self.errors = dataset, batches, errors
+        self.dataset, self.errors = dataset, errors
+        self.own = own
+        """Samples that evaluation counts on this rank; others in its batches are repetitions.  None counts all."""
         decodes = any(LATENTS_SUFFIX not in ref.members for ref in dataset.refs)
         self._loader = DataLoader(
             dataset,

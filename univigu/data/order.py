@@ -119,8 +119,10 @@ def _generator(seed: str) -> torch.Generator:
 
 def eval_batches(
     num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1, buckets: Sequence[int] | None = None
-) -> list[list[int]]:
+) -> tuple[list[list[int]], frozenset[int]]:
     """All samples once, in order (bucket after bucket), split by rank without gap or duplicate.
+
+    Returns the batches of a rank, and the samples that it counts; others in its batches are repetitions.
 
     All ranks have the same number of batches, because sharded models wait for each other in every forward pass: a rank
     with one batch less splits one of its own.  Only if it has too few samples (of a bucket) for that does it repeat
@@ -130,7 +132,9 @@ def eval_batches(
     for number, bucket in enumerate(buckets or [0] * num_samples):
         by_bucket.setdefault(bucket, []).append(number)
     result: list[list[int]] = []
+    counted: set[int] = set()
     for _, numbers in sorted(by_bucket.items()):
+        counted.update(numbers[rank::world_size])
         own = numbers[rank::world_size] or [numbers[rank % len(numbers)]]
         batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
         longest = -(-len(numbers) // world_size)
@@ -139,4 +143,4 @@ def eval_batches(
             half = -(-len(last) // 2)
             batches += [last[:half], last[half:] or last]
         result += batches
-    return result
+    return result, frozenset(counted)

@@ -268,7 +268,7 @@ class EvaluatedModule(LightningModule):
 
     def _evaluate(self, batch: Mapping[str, Any], loader: Any) -> None:
         for evaluation in self._evaluation:
-            own = getattr(getattr(loader, "order", None), "own", None)
+            own = getattr(loader, "own", None)
             counted = own_samples(batch, own, evaluation.counted)
             if counted is not None:
                 evaluation.update(self, counted)
