@@ -12,15 +12,7 @@ import pytest
 import torch
 
 from univigu.flow.discrete import cross_entropy, generalized_kl
-from univigu.flow.text import (
-    CorruptedText,
-    EmbeddingFlow,
-    EmbeddingFlowOptions,
-    MaskFlow,
-    TextFlow,
-    UniformFlow,
-    make_text_flow,
-)
+from univigu.flow.text import CorruptedText, EmbeddingFlow, MaskFlow, TextFlow, UniformFlow, make_text_flow
 
 V, D = 7, 16
 
@@ -36,7 +28,6 @@ def token_table() -> torch.Tensor:
 
 TABLE = token_table()
 EMBEDDING = EmbeddingFlow(V, table=TABLE)
-PLAIN = EmbeddingFlowOptions(input_scale=1.0, time_power=1.0, self_conditioning=False, skip=False)
 FLOWS: list[TextFlow] = [EMBEDDING, UniformFlow(V), MaskFlow(V)]
 each_flow = pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.name)
 
@@ -83,13 +74,12 @@ def test_bfloat16_logits_are_raised_to_float32(flow: TextFlow) -> None:
     t = torch.tensor([0.3, 0.6])
     corrupted = flow.corrupt(tokens, t, seeded(1))
     logits = torch.randn(2, 40, V, generator=seeded(2)).bfloat16()
-    for kind in ["cross_entropy"] if flow is EMBEDDING else ["cross_entropy", "generalized_kl"]:
-        expected = flow.loss(logits.float(), corrupted, t, kind)
-        for autocast in (False, True):
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = flow.loss(logits, corrupted, t, kind)
-            assert loss.dtype == torch.float32
-            torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    expected = flow.loss(logits.float(), corrupted, t)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = flow.loss(logits, corrupted, t)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     expected = flow.step(corrupted.x_t, logits.float(), 0.3, 0.6, seeded(3))
     with torch.autocast("cpu", torch.bfloat16):
         step = flow.step(corrupted.x_t, logits, 0.3, 0.6, seeded(3))
@@ -99,7 +89,7 @@ def test_bfloat16_logits_are_raised_to_float32(flow: TextFlow) -> None:
 @each_flow
 def test_temperature_zero_ends_at_the_likeliest_token(flow: TextFlow) -> None:
     logits = torch.randn(2, 5, V, generator=seeded(0))
-    flow = make_text_flow(flow.name, V, temperature=0.0, table=TABLE, options=PLAIN)
+    flow = make_text_flow(flow.name, V, temperature=0.0, table=TABLE)
     assert torch.equal(flow.tokens(flow.step(flow.initial(2, 5), logits, 0.5, 1.0)), logits.argmax(-1))
 
 
@@ -107,9 +97,9 @@ def test_flows_are_built_by_name() -> None:
     assert make_text_flow("embedding", V, top_p=0.5, order="confidence") == EmbeddingFlow(V, top_p=0.5)
     assert make_text_flow("uniform", V, temperature=0.5) == UniformFlow(V, 0.5)
     assert make_text_flow("mask", V, order="confidence") == MaskFlow(V, order="confidence")
-    model = SimpleNamespace(token_table=lambda: TABLE, config=SimpleNamespace(embedding={"time_power": 2.0}))
-    bound = EmbeddingFlow(V).bind(model)
-    assert bound.table is TABLE and bound.options == EmbeddingFlowOptions(time_power=2.0)
+    config = SimpleNamespace(embedding_self_conditioning=False)
+    bound = EmbeddingFlow(V).bind(SimpleNamespace(token_table=lambda: TABLE, config=config))
+    assert bound.table is TABLE and EmbeddingFlow(V).self_conditioning and not bound.self_conditioning
     assert MaskFlow(V).bind(None) == MaskFlow(V)
 
 
@@ -128,8 +118,6 @@ MASKED = CorruptedText(torch.full((1, 3), V), IDS)
         (lambda: MaskFlow(V, order="left"), "order: must be 'random' or 'confidence', got 'left'"),  # type: ignore[arg-type]
         (lambda: EmbeddingFlow(V).corrupt(IDS, TIMES), r"table: the embedding flow needs a token table \[7, D\]"),
         (lambda: EmbeddingFlow(V, table=torch.zeros(5, V)).initial(1, 3), r"table \[7, D\], got \[5, 7\]"),
-        (lambda: EMBEDDING.loss(LOGITS, EMBEDDING.corrupt(IDS, TIMES), TIMES, "generalized_kl"), "kind: the embedding"),
-        (lambda: MaskFlow(V).loss(LOGITS, MASKED, TIMES, "mse"), "kind: must be 'cross_entropy' or .*, got 'mse'"),
         (
             lambda: MaskFlow(V).loss(LOGITS[..., :5], MASKED, TIMES),
             r"logits: expected shape \[1, 3, 7\], got \[1, 3, 5\]",
@@ -150,56 +138,37 @@ def test_wrong_arguments_are_named(call: Any, message: str) -> None:
 # ---------------------------------------------------------------------- the embedding flow
 
 
-@pytest.mark.parametrize("skip", [False, True])
-def test_embedding_loss_is_the_cross_entropy_and_reaches_the_table(skip: bool) -> None:
+def test_embedding_loss_is_the_cross_entropy_and_reaches_the_table() -> None:
     table, t = TABLE.clone().requires_grad_(), torch.tensor([0.2, 0.8])
-    flow = EmbeddingFlow(V, options=EmbeddingFlowOptions(skip=skip), table=table)
+    flow = EmbeddingFlow(V, table=table)
     tokens, head = torch.randint(V, (2, 5), generator=seeded(0)), torch.randn(V, D, generator=seeded(2))
     corrupted = flow.corrupt(tokens, t, seeded(1))
-    output = corrupted.x_t @ head.T
-    evidence = (t / (1 - t) ** 2)[:, None, None] * (corrupted.x_t @ table.T) if skip else 0.0
-    loss = flow.loss(output, corrupted, t)
-    torch.testing.assert_close(loss, cross_entropy(output + evidence, tokens))
+    logits = corrupted.x_t @ head.T
+    loss = flow.loss(logits, corrupted, t)
+    torch.testing.assert_close(loss, cross_entropy(logits, tokens))
     loss.sum().backward()
     assert table.grad is not None and float(table.grad.abs().max()) > 1e-3
 
 
 def test_embedding_step_follows_the_posterior_mean() -> None:
-    flow = EmbeddingFlow(V, options=PLAIN, table=TABLE)
-    z, logits = flow.initial(2, 9, seeded(1)), torch.randn(2, 9, V, generator=seeded(2))
+    z, logits = EMBEDDING.initial(2, 9, seeded(1)), torch.randn(2, 9, V, generator=seeded(2))
     mean = logits.softmax(-1) @ TABLE
-    torch.testing.assert_close(flow.step(z, logits, 0.2, 0.5), z + 0.3 * (mean - z) / 0.8)
-    sharp, first = (replace(flow, temperature=0.5), replace(flow, top_p=1e-6))
-    torch.testing.assert_close(sharp.endpoint(logits, z, 0.2), (2 * logits).softmax(-1) @ TABLE)
-    torch.testing.assert_close(first.endpoint(logits, z, 0.2), TABLE[logits.argmax(-1)])
+    torch.testing.assert_close(EMBEDDING.step(z, logits, 0.2, 0.5), z + 0.3 * (mean - z) / 0.8)
+    sharp, first = (replace(EMBEDDING, temperature=0.5), replace(EMBEDDING, top_p=1e-6))
+    torch.testing.assert_close(sharp.endpoint(logits), (2 * logits).softmax(-1) @ TABLE)
+    torch.testing.assert_close(first.endpoint(logits), TABLE[logits.argmax(-1)])
 
 
-def true_posterior(z: torch.Tensor, t: float, prior: torch.Tensor) -> torch.Tensor:
-    """p(x_1 | z_t) by Bayes: z_t is normal around t E[x_1] with deviation 1 - t."""
-    squares = (z[..., None, :] - t * TABLE).square().sum(-1)
-    return (prior.log() - squares / (2 * (1 - t) ** 2)).softmax(-1)
-
-
-PRIOR = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.04, 0.0])
-
-
-def test_the_skip_turns_a_prior_into_the_posterior() -> None:
-    z = EMBEDDING.corrupt(torch.randint(V, (1, 50), generator=seeded(0)), torch.tensor([0.3]), seeded(1)).x_t
-    posterior = EMBEDDING.logits(PRIOR.log().expand(1, 50, V), z, torch.full((1, 1, 1), 0.3)).softmax(-1)
-    torch.testing.assert_close(posterior, true_posterior(z, 0.3, PRIOR), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("options", [PLAIN, EmbeddingFlowOptions()], ids=["plain", "default"])
-def test_embedding_sampler_with_the_true_posterior_gives_the_data(options: EmbeddingFlowOptions) -> None:
-    flow = EmbeddingFlow(V, options=options, table=TABLE)
-    z, steps = flow.initial(1, 5000, seeded(0)), 60
-    times = [flow.warp(k / steps) for k in range(steps + 1)]
-    assert times[30] == pytest.approx(0.5**options.time_power) and times[-1] == 1.0
-    for t, t_next in pairwise(times):
-        output = PRIOR.log().expand(1, 5000, V) if options.skip else true_posterior(z, t, PRIOR).log()
-        z = flow.step(z, output, t, t_next)
-    counts = torch.bincount(flow.tokens(z)[0], minlength=V) / 5000
-    torch.testing.assert_close(counts, PRIOR, rtol=0, atol=0.03)
+def test_embedding_sampler_with_the_true_posterior_gives_the_data() -> None:
+    prior = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.04, 0.0])
+    z, steps = EMBEDDING.initial(1, 5000, seeded(0)), 60
+    times = [EMBEDDING.warp(k / steps) for k in range(steps + 1)]
+    assert times[30] == pytest.approx(0.125) and times[-1] == 1.0
+    for t, t_next in pairwise(times):  # by Bayes: z_t is normal around t E[x_1] with deviation 1 - t
+        squares = (z[..., None, :] - t * TABLE).square().sum(-1)
+        z = EMBEDDING.step(z, prior.log() - squares / (2 * (1 - t) ** 2), t, t_next)
+    counts = torch.bincount(EMBEDDING.tokens(z)[0], minlength=V) / 5000
+    torch.testing.assert_close(counts, prior, rtol=0, atol=0.03)
 
 
 def test_initial_embeddings_are_standard_normal() -> None:

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from tests import tiny
 from univigu.flow.inputs import TextInputs
-from univigu.flow.text import EmbeddingFlowOptions
 from univigu.models import UniViGUTransformer3DModel, UniViGUTransformerOutput
 from univigu.models.options import ArchitectureOptions, check_replaced
 
@@ -366,7 +365,7 @@ def test_self_conditioning_starts_as_nothing_and_learns(wan: WanTransformer3DMod
     assert (run(fresh, given).text - output).abs().max() > 1e-3
     with pytest.raises(ValueError, match=r"text\.endpoint is torch\.float32 \[3, 7, 5\]"):
         run(fresh, given | {"text_endpoint": torch.randn(3, 7, 5)})
-    without = ArchitectureOptions("embedding", embedding=EmbeddingFlowOptions(self_conditioning=False))
+    without = ArchitectureOptions("embedding", embedding_self_conditioning=False)
     assert UniViGUTransformer3DModel.from_wan(wan, VOCAB, without).text_endpoint_proj is None
     assert not any("endpoint" in name for name in tiny.make_unified(wan, VOCAB).state_dict())
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 
 import torch
 
@@ -17,7 +16,7 @@ from univigu.flow.inputs import TextInputs
 from univigu.flow.random import make_generator, rand, randn
 from univigu.flow.text import CorruptedText, TextFlow
 from univigu.flow.text_loss import PerToken
-from univigu.flow.time import check_positive, expand_time, sample_text_times, sample_video_times, to_timestep
+from univigu.flow.time import check_positive, sample_text_times, sample_video_times, to_timestep
 from univigu.flow.video import flow_matching_loss, interpolate
 
 
@@ -173,14 +172,14 @@ class NoisyTexts:
     positions: torch.Tensor | None
     """See :class:`univigu.flow.inputs.TextInputs`."""
 
-    def inputs(self, rows: slice, kind: str, max_logits: int) -> TextInputs:
+    def inputs(self, rows: slice, max_logits: int) -> TextInputs:
         """The transformer's inputs of some samples, for which its text output is their loss [n, L]."""
         part, positions = CorruptedText(*(x[rows] for x in self.corrupted)), self.positions
         return TextInputs(
             part.x_t,
             to_timestep(self.t[rows]),
             positions=None if positions is None else positions[rows],
-            reader=PerToken(partial(self.flow.loss, kind=kind), part, self.t[rows], max_logits),
+            reader=PerToken(self.flow.loss, part, self.t[rows], max_logits),
         )
 
     @torch.no_grad()
@@ -188,7 +187,7 @@ class NoisyTexts:
         """The same inputs with the model's own prediction of the data, as in sampling after the first step."""
 
         def endpoint(logits: torch.Tensor, corrupted: CorruptedText, t: torch.Tensor) -> torch.Tensor:
-            return self.flow.endpoint(logits, corrupted.x_t, expand_time(t, corrupted.x_t))  # type: ignore[attr-defined]
+            return self.flow.endpoint(logits)  # type: ignore[attr-defined]
 
         assert isinstance(text.reader, PerToken)
         first = text._replace(reader=replace(text.reader, function=endpoint))
@@ -213,7 +212,6 @@ class UniFlowObjective:
         batch: UniFlowBatch,
         counts: Sequence[int],
         dropout: ConditionDropout = NO_DROPOUT,
-        text_loss: str = "cross_entropy",
         generator: torch.Generator | None = None,
         text_share: float = 1.0,
         step: int | None = None,
@@ -226,7 +224,6 @@ class UniFlowObjective:
             batch: the samples; they are given to the tasks in order, which a shuffled batch makes random.
             counts: how many samples are (joint, understand, generate); their sum is the batch size.
             dropout: probabilities of the null condition.
-            text_loss: "cross_entropy" or "generalized_kl" (discrete flows).
             generator: source of all randomness.
             text_share: share of the text's positions that the model is given, see :func:`sample_positions`.
             step: number of the training step, the same in all processes; in a random half of the steps a
@@ -264,7 +261,7 @@ class UniFlowObjective:
             if texts is None or task == "generate":
                 output = model(*inputs)
             else:
-                shown = texts.inputs(rows, text_loss, self.options.max_logits)
+                shown = texts.inputs(rows, self.options.max_logits)
                 if texts.flow.self_conditioning and twice:
                     shown = texts.self_conditioned(model, inputs, shown)
                 output = model(*inputs, shown)

@@ -19,20 +19,17 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 import torch
 import torch.nn.functional as F
 
-from univigu.flow.discrete import (
-    cross_entropy,
-    generalized_kl,
-    jump_probability,
-    nucleus,
-    reveal_surest,
-    sample_categorical,
-)
+from univigu.flow.discrete import cross_entropy, jump_probability, nucleus, reveal_surest, sample_categorical
 from univigu.flow.random import Generators, rand, randint, randn
-from univigu.flow.time import check_positive, check_step, expand_time
+from univigu.flow.time import check_step, expand_time
 from univigu.flow.video import interpolate
 
 Order = Literal["random", "confidence"]
 Time = TypeVar("Time", float, torch.Tensor)
+EMBEDDING_TIME_POWER = 3
+"""Times of the embedding flow are ``u ** 3`` of an even u, because most tokens are decided at small t."""
+EMBEDDING_INPUT_SCALE = 0.1
+"""Factor of z_t where it enters the network; it gives z_t the size of the position embeddings."""
 
 
 class CorruptedText(NamedTuple):
@@ -81,15 +78,10 @@ class TextFlow(ABC):
     def corrupt(self, tokens: torch.Tensor, t: torch.Tensor, generator: Generators = None) -> CorruptedText:
         """Draw x_t given the data: tokens int64 [B, L], t [B] in [0, 1]."""
 
-    @abstractmethod
-    def loss(
-        self, logits: torch.Tensor, corrupted: CorruptedText, t: torch.Tensor, kind: str = "cross_entropy"
-    ) -> torch.Tensor:
-        """Loss of every token given logits [B, L, V] at time t [B]: float32 [B, L], to be averaged over all tokens.
-
-        Args:
-            kind: "cross_entropy", or "generalized_kl" for the discrete flows.
-        """
+    def loss(self, logits: torch.Tensor, corrupted: CorruptedText, t: torch.Tensor) -> torch.Tensor:
+        """Loss of every token given logits [B, L, V] at time t [B]: float32 [B, L], to be averaged over all tokens."""
+        self._check_logits(logits, corrupted.x_t)
+        return cross_entropy(logits, corrupted.tokens)
 
     @abstractmethod
     def initial(
@@ -118,24 +110,6 @@ class TextFlow(ABC):
 
 
 @dataclass(frozen=True)
-class EmbeddingFlowOptions:
-    """Parts of the embedding flow, each of which can be switched off to measure it."""
-
-    input_scale: float = 0.1
-    """Factor of z_t where it enters the network; 0.1 gives it the size of the position embeddings. 1 is off."""
-    time_power: float = 3.0
-    """Times are ``u ** time_power`` of an even u, in training and sampling. 1 is off."""
-    self_conditioning: bool = True
-    """Whether the network is given its previous prediction of the data (Chen et al., 2022, arXiv:2208.04202)."""
-    skip: bool = True
-    """Whether the evidence of z_t about its own token is added to the logits, see :meth:`EmbeddingFlow.logits`."""
-
-    def __post_init__(self) -> None:
-        check_positive("embedding.input_scale", self.input_scale)
-        check_positive("embedding.time_power", self.time_power)
-
-
-@dataclass(frozen=True)
 class EmbeddingFlow(TextFlow):
     r"""Continuous flow matching on rows of a learned matrix E, on the straight path to z_1 = E[y].
 
@@ -148,35 +122,23 @@ class EmbeddingFlow(TextFlow):
     """
 
     name: ClassVar[str] = "embedding"
-    options: EmbeddingFlowOptions = EmbeddingFlowOptions()
+    self_conditioning: bool = True
+    """Whether the network is given its previous prediction of the data (Chen et al., 2022, arXiv:2208.04202)."""
     table: torch.Tensor | None = None
     """E, float32 [V, D]; :meth:`bind` sets it."""
 
     def bind(self, model: Any) -> Self:
-        """With the model's token table and options."""
-        options = EmbeddingFlowOptions(**model.config.embedding)
-        return replace(self, table=model.token_table(), options=options)
-
-    @property
-    def self_conditioning(self) -> bool:
-        return self.options.self_conditioning
+        """With the model's token table and option."""
+        return replace(self, table=model.token_table(), self_conditioning=model.config.embedding_self_conditioning)
 
     def warp(self, u: Time) -> Time:
-        """``t = u ** time_power``. Sampling at even u then takes the quantiles of the training times."""
-        return u**self.options.time_power
+        """Sampling at even u takes the quantiles of the training times."""
+        return u**EMBEDDING_TIME_POWER
 
     def corrupt(self, tokens: torch.Tensor, t: torch.Tensor, generator: Generators = None) -> CorruptedText:
         """z_t = (1 - t) z_0 + t E[tokens], float32 [B, L, D]; differentiable in E."""
         data = F.embedding(tokens, self._table)
         return CorruptedText(interpolate(randn(data.shape, generator, data.device), data, t), tokens)
-
-    def loss(
-        self, logits: torch.Tensor, corrupted: CorruptedText, t: torch.Tensor, kind: str = "cross_entropy"
-    ) -> torch.Tensor:
-        """Cross-entropy; a ValueError for another kind."""
-        if kind != "cross_entropy":
-            raise ValueError(f"kind: the embedding flow has 'cross_entropy' only, got {kind!r}")
-        return cross_entropy(self.logits(logits, corrupted.x_t, expand_time(t, corrupted.x_t)), corrupted.tokens)
 
     def initial(
         self, batch: int, length: int, generator: Generators = None, device: torch.device | str | None = None
@@ -189,31 +151,14 @@ class EmbeddingFlow(TextFlow):
     ) -> torch.Tensor:
         """The Euler step ``z_t + (t_next - t) u``; the last one takes the likeliest token's row. Draws nothing."""
         check_step(t, t_next)
+        self._check_logits(logits, x_t)
         if t_next == 1.0:
-            return F.embedding(self.logits(logits, x_t, t).argmax(dim=-1), self._table)
-        return x_t + (t_next - t) / (1.0 - t) * (self.endpoint(logits, x_t, t) - x_t)
+            return F.embedding(logits.argmax(dim=-1), self._table)
+        return x_t + (t_next - t) / (1.0 - t) * (self.endpoint(logits) - x_t)
 
-    def logits(self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
-        r"""The posterior's logits, float32 [B, L, V].
-
-        With ``skip`` the network's output is the logarithm of p(x_1) given everything but the token's own z_t, whose
-        likelihood is known: z_t is normal around t E_k with deviation 1 - t, and all rows have the same norm, so
-
-        .. math:: \ln p(k | z_t) = \text{output}_k + \frac{t}{(1-t)^2} z_t \cdot E_k + \text{const}
-        """
-        self._check_logits(output, x_t)
-        if not self.options.skip:
-            return output.float()
-        return output.float() + _product(t / (1.0 - t) ** 2 * x_t.float(), self._table)
-
-    def endpoint(self, logits: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
-        """The posterior mean of the data, float32 [B, L, D]; temperature and nucleus change the posterior.
-
-        Args:
-            logits: the network's output [B, L, V].
-            t: flow times [B, 1, 1], or one for all; below 1.
-        """
-        p = torch.softmax(self.logits(logits, x_t, t) / (self.temperature or 1.0), dim=-1)
+    def endpoint(self, logits: torch.Tensor) -> torch.Tensor:
+        """The posterior mean of the data, float32 [B, L, D]; temperature and nucleus change the posterior."""
+        p = torch.softmax(logits.float() / (self.temperature or 1.0), dim=-1)
         if self.top_p < 1.0:
             kept, order = nucleus(p, self.top_p)
             p = torch.zeros_like(p).scatter(-1, order, kept / kept.sum(dim=-1, keepdim=True))
@@ -251,17 +196,6 @@ class DiscreteFlow(TextFlow):
         batch, length = tokens.shape
         source = self.initial(batch, length, generator, tokens.device)
         return CorruptedText(torch.where(keep, tokens, source), tokens)
-
-    def loss(
-        self, logits: torch.Tensor, corrupted: CorruptedText, t: torch.Tensor, kind: str = "cross_entropy"
-    ) -> torch.Tensor:
-        """Cross-entropy or generalised KL."""
-        self._check_logits(logits, corrupted.x_t)
-        if kind == "cross_entropy":
-            return cross_entropy(logits, corrupted.tokens)
-        if kind == "generalized_kl":
-            return generalized_kl(logits, corrupted.tokens, corrupted.x_t, t)
-        raise ValueError(f"kind: must be 'cross_entropy' or 'generalized_kl', got {kind!r}")
 
     def step(
         self, x_t: torch.Tensor, logits: torch.Tensor, t: float, t_next: float, generator: Generators = None
@@ -310,8 +244,7 @@ class MaskFlow(DiscreteFlow):
     """The path from a mask state, whose id is V, one past the vocabulary.
 
     A revealed token is the data's, and the sampler does not change it: its posterior is certain whatever the network
-    says. So both losses are 0 there and count masked tokens only, and the generalised KL becomes
-    ``-log p(x_1) / (1 - t)`` on them (Sahoo et al., 2024, arXiv:2406.07524).
+    says. So the loss counts masked tokens only (Sahoo et al., 2024, arXiv:2406.07524).
     """
 
     name: ClassVar[str] = "mask"
@@ -328,11 +261,9 @@ class MaskFlow(DiscreteFlow):
         """The mask state's id, V."""
         return self.vocab_size
 
-    def loss(
-        self, logits: torch.Tensor, corrupted: CorruptedText, t: torch.Tensor, kind: str = "cross_entropy"
-    ) -> torch.Tensor:
-        """As :meth:`DiscreteFlow.loss`, and 0 where a token is revealed."""
-        return torch.where(self.may_jump(corrupted.x_t), super().loss(logits, corrupted, t, kind), 0.0)
+    def loss(self, logits: torch.Tensor, corrupted: CorruptedText, t: torch.Tensor) -> torch.Tensor:
+        """As for every flow, and 0 where a token is revealed."""
+        return torch.where(self.may_jump(corrupted.x_t), super().loss(logits, corrupted, t), 0.0)
 
     def initial(
         self, batch: int, length: int, generator: Generators = None, device: torch.device | str | None = None

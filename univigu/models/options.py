@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
-from univigu.flow.text import EmbeddingFlowOptions
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
 
 TextFlowName = Literal["embedding", "uniform", "mask"]
@@ -39,14 +38,13 @@ class ArchitectureOptions:
     that captioning computes them once."""
     clean_video_timestep: float = 0.0
     """Conditioning timestep for clean video beside text, in [0, 1000)."""
-    embedding: EmbeddingFlowOptions = field(default_factory=EmbeddingFlowOptions)
-    """Parts of the embedding flow; unused by the others."""
+    embedding_self_conditioning: bool = True
+    """Whether the ``embedding`` flow gives the network its previous prediction of the data; others ignore it."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
         """Those of a transformer's configuration."""
-        named = {field.name: config[field.name] for field in fields(cls)}
-        return cls(**(named | {"embedding": EmbeddingFlowOptions(**config["embedding"])}))
+        return cls(**{field.name: config[field.name] for field in fields(cls)})
 
     def __post_init__(self) -> None:
         for name, choices in (("text_flow", get_args(TextFlowName)), ("text_attention", get_args(TextAttention))):

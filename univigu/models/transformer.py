@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import nn
 
 from univigu.flow.inputs import TextInputs, TextReader
-from univigu.flow.text import EmbeddingFlowOptions
+from univigu.flow.text import EMBEDDING_INPUT_SCALE
 from univigu.models.attention import VideoOnly
 from univigu.models.block import TextStream, UniViGUTransformerBlock, modulate
 from univigu.models.cache import AttentionCache
@@ -53,7 +53,6 @@ TEXT_KEYS = (
     ".attn1_t.",
 )
 """Parts of the names of weights that a Wan checkpoint does not have."""
-EMBEDDING_DEFAULTS = asdict(EmbeddingFlowOptions())
 
 
 def is_text_parameter(name: str) -> bool:
@@ -78,7 +77,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
     Args (besides :class:`~diffusers.WanTransformer3DModel`'s):
         vocab_size: number of tokens V of the text tokenizer, at least 1. The ``mask`` flow has one more embedding,
             id V, for the mask state.
-        text_flow to embedding: see :class:`univigu.models.options.ArchitectureOptions`.
+        text_flow to embedding_self_conditioning: see :class:`univigu.models.options.ArchitectureOptions`.
         text_length: number of text tokens of the last training stage; sampling uses it.
         latents_normalized, null_condition, prompt_padding: see :class:`univigu.models.conventions.Conventions`.
     """
@@ -124,14 +123,15 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         separate_text_ffn: bool = True,
         clean_video_reads_text: bool = True,
         clean_video_timestep: float = 0.0,
-        embedding: dict[str, Any] = EMBEDDING_DEFAULTS,
+        embedding_self_conditioning: bool = True,
         text_length: int = 256,
         latents_normalized: bool = True,
         null_condition: NullCondition = "encoded",
         prompt_padding: PromptPadding = "zeros",
     ) -> None:
         wan = known_options(WanTransformer3DModel, locals())
-        options, _ = ArchitectureOptions.of(self.config), Conventions.of(self.config)  # checked by making them
+        ArchitectureOptions.of(self.config)  # checks them
+        Conventions.of(self.config)
         if vocab_size < 1:
             raise ValueError(f"vocab_size={vocab_size}: expected at least 1")
         # The parent builds everything but its blocks, which are ours: no block is allocated twice.
@@ -162,7 +162,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         self.scale_shift_table_t = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.text_head = TextHead(dim, vocab_size)
         self.text_endpoint_proj: nn.Linear | None = None
-        if text_flow == "embedding" and options.embedding.self_conditioning:
+        if text_flow == "embedding" and embedding_self_conditioning:
             self.text_endpoint_proj = nn.Linear(dim, dim, bias=False)
             nn.init.zeros_(self.text_endpoint_proj.weight)
 
@@ -290,7 +290,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         if text.tokens.ndim == 2:
             states = self.vocab_embed(text.tokens)
         else:
-            states = self.config.embedding["input_scale"] * text.tokens
+            states = EMBEDDING_INPUT_SCALE * text.tokens
             if text.endpoint is not None:
                 assert self.text_endpoint_proj is not None
                 states = states + self.text_endpoint_proj(text.endpoint.to(dtype))

@@ -102,7 +102,7 @@ class TextRun:
         """Take step i, given the logits of its inputs."""
         t, t_next = self.times[i], self.times[i + 1]
         if isinstance(self.flow, EmbeddingFlow) and self.flow.self_conditioning:
-            self.endpoint = self.flow.endpoint(logits, self.state, t)
+            self.endpoint = self.flow.endpoint(logits)
         self.state = self.flow.step(self.state, logits, t, t_next, self.generator)
 
     def tokens(self) -> torch.Tensor:
