@@ -1,28 +1,30 @@
-"""The only module that reads and writes video files: ``read_video``, ``probe_video`` and ``encode_mp4``.
+"""Video files in and out: ``read_video``, ``probe_video`` and ``encode_mp4``.
 
-decord decodes (only the frames needed), PyAV reads headers and writes H.264.  decord's threads do not survive a fork,
-so a process that forks workers later must not decode.
+Everything is decoded by :mod:`univigu.data.decode` in a process of its own.
 """
 
 from __future__ import annotations
 
+import atexit
 import io
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
 from fractions import Fraction
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.utils.dlpack import from_dlpack
 
-MAX_PIXELS = 8192 * 4320
-"""Largest frame that is decoded: 8K.  A few damaged or hostile files with larger frames would take all memory."""
-CHUNK_BYTES = 1 << 26
-"""Most bytes of decoded frames that are held at full size at once (at least one frame)."""
+DECODE_SECONDS = 120
+"""Time limit of reading one file."""
+
+Source = str | PathLike[str] | bytes
 
 
 class VideoError(ValueError):
@@ -36,13 +38,15 @@ def even_indices(num_available: int, num_frames: int) -> list[int]:
     return [round(i * (num_available - 1) / (num_frames - 1)) for i in range(num_frames)]
 
 
-def read_video(source: str | PathLike[str] | bytes, num_frames: int, height: int, width: int) -> torch.Tensor:
-    """Read a clip of any size, length and frame rate into the model's shape.
+def read_video(source: Source, num_frames: int, height: int, width: int) -> torch.Tensor:
+    """Read a video or an image of any size, length and frame rate into the model's shape.
 
-    Frames are chosen evenly over the whole clip, resized so that the target is covered, and centre-cropped.
+    Frames are as a player shows them: upright, in square pixels, without those that an edit list hides.  The chosen
+    ones are nearest in time to instants spread evenly from the first frame to the last; short clips repeat frames.
+    They are scaled to cover the size and cropped at the centre.
 
     Args:
-        source: path of a video file, or its bytes.
+        source: path of a file, or its bytes.
         num_frames: frames wanted, at least 1 (Wan's VAE wants 4k+1).
         height, width: target size in pixels.
 
@@ -50,127 +54,93 @@ def read_video(source: str | PathLike[str] | bytes, num_frames: int, height: int
         uint8 frames [F, C, H, W], a view of [F, H, W, C] in memory.
 
     Raises:
-        VideoError: the source is missing, empty, or not a video with at least one frame.
+        VideoError: the source is missing, empty, not a video with at least one frame, or takes too long.
     """
     # numpy allocates huge pages, which take a third of the time to touch
-    frames, done = torch.from_numpy(np.empty((num_frames, height, width, 3), np.uint8)).permute(0, 3, 1, 2), 0
-    for chunk in _decode(source, num_frames):
-        frames[done : done + len(chunk)] = resize_and_crop(chunk.permute(0, 3, 1, 2), height, width)
-        done += len(chunk)
-    return frames
+    frames = np.empty((num_frames, height, width, 3), np.uint8)
+    _decoder.ask(source, (0, -1), frames)
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 
-def _decode(source: str | PathLike[str] | bytes, num_frames: int) -> Iterator[torch.Tensor]:
-    """Chunks [f, h, w, C] of the evenly spread frames, of at most CHUNK_BYTES."""
-    import av
-    import decord  # not at the top: it loads ffmpeg, which `lightning --help` does not need
-
-    name = "<bytes>" if isinstance(source, bytes) else str(source)
-    handle: Any = io.BytesIO(source) if isinstance(source, bytes) else name
-    if not isinstance(source, bytes):
-        with _named(name), open(name, "rb") as file:
-            if not file.read(1):
-                raise VideoError(f"{name}: the file is empty")
-    elif not source:
-        raise VideoError(f"{name}: no bytes")
-    with _named(name):
-        with av.open(handle) as container:  # decord leaks 0.1 MiB for each file that it cannot open
-            if not container.streams.video:
-                raise VideoError(f"{name}: holds no video")
-            header = container.streams.video[0].codec_context
-            _check_size(header.height, header.width, name)
-        if isinstance(source, bytes):
-            handle.seek(0)
-        reader = decord.VideoReader(handle, num_threads=1)
-        if len(reader) == 0:
-            raise VideoError(f"{name}: holds no video frame")
-        indices = even_indices(len(reader), num_frames)
-        try:
-            first = from_dlpack(reader.get_batch(indices[:1]).to_dlpack())
-        except decord.DECORDError as error:
-            if "size must exactly match" not in str(error):
-                raise
-            # decord cannot copy frames whose rows its scaler pads: widths 2, 4, 6, 8, 12, 16, 24, 48 and 72
-            yield from _decode_narrow(source, indices, name)
-            return
-        _check_size(first.shape[1], first.shape[2], name)  # the header may be wrong
-        yield first
-        step = max(1, CHUNK_BYTES // first.nbytes)
-        for start in range(1, len(indices), step):
-            yield from_dlpack(reader.get_batch(indices[start : start + step]).to_dlpack())
-
-
-def _check_size(height: int, width: int, name: str) -> None:
-    if height * width > MAX_PIXELS:
-        raise VideoError(f"{name}: frames of {width}x{height} pixels, over {MAX_PIXELS}")
-
-
-def _decode_narrow(source: str | PathLike[str] | bytes, indices: list[int], name: str) -> Iterator[torch.Tensor]:
-    """The frames [1, h, w, C] of these ascending numbers, decoded by PyAV."""
-    import av
-
-    with av.open(io.BytesIO(source) if isinstance(source, bytes) else name, "r") as container:
-        container.streams.video[0].thread_type = "NONE"  # one thread, like decord
-        wanted = Counter(indices)
-        for number, frame in enumerate(container.decode(video=0)):
-            _check_size(frame.height, frame.width, name)
-            image = torch.from_numpy(frame.to_ndarray(format="rgb24"))[None]
-            yield from [image] * wanted.pop(number, 0)
-            if not wanted:
-                return
-        raise VideoError(f"{name}: holds fewer frames than its header says, no frame {min(wanted)}")
-
-
-def probe_video(source: Any) -> tuple[int, int, int]:
-    """(height, width, number of frames) of a video by its headers; nothing is decoded.
+def probe_video(source: Source, section: tuple[int, int] = (0, -1)) -> tuple[int, int, int]:
+    """(height, width, number of frames) of a video as it is shown; one frame is decoded.
 
     Args:
-        source: path of a file, or a file object that can seek.
+        source: path of a file, or its bytes.
+        section: (offset, size) of the video in the file; a size of -1 is the rest of the file.
 
     Raises:
         VideoError: there is no video with at least one frame.
     """
-    import av
-
-    name = str(source) if isinstance(source, str | PathLike) else "<bytes>"
-    with _named(name), av.open(source) as container:
-        if not container.streams.video:
-            raise VideoError(f"{name}: holds no video")
-        stream = container.streams.video[0]
-        height, width = stream.codec_context.height, stream.codec_context.width
-        frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)  # webm has no count
-        if min(height, width, frames) < 1:
-            raise VideoError(f"{name}: {frames} frames of {width}x{height} pixels")
-        return height, width, frames
+    return _decoder.ask(source, section, None)
 
 
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Turn the many exceptions of a decoder into one VideoError that names the file."""
-    try:
-        yield
-    except VideoError:
-        raise
-    except OSError as error:
-        raise VideoError(f"{name}: {error.strerror or error}") from error
-    except Exception as error:
-        # decord's messages carry a C++ stack trace after the first line; PyAV's strerror is the readable part
-        text = getattr(error, "strerror", None) or str(error)
-        reason = (text.strip().splitlines() or [type(error).__name__])[0]
-        raise VideoError(f"{name}: not a readable video ({reason[-160:]})") from error
+class _Decoder:
+    """Runs ``decode.py`` and restarts it when it died.  It ends when this end of the pipe closes, however it does."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, source: Source, section: tuple[int, int], frames: np.ndarray | None) -> Any:
+        """Fill the frames; for None, return what ``decode.probe`` returns."""
+        name = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
+        file = source if isinstance(source, bytes) else os.path.abspath(name)
+        with self.lock:
+            process = self.process
+            if process is None or process.poll() is not None:
+                process = self._start()
+            try:
+                self.connection.send((DECODE_SECONDS, file, section, None if frames is None else frames.shape[:3]))
+                reply = self.connection.recv()
+                if reply is None and frames is not None:
+                    with open(self.connection.fileno(), "rb", closefd=False) as pipe:
+                        if pipe.readinto(frames.data) < frames.nbytes:
+                            raise EOFError
+            except (EOFError, ConnectionError):
+                code = process.wait()
+                end = f"took longer than {DECODE_SECONDS} s" if code == -signal.SIGALRM else f"died, exit code {code}"
+                raise VideoError(f"{name}: not a readable video (the decoder {end})") from None
+            except BaseException:  # the rest of the answer must not be taken for the next one
+                self.stop()
+                raise
+        if isinstance(reply, str):
+            raise VideoError(f"{name}: {reply}")
+        return reply
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self.connection, theirs = multiprocessing.Pipe()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", Path(__file__).with_name("decode.py"), str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is for this process
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+            )
+        try:
+            self.connection.recv()
+        except EOFError:
+            raise RuntimeError(f"the video decoder does not start: exit code {self.process.wait()}") from None
+        return self.process
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.connection.close()
+            self.process.kill()
+            self.process.wait()
 
 
-def resize_and_crop(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Scale uint8 frames [F, C, h, w] so that they cover [height, width], then crop the centre."""
-    source_height, source_width = frames.shape[-2:]
-    if (source_height, source_width) == (height, width):
-        return frames
-    scale = max(height / source_height, width / source_width)
-    size = (max(height, round(source_height * scale)), max(width, round(source_width * scale)))
-    # uint8 in channels-last layout: twenty times faster than float, and within one level of it
-    resized = F.interpolate(frames, size=size, mode="bilinear", antialias=True, align_corners=False)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return resized[..., top : top + height, left : left + width]
+_decoder = _Decoder()
+
+
+def _new_decoder() -> None:
+    global _decoder
+    _decoder = _Decoder()
+
+
+os.register_at_fork(after_in_child=_new_decoder)  # the running one is the parent's
+atexit.register(lambda: _decoder.stop())
 
 
 def to_model_range(frames: torch.Tensor) -> torch.Tensor:
@@ -191,18 +161,41 @@ def to_uint8(frames: torch.Tensor) -> torch.Tensor:
 def encode_mp4(frames: torch.Tensor, fps: int = 8, crf: int = 12) -> bytes:
     """H.264 mp4 bytes of uint8 frames [F, C, H, W] (even H and W); deterministic for given frames and version.
 
-    ``crf`` is x264's constant rate factor: 0 is lossless, 23 its usual default.
+    The file names its colours: BT.709 in limited range, with the matrix of BT.601 in standard definition.
+
+    Args:
+        frames: sRGB.
+        fps: frames a second.
+        crf: x264's constant rate factor: 0 is lossless, 23 its usual default.
     """
     import av
+    from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-    buffer = io.BytesIO()
+    from univigu.data.decode import is_hd
+
+    height, width = frames.shape[2:]
+    hd = is_hd(height, width)
+    flags = Interpolation.BILINEAR | Interpolation.ACCURATE_RND if hd else Interpolation.BILINEAR
+    matrix = Colorspace.ITU709 if hd else Colorspace.SMPTE170M
+    buffer, reformatter = io.BytesIO(), VideoReformatter()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps))
-        stream.width, stream.height, stream.pix_fmt = frames.shape[3], frames.shape[2], "yuv420p"  # type: ignore[attr-defined]
-        stream.thread_count = 1  # type: ignore[attr-defined]
+        stream: Any = container.add_stream("libx264", rate=Fraction(fps))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        context = stream.codec_context
+        context.thread_count = 1
+        context.color_primaries, context.color_trc, context.color_range = 1, 1, 1  # BT.709, BT.709, limited
+        context.colorspace = 1 if hd else 6  # BT.709, SMPTE 170M
         # x264's assembly is not deterministic at this preset: the same frames gave different bytes
-        stream.options = {"crf": str(crf), "preset": "veryfast", "x264-params": "no-asm=1"}
+        context.options = {"crf": str(crf), "preset": "veryfast", "x264-params": "no-asm=1"}
         for image in frames.permute(0, 2, 3, 1).contiguous().numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))  # type: ignore[attr-defined]
-        container.mux(stream.encode())  # type: ignore[attr-defined]
+            picture = reformatter.reformat(
+                av.VideoFrame.from_ndarray(image, format="rgb24"),
+                format="yuv420p",
+                dst_colorspace=matrix,
+                dst_color_range=ColorRange.MPEG,
+                interpolation=flags,
+                threads=1,
+            )
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
     return buffer.getvalue()
