@@ -69,7 +69,7 @@ def test_workers_that_decode_are_spawned(world: dict[str, Any]) -> None:
 
 
 def test_preparing_and_setup_do_not_load_the_decoder(world: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "decord", None)  # an import raises ImportError
+    monkeypatch.setitem(sys.modules, "av", None)  # an import raises ImportError
     data = make(world, stage=None)
     data.prepare_data()
     data.setup("fit")

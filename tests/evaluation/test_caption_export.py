@@ -123,12 +123,12 @@ def test_many_clips_half_of_them_broken(
         name = os.fsencode(folder) + f"/clip {i} ü\u2028".encode() + (b"\x80" if i % 7 == 0 else b"") + b".mp4"
         Path(os.fsdecode(name)).write_bytes(good if i % 2 else damages[i // 2 % 5])
     assert evaluate(command("vdc", model, folder, output, "--caption-steps=1", "--batch-size=8")) == 0
-    assert "complete: 35 rows, 20 of them errors" in capsys.readouterr().out
+    assert "complete: 35 rows, 18 of them errors" in capsys.readouterr().out
     rows = [json.loads(line) for line in (output / "captions.jsonl").read_text().split("\n")[:-1]]
     assert len({row["key"] for row in rows}) == 35
     for row in rows:
         number = int(row["key"].split()[1])
-        assert (row["error"] is None) == bool(number % 2 and number % 7)  # decord opens no name that is no text
+        assert (row["error"] is None) == bool(number % 2)
     assert len(json.loads((output / "aurora" / "detailed.json").read_text())) == 35
 
 

@@ -130,9 +130,7 @@ def choose_bucket(ref: SampleRef, buckets: Sequence[Bucket], shapes: Sequence[tu
     member = ref.members[suffix]
     assert not isinstance(member, bytes)
     path, offset, size = member
-    # FFmpeg's name for a section of a file
-    name = f"file:{path}" if size < 0 else f"subfile,,start,{offset},end,{offset + size},,:file:{path}"
     try:
-        return best_bucket(buckets, *probe_video(name))
+        return best_bucket(buckets, *probe_video(path, (offset, size)))
     except VideoError as error:
         raise ref.error("unreadable_video", "video", str(error)) from error

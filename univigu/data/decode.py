@@ -279,9 +279,10 @@ def _reason(error: Exception) -> str:
         return str(error)
     if isinstance(error, MemoryError):
         return f"needs more than {MAX_MEMORY >> 30} GiB of memory"
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if isinstance(error, OSError) and error.filename and not isinstance(error, av.FFmpegError):
-        return text
+        return error.strerror or str(error)
+    known = isinstance(error, av.FFmpegError | OSError)
+    text = (getattr(error, "strerror", None) if known else repr(error)) or str(error)
     return f"not a readable video ({text.splitlines()[0][-160:]})"
 
 
