@@ -49,7 +49,12 @@ def _vpx(gop: str) -> dict[str, str]:
 
 def _av1(gop: str) -> dict[str, str]:
     size, structure, refresh = {INTRA: (1, 1, 2), CLOSED: (12, 1, 2), OPEN: (17, 2, 1), B_FRAMES: (30, 2, 2)}[gop]
-    return {"g": str(size), "preset": "12", "svtav1-params": f"pred-struct={structure}:irefresh-type={refresh}"}
+    return {
+        "g": str(size),
+        "preset": "10",
+        "crf": "15",
+        "svtav1-params": f"pred-struct={structure}:irefresh-type={refresh}",
+    }
 
 
 CODECS: dict[str, tuple[str, Any, tuple[str, ...]]] = {  # pixel format, options, groups of pictures
@@ -110,7 +115,7 @@ def remux(clip: bytes, stamps: list[tuple[int, int]], container: str, cut: str) 
             shift = -CUT[0]
             first = max(n for n, packet in enumerate(packets) if packet.is_keyframe and stamps[n][0] <= CUT[0])
             stop = next(n for n, (pts, _) in enumerate(stamps) if pts >= CUT[1])
-        out = target.add_stream_from_template(stream)
+        out = target.add_stream_from_template(stream, opaque=True)
         if container in ("mpegts", "mpeg"):  # which have no header
             dump = av.BitStreamFilterContext("dump_extra", stream)
             packets = [dump.filter(packet)[0] for packet in packets]

@@ -277,6 +277,32 @@ def test_damaged_packets_are_skipped() -> None:
     assert [video_matrix.number_of(frame) for frame in frames] == [0, 59]
 
 
+def test_mutated_files_are_read_or_refused() -> None:
+    """UNIVIGU_MUTATIONS=1500 tests as many."""
+    rng = np.random.default_rng(0)
+    gif = save([gray(level) for level in range(0, 250, 25)], "gif")
+    files = [gif, save([gray(level) for level in range(0, 250, 25)], "webp"), encode_mp4(clip())]
+    stored = video_matrix.encode("mpeg4", video_matrix.B_FRAMES)
+    files += [video_matrix.remux(*stored, container, "whole") for container in ("avi", "matroska", "asf", "3gp")]
+    read = 0
+    for number in range(int(os.environ.get("UNIVIGU_MUTATIONS", "70"))):
+        data = bytearray(files[number % len(files)])
+        start, length = rng.integers(len(data)), rng.integers(1, 300)
+        if number % 3 == 0:
+            del data[start : start + length]
+        elif number % 3 == 1:
+            data[start : start + length] = rng.bytes(length)
+        else:
+            start %= 1500  # a number in the header
+            data[start : start + 4] = (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", bytes(4))[rng.integers(3)]
+        try:
+            probe_video(bytes(data))
+            read += read_video(bytes(data), 9, 64, 64).shape == (9, 3, 64, 64)
+        except VideoError as error:
+            assert "the decoder" not in str(error)  # it need not die of these
+    assert read
+
+
 def test_a_decoder_that_hangs_or_dies_costs_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video, "DECODE_SECONDS", 1)
     data = encode_mp4(clip())

@@ -14,7 +14,7 @@ from univigu.data.shards import Manifest, ShardInfo, write_shard
 from univigu.data.video import encode_mp4
 from univigu.shapes import renderer, scenes, texts
 
-ENCODING = b"h264-1"  # change it when encode_mp4 writes other files
+ENCODING = b"h264-1"  # change it when other pixels are read from what encode_mp4 writes
 
 
 @cache
