@@ -169,33 +169,23 @@ def encode_mp4(frames: torch.Tensor, fps: int = 8, crf: int = 12) -> bytes:
         crf: x264's constant rate factor: 0 is lossless, 23 its usual default.
     """
     import av
-    from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
     from univigu.data.decode import is_hd
 
     height, width = frames.shape[2:]
-    hd = is_hd(height, width)
-    flags = Interpolation.BILINEAR | Interpolation.ACCURATE_RND if hd else Interpolation.BILINEAR
-    matrix = Colorspace.ITU709 if hd else Colorspace.SMPTE170M
-    buffer, reformatter = io.BytesIO(), VideoReformatter()
+    buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream: Any = container.add_stream("libx264", rate=Fraction(fps))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
         context.thread_count = 1
         context.color_primaries, context.color_trc, context.color_range = 1, 1, 1  # BT.709, BT.709, limited
-        context.colorspace = 1 if hd else 6  # BT.709, SMPTE 170M
+        context.colorspace = 1 if is_hd(height, width) else 6  # BT.709, SMPTE 170M
         # x264's assembly is not deterministic at this preset: the same frames gave different bytes
         context.options = {"crf": str(crf), "preset": "veryfast", "x264-params": "no-asm=1"}
         for image in frames.permute(0, 2, 3, 1).contiguous().numpy():
-            picture = reformatter.reformat(
-                av.VideoFrame.from_ndarray(image, format="rgb24"),
-                format="yuv420p",
-                dst_colorspace=matrix,
-                dst_color_range=ColorRange.MPEG,
-                interpolation=flags,
-                threads=1,
-            )
+            picture = av.VideoFrame.from_ndarray(image, format="rgb24")
+            picture.colorspace = context.colorspace  # of the frame that is encoded
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return buffer.getvalue()
