@@ -221,8 +221,9 @@ def test_sizes_are_covered_and_cropped() -> None:
     picture = np.zeros((48, 96, 3), np.uint8)
     picture[:, 24:72] = 255  # the centre that a square keeps
     assert read_video(write([picture]), 1, 96, 96)[0, :, :, 4:-4].min() > 240
-    with pytest.raises(VideoError, match=r"frames of \d+x\d+ pixels, over"):
-        read_video(save([Image.new("L", (60000, 1))], "png"), 1, 512, 512)
+    for data in (save([Image.new("L", (60000, 1))], "png"), save([Image.new("L", (6000, 6000))], "jpeg")):
+        with pytest.raises(VideoError, match=r"frames of \d+x\d+ pixels, over"):
+            read_video(data, 1, 512, 512)
 
 
 def test_a_section_of_a_file_is_probed(tmp_path: Path) -> None:

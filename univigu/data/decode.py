@@ -25,8 +25,8 @@ MAX_PIXELS = 8192 * 4320
 """Largest frame that is decoded: 8K."""
 MAX_MEMORY = 8 << 30
 """Address space of the process in bytes."""
-OPTIONS = {"threads": "1", "max_pixels": str(MAX_PIXELS), "protocol_whitelist": "none"}
-"""Of FFmpeg; the last one keeps playlists from opening other files and addresses."""
+OPTIONS = {"threads": "1", "protocol_whitelist": "none"}
+"""Of FFmpeg; the second keeps playlists from opening other files and addresses."""
 PILLOW_FORMATS = ("jpeg_pipe", "webp_pipe")
 """Images that Pillow reads: FFmpeg has no animated WebP, and PyAV does not give mirrored EXIF orientations."""
 INDEXED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
@@ -236,6 +236,7 @@ class _Filler:
         return not self.missing
 
     def _convert(self, frame: Any, height: int, width: int) -> np.ndarray:
+        _check_size(frame.height, frame.width)  # it may be larger than the header says
         swap, flip_y, flip_x = _orientation(frame)
         least = (width, height) if swap else (height, width)
         shown = frame.height, frame.width * self.aspect
