@@ -102,10 +102,10 @@ def _read_by_packets(file: Any, packets: list[tuple[int, bool, bool]], fill: _Fi
 
 def _needed(packets: list[tuple[int, bool, bool]], wanted: set[int]) -> np.ndarray | None:
     """Which packets to decode for the frames at these times: each from the key frame before it; None for all."""
+    if any(hidden for *_, hidden in packets) or all(key for _, key, _ in packets):  # some files mark every frame
+        return None
     needed, keys = np.zeros(len(packets), bool), []
-    for number, (pts, key, hidden) in enumerate(packets):
-        if hidden:
-            return None
+    for number, (pts, key, _) in enumerate(packets):
         if key:
             keys.append(number)
         if pts in wanted:
