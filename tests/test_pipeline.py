@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,18 @@ QUICK = {"num_inference_steps": 2, "max_sequence_length": 16}
 READ = {"caption_steps": 2, "max_sequence_length": 16}
 
 
-@pytest.fixture(scope="module")
-def pipe() -> UniViGUPipeline:
+def make_pipe(text_flow: str = "mask", kind: type[UniViGUPipeline] = univigu.UniViGUPipeline) -> UniViGUPipeline:
     wan = tiny.make_pipeline()
-    model = tiny.make_unified(wan.transformer, len(wan.tokenizer), text_flow="mask")
+    model = tiny.make_unified(wan.transformer, len(wan.tokenizer), text_flow=text_flow)
     model.register_to_config(text_length=12)
-    components = {name: wan.components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
-    pipe = univigu.UniViGUPipeline(**components, transformer=model)
+    pipe = kind(wan.tokenizer, wan.text_encoder, wan.vae, wan.scheduler, model)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe() -> UniViGUPipeline:
+    return make_pipe()
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +52,7 @@ def seeds(*numbers: int) -> list[torch.Generator]:
 
 
 def test_calling_it_is_wan_pipeline(pipe: UniViGUPipeline) -> None:
-    components = {**pipe.components}
-    wan = WanPipeline(
-        **{name: components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler")},
-        transformer=components["transformer"],
-    )
+    wan = WanPipeline(pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.scheduler, pipe.transformer)
     wan.set_progress_bar_config(disable=True)
     arguments = {**SIZE, "num_inference_steps": 2, "max_sequence_length": 16, "output_type": "np"}
     frames = [p("a red circle", generator=torch.Generator().manual_seed(3), **arguments).frames for p in (pipe, wan)]
@@ -86,13 +86,11 @@ def test_captions_of_every_form_of_video(pipe: UniViGUPipeline, videos: np.ndarr
 
 
 def test_questions_are_conditions(pipe: UniViGUPipeline, videos: np.ndarray) -> None:
-    options = {"generator": seeds(1, 2), **READ}
-    answered = pipe.answer(videos, ["what color is it", "which shape"], **options)
-    assert torch.equal(
-        answered.tokens,
-        pipe.caption(videos, ["what color is it", "which shape"], **{**options, "generator": seeds(1, 2)}).tokens,
+    questions = ["what color is it", "which shape"]
+    answered, captioned = (
+        task(videos, questions, generator=seeds(1, 2), **READ) for task in (pipe.answer, pipe.caption)
     )
-    assert len(answered.text) == 2
+    assert torch.equal(answered.tokens, captioned.tokens) and len(answered.text) == 2
 
 
 @pytest.mark.parametrize("output_type", ["np", "pt", "pil", "latent"])
@@ -161,47 +159,45 @@ LONG = "a large red circle moving left slowly"
 
 def test_no_task_cuts_a_prompt(pipe: UniViGUPipeline, videos: np.ndarray) -> None:
     count = token_count(pipe.tokenizer, LONG)
-    for length in (count - 1, count):
-        for task in (
-            lambda slot: pipe.caption(videos, LONG, caption_steps=1, max_sequence_length=slot),
-            lambda slot: pipe.answer(videos, ["one", LONG], caption_steps=1, max_sequence_length=slot),
-            lambda slot: pipe.joint(LONG, **SIZE, num_inference_steps=1, max_sequence_length=slot),
-            lambda slot: pipe.edit(videos, LONG, num_inference_steps=1, max_sequence_length=slot),
-        ):
-            if length == count:
-                task(length)
-                continue
-            with pytest.raises(TextTooLongError, match=rf"max_sequence_length={length}: prompt has {count} tokens"):
-                task(length)
+    tasks = (
+        lambda slot: pipe.caption(videos, LONG, caption_steps=1, max_sequence_length=slot),
+        lambda slot: pipe.answer(videos, ["one", LONG], caption_steps=1, max_sequence_length=slot),
+        lambda slot: pipe.joint(LONG, **SIZE, num_inference_steps=1, max_sequence_length=slot),
+        lambda slot: pipe.edit(videos, LONG, num_inference_steps=1, max_sequence_length=slot),
+    )
+    for task in tasks:
+        task(count)
+        with pytest.raises(TextTooLongError, match=rf"max_sequence_length={count - 1}: prompt has {count} tokens"):
+            task(count - 1)
     # the pipeline's own call is WanPipeline's, which cuts
     cut = {**SIZE, "num_inference_steps": 1, "max_sequence_length": count - 1}
     assert pipe(LONG, **cut).frames.shape == (1, 5, 32, 48, 3)
 
 
 def test_an_option_that_a_task_would_ignore_is_refused(pipe: UniViGUPipeline, videos: np.ndarray) -> None:
-    def caption(**options: Any) -> Any:
-        return pipe.caption(videos, max_sequence_length=16, **options)
-
-    def joint(**options: Any) -> Any:
-        return pipe.joint("one", **SIZE, max_sequence_length=16, **options)
-
-    def edit(**options: Any) -> Any:
-        return pipe.edit(videos, "one", max_sequence_length=16, **options)
-
+    caption = partial(pipe.caption, videos, max_sequence_length=16)
+    joint = partial(pipe.joint, "one", **SIZE, max_sequence_length=16)
+    edit = partial(pipe.edit, videos, "one", max_sequence_length=16)
     for task, options, message in (
         (caption, {"num_inference_steps": 10}, "num_inference_steps=10: caption does not use it; use caption_steps"),
         (caption, {"guidance_scale": 2.0}, r"guidance_scale=2\.0: caption .* use caption_guidance_scale"),
         (caption, {"solver": "euler"}, "solver='euler': caption does not use it; use one of caption_steps,"),
         (joint, {"caption_steps": 5}, "caption_steps=5: joint does not use it; use num_inference_steps"),
         (joint, {"batch_guidance": True}, "batch_guidance=True: joint does not use it"),
-        (joint, {"caption_refresh": 2}, "caption_refresh=2: .* use it with joint_lag over 0"),
+        (joint, {"joint_lag": 0, "caption_refresh": 2}, "caption_refresh=2: .* use it with joint_lag over 0"),
         (edit, {"caption_steps": 5}, "caption_steps=5: edit does not use it; use num_inference_steps"),
         (edit, {"temperature": 1.0}, r"temperature=1\.0: edit does not use it; use one of num_inference_steps,"),
     ):
         with pytest.raises(ValueError, match=message):
             task(**options)
-    with pytest.raises(TypeError, match="no_such_option"):
-        caption(no_such_option=1)
+    for task, name in (
+        (caption, "no_such_option"),
+        (joint, "strength"),
+        (caption, "output_type"),
+        (edit, "num_frames"),
+    ):
+        with pytest.raises(TypeError, match=name):
+            task(**{name: 1})
 
     whole = SamplingOptions(num_inference_steps=1, caption_steps=1, batch_guidance=True, caption_refresh=2)
     for task in (caption, joint, edit):
@@ -216,10 +212,7 @@ def test_an_option_that_a_task_would_ignore_is_refused(pipe: UniViGUPipeline, vi
 def test_an_option_that_a_text_flow_does_not_know_is_refused(
     pipe: UniViGUPipeline, videos: np.ndarray, flow: str, known: dict[str, Any], unknown: str
 ) -> None:
-    model = tiny.make_unified(tiny.make_wan(), len(pipe.tokenizer), text_flow=flow)
-    model.register_to_config(text_length=12)
-    other = UniViGUPipeline(**{**pipe.components, "transformer": model})
-    other.set_progress_bar_config(disable=True)
+    other = make_pipe(flow)
     value = {"text_order": "confidence", "temperature": 1.0}[unknown]
     assert other.caption(videos, **READ, **known).tokens.shape == (2, 12)
     with pytest.raises(ValueError, match=f"{unknown}={value!r}: caption with the '{flow}' text flow does not use it"):
@@ -233,11 +226,6 @@ def test_the_table_of_options_has_no_other_names() -> None:
 
 
 def test_the_progress_bar_of_a_text_that_ends_early_is_closed(videos: np.ndarray) -> None:
-    wan = tiny.make_pipeline()
-    model = tiny.make_unified(wan.transformer, len(wan.tokenizer), text_flow="mask")
-    model.register_to_config(text_length=12)
-    torch.nn.init.constant_(model.text_head.linear.bias[wan.tokenizer.eos_token_id], 100.0)  # sure of the end
-    components = {name: wan.components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
     bars = []
 
     class Kept(UniViGUPipeline):
@@ -245,7 +233,11 @@ def test_the_progress_bar_of_a_text_that_ends_early_is_closed(videos: np.ndarray
             bars.append(super().progress_bar(*args, **kwargs))
             return bars[-1]
 
-    pipe = Kept(**components, transformer=model)
+    pipe = make_pipe(kind=Kept)
+    pipe.set_progress_bar_config()  # shown
+    torch.nn.init.constant_(
+        pipe.transformer.text_head.linear.bias[pipe.tokenizer.eos_token_id], 100.0
+    )  # sure of the end
     pipe.caption(videos, text_order="confidence", max_sequence_length=16)
     (bar,) = bars
     assert bar.n == 1 and bar.total == 50 and bar.disable  # as tqdm leaves a bar that was closed

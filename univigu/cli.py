@@ -6,7 +6,6 @@ lightning predict --config configs/caption.yaml --data.videos 'clips/*.mp4'
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -21,9 +20,14 @@ SUBCOMMANDS = {
     "test": "held-out scores in both directions on the test split",
     "predict": "use a model: configs/caption.yaml, generate.yaml, joint.yaml, edit.yaml, qa.yaml",
 }
-"""What there is, and what it is for; the options of each stand in Lightning's parser."""
+USAGE = f"usage: lightning [-h] [--version] {{{','.join(SUBCOMMANDS)}}} [options]"
+HELP = f"""{USAGE}
 
-EXAMPLES = """examples:
+Uni-ViGU: one diffusion transformer that makes video and understands it.
+
+subcommands:
+{"".join(f"  {name:9} {text}" + chr(10) for name, text in SUBCOMMANDS.items())}
+examples:
   lightning fit --config configs/recall.yaml
   lightning fit --config configs/recall.yaml --config configs/wan2.1-1.3b.yaml --config configs/fsdp.yaml
   lightning predict --config configs/caption.yaml --data.videos 'clips/*.mp4'
@@ -31,10 +35,9 @@ EXAMPLES = """examples:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; user errors end in one line on standard error and exit code 2.
+    """Run the command line with the arguments of ``sys.argv``, or those given without the program's name.
 
-    Args:
-        args: arguments without the program's name; None takes ``sys.argv``.
+    User errors end in one line on standard error and exit code 2.
     """
     answer_at_once(sys.argv[1:] if args is None else args)
     from univigu.training.lightning_cli import UniViGUCLI  # heavy: torch, lightning and diffusers, seconds
@@ -45,37 +48,25 @@ def main(args: list[str] | None = None) -> None:
 
 
 def answer_at_once(args: list[str]) -> None:
-    """Help, the version and a misspelt subcommand, without the seconds that importing everything takes.
+    """Answer help, the version and a misspelt subcommand without the seconds that importing everything takes.
 
     Raises:
-        SystemExit: 0 after ``--help`` or ``--version``, 2 where no subcommand of ours is named; otherwise it returns.
+        SystemExit: 0 after ``--help`` or ``--version``, 2 without a subcommand of ours; otherwise it returns.
     """
-    parser = argparse.ArgumentParser(
-        "lightning",
-        usage="%(prog)s [-h] [--version] {" + ",".join(SUBCOMMANDS) + "} [options]",
-        description="Uni-ViGU: one diffusion transformer that makes video and understands it.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"univigu {__version__}")
-    subcommands = parser.add_subparsers(title="subcommands", metavar="")
-    for name, text in SUBCOMMANDS.items():
-        subcommands.add_parser(name, help=text)
-    first = args[0] if args else None
-    if first is None:
-        parser.error(f"expected a subcommand: {', '.join(SUBCOMMANDS)}")
-    elif first in ("-h", "--help", "--version"):
-        parser.parse_args([first])
-    elif not first.startswith("-") and first not in SUBCOMMANDS:
-        parser.error(f"no subcommand {first!r}: expected one of {', '.join(SUBCOMMANDS)}")
+    first = args[0] if args else ""
+    if first in ("-h", "--help", "--version"):
+        print(f"univigu {__version__}" if first == "--version" else HELP)
+        sys.exit(0)
+    if first not in SUBCOMMANDS and not first.startswith("-"):
+        found = f"no subcommand {first!r}" if first else "expected a subcommand"
+        print(f"{USAGE}\nlightning: error: {found}: expected one of {', '.join(SUBCOMMANDS)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def exit_code(run: Callable[[], object]) -> int:
-    """Run a command: 0, or 2 after a user's mistake, which is told in one line on standard error.
+    """Run a command: 0, or 2 after a user's mistake, which is printed in one line on standard error.
 
-    Mistakes are the errors of files (OSError) and of values (ValueError, which ours all are, and Lightning's
-    MisconfigurationException); all others are faults of the program and keep their traceback.
+    Mistakes are OSError, ValueError and Lightning's MisconfigurationException; other errors keep their traceback.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:

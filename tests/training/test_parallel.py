@@ -38,18 +38,17 @@ REPO = Path(__file__).resolve().parents[2]
 
 BATCH, EPOCH = 4, 2  # samples a process and step, steps an epoch
 ADAMW = OptimizerOptions(name="adamw")
+RATES = {"steps": 10, "text_learning_rate": 1e-3}
 STAGES = {
-    "recall": Stage(
-        steps=10,
-        text_length=8,
-        learning_rate=0.0,
-        text_learning_rate=1e-3,
-        warmup_steps=2,
-        tasks=TaskMixture(joint=1, understand=1, generate=0),
-    ),
-    "refine": Stage(
-        steps=10, target="caption", text_length=12, learning_rate=1e-3, text_learning_rate=1e-3, warmup_steps=0
-    ),
+    "recall": Stage(text_length=8, learning_rate=0.0, warmup_steps=2, tasks=TaskMixture(1, 1, 0), **RATES),
+    "refine": Stage(target="caption", text_length=12, learning_rate=1e-3, warmup_steps=0, **RATES),
+}
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,  # would shuffle
 }
 
 
@@ -126,17 +125,13 @@ def train(
     saver = [ModelCheckpoint(root, filename="{step}", every_n_train_steps=saves, save_top_k=-1)] if saves else []
     trainer = Trainer(
         default_root_dir=root,
-        accelerator="cpu",
         devices=processes if sharded else 1,
-        logger=False,
         max_steps=steps,
         strategy=ShardedStrategy(compute_dtype=compute_dtype) if sharded else "auto",
         gradient_clip_val=0.5,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         enable_checkpointing=bool(saves),
-        use_distributed_sampler=False,  # would shuffle
         callbacks=[StageSwitch(STAGES), diary, *saver],
+        **QUIET,
     )
     share = Subset(Clips(), range(int(os.environ.get("RANK", 0)), len(Clips()), processes))
     loader: DataLoader = DataLoader(share, batch_size=BATCH * 2 // processes)
@@ -153,16 +148,12 @@ def average(folder: str, root: str, *, processes: int, distributed: bool) -> Dia
     def make(*callbacks: Callback, **options: Any) -> tuple[Trainer, UniViGU]:
         trainer = Trainer(
             default_root_dir=root,
-            accelerator="cpu",
             devices=processes,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             enable_checkpointing=bool(callbacks),
-            use_distributed_sampler=False,
             strategy=ShardedStrategy("auto", distributed, "float32"),
             limit_val_batches=0,
             callbacks=[StageSwitch(STAGES), *callbacks],
+            **QUIET,
             **options,
         )
         return trainer, UniViGU(folder, seed=3, optimizer=ADAMW)
@@ -240,30 +231,34 @@ def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
 
 @pytest.fixture(scope="module")
 def two(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The same in two; and some steps of other kinds."""
+    """The same in two, some steps of other kinds, and evaluations on the mean, see ``average``."""
     root = tmp_path_factory.mktemp("two")
     jobs = (
         {"root": str(root), "saves": 4},
         {"root": str(root / "embedding"), "text_flow": "embedding", "steps": 5},
         {"root": str(root / "bfloat16"), "compute_dtype": "bfloat16", "steps": 12, "separate_text_ffn": False},
         {"root": str(root / "compiled"), "compile_backend": "aot_eager", "steps": 12},
+        {"root": str(root / "folder"), "distributed": True},
+        {"root": str(root / "file"), "distributed": False},
     )
     return SimpleNamespace(diaries=launch(2, folder, *jobs), root=root)
 
 
-def mean(diaries: list[Any]) -> dict[int, float]:
-    return {step: sum(diary.losses[step] for diary in diaries) / len(diaries) for step in diaries[0].losses}
+def assert_losses(diaries: list[Any], expected: Any, steps: range, tolerance: float = 1e-5) -> None:
+    """The mean of the processes' losses."""
+    assert all(list(diary.losses) == list(steps) for diary in diaries)
+    for step in steps:
+        mean = sum(diary.losses[step] for diary in diaries) / len(diaries)
+        assert mean == pytest.approx(expected.losses[step], rel=tolerance, abs=tolerance), step
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(plain: SimpleNamespace, two: SimpleNamespace) -> None:
     """The same global batch: the same losses, before and after the stage switch, which unfreezes the generator."""
-    losses = mean([diaries[0] for diaries in two.diaries])
-    assert list(losses) == list(plain.losses) == list(range(20))
-    for step, loss in plain.losses.items():
-        assert losses[step] == pytest.approx(loss, rel=1e-5, abs=1e-5), step
-    assert len({diaries[0].losses[0] for diaries in two.diaries}) == 2  # each has samples of its own
-    for diary in (plain, *(diaries[0] for diaries in two.diaries)):
+    diaries = [diaries[0] for diaries in two.diaries]
+    assert_losses(diaries, plain, range(20))
+    assert diaries[0].losses[0] != diaries[1].losses[0]  # each has samples of its own
+    for diary in (plain, *diaries):
         assert [step for step, moved in diary.moved.items() if moved] == list(range(10, 20))
 
 
@@ -272,9 +267,7 @@ def test_the_embedding_flows_table_is_trained_from_all_processes(
     folder: Path, two: SimpleNamespace, tmp_path: Path
 ) -> None:
     diary = train(str(folder), str(tmp_path), processes=1, sharded=False, text_flow="embedding", steps=5)
-    losses = mean([diaries[1] for diaries in two.diaries])
-    for step, loss in diary.losses.items():
-        assert losses[step] == pytest.approx(loss, rel=1e-5, abs=1e-5), step
+    assert_losses([diaries[1] for diaries in two.diaries], diary, range(5))
 
 
 @pytest.mark.slow
@@ -287,10 +280,7 @@ def test_bfloat16_trains_past_a_stage_that_freezes_whole_blocks(two: SimpleNames
 
 @pytest.mark.slow
 def test_compiled_blocks_train_as_others(plain: SimpleNamespace, two: SimpleNamespace) -> None:
-    losses = mean([diaries[3] for diaries in two.diaries])
-    assert list(losses) == list(range(12))
-    for step, loss in losses.items():
-        assert loss == pytest.approx(plain.losses[step], rel=1e-4, abs=1e-4), step
+    assert_losses([diaries[3] for diaries in two.diaries], plain, range(12), 1e-4)
 
 
 @pytest.mark.slow
@@ -304,15 +294,10 @@ def test_checkpoints_go_from_two_processes_to_one_and_back(
         {"root": str(tmp_path / "one"), "ckpt_path": str(two.root / "step=8.ckpt"), "steps": 12},
         {"root": str(tmp_path / "late"), "ckpt_path": str(two.root / "step=12.ckpt"), "steps": 18, "saves": 16},
     )
-    assert list(first.losses) == [8, 9, 10, 11] and list(second.losses) == list(range(12, 18))
-    for diary in (first, second):
-        for step, loss in diary.losses.items():
-            assert loss == pytest.approx(plain.losses[step], rel=1e-5, abs=1e-5), step
+    assert_losses([first], plain, range(8, 12))
+    assert_losses([second], plain, range(12, 18))
     back = launch(2, folder, {"root": str(tmp_path / "back"), "ckpt_path": str(tmp_path / "late" / "step=16.ckpt")})
-    losses = mean([diaries[0] for diaries in back])
-    assert list(losses) == [16, 17, 18, 19]
-    for step, loss in losses.items():
-        assert loss == pytest.approx(plain.losses[step], rel=1e-5, abs=1e-5), step
+    assert_losses([diaries[0] for diaries in back], plain, range(16, 20))
 
 
 @pytest.mark.slow
@@ -330,11 +315,9 @@ def test_a_sharded_checkpoint_becomes_a_folder(plain: SimpleNamespace, two: Simp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("distributed", [True, False], ids=["folder", "file"])
-def test_a_sharded_model_is_evaluated_on_the_mean(folder: Path, tmp_path: Path, distributed: bool) -> None:
-    """Each process takes its share of the mean, from a checkpoint of either kind; see ``average``."""
-    launch(2, folder, {"root": str(tmp_path), "distributed": distributed})
-    assert (tmp_path / "last.ckpt").is_dir() == distributed
+def test_a_sharded_model_is_evaluated_on_the_mean(two: SimpleNamespace) -> None:
+    """Each process takes its share of the mean, from a checkpoint of either kind; checked by ``average``."""
+    assert (two.root / "folder" / "last.ckpt").is_dir() and (two.root / "file" / "last.ckpt").is_file()
 
 
 @pytest.mark.slow

@@ -24,9 +24,9 @@ def group_size(num_frames: int, height: int, width: int) -> int:
 def encode_clips(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
     """Video [B, C, F, H, W] in [-1, 1] -> normalised float32 latents [B, C, T, H, W].
 
-    The rounding of a clip's latents depends on the number of clips in the call, and on a CPU on the number of threads.
-    So every call has the same number of clips (the last group is filled up with copies) and runs on one thread.
-    It also depends on the memory format of the VAE's kernels, see :func:`univigu.models.foundation.set_conv_layout`.
+    Their rounding depends on the number of clips in a call, on the number of threads of a CPU, and on the memory format
+    of the VAE's kernels (:func:`univigu.models.foundation.set_conv_layout`). So every call has one thread and the same
+    number of clips; the last group is filled up with copies.
     """
     size = group_size(*video.shape[2:])
     filled = torch.cat([video, video[-1:].expand(-len(video) % size, *video.shape[1:])])
@@ -45,13 +45,12 @@ def encode_prompts(
 ) -> torch.Tensor:
     """Token ids [B, S] -> prompt embeddings [B, S, text_dim], each prompt encoded by itself.
 
-    With ``zero_padding`` a prompt is encoded without its padding, which the encoder's attention masks anyway, and the
-    embeddings past its end are zero.  Otherwise they are what the encoder gives for padding.
+    Past a prompt's end they are zero, or with ``zero_padding=False`` what the encoder gives for padding.
     """
     if not zero_padding:
         return torch.cat([encode_prompt(text_encoder, row[None], pad_token_id, False) for row in ids])
     rows = []
-    for row, length in zip(ids, (ids != pad_token_id).sum(1).tolist(), strict=True):
+    for row, length in zip(ids, (ids != pad_token_id).sum(1).tolist(), strict=True):  # attention masks the padding
         embeds = encode_prompt(text_encoder, row[None, :length], pad_token_id)
         rows.append(F.pad(embeds, (0, 0, 0, ids.shape[1] - length)))
     return torch.cat(rows)

@@ -22,11 +22,10 @@ EMBEDDED_FOUNDATION = str(Path(__file__).resolve().parents[1] / "assets" / "foun
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
 
 
-def _statistics(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (1, vae.config.z_dim, 1, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean).view(shape).to(like.device, like.dtype)
-    std = torch.tensor(vae.config.latents_std).view(shape).to(like.device, like.dtype)
-    return mean, std
+def _statistics(vae: AutoencoderKLWan, like: torch.Tensor) -> list[torch.Tensor]:
+    """Mean and deviation of a VAE's latents a channel, each [1, C, 1, 1, 1]."""
+    values = vae.config.latents_mean, vae.config.latents_std
+    return [torch.tensor(value).view(1, -1, 1, 1, 1).to(like.device, like.dtype) for value in values]
 
 
 def normalize_latents(latents: torch.Tensor, vae: AutoencoderKLWan) -> torch.Tensor:
@@ -68,10 +67,7 @@ def encode_prompt(
 class Foundation:
     """Lazily loaded components of a WanPipeline folder, frozen and in evaluation mode.
 
-    Args:
-        path: folder with tokenizer/, text_encoder/, vae/, transformer/ and scheduler/.
-        text_encoder_dtype: type of the text encoder's weights; Wan2.1's has 5.7 billion of them.
-        vae_slicing, vae_tiling: decode the videos of a batch one by one; process large frames in overlapping tiles.
+    ``vae_tiling`` processes the videos of a batch one by one, in overlapping tiles.
 
     Raises:
         FileNotFoundError: the folder or one of its components is missing, by name.
@@ -81,12 +77,11 @@ class Foundation:
         self,
         path: str | Path = EMBEDDED_FOUNDATION,
         text_encoder_dtype: torch.dtype = torch.float32,
-        vae_slicing: bool = False,
         vae_tiling: bool = False,
     ) -> None:
         self.path = Path(path)
         self._text_encoder_dtype = text_encoder_dtype
-        self._vae_slicing, self._vae_tiling = vae_slicing, vae_tiling
+        self._vae_tiling = vae_tiling
         self._device = torch.device("cpu")
         missing = [name for name in COMPONENTS if not (self.path / name).is_dir()]
         if missing:
@@ -108,9 +103,8 @@ class Foundation:
     @cached_property
     def vae(self) -> AutoencoderKLWan:
         model = AutoencoderKLWan.from_pretrained(self.path / "vae", torch_dtype=torch.float32)
-        if self._vae_slicing:
-            model.enable_slicing()
         if self._vae_tiling:
+            model.enable_slicing()
             model.enable_tiling()
         return set_conv_layout(model.requires_grad_(False).eval().to(self._device))
 

@@ -38,6 +38,14 @@ RENAMED = (
     ("video_head.proj_out.", "proj_out."),
 )
 WAN_HEAD_DIM = 128  # of every Wan model; it cannot be read off the weights
+WAN_KEYS = (
+    "patch_embedding.weight",
+    "proj_out.weight",
+    "blocks.0.ffn.net.0.proj.weight",
+    "condition_embedder.text_embedder.linear_1.weight",
+    "condition_embedder.time_embedder.linear_1.weight",
+)
+"""Weights from which the sizes of a Wan transformer are read."""
 ARCHITECTURE = {"separate_text_ffn": True, "text_attention": "shared", "text_positions": 0}
 CONDITIONS = {"clean_video_reads_text": True, "clean_video_timestep": 0, "text_length": 256} | vars(OFFICIAL)
 """Training conditions of the official model, which a file of weights does not record."""
@@ -57,25 +65,27 @@ def import_official(
     text_flow: str = "uniform",
     conventions: Conventions = OFFICIAL,
 ) -> UniViGUTransformer3DModel:
-    """Read a checkpoint of the official preview; nothing in the file is run.
+    """Read a checkpoint file of the official preview, in the dtypes of the file; nothing in the file is run.
 
     Args:
-        path: its file.
         wan_transformer: the Wan transformer it extends, for the sizes: a folder (its config.json is enough) or a model.
         text_flow: "uniform", the official source of text, or "mask", which needs one more embedding in the file.
-        conventions: of the model's inputs; kept in its configuration and used wherever it is used.
-
-    Returns:
-        the model, in the types of the file.
+        conventions: of the model's inputs; recorded in its configuration.
 
     Raises:
         CheckpointError: not such a file; keys that are missing, unexpected or of another shape, all named.
         FileNotFoundError: no transformer folder.
     """
-    state = read_weights(path).get("model")
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    found = read_weights(path).get("model")
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise CheckpointError(f"{path}: not a checkpoint of the official preview (it holds no 'model' state dict)")
-    state = strip_wrappers(path, state)
+    state: dict[str, torch.Tensor] = {}
+    for key, value in found.items():
+        for wrapper in WRAPPERS:
+            key = key.replace(wrapper, "")
+        if key in state:
+            raise CheckpointError(f"{path}: key {key!r} is there twice, with and without a wrapper's prefix")
+        state[key] = value
     state.pop(ROTARY_KEY, None)
     head = state.get("text_head.linear.weight", state.get("vocab_embed.weight"))
     if head is None:
@@ -86,53 +96,43 @@ def import_official(
     return model.requires_grad_(True).eval()
 
 
-def official_differences(model: UniViGUTransformer3DModel) -> dict[str, tuple[Any, Any]]:
-    """Training conditions that differ from the official ones: name -> (the model's value, the official one)."""
-    return _differing(model, CONDITIONS)
-
-
-def _differing(model: UniViGUTransformer3DModel, official: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def official_differences(
+    model: UniViGUTransformer3DModel, official: Mapping[str, Any] = CONDITIONS
+) -> dict[str, tuple[Any, Any]]:
+    """Options, by default training conditions, that differ: name -> (the model's value, the official one)."""
     return {name: (model.config[name], value) for name, value in official.items() if model.config[name] != value}
 
 
 def check_exportable(model: UniViGUTransformer3DModel, accept_differences: bool = False) -> None:
     """Refuse a model that the official code, or :func:`import_official`, would not run as it was trained.
 
-    Args:
-        accept_differences: accept other training conditions, see :func:`official_differences`.
+    ``accept_differences`` accepts other training conditions, see :func:`official_differences`.
 
     Raises:
         CheckpointError: names each option with its value and the official one.
     """
-    if found := _differing(model, ARCHITECTURE):
-        raise CheckpointError(f"not the official architecture: {_listed(found)}")
+    architecture, conditions = official_differences(model, ARCHITECTURE), official_differences(model)
+    listed = ", ".join(
+        f"{name}={ours!r} (official: {official!r})" for name, (ours, official) in (architecture or conditions).items()
+    )
+    if architecture:
+        raise CheckpointError(f"not the official architecture: {listed}")
     if model.config.text_flow == "embedding":
         raise CheckpointError("text_flow='embedding': the official model has a discrete text flow")
-    differences = official_differences(model)
-    if differences and not accept_differences:
+    if conditions and not accept_differences:
         raise CheckpointError(
-            f"trained under other conditions than the official model, which the file would not record: "
-            f"{_listed(differences)}; to export it anyway, --accept-differences (accept_differences=True)"
+            "trained under other conditions than the official model, which the file would not record: "
+            f"{listed}; to export it anyway, --accept-differences (accept_differences=True)"
         )
-
-
-def _listed(differences: Mapping[str, tuple[Any, Any]]) -> str:
-    return ", ".join(f"{n}={ours!r} (official: {official!r})" for n, (ours, official) in differences.items())
 
 
 def export_official(
     model: UniViGUTransformer3DModel, path: str | Path, step: int = 0, accept_differences: bool = False
 ) -> None:
-    """Write a model as the official preview would; the inverse of :func:`import_official`.
-
-    Args:
-        model: a model of the official architecture.
-        path: the file to write.
-        step: number to store with the weights.
-        accept_differences: see :func:`check_exportable`.
+    """Write a model, and a number of steps, as the official preview would; the inverse of :func:`import_official`.
 
     Raises:
-        CheckpointError: another architecture or other training conditions; each option is named.
+        CheckpointError: see :func:`check_exportable`.
     """
     check_exportable(model, accept_differences)
     state = {official_name(name): value.detach().cpu() for name, value in model.state_dict().items()}
@@ -145,18 +145,15 @@ def export_official(
 
 
 def import_wan(path: str | Path, wan_transformer: str | Path | None = None) -> WanTransformer3DModel:
-    """Read Wan's original weights, as Alibaba publishes them, by diffusers' own converter.
+    """Read Wan's original weights (.pth, .safetensors or a folder of the latter), by diffusers' own converter.
 
-    Args:
-        path: a .pth or .safetensors file, or a folder of the latter.
-        wan_transformer: folder whose config.json gives the sizes; None reads them off the weights.
+    The sizes are those of the transformer folder, if one is given, and are otherwise read off the weights.
 
     Raises:
         CheckpointError: unreadable, or keys that are missing, unexpected or of another shape, all named.
     """
     state = dict(convert_wan_transformer_to_diffusers(read_weights(path)))
-    missing = [key for key in ("patch_embedding.weight", "proj_out.weight") if key not in state]
-    if missing:
+    if missing := [key for key in WAN_KEYS if key not in state]:
         raise CheckpointError(f"{path}: not a Wan transformer: missing keys {missing}")
     config = _wan_config(wan_transformer) if wan_transformer is not None else _infer_config(path, state)
     wan = empty_model(WanTransformer3DModel, config)
@@ -164,46 +161,28 @@ def import_wan(path: str | Path, wan_transformer: str | Path | None = None) -> W
     return wan.eval()
 
 
-def strip_wrappers(path: str | Path, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict without the prefixes that FSDP1 and torch.compile leave in names."""
-    stripped: dict[str, torch.Tensor] = {}
-    for key, value in state.items():
-        for wrapper in WRAPPERS:
-            key = key.replace(wrapper, "")
-        if key in stripped:
-            raise CheckpointError(f"{path}: key {key!r} is there twice, with and without a wrapper's prefix")
-        stripped[key] = value
-    return stripped
-
-
 def _wan_config(wan: str | Path | WanTransformer3DModel) -> dict[str, Any]:
-    config = wan.config if isinstance(wan, WanTransformer3DModel) else None
-    if config is None:
-        config = WanTransformer3DModel.load_config(transformer_folder(wan))  # type: ignore[arg-type]
+    if isinstance(wan, WanTransformer3DModel):
+        return known_options(WanTransformer3DModel, wan.config)
+    config = WanTransformer3DModel.load_config(transformer_folder(wan))  # type: ignore[arg-type]
     return known_options(WanTransformer3DModel, config)
 
 
 def _infer_config(path: str | Path, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Sizes of a Wan2.1 text-to-video transformer."""
-    patch = state["patch_embedding.weight"]  # [D, C, pt, ph, pw]
+    patch, head, ffn, text, time = (state[key] for key in WAN_KEYS)  # patch: [D, C, pt, ph, pw]
     width, patch_size = patch.shape[0], tuple(patch.shape[2:])
     layers = [int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))]
-    sizes = {}
-    for name, key, axis in (
-        ("ffn_dim", "blocks.0.ffn.net.0.proj.weight", 0),
-        ("text_dim", "condition_embedder.text_embedder.linear_1.weight", 1),
-        ("freq_dim", "condition_embedder.time_embedder.linear_1.weight", 1),
-    ):
-        if key not in state:
-            raise CheckpointError(f"{path}: not a Wan transformer: missing keys {[key]}")
-        sizes[name] = state[key].shape[axis]
     if width % WAN_HEAD_DIM:
         raise CheckpointError(f"{path}: width {width} is no multiple of Wan's head size {WAN_HEAD_DIM}; give a config")
-    return sizes | {
+    return {
         "patch_size": patch_size,
         "num_attention_heads": width // WAN_HEAD_DIM,
         "attention_head_dim": WAN_HEAD_DIM,
         "in_channels": patch.shape[1],
-        "out_channels": state["proj_out.weight"].shape[0] // torch.Size(patch_size).numel(),
-        "num_layers": max(layers, default=-1) + 1,
+        "out_channels": head.shape[0] // torch.Size(patch_size).numel(),
+        "num_layers": max(layers) + 1,
+        "ffn_dim": ffn.shape[0],
+        "text_dim": text.shape[1],
+        "freq_dim": time.shape[1],
     }

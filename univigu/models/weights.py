@@ -58,12 +58,10 @@ def load_strictly(
     names: Mapping[str, str] | None = None,
     assign: bool = False,
 ) -> None:
-    """Load a state dict that has exactly the model's keys and shapes.
+    """Load a state dict that has exactly the model's keys and shapes, by copying or by assigning its tensors.
 
-    Args:
-        source: where it was read, for the message.
-        names: name in the state dict by the model's name, for the parameters to load; None is all, by their own names.
-        assign: put the state dict's tensors in the model instead of copying them.
+    ``names`` gives the name in the state dict of each of the model's that is to be loaded; by default all, by their
+    own names. ``source`` is named in errors.
 
     Raises:
         CheckpointError: names every missing and unexpected key and every wrong shape.

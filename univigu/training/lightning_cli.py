@@ -16,6 +16,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from univigu.checkpoint import check_checkpoint_file
+from univigu.models.options import REPLACED as TRANSFORMER_REPLACED
+from univigu.models.options import ArchitectureOptions
 from univigu.training.callbacks import (
     DataStatistics,
     FinalReport,
@@ -47,9 +49,6 @@ CALLBACK_OPTIONS = {
     "report": FinalReport,
 }
 """Callbacks of every fit that have options on the command line, such as ``--media.every_n_steps 100``."""
-EARLIER = "earlier"
-"""Folder for the TensorBoard logs of earlier runs."""
-
 REPLACED = {
     "overrides": "stages (fields of a stage by its name), checkpoint, media and report (callback options)",
     "StageSwitch": "the top-level 'stages' and 'run'; the command line adds this callback itself",
@@ -58,28 +57,18 @@ REPLACED = {
     "guidance_dropout": "stages.NAME.condition_dropout.generate",
     "condition_dropout": "a mapping by task: condition_dropout: {joint: , understand: , generate: }",
     "whole_text_from": "stages.NAME.full_text_from",
-    "video_weight": "nothing: both losses have weight 1",
-    "text_weight": "nothing: both losses have weight 1",
-    "text_loss": "nothing: the loss is the cross-entropy",
     "random_init": "model.init_from: random",
     "vae_slicing": "model.vae_tiling",
-    "clip_frames": "nothing: it was removed",
-    "text_rotary": "model.architecture.text_positions (0: rotary, n: n learned positions)",
-    "separate_text_attention": "model.architecture.text_attention ('own' or 'shared')",
-    "text_projects_video": "model.architecture.text_attention ('own')",
-    "text_flow": "model.architecture.text_flow",
-    "text_positions": "model.architecture.text_positions",
-    "separate_text_ffn": "model.architecture.separate_text_ffn",
-    "clean_video_reads_text": "model.architecture.clean_video_reads_text",
-    "clean_video_timestep": "model.architecture.clean_video_timestep",
     "text_times": "stages.NAME.text_time_power",
-    "video_times": "nothing: the shift is the one of the foundation's scheduler",
+    **{name: f"model.architecture.{successor}" for name, successor in TRANSFORMER_REPLACED.items()},
+    **{name: f"model.architecture.{name}" for name in vars(ArchitectureOptions()) if name != "embedding"},
+    **dict.fromkeys(("video_weight", "text_weight"), "nothing: both losses have weight 1"),
+    "text_loss": "nothing: the loss is the cross-entropy",
     "flow": "stages.NAME.text_time_power; the video's shift is the one of the foundation's scheduler",
     "parallel": "trainer.strategy.init_args.compute_dtype of ShardedStrategy",
     "compute": "model.compile_blocks and model.vae_tiling",
-    "prompt_slots": "nothing: it was removed",
-    "muon_rate": "nothing: it was removed",
-    "fused": "nothing: it was removed",
+    "video_times": "nothing: the shift is the one of the foundation's scheduler",
+    **dict.fromkeys(("clip_frames", "prompt_slots", "muon_rate", "fused"), "nothing: it was removed"),
 }
 """Keys of former configurations and their successors."""
 
@@ -89,7 +78,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         for key, successor in REPLACED.items():
-            if re.search(rf"(?<![\w/]){key}(?!\w)(?!\.(joint|understand|generate))", message):
+            if re.search(rf"(?<![\w/])(?<!architecture\.){key}(?!\w)(?!\.(joint|understand|generate))", message):
                 message = f"{message}\n{key!r} was replaced; use {successor}"
                 break
         return super().error(message, ex)
@@ -104,13 +93,10 @@ class TrainingConfig(SaveConfigCallback):
 
 
 class UniViGUCLI(LightningCLI):
-    """LightningCLI of UniViGU with any data module; values that both need are linked.
-
-    Attributes:
-        stages: the stages of the run, in order.
-    """
+    """LightningCLI of UniViGU with any data module; values that both need are linked."""
 
     stages: dict[str, Stage]
+    """The stages of the run, in order."""
 
     def __init__(self, args: Any = None, run: bool = True) -> None:
         super().__init__(
@@ -145,7 +131,8 @@ class UniViGUCLI(LightningCLI):
         if subcommand is None:
             return
         config = self.config[subcommand]
-        named = config.ckpt_path or (_given(args, "--model.init_from") and config.model.init_from)
+        given = [str(arg).partition("=")[0] for arg in (sys.argv[1:] if args is None else args)]
+        named = config.ckpt_path or ("--model.init_from" in given and config.model.init_from)
         if subcommand in ("validate", "test") and not named and config.trainer.default_root_dir:
             # By default evaluate what the configuration trained.
             config.ckpt_path = str(Path(config.trainer.default_root_dir) / "checkpoints" / "last.ckpt")
@@ -222,14 +209,9 @@ def move_earlier_logs(folder: Path) -> None:
     """Move a folder of TensorBoard events to ``earlier/`` beside it; a folder without events stays."""
     if not any(folder.glob("events.out.tfevents.*")):
         return
-    earlier = folder.parent / EARLIER
+    earlier = folder.parent / "earlier"
     earlier.mkdir(exist_ok=True)
     numbers = [path.name.removeprefix(f"{folder.name}-") for path in earlier.glob(f"{folder.name}-*")]
     target = earlier / f"{folder.name}-{1 + max((int(number) for number in numbers if number.isdecimal()), default=0)}"
     folder.rename(target)
     log.warning("%s holds the curves of an earlier training: moved to %s", folder, target)
-
-
-def _given(args: Any, option: str) -> bool:
-    """Whether an option is on the command line itself."""
-    return any(str(arg).partition("=")[0] == option for arg in (sys.argv[1:] if args is None else args))

@@ -46,8 +46,8 @@ from univigu.training.stages import Stage
 class UniViGU(EvaluatedModule):
     """A unified video generator and captioner in training.
 
-    A training batch is a dict of ``key`` (names), ``latents`` or ``video`` (uint8 frames [B, F, C, H, W]),
-    ``prompt_ids`` and ``caption_ids`` (tokens), and optionally ``prompt_embeds`` with ``null_embeds``.
+    A training batch is a dict of ``key`` (names), ``latents`` or ``video`` (uint8 [B, F, C, H, W]), ``prompt_ids`` and
+    ``caption_ids`` (tokens), and optionally ``prompt_embeds`` with ``null_embeds``.
 
     Args:
         foundation: folder of the pretrained generator in WanPipeline layout.
@@ -67,8 +67,7 @@ class UniViGU(EvaluatedModule):
         seed: seeds noise, times, dropout and samples.
     """
 
-    compile_backend = "inductor"
-    """The ``torch.compile`` backend of ``compile_blocks``."""
+    compile_backend = "inductor"  # of torch.compile
 
     def __init__(
         self,
@@ -108,7 +107,7 @@ class UniViGU(EvaluatedModule):
     @cached_property
     def _foundation(self) -> tuple[Foundation]:
         # In a tuple, because frozen components belong neither to the module tree nor to checkpoints.
-        return (Foundation(self.foundation_path, self.text_encoder_dtype, self.vae_tiling, self.vae_tiling),)
+        return (Foundation(self.foundation_path, self.text_encoder_dtype, self.vae_tiling),)
 
     @property
     def tasks(self) -> TaskRunner:
@@ -149,18 +148,18 @@ class UniViGU(EvaluatedModule):
         if self.transformer is not None:
             return
         strategy = self.trainer.strategy if self._trainer is not None else None
+
+        def prepare(model: UniViGUTransformer3DModel) -> UniViGUTransformer3DModel:
+            if self.lora is not None:
+                add_lora(model, self.lora)
+            return model
+
         if isinstance(strategy, ShardedStrategy):
             assert self.device_mesh is not None
             mesh, device, dtype = self.device_mesh["data_parallel"], strategy.root_device, strategy.compute_dtype
-            model = build_sharded(self._build_transformer, self._add_adapters, mesh, device, dtype)
+            self._set_transformer(build_sharded(self._build_transformer, prepare, mesh, device, dtype))
         else:
-            model = self._build_transformer()
-            self._add_adapters(model)
-        self._set_transformer(model)
-
-    def _add_adapters(self, model: UniViGUTransformer3DModel) -> None:
-        if self.lora is not None:
-            add_lora(model, self.lora)
+            self._set_transformer(prepare(self._build_transformer()))
 
     def _build_transformer(self) -> UniViGUTransformer3DModel:
         if self.init_from not in (None, "random") and self._trainer is not None and self.trainer.state.fn != "fit":
@@ -182,7 +181,7 @@ class UniViGU(EvaluatedModule):
         self.transformer = model
 
     def enter_stage(self, stage: Stage) -> None:
-        """Put a stage in force: freeze weights; ``StageSwitch`` sets the learning rates."""
+        """Start a stage: freeze weights; ``StageSwitch`` sets the learning rates."""
         self.stage = stage
         if self.transformer is not None:
             self._apply_stage()
@@ -222,7 +221,7 @@ class UniViGU(EvaluatedModule):
         )
         loss = losses.total(size, stage.teacher_weight)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
-        self._log_losses("train", losses)
+        self._log_losses(losses)
         if losses.teacher is not None:
             distance = losses.teacher.detach().mean()
             self.log("train/teacher_distance", distance, batch_size=losses.teacher.numel())
@@ -265,18 +264,14 @@ class UniViGU(EvaluatedModule):
         """A generator determined by the seed, the rank and the given numbers, so there is no state to restore."""
         return make_generator(self.device, self.seed, self.global_rank, *numbers)
 
-    def _log_losses(self, prefix: str, losses: UniFlowLosses) -> None:
-        for modality, values, times in (
-            ("video", losses.video, losses.video_times),
-            ("text", losses.text, losses.text_times),
-        ):
+    def _log_losses(self, losses: UniFlowLosses) -> None:
+        by_level = self.trainer.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        for modality in ("video", "text"):
+            values, times = getattr(losses, modality).detach(), getattr(losses, f"{modality}_times")
             if values.numel():
-                values = values.detach()
-                self.log(f"{prefix}/{modality}_loss", values.mean(), prog_bar=True, batch_size=values.numel())
-                if self.trainer.global_step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
-                    continue
-                for level, value in by_noise_level(values, times).items():
-                    self.log(f"{prefix}/{modality}_loss_{level}", value, batch_size=values.numel())
+                self.log(f"train/{modality}_loss", values.mean(), prog_bar=True, batch_size=values.numel())
+                for level, value in by_noise_level(values, times).items() if by_level else ():
+                    self.log(f"train/{modality}_loss_{level}", value, batch_size=values.numel())
 
     # ---------------------------------------------------------------- evaluation
 
@@ -284,7 +279,7 @@ class UniViGU(EvaluatedModule):
         """Held-out losses, with the same noise and times at every validation.
 
         Text is read from the clean video without its prompt (an answer with its question); video is denoised under
-        the prompt.  ``lightning validate`` adds the held-out evaluation of ``lightning test``.
+        the prompt.
         """
         size, inputs = len(batch["key"]), self.prepare(batch)
         shown = 0.0 if questions_of(batch) else 1.0
@@ -327,7 +322,6 @@ class UniViGU(EvaluatedModule):
         return texts
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
-        """Predict a batch of the prediction loader; see :func:`univigu.training.prediction.predict_batch`."""
         return predict_batch(self, batch, self.trainer.datamodule)  # type: ignore[attr-defined]
 
     # ---------------------------------------------------------------- checkpoints

@@ -10,6 +10,7 @@ host memory for loading does not grow with the number of processes.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
@@ -35,56 +37,40 @@ def build_sharded(
     device: torch.device,
     compute_dtype: torch.dtype,
 ) -> UniViGUTransformer3DModel:
-    """A sharded model with the weights of the model that ``build`` returns on rank 0.
+    """A model sharded over a one-dimensional mesh, with the weights of the model that ``build`` returns on rank 0.
 
-    Args:
-        build: builds the unsharded model in host memory; only rank 0 calls it.
-        prepare: adds to a model what its configuration does not contain, such as adapters.
-        mesh: one-dimensional, the processes to shard over.
-        device: of this process.
-        compute_dtype: of gathered weights and activations.
+    ``prepare`` adds to a model what its configuration does not contain, such as adapters.
 
     Raises:
         RuntimeError: building failed on rank 0; there the error itself is raised.
     """
-    full_model, config = _build_on_first(lambda: _prepared(build(), prepare))
-    model = empty_model(UniViGUTransformer3DModel, config)
+    state: dict[str, torch.Tensor] = {}
+    message: list[Any] = [None]
+    try:
+        if dist.get_rank() == 0:  # in host memory
+            full_model = build()
+            prepare(full_model)
+            state = full_model.state_dict()
+            message = [{name: value for name, value in full_model.config.items() if not name.startswith("_")}]
+    except Exception as error:
+        message = [f"{error.__class__.__name__}: {error}"]
+        raise
+    finally:
+        dist.broadcast_object_list(message, 0)  # also after an error, for which the others must not wait
+    if not isinstance(message[0], dict):
+        raise RuntimeError(f"rank 0 could not build the model: {message[0]}")
+    model = empty_model(UniViGUTransformer3DModel, message[0])
     prepare(model)
     shard(model, mesh, compute_dtype)
     rope = copy.deepcopy(model.rope)
     model.to_empty(device=device)
     model.rope = rope.to(device)  # its buffers are in no state dict
-    state = full_model.state_dict() if full_model is not None else {}
     with torch.no_grad():
         for name, share in model.state_dict().items():
             full = state[name] if name in state else torch.empty(share.shape, dtype=share.dtype)
             share.copy_(distribute_tensor(full.to(device), share.device_mesh, share.placements))  # sent by rank 0
             state.pop(name, None)
     return model
-
-
-def _prepared(model: UniViGUTransformer3DModel, prepare: Callable[[Any], Any]) -> UniViGUTransformer3DModel:
-    prepare(model)
-    return model
-
-
-def _build_on_first(
-    build: Callable[[], UniViGUTransformer3DModel],
-) -> tuple[UniViGUTransformer3DModel | None, dict[str, Any]]:
-    """The model, on rank 0, and its configuration, everywhere."""
-    full_model, message = None, None
-    if dist.get_rank() == 0:
-        try:
-            full_model = build()
-            message = {name: value for name, value in full_model.config.items() if not name.startswith("_")}
-        except Exception as error:  # the others must not wait for it
-            dist.broadcast_object_list([error.__class__.__name__ + f": {error}"], 0)
-            raise
-    received = [message]
-    dist.broadcast_object_list(received, 0)
-    if not isinstance(received[0], dict):
-        raise RuntimeError(f"rank 0 could not build the model: {received[0]}")
-    return full_model, received[0]
 
 
 def shard(model: UniViGUTransformer3DModel, mesh: DeviceMesh, dtype: torch.dtype) -> None:
@@ -96,10 +82,8 @@ def shard(model: UniViGUTransformer3DModel, mesh: DeviceMesh, dtype: torch.dtype
         module.register_forward_hook(_own_outputs)  # before FSDP2's own hook looks at them
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    for embedding in (model.condition_embedder, model.time_embedding_t):
-        fully_shard(
-            embedding.time_embedder, mesh=mesh, mp_policy=exact, reshard_after_forward=True
-        )  # float32 in Wan, too
+    for embedding in (model.condition_embedder, model.time_embedding_t):  # float32 in Wan, too
+        fully_shard(embedding.time_embedder, mesh=mesh, mp_policy=exact, reshard_after_forward=True)
     for table in (model.vocab_embed, model.text_head):
         fully_shard(table, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -119,14 +103,12 @@ class _CastInputs:
         self._prompt: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        names = ("hidden_states", "timestep", "encoder_hidden_states")
-        inputs = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
-        if inputs.get("hidden_states") is not None:
+        inputs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        if inputs["hidden_states"] is not None:
             inputs["hidden_states"] = inputs["hidden_states"].to(self.dtype)
-        if inputs.get("encoder_hidden_states") is not None:
+        if inputs["encoder_hidden_states"] is not None:
             inputs["encoder_hidden_states"] = self._cast_prompt(inputs["encoder_hidden_states"])
-        values = [inputs[name] for name in names[: len(args)]] + list(args[len(names) :])
-        return tuple(values), kwargs | {name: inputs[name] for name in names if name in kwargs}
+        return (), inputs
 
     def _cast_prompt(self, embeds: torch.Tensor) -> torch.Tensor:
         """The same tensor for the same embeddings, because an AttentionCache compares prompts by identity."""
@@ -136,11 +118,7 @@ class _CastInputs:
 
 
 def trained_weights_changed(model: nn.Module) -> None:
-    """Tell FSDP2 that other weights require gradients now.
-
-    It chooses the dtype of a group's gradient reduction once, from the weights that are trained at that time, which
-    is wrong for a group that is frozen in the first stage only.
-    """
+    """Let FSDP2 choose each group's dtypes again, from the weights that are trained now; it chooses only once."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             group = module._get_fsdp_state()._fsdp_param_group
@@ -149,10 +127,7 @@ def trained_weights_changed(model: nn.Module) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free weights that stayed gathered after a forward without a backward; the parameters are shards again.
-
-    Does nothing for a model that is not sharded.
-    """
+    """Free weights that stayed gathered after a forward without a backward, if the model is sharded."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -199,17 +174,15 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @contextmanager
     def _only_with_state(self, path: Path) -> Iterator[None]:
-        from torch.distributed.checkpoint import FileSystemReader
-
         assert self.model is not None
         saved = FileSystemReader(path).read_metadata().state_dict_metadata
         stated = {key.rpartition(".")[0].split(".state.", 1)[1] for key in saved if ".state." in key}
         parameters = dict(self.model.named_parameters())
-        before = {name: parameter.requires_grad for name, parameter in parameters.items()}
+        before = {parameter: parameter.requires_grad for parameter in parameters.values()}
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in stated)
         try:
             yield
         finally:
-            for name, parameter in parameters.items():
-                parameter.requires_grad_(before[name])
+            for parameter, trained in before.items():
+                parameter.requires_grad_(trained)

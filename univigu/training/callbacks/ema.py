@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,14 +14,14 @@ from univigu.training.parallel import reshard
 
 
 class WeightEMA(Callback):
-    r"""Keeps :math:`\bar\theta \leftarrow d \bar\theta + (1 - d) \theta` of what is trained, after every step.
+    r"""Keeps :math:`\bar\theta \leftarrow d \bar\theta + (1 - d) \theta` of the weights, after every step.
 
-    Validation and the model loaded from a checkpoint use the mean. Lightning's ``EMAWeightAveraging`` copies the module
-    before it is sharded; here each process averages its own shard in float32.
+    Validation and what is saved for use see the mean. Each process averages its own share in float32 (Lightning's
+    ``EMAWeightAveraging`` copies the module before it is sharded); the means are saved and resharded as weights are.
 
     Args:
-        decay: d, in [0, 1); 0.999 averages over the last thousand steps or so.
-        warmup: let the mean follow faster at first, with decay (1 + step) / (10 + step) until that reaches d.
+        decay: d, in [0, 1); 0.999 averages over about the last thousand steps.
+        warmup: follow faster at first, with decay (1 + step) / (10 + step) until that reaches d.
     """
 
     def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
@@ -42,8 +43,7 @@ class WeightEMA(Callback):
 
     @staticmethod
     def _start(pl_module: LightningModule) -> None:
-        """From the weights as they are; a checkpoint that is resumed brings its own means."""
-        # Under this name they are part of the module's state dict; see checkpoint.usable_weights.
+        # Part of the module's state dict under this name, see checkpoint.EMA_PREFIX. A resumed run loads its means.
         pl_module.ema = _Means(pl_module.transformer)  # type: ignore[arg-type]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -52,17 +52,21 @@ class WeightEMA(Callback):
             return
         self._updated = step
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        pl_module.ema.update(pl_module.transformer, decay)
+        for mean, weight in pl_module.ema.pairs(pl_module.transformer):
+            mean.lerp_(weight, 1.0 - decay)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         if hasattr(pl_module, "ema"):
-            pl_module.ema.swap(pl_module.transformer)
+            for mean, weight in pl_module.ema.pairs(pl_module.transformer):
+                trained = weight.clone()
+                weight.copy_(mean)
+                mean.copy_(trained)
 
-    on_validation_end = on_validation_start  # swaps back
+    on_validation_end = on_validation_start  # swaps them back
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """The mean is the result of training."""
-        pl_module.ema.copy_to(pl_module.transformer)
+        for mean, weight in pl_module.ema.pairs(pl_module.transformer):
+            weight.copy_(mean)
 
     def state_dict(self) -> dict[str, Any]:
         return {"updated": self._updated}
@@ -72,7 +76,7 @@ class WeightEMA(Callback):
 
 
 class _Means(nn.Module):
-    """Means of a model's parameters, named as they are; local shares of sharded ones."""
+    """Means of a model's parameters, with the same names; local shares of sharded ones."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -80,38 +84,17 @@ class _Means(nn.Module):
         for name, parameter in model.named_parameters():
             owner: nn.Module = self
             *path, last = name.split(".")
-            for part in path:  # nested modules, for the same names
-                if not hasattr(owner, part):
+            for part in path:  # modules within modules, for the names
+                if part not in owner._modules:
                     owner.add_module(part, nn.Module())
-                owner = getattr(owner, part)
+                owner = owner.get_submodule(part)
             owner.register_parameter(last, nn.Parameter(parameter.detach().clone(), requires_grad=False))
 
-    def _pairs(self, model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Each mean with its weight."""
+    def pairs(self, model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each mean with the model's weight, without their gradients."""
         reshard(model)
         weights = dict(model.named_parameters())
-        return [(_local(mean), _local(weights[name])) for name, mean in self.named_parameters()]
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, decay: float) -> None:
-        """Move the means by ``1 - decay`` of the way to the model's weights."""
-        means, weights = zip(*self._pairs(model), strict=True)
-        torch._foreach_lerp_(means, weights, 1.0 - decay)
-
-    @torch.no_grad()
-    def swap(self, model: nn.Module) -> None:
-        """Exchange means and weights."""
-        for mean, weight in self._pairs(model):
-            kept = mean.clone()
-            mean.copy_(weight)
-            weight.copy_(kept)
-
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Give the model the means."""
-        for mean, weight in self._pairs(model):
-            weight.copy_(mean)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+        for name, mean in self.named_parameters():
+            pair = (mean.detach(), weights[name].detach())
+            local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in pair]
+            yield local[0], local[1]
