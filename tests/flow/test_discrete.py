@@ -137,7 +137,7 @@ def test_mask_losses_count_masked_tokens_only() -> None:
     flow = MaskFlow(V)
     logits, tokens, _, t = kl_problem(flow)
     corrupted = flow.corrupt(tokens, t, seeded(2))
-    masked = corrupted.x_t == flow.mask_id
+    masked = corrupted.x_t == V
     entropy = flow.loss(logits, corrupted, t)
     torch.testing.assert_close(entropy, torch.where(masked, cross_entropy(logits, tokens), 0.0))
     clean = flow.corrupt(tokens, torch.ones(4))

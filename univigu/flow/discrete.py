@@ -34,15 +34,7 @@ def jump_probability(t: float, t_next: float) -> float:
 
 
 def cross_entropy(logits: torch.Tensor, x_1: torch.Tensor) -> torch.Tensor:
-    """``-log softmax(logits)[x_1]`` of every token.
-
-    Args:
-        logits: [B, L, V] of any float type.
-        x_1: data tokens, int64 [B, L] in 0..V-1.
-
-    Returns:
-        float32 [B, L].
-    """
+    """``-log softmax(logits)[x_1]`` of every token, float32 [B, L]: logits [B, L, V], x_1 int64 [B, L] in 0..V-1."""
     logits = logits.float()
     return logits.logsumexp(dim=-1) - logits.gather(-1, x_1.unsqueeze(-1)).squeeze(-1)
 
@@ -53,17 +45,8 @@ def generalized_kl(logits: torch.Tensor, x_1: torch.Tensor, x_t: torch.Tensor, t
     .. math:: \frac{1}{1-t} \bigl( s - p(x_t) - (1-s) \ln p(x_1) \bigr), \qquad s = 1[x_t = x_1]
 
     with :math:`p = \mathrm{softmax}(\text{logits})` (Shaul et al., 2024, arXiv:2412.03487: an evidence lower bound
-    when averaged over t). An x_t outside the vocabulary, which is how the mask is written, has no logit: there
-    p(x_t) = 0. The value is never negative, and 0 where p is certain of x_1.
-
-    Args:
-        logits: [B, L, V] of any float type.
-        x_1: data tokens, int64 [B, L] in 0..V-1.
-        x_t: the path's tokens, int64 [B, L] in 0..V (V is the mask).
-        t: flow times [B] in [0, 1]; at 1 the weight of the largest float32 below it is taken.
-
-    Returns:
-        float32 [B, L].
+    when averaged over t). It is never negative, and 0 where p is certain of x_1. logits [B, L, V]; x_1 in 0..V-1 and
+    x_t in 0..V, int64 [B, L], where V is the mask and has p(x_t) = 0; t [B] in [0, 1]; float32 [B, L].
     """
     vocab_size = logits.shape[-1]
     logits = logits.float()
@@ -79,11 +62,7 @@ def generalized_kl(logits: torch.Tensor, x_1: torch.Tensor, x_t: torch.Tensor, t
 def nucleus(probabilities: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The fewest likeliest tokens whose probabilities reach ``top_p`` (Holtzman et al., 2020, arXiv:1904.09751).
 
-    Args:
-        probabilities: [..., V].
-
-    Returns:
-        probabilities in descending order, not normalised, 0 outside the nucleus; and the order, int64 [..., V].
+    Returns the probabilities [..., V] in descending order, 0 outside the nucleus, not normalised; and their order.
     """
     probabilities, order = probabilities.sort(dim=-1, descending=True)
     before = probabilities.cumsum(dim=-1) - probabilities  # of likelier ones; the likeliest always stays
@@ -93,16 +72,10 @@ def nucleus(probabilities: torch.Tensor, top_p: float) -> tuple[torch.Tensor, to
 def sample_categorical(
     logits: torch.Tensor, temperature: float, generator: Generators = None, top_p: float = 1.0
 ) -> torch.Tensor:
-    """Draw a token for every position by inverse CDF, from one uniform number each.
+    """Draw a token int64 [B, L] for every position by inverse CDF, from one uniform number each; logits [B, L, V].
 
-    Args:
-        logits: [B, L, V] of any float type.
-        temperature: p = softmax(logits / temperature); 0 takes the likeliest token and draws nothing.
-        generator: see :data:`univigu.flow.random.Generators`.
-        top_p: probability of the nucleus to draw from, see :func:`nucleus`; below 1 it costs a sort of the vocabulary.
-
-    Returns:
-        int64 [B, L]; a token of probability 0 is never drawn.
+    p = softmax(logits / temperature); temperature 0 takes the likeliest token and draws nothing. ``top_p`` below 1
+    draws from the :func:`nucleus`, at the cost of a sort of the vocabulary. A token of probability 0 is never drawn.
     """
     if temperature == 0.0:
         return logits.argmax(dim=-1)
@@ -117,17 +90,10 @@ def sample_categorical(
 
 
 def reveal_surest(masked: torch.Tensor, confidence: torch.Tensor, probability: float) -> torch.Tensor:
-    """Masked tokens that a step reveals if the surest go first (as in Chang et al., 2022, arXiv:2202.04200).
+    """Masked tokens [B, L] that a step reveals if the surest go first (as in Chang et al., 2022, arXiv:2202.04200).
 
-    Of m masked tokens these are the ``ceil(probability * m)`` surest, which keeps the path's schedule.
-
-    Args:
-        masked: bool [B, L].
-        confidence: of each token's draw, float [B, L] in [0, 1].
-        probability: with which the path reveals a token in this step.
-
-    Returns:
-        bool [B, L].
+    Of m masked tokens these are the ``ceil(probability * m)`` whose draws have the highest confidence [B, L] in [0, 1],
+    which keeps the path's schedule.
     """
     counts = (masked.sum(dim=1, keepdim=True) * probability).ceil()
     confidence = torch.where(masked, confidence, -1.0)

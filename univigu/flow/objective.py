@@ -8,7 +8,7 @@ generate    video at time t_v, no text stream              -> video loss
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,9 +32,9 @@ class TaskMixture:
     """Noisy video without text."""
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            if getattr(self, option.name) < 0:
-                raise ValueError(f"tasks.{option.name}={getattr(self, option.name)!r}: expected at least 0")
+        for name, value in vars(self).items():
+            if value < 0:
+                raise ValueError(f"tasks.{name}={value!r}: expected at least 0")
         if self.joint + self.understand + self.generate <= 0:
             raise ValueError("tasks: at least one of joint, understand, generate must be over 0")
 
@@ -70,10 +70,9 @@ class ConditionDropout:
     """Where only the video is learned, for classifier-free guidance."""
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            if not 0 <= getattr(self, option.name) <= 1:
-                value = getattr(self, option.name)
-                raise ValueError(f"condition_dropout.{option.name}={value!r}: expected a number in [0, 1]")
+        for name, value in vars(self).items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"condition_dropout.{name}={value!r}: expected a number in [0, 1]")
 
 
 NO_DROPOUT = ConditionDropout(0.0, 0.0, 0.0)
@@ -114,16 +113,14 @@ class UniFlowBatch:
 
 @dataclass
 class UniFlowLosses:
-    """Losses of a batch; a modality without samples has empty tensors."""
+    """Losses of a batch and their flow times; a modality without samples has empty tensors."""
 
     video: torch.Tensor
     """Video flow-matching loss a sample [Bv]."""
     video_times: torch.Tensor
-    """Flow times of those samples [Bv]."""
     text: torch.Tensor
     """Text loss a sample, mean over its tokens [Bt]."""
     text_times: torch.Tensor
-    """Flow times of those samples [Bt]."""
     teacher: torch.Tensor | None = None
     """Mean squared distance to the teacher's prediction a sample [Bg]; None without a teacher."""
 
@@ -150,12 +147,9 @@ def num_positions(length: int, share: float) -> int:
 def sample_positions(
     batch: int, length: int, share: float, device: torch.device, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Random positions of a text that a training step uses: int64 [B, K], ascending, K = share * length.
+    """Random positions of a text that a training step uses: int64 [B, K], ascending, K = share * length, at least 1.
 
     A step on fewer tokens is cheaper, and each token's loss differs only by the smaller context.
-
-    Args:
-        share: over 0, at most 1; at least one position is kept.
     """
     count = num_positions(length, share)
     return rand((batch, length), generator, device).topk(count, dim=1).indices.sort(dim=1).values
@@ -163,14 +157,12 @@ def sample_positions(
 
 @dataclass
 class NoisyTexts:
-    """The texts of a batch's samples at their times."""
+    """The texts of a batch's samples at their times t [b], see :class:`univigu.flow.inputs.TextInputs`."""
 
     flow: TextFlow
     corrupted: CorruptedText
     t: torch.Tensor
-    """Flow times [b]."""
     positions: torch.Tensor | None
-    """See :class:`univigu.flow.inputs.TextInputs`."""
 
     def inputs(self, rows: slice, max_logits: int) -> TextInputs:
         """The transformer's inputs of some samples, for which its text output is their loss [n, L]."""
@@ -195,12 +187,7 @@ class NoisyTexts:
 
 
 class UniFlowObjective:
-    """Computes both modalities' losses for a batch.
-
-    Args:
-        text_flow: the text's flow.
-        options: how times are drawn.
-    """
+    """Computes both modalities' losses for a batch."""
 
     def __init__(self, text_flow: TextFlow, options: FlowOptions | None = None) -> None:
         self.text_flow = text_flow
@@ -220,11 +207,8 @@ class UniFlowObjective:
         """Add noise to the batch, run the model and compute the losses.
 
         Args:
-            model: a UniViGUTransformer3DModel (or its wrapper).
-            batch: the samples; they are given to the tasks in order, which a shuffled batch makes random.
-            counts: how many samples are (joint, understand, generate); their sum is the batch size.
-            dropout: probabilities of the null condition.
-            generator: source of all randomness.
+            counts: how many samples are (joint, understand, generate); their sum is the batch size. Samples are given
+                to the tasks in order, which a shuffled batch makes random.
             text_share: share of the text's positions that the model is given, see :func:`sample_positions`.
             step: number of the training step, the same in all processes; in a random half of the steps a
                 self-conditioned text flow takes a second forward pass. None takes none.
@@ -247,9 +231,7 @@ class UniFlowObjective:
         noise = randn(batch.latents.shape, generator, device)
         noisy = interpolate(noise, batch.latents, t_video)
         texts = self._corrupt(model, batch, joint + understand, text_share, generator)
-
         twice = step is not None and bool(torch.rand((), generator=make_generator("cpu", step)) < 0.5)
-
         # 3. A forward pass for each task, so that none goes backward through the clean video of a frozen generator
         empty = batch.latents.new_zeros(0)
         video, times, text, start, distances = [empty], [empty], [empty], 0, None

@@ -16,21 +16,20 @@ import torch
 
 Generators = torch.Generator | list[torch.Generator] | None
 """None (torch's global generator), one generator for the batch, or a list of B generators, one a sample."""
+Device = torch.device | str | None
 
 
-def randn(shape: Sequence[int], generator: Generators = None, device: torch.device | str | None = None) -> torch.Tensor:
+def randn(shape: Sequence[int], generator: Generators = None, device: Device = None) -> torch.Tensor:
     """Standard normal numbers, float32 [B, ...]; a ValueError unless a list of generators has length B."""
     return _draw(torch.randn, shape, generator, device)
 
 
-def rand(shape: Sequence[int], generator: Generators = None, device: torch.device | str | None = None) -> torch.Tensor:
+def rand(shape: Sequence[int], generator: Generators = None, device: Device = None) -> torch.Tensor:
     """Numbers uniform on [0, 1), float32 [B, ...]; errors as :func:`randn`."""
     return _draw(torch.rand, shape, generator, device)
 
 
-def randint(
-    high: int, shape: Sequence[int], generator: Generators = None, device: torch.device | str | None = None
-) -> torch.Tensor:
+def randint(high: int, shape: Sequence[int], generator: Generators = None, device: Device = None) -> torch.Tensor:
     """Integers uniform on 0..high-1, int64 [B, ...]; errors as :func:`randn`."""
     return _draw(partial(torch.randint, high), shape, generator, device)
 
@@ -42,10 +41,7 @@ def make_generator(device: torch.device | str, *numbers: int) -> torch.Generator
 
 
 def _draw(
-    draw: Callable[..., torch.Tensor],
-    shape: Sequence[int],
-    generator: Generators,
-    device: torch.device | str | None,
+    draw: Callable[..., torch.Tensor], shape: Sequence[int], generator: Generators, device: Device
 ) -> torch.Tensor:
     target = torch.device("cpu" if device is None else device)
     if generator is None:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from univigu.flow.discrete import cross_entropy, jump_probability, nucleus, reveal_surest, sample_categorical
-from univigu.flow.random import Generators, rand, randint, randn
+from univigu.flow.random import Device, Generators, rand, randint, randn
 from univigu.flow.time import check_step, expand_time
 from univigu.flow.video import interpolate
 
@@ -84,9 +84,7 @@ class TextFlow(ABC):
         return cross_entropy(logits, corrupted.tokens)
 
     @abstractmethod
-    def initial(
-        self, batch: int, length: int, generator: Generators = None, device: torch.device | str | None = None
-    ) -> torch.Tensor:
+    def initial(self, batch: int, length: int, generator: Generators = None, device: Device = None) -> torch.Tensor:
         """Draw x_0, the state to start sampling from."""
 
     @abstractmethod
@@ -104,8 +102,8 @@ class TextFlow(ABC):
         return x_t, False
 
     def _check_logits(self, logits: torch.Tensor, x_t: torch.Tensor) -> None:
-        if logits.shape != (*x_t.shape[:2], self.vocab_size):
-            expected = [*x_t.shape[:2], self.vocab_size]
+        expected = [*x_t.shape[:2], self.vocab_size]
+        if list(logits.shape) != expected:
             raise ValueError(f"logits: expected shape {expected}, got {list(logits.shape)}")
 
 
@@ -128,7 +126,6 @@ class EmbeddingFlow(TextFlow):
     """E, float32 [V, D]; :meth:`bind` sets it."""
 
     def bind(self, model: Any) -> Self:
-        """With the model's token table and option."""
         return replace(self, table=model.token_table(), self_conditioning=model.config.embedding_self_conditioning)
 
     def warp(self, u: Time) -> Time:
@@ -140,9 +137,7 @@ class EmbeddingFlow(TextFlow):
         data = F.embedding(tokens, self._table)
         return CorruptedText(interpolate(randn(data.shape, generator, data.device), data, t), tokens)
 
-    def initial(
-        self, batch: int, length: int, generator: Generators = None, device: torch.device | str | None = None
-    ) -> torch.Tensor:
+    def initial(self, batch: int, length: int, generator: Generators = None, device: Device = None) -> torch.Tensor:
         """Gaussian noise, float32 [B, L, D], on the table's device unless another is named."""
         return randn((batch, length, self._table.shape[1]), generator, device or self._table.device)
 
@@ -184,11 +179,11 @@ def _product(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class DiscreteFlow(TextFlow):
-    """The mixture path of :mod:`univigu.flow.discrete`; subclasses define its source."""
+    """The mixture path of :mod:`univigu.flow.discrete`; subclasses define its source by ``initial``."""
 
-    @abstractmethod
     def may_jump(self, x_t: torch.Tensor) -> torch.Tensor:
         """Tokens that the sampler may still change: bool [B, L]."""
+        return torch.ones_like(x_t, dtype=torch.bool)
 
     def corrupt(self, tokens: torch.Tensor, t: torch.Tensor, generator: Generators = None) -> CorruptedText:
         """Each token is kept with probability t, else drawn from the source: int64 [B, L]."""
@@ -204,18 +199,8 @@ class DiscreteFlow(TextFlow):
         self._check_logits(logits, x_t)
         probability = jump_probability(t, t_next)
         x_hat = sample_categorical(logits, self.temperature, generator, self.top_p)
-        return torch.where(self._jumps(x_t, x_hat, logits, probability, generator), x_hat, x_t)
-
-    def _jumps(
-        self,
-        x_t: torch.Tensor,
-        x_hat: torch.Tensor,
-        logits: torch.Tensor,
-        probability: float,
-        generator: Generators,
-    ) -> torch.Tensor:
-        """Tokens that a step moves to their draws: bool [B, L]."""
-        return self.may_jump(x_t) & (rand(x_t.shape, generator, x_t.device) < probability)  # rand < 1 always holds
+        jumps = rand(x_t.shape, generator, x_t.device) < probability  # always at probability 1
+        return torch.where(self.may_jump(x_t) & jumps, x_hat, x_t)
 
     def tokens(self, x: torch.Tensor) -> torch.Tensor:
         """The state itself."""
@@ -228,15 +213,9 @@ class UniformFlow(DiscreteFlow):
 
     name: ClassVar[str] = "uniform"
 
-    def initial(
-        self, batch: int, length: int, generator: Generators = None, device: torch.device | str | None = None
-    ) -> torch.Tensor:
+    def initial(self, batch: int, length: int, generator: Generators = None, device: Device = None) -> torch.Tensor:
         """Uniform random tokens, int64 [B, L]."""
         return randint(self.vocab_size, (batch, length), generator, device)
-
-    def may_jump(self, x_t: torch.Tensor) -> torch.Tensor:
-        """All of them, at any time."""
-        return torch.ones_like(x_t, dtype=torch.bool)
 
 
 @dataclass(frozen=True)
@@ -256,36 +235,29 @@ class MaskFlow(DiscreteFlow):
         if self.order not in ("random", "confidence"):
             raise ValueError(f"order: must be 'random' or 'confidence', got {self.order!r}")
 
-    @property
-    def mask_id(self) -> int:
-        """The mask state's id, V."""
-        return self.vocab_size
-
     def loss(self, logits: torch.Tensor, corrupted: CorruptedText, t: torch.Tensor) -> torch.Tensor:
         """As for every flow, and 0 where a token is revealed."""
         return torch.where(self.may_jump(corrupted.x_t), super().loss(logits, corrupted, t), 0.0)
 
-    def initial(
-        self, batch: int, length: int, generator: Generators = None, device: torch.device | str | None = None
-    ) -> torch.Tensor:
+    def initial(self, batch: int, length: int, generator: Generators = None, device: Device = None) -> torch.Tensor:
         """Masks everywhere, int64 [B, L]. Draws nothing."""
-        return torch.full((batch, length), self.mask_id, dtype=torch.int64, device=device)
+        return torch.full((batch, length), self.vocab_size, dtype=torch.int64, device=device)
+
+    def step(
+        self, x_t: torch.Tensor, logits: torch.Tensor, t: float, t_next: float, generator: Generators = None
+    ) -> torch.Tensor:
+        """As in every discrete flow, with the order of :attr:`order`."""
+        if self.order == "random":
+            return super().step(x_t, logits, t, t_next, generator)
+        self._check_logits(logits, x_t)
+        x_hat = sample_categorical(logits, self.temperature, generator, self.top_p)
+        confidence = (-cross_entropy(logits, x_hat)).exp()
+        revealed = reveal_surest(self.may_jump(x_t), confidence, jump_probability(t, t_next))
+        return torch.where(revealed, x_hat, x_t)
 
     def may_jump(self, x_t: torch.Tensor) -> torch.Tensor:
         """Those still masked."""
-        return x_t == self.mask_id
-
-    def _jumps(
-        self,
-        x_t: torch.Tensor,
-        x_hat: torch.Tensor,
-        logits: torch.Tensor,
-        probability: float,
-        generator: Generators,
-    ) -> torch.Tensor:
-        if self.order == "random":
-            return super()._jumps(x_t, x_hat, logits, probability, generator)
-        return reveal_surest(self.may_jump(x_t), (-cross_entropy(logits, x_hat)).exp(), probability)
+        return x_t == self.vocab_size
 
     def close(self, x_t: torch.Tensor, eos_token_id: int, pad_token_id: int) -> tuple[torch.Tensor, bool]:
         """Pad what follows an end of text before which no mask is left; done once no mask is left anywhere."""
@@ -307,11 +279,7 @@ TEXT_FLOWS: dict[str, type[TextFlow]] = {flow.name: flow for flow in (EmbeddingF
 
 
 def make_text_flow(name: str, vocab_size: int, **options: Any) -> TextFlow:
-    """The text flow called ``name``: "embedding", "uniform" or "mask".
-
-    Args:
-        options: temperature, top_p and order; a flow ignores those that it does not have.
-    """
+    """The text flow called ``name``; of ``options`` (temperature, top_p, order) it takes those that it has."""
     if name not in TEXT_FLOWS:
         raise ValueError(f"text flow: must be one of {', '.join(TEXT_FLOWS)}, got {name!r}")
     known = {field.name for field in fields(TEXT_FLOWS[name])}

@@ -18,10 +18,7 @@ from univigu.flow.text import CorruptedText
 
 @dataclass(frozen=True)
 class PerToken:
-    """A function of each token's logits; a :data:`univigu.flow.inputs.TextReader`.
-
-    The transformer calls it inside its head, where a sharded linear's weight is gathered.
-    """
+    """A function of each token's logits; a :data:`univigu.flow.inputs.TextReader`."""
 
     function: Callable[[torch.Tensor, CorruptedText, torch.Tensor], torch.Tensor]
     """Of logits [b, l, V], texts and times [b]; its result [b, l, ...] for a token depends on that token's only."""

@@ -14,12 +14,12 @@ import math
 
 import torch
 
-from univigu.flow.random import Generators, rand
+from univigu.flow.random import Device, Generators, rand
 
 NUM_TRAIN_TIMESTEPS = 1000
 """Wan's timestep at pure noise."""
 MAX_TEXT_TIME = 1.0 - 1e-3
-"""Largest text time in training, where the generalised KL's weight ``1 / (1 - t)`` is finite."""
+"""Largest text time in training, so that ``1 / (1 - t)`` is finite."""
 
 
 def time_from_sigma(sigma: torch.Tensor | float) -> torch.Tensor:
@@ -37,14 +37,8 @@ def shift_sigma(sigma: torch.Tensor | float, shift: float) -> torch.Tensor:
 
     .. math:: \sigma' = \frac{s \sigma}{1 + (s - 1) \sigma}
 
-    Eq. 23 of Esser et al., 2024, arXiv:2403.03206; Wan2.1 uses s = 3 at 480p and 5 at 720p.
-
-    Args:
-        sigma: noise levels in [0, 1]; 0 and 1 do not change.
-        shift: s > 0; 1 changes nothing.
-
-    Returns:
-        float32, same shape.
+    Eq. 23 of Esser et al., 2024, arXiv:2403.03206; Wan2.1 uses s = 3 at 480p and 5 at 720p. s > 0, and 1 changes
+    nothing; sigma in [0, 1], of which 0 and 1 do not change; float32, same shape.
     """
     check_positive("shift", shift)
     sigma = _float32(sigma)
@@ -74,17 +68,13 @@ def _float32(value: torch.Tensor | float) -> torch.Tensor:
     return torch.as_tensor(value).to(torch.float32)
 
 
-def sample_video_times(
-    batch: int, shift: float, device: torch.device | str | None = None, generator: Generators = None
-) -> torch.Tensor:
+def sample_video_times(batch: int, shift: float, device: Device = None, generator: Generators = None) -> torch.Tensor:
     """The video's flow times in training, float32 [B] in [0, 1): sigma uniform on (0, 1], then shifted."""
     sigma = 1.0 - rand((batch,), generator, device)  # not 0: every sampler starts at pure noise
     return time_from_sigma(shift_sigma(sigma, shift))
 
 
-def sample_text_times(
-    batch: int, power: float, device: torch.device | str | None = None, generator: Generators = None
-) -> torch.Tensor:
+def sample_text_times(batch: int, power: float, device: Device = None, generator: Generators = None) -> torch.Tensor:
     """The text's flow times in training: ``t = MAX_TEXT_TIME * u ** power``, u uniform on [0, 1); float32 [B].
 
     A power of 1 is uniform; above 1 favours noisy text, below 1 nearly clean text.

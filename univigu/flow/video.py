@@ -18,15 +18,7 @@ from univigu.flow.time import expand_time
 def interpolate(noise: torch.Tensor, data: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """The state ``z_t = (1 - t) noise + t data``; exactly the noise at t = 0 and the data at t = 1.
 
-    Args:
-        noise, data: [B, C, T, H, W] (any shape [B, ...]).
-        t: flow times [B] in [0, 1].
-
-    Returns:
-        float32, the shape of ``data``.
-
-    Raises:
-        ValueError: the shapes of noise and data differ, or t is not [B].
+    noise and data have any shape [B, ...], t is [B] in [0, 1]; float32. A ValueError for shapes that do not fit.
     """
     _check_same_shape("noise", noise, data)
     time = expand_time(t, data)
@@ -36,8 +28,7 @@ def interpolate(noise: torch.Tensor, data: torch.Tensor, t: torch.Tensor) -> tor
 def flow_matching_loss(prediction: torch.Tensor, noise: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
     """Mean squared error of Wan's prediction against ``noise - data``: float32 [B], the mean over C, T, H, W.
 
-    Args:
-        prediction, noise, data: [B, C, T, H, W]; a ValueError if their shapes differ.
+    A ValueError unless all three have one shape [B, C, T, H, W].
     """
     _check_same_shape("noise", noise, data)
     _check_same_shape("prediction", prediction, data)
