@@ -4,7 +4,6 @@
     python tools/synthesize.py --prompts prompts.jsonl --output data/wan/train --pipeline Wan2.1-T2V-1.3B-Diffusers \
         --captioner Qwen2.5-VL-7B-Instruct --height 480 --width 832 --num-frames 81 --fps 16 --steps 50 --dtype bfloat16
     torchrun --nproc-per-node 8 tools/synthesize.py ...     # shards are divided among the processes
-    python tools/synthesize.py --source shapes --num-clips 1000 --output runs/data/world/train
 
 The same command again continues an interrupted run; see docs/DATA.md.
 """
@@ -22,17 +21,16 @@ from univigu.data.options import add_options, add_share, read_options
 from univigu.data.processes import Share, this_device
 from univigu.data.synthesis.captioners import CaptionModel, CaptionOptions
 from univigu.data.synthesis.run import Captioner, synthesize
-from univigu.data.synthesis.sources import PromptSource, ShapesSource, Source, VideoOptions
+from univigu.data.synthesis.sources import PromptSource, VideoOptions
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--output", type=Path, required=True, help="folder of the shards")
-    top.add_argument("--source", choices=["prompts", "shapes"], default="prompts", help="shapes: the embedded world")
-    top.add_argument("--prompts", help="file of prompts: .txt (one a line), .jsonl or .parquet (field prompt)")
-    top.add_argument("--num-clips", type=int, default=100, help="of the embedded world")
-    top.add_argument("--split", choices=["train", "val", "test"], default="train", help="of the embedded world")
+    top.add_argument(
+        "--prompts", required=True, help="file of prompts: .txt (one a line), .jsonl or .parquet (field prompt)"
+    )
     top.add_argument("--pipeline", default=EMBEDDED_FOUNDATION, help="folder of a diffusers text-to-video pipeline")
     top.add_argument("--captioner", default="template", help="none, template, or the folder of a transformers model")
     top.add_argument("--tokenizer", help="folder of the tokenizer that counts lengths; default: the pipeline's")
@@ -53,13 +51,7 @@ def run(o: argparse.Namespace) -> None:
         if o.captioner in ("none", "template")
         else CaptionModel(o.captioner, captions, lengths, video.dtype, device)
     )
-    if o.source == "prompts" and o.prompts is None:
-        raise ValueError("--prompts: expected a file of prompts (or --source shapes)")
-    source: Source = (
-        ShapesSource(o.num_clips, o.split, video)
-        if o.source == "shapes"
-        else PromptSource(o.prompts, o.pipeline, video, device)
-    )
+    source = PromptSource(o.prompts, o.pipeline, video, device)
     tokenizer = o.tokenizer or str(Path(o.pipeline) / "tokenizer")
     manifest = synthesize(o.output, source, captioner, tokenizer, lengths, o.shard_size, share)
     print(f"{o.output}: {manifest.state}")

@@ -41,14 +41,14 @@ def captioner_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
-    """Run the command on a file of prompts, or for five clips of the embedded world, and give the manifest."""
+    """Run the command on a file of prompts and give the manifest."""
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
 
-    def run(folder: str, *args: Any, prompts: str | None = None) -> Manifest:
-        source = ["--prompts", str(tmp_path / prompts)] if prompts else ["--source", "shapes", "--num-clips", "5"]
-        assert main([*source, "--output", str(tmp_path / folder), *FAST, *map(str, args)]) == 0
+    def run(folder: str, *args: Any, prompts: str = "prompts.txt") -> Manifest:
+        paths = ["--prompts", str(tmp_path / prompts), "--output", str(tmp_path / folder)]
+        assert main([*paths, *FAST, *map(str, args)]) == 0
         manifest = Manifest.load(tmp_path / folder)
         assert manifest is not None and manifest.check_files(tmp_path / folder, checksums=True) == []
         return manifest
@@ -67,7 +67,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_clips_are_what_the_pipeline_makes_of_prompt_and_seed(tool: Tool, tmp_path: Path, foundation: str) -> None:
-    manifest = tool("made", "--seed", 7, "--videos-per-prompt", 2, prompts="prompts.txt")
+    manifest = tool("made", "--seed", 7, "--videos-per-prompt", 2)
     assert manifest.complete and manifest.counts == {"kept": 10} and len(manifest.shards) == 5
     texts = texts_of(tmp_path / "made")
     assert [text["key"] for text in texts] == [f"{i:08d}" for i in range(10)]
@@ -127,15 +127,6 @@ def test_unusable_prompts_are_counted(tool: Tool, tmp_path: Path, foundation: st
         assert lines.prompt == table.prompt and (lines.skipped is None) == (table.skipped is None) == (number != 1)
 
 
-def test_the_embedded_world_is_a_source_like_others(tool: Tool, tmp_path: Path) -> None:
-    manifest = tool("world", "--num-clips", 3, "--split", "val", "--seed", 4)
-    assert manifest.counts == {"kept": 3} and manifest.parameters["split"] == "val"
-    for seed, text in zip((4, 5, 6), texts_of(tmp_path / "world"), strict=True):
-        scene = scenes.sample_scene(seed, "val")
-        assert (text["prompt"], text["caption"]) == (texts.prompt_of(scene), texts.caption_of(scene))
-        assert text["scene"]["background"] == scene.background and text["seed"] == seed
-
-
 def test_without_a_captioner_no_window_applies(tool: Tool, tmp_path: Path) -> None:
     assert tool("bare", "--captioner", "none").counts == {"kept": 5}
     assert {text["caption"] for text in texts_of(tmp_path / "bare")} == {""}
@@ -147,9 +138,9 @@ def test_without_a_captioner_no_window_applies(tool: Tool, tmp_path: Path) -> No
 def test_captions_are_asked_for_again_until_they_fit(tool: Tool, tmp_path: Path, captioner_folder: Path) -> None:
     window = ["--min-caption", "50", "--max-caption", "200", "--tokenizer", str(captioner_folder)]
     asked = ["--captioner", str(captioner_folder), "--temperature", "1.2", "--top-p", "1", "--max-new-tokens", "70"]
-    manifest = tool("captioned", *asked, *window, "--tries", 3, "--frames", 2, "--num-clips", 6)
+    manifest = tool("captioned", *asked, *window, "--tries", 3, "--frames", 2)
     texts = texts_of(tmp_path / "captioned")
-    assert manifest.counts["kept"] == len(texts) and sum(manifest.counts.values()) == 6
+    assert manifest.counts["kept"] == len(texts) and sum(manifest.counts.values()) == 5
     tries = Counter([derived_seed(t["seed"], i) for i in range(3)].index(t["caption_seed"]) for t in texts)
     assert tries[0] and tries[1] + tries[2], tries  # some fitted at once, others after another seed
     assert manifest.counts["caption_short"], manifest.counts  # and some not at all
@@ -200,7 +191,6 @@ def test_processes_share_the_work_and_end_with_the_same_bytes(tool: Tool, tmp_pa
     [
         (["--prompts", "gone.txt"], "--prompts='gone.txt': cannot be read"),
         (["--prompts", "prompts.csv"], "--prompts='prompts.csv': expected a .txt, .jsonl or .parquet file"),
-        ([], "--prompts: expected a file of prompts"),
         (["--prompts", "p.txt", "--pipeline", "gone"], "--pipeline='gone': no folder of a diffusers pipeline"),
         (["--prompts", "p.txt", "--captioner", "gone"], "--captioner='gone': expected 'none', 'template', or"),
         (["--prompts", "p.txt", "--tokenizer", "gone"], "--tokenizer='gone': cannot be loaded"),
@@ -212,7 +202,6 @@ def test_processes_share_the_work_and_end_with_the_same_bytes(tool: Tool, tmp_pa
         (["--prompts", "p.txt", "--instruction", "{clip}"], "instruction: expected only {prompt}"),
         (["--prompts", "p.txt", "--rank", "2", "--world-size", "2"], r"rank=2: expected one in [0, 2)"),
         (["--prompts", "p.txt", "--shard-size", "0"], "shard_size=0"),
-        (["--source", "shapes", "--num-clips", "0"], "--num-clips=0"),
     ],
 )
 def test_mistakes_are_named(

@@ -17,7 +17,6 @@ from univigu.data.sample import DataError
 from univigu.data.synthesis.sources import Clip
 from univigu.data.video import even_indices
 from univigu.models.fingerprint import folder_fingerprint
-from univigu.shapes import scenes, texts
 
 INSTRUCTION = (
     "These are {num_frames} frames of one video, in order. It was made from this prompt: {prompt}\n"
@@ -62,18 +61,16 @@ class CaptionOptions:
 
 
 def template_caption(clip: Clip, fps: int) -> str:
-    """The embedded world's own description of its clips; of others the filled-in template."""
-    if clip.scene is not None:
-        return texts.caption_of(scenes.Scene.from_dict(clip.scene))
+    """The template filled in for a clip."""
     assert clip.frames is not None
     num_frames, _, height, width = clip.frames.shape
-    size = {"num_frames": num_frames, "height": height, "width": width, "fps": fps}
-    return TEMPLATE.format(prompt=clip.prompt.strip(" ."), **size)
+    prompt = clip.prompt.strip(" .")
+    return TEMPLATE.format(prompt=prompt, num_frames=num_frames, height=height, width=width, fps=fps)
 
 
-def derived_seed(*parts: int) -> int:
-    """A seed that is a hash of numbers, so that neighbours are independent."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "little")
+def derived_seed(seed: int, attempt: int) -> int:
+    """A hash of the clip's seed and the attempt, so that neighbours are independent."""
+    return int.from_bytes(hashlib.sha256(repr((seed, attempt)).encode()).digest()[:6], "little")
 
 
 class CaptionModel:
@@ -104,7 +101,7 @@ class CaptionModel:
     def parameters(self) -> dict[str, Any]:
         """What the captions depend on, for the manifest."""
         model = {"folder": self.folder.resolve().name, "fingerprint": folder_fingerprint(self.folder)}
-        return {**model, "dtype": self.dtype, "words": self.words, **asdict(self.options)}
+        return model | {"dtype": self.dtype, "words": self.words, **asdict(self.options)}
 
     @cached_property
     def model(self) -> tuple[Any, Any]:

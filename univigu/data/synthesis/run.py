@@ -17,7 +17,7 @@ from univigu.data.processes import ONLY, Share, progress_bar
 from univigu.data.sample import DataError
 from univigu.data.shards import Manifest, ShardInfo, write_shard
 from univigu.data.synthesis.captioners import TEMPLATE, CaptionModel, template_caption
-from univigu.data.synthesis.sources import Clip, Source
+from univigu.data.synthesis.sources import Clip, PromptSource
 from univigu.data.video import encode_mp4
 from univigu.models.fingerprint import folder_fingerprint
 from univigu.models.tokens import token_count
@@ -28,7 +28,7 @@ Captioner = CaptionModel | Literal["none", "template"]
 
 def synthesize(
     output: str | Path,
-    source: Source,
+    source: PromptSource,
     captioner: Captioner,
     tokenizer_folder: str | Path,
     length_filter: LengthFilter,
@@ -70,9 +70,9 @@ def synthesize(
 
 @dataclass
 class _ShardWriter:
-    """Writes single shards; see :func:`synthesize` for the arguments."""
+    """Writes one shard; see :func:`synthesize` for the arguments."""
 
-    source: Source
+    source: PromptSource
     captioner: Captioner
     tokenizer: PreTrainedTokenizerBase
     length_filter: LengthFilter
@@ -125,6 +125,4 @@ class _ShardWriter:
         texts: dict[str, Any] = {"prompt": clip.prompt, "caption": clip.caption, "seed": clip.seed}
         if clip.caption_seed is not None:
             texts["caption_seed"] = clip.caption_seed
-        if clip.scene is not None:
-            texts["scene"] = clip.scene
         return {"mp4": encode_mp4(clip.frames, self.source.options.fps), "json": json.dumps(texts).encode()}

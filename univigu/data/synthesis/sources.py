@@ -1,4 +1,4 @@
-"""Sources of clips: a diffusers text-to-video pipeline that is given prompts, or the embedded world."""
+"""Clips that a diffusers text-to-video pipeline generates from prompts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from univigu.data.sample import DataError
 from univigu.data.shards import sha256_of
 from univigu.data.video import to_uint8
 from univigu.models.fingerprint import folder_fingerprint
-from univigu.shapes import renderer, scenes, texts
-from univigu.shapes.write import world_fingerprint
 
 
 @dataclass(frozen=True)
@@ -51,9 +49,9 @@ class VideoOptions:
     def __post_init__(self) -> None:
         check_least(self, height=2, width=2, num_frames=1, fps=1, steps=1, guidance_scale=0, seed=0)
         check_least(self, batch_size=1, videos_per_prompt=1)
-        for name in ("height", "width"):
-            if getattr(self, name) % 2:
-                raise ValueError(f"{name}={getattr(self, name)}: expected an even number")
+        for name, value in (("height", self.height), ("width", self.width)):
+            if value % 2:
+                raise ValueError(f"{name}={value}: expected an even number")
         check_dtype(self.dtype)
 
 
@@ -68,8 +66,6 @@ class Clip:
     """Seed of the clip's noise."""
     frames: torch.Tensor | None = None
     """uint8 [F, C, H, W]; None until they are generated, and where they are not finite."""
-    scene: dict[str, Any] | None = None
-    """The embedded world's description, where there is one."""
     caption: str = ""
     caption_seed: int | None = None
     """Seed of the caption, where it is sampled."""
@@ -118,9 +114,16 @@ def generate_clips(
     """
     from diffusers import WanPipeline
 
-    o, generators = options, [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    arguments: dict[str, Any] = {"prompt": prompts, "height": o.height, "width": o.width, "num_frames": o.num_frames}
-    arguments |= {"num_inference_steps": o.steps, "output_type": "pt", "generator": generators}
+    o = options
+    arguments: dict[str, Any] = {
+        "prompt": prompts,
+        "height": o.height,
+        "width": o.width,
+        "num_frames": o.num_frames,
+        "num_inference_steps": o.steps,
+        "output_type": "pt",
+        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+    }
     if o.guidance_scale is not None:
         arguments["guidance_scale"] = o.guidance_scale
     if o.negative_prompt is not None:
@@ -170,38 +173,6 @@ class PromptSource:
 
     def render(self, clips: list[Clip]) -> None:
         """Generate the frames."""
-        prompts, seeds = [clip.prompt for clip in clips], [clip.seed for clip in clips]
-        for clip, frames in zip(clips, generate_clips(self.pipeline, prompts, seeds, self.options), strict=True):
+        videos = generate_clips(self.pipeline, [c.prompt for c in clips], [c.seed for c in clips], self.options)
+        for clip, frames in zip(clips, videos, strict=True):
             clip.frames = frames
-
-
-class ShapesSource:
-    """Clips of a split of the embedded world, with the methods of :class:`PromptSource`."""
-
-    def __init__(self, num_clips: int, split: scenes.Split, options: VideoOptions) -> None:
-        if num_clips < 1:
-            raise DataError(f"--num-clips={num_clips}: expected at least 1")
-        self.num_clips, self.split, self.options = num_clips, split, options
-
-    def __len__(self) -> int:
-        return self.num_clips
-
-    def parameters(self) -> dict[str, Any]:
-        names = ("height", "width", "num_frames", "fps", "seed")
-        video = {name: getattr(self.options, name) for name in names}
-        world = {"world": world_fingerprint(), "split": self.split, "num_clips": self.num_clips}
-        return {"source": "shapes", **world, "video": video}
-
-    def clip(self, number: int) -> Clip:
-        seed = self.options.seed + number
-        scene = scenes.sample_scene(seed, self.split)
-        return Clip(f"{number:08d}", texts.prompt_of(scene), seed, scene=scene.to_dict())
-
-    def render(self, clips: list[Clip]) -> None:
-        o = self.options
-        for clip in clips:
-            scene = scenes.sample_scene(clip.seed, self.split)
-            clip.frames = renderer.render(scene, o.height, o.width, o.num_frames)
-
-
-Source = PromptSource | ShapesSource
