@@ -179,14 +179,18 @@ def test_an_option_that_a_task_would_ignore_is_refused(pipe: UniViGUPipeline, vi
     joint = partial(pipe.joint, "one", **SIZE, max_sequence_length=16)
     edit = partial(pipe.edit, videos, "one", max_sequence_length=16)
     for task, options, message in (
-        (caption, {"num_inference_steps": 10}, "num_inference_steps=10: caption does not use it; use caption_steps"),
-        (caption, {"guidance_scale": 2.0}, r"guidance_scale=2\.0: caption .* use caption_guidance_scale"),
-        (caption, {"solver": "euler"}, "solver='euler': caption does not use it; use one of caption_steps,"),
-        (joint, {"caption_steps": 5}, "caption_steps=5: joint does not use it; use num_inference_steps"),
+        (
+            caption,
+            {"num_inference_steps": 10},
+            "num_inference_steps=10: caption does not use it; it uses caption_steps",
+        ),
+        (caption, {"guidance_scale": 2.0}, r"guidance_scale=2\.0: caption .* uses .*caption_guidance_scale"),
+        (caption, {"solver": "euler"}, "solver='euler': caption does not use it; it uses caption_steps,"),
+        (joint, {"caption_steps": 5}, "caption_steps=5: joint does not use it; it uses num_inference_steps"),
         (joint, {"batch_guidance": True}, "batch_guidance=True: joint does not use it"),
         (joint, {"joint_lag": 0, "caption_refresh": 2}, "caption_refresh=2: .* use it with joint_lag over 0"),
-        (edit, {"caption_steps": 5}, "caption_steps=5: edit does not use it; use num_inference_steps"),
-        (edit, {"temperature": 1.0}, r"temperature=1\.0: edit does not use it; use one of num_inference_steps,"),
+        (edit, {"caption_steps": 5}, "caption_steps=5: edit does not use it; it uses num_inference_steps"),
+        (edit, {"temperature": 1.0}, r"temperature=1\.0: edit does not use it; it uses num_inference_steps,"),
     ):
         with pytest.raises(ValueError, match=message):
             task(**options)

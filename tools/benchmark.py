@@ -42,7 +42,7 @@ from univigu.models import UniViGUTransformer3DModel
 from univigu.models.cache import AttentionCache
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 from univigu.sampling.options import SamplingOptions
-from univigu.sampling.sampler import Sampler, uniform_times
+from univigu.sampling.sampler import Sampler
 from univigu.shapes.write import world_fingerprint, write_shapes
 from univigu.training.plan import Workload, step_flops
 from univigu.training.stages import Stage
@@ -158,7 +158,8 @@ def caption(options: argparse.Namespace) -> dict[str, float]:
 
     @torch.no_grad()
     def plain() -> None:
-        times, generator = uniform_times(options.steps), torch.Generator(device).manual_seed(1)
+        generator = torch.Generator(device).manual_seed(1)
+        times = [i / options.steps for i in range(options.steps + 1)]
         text = flow.initial(options.batch_size, options.text_tokens, generator, device)
         clean, condition = latents.to(model.dtype), embeds.to(model.dtype)
         for t, t_next in pairwise(times):

@@ -13,7 +13,7 @@ from univigu.models import UniViGUTransformer3DModel
 from univigu.models.foundation import encode_prompt
 from univigu.models.tokens import tokenize
 from univigu.sampling.options import SamplingOptions
-from univigu.sampling.sampler import Sampler, StepState, uniform_times
+from univigu.sampling.sampler import Sampler, StepState
 
 VOCAB, LENGTH, FLOWS = 11, 6, ("embedding", "uniform", "mask")
 SHAPE = (tiny.CHANNELS, 2, 4, 6)  # latents of 5 frames of 32 x 48
@@ -241,10 +241,6 @@ def test_the_scheduler_given_is_only_a_template(embeds: Any) -> None:
 def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingOptions(**options)
-
-
-def test_uniform_times_run_from_noise_to_data() -> None:
-    assert uniform_times(1) == [0.0, 1.0] and uniform_times(4) == [0.0, 0.25, 0.5, 0.75, 1.0]
 
 
 # ---------------------------------------------------------------------- captions at the price of their text

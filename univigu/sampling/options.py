@@ -20,14 +20,6 @@ TASK_OPTIONS: dict[str, tuple[str, ...]] = {
     "edit": (*_VIDEO, "batch_guidance"),
 }
 """Options that a task uses; ``text_order`` with the mask flow only."""
-_INSTEAD = {
-    ("caption", "num_inference_steps"): "caption_steps",
-    ("caption", "guidance_scale"): "caption_guidance_scale",
-    ("joint", "caption_steps"): "num_inference_steps (and joint_lag)",
-    ("edit", "caption_steps"): "num_inference_steps",
-    ("edit", "caption_guidance_scale"): "guidance_scale",
-}
-"""What is probably meant, by task and option."""
 
 
 @dataclass
@@ -88,17 +80,11 @@ class SamplingOptions:
         return make_text_flow(config.text_flow, config.vocab_size, **options)
 
     def check_keywords(self, keywords: Mapping[str, Any], task: str, text_flow: str) -> None:
-        """Raise a ValueError for an option given by keyword that the task would ignore; says what to use instead.
-
-        Args:
-            keywords: options given one by one, which these options contain.
-            task: one of :data:`TASK_OPTIONS`.
-            text_flow: the model's.
-        """
+        """Raise a ValueError for an option, given by keyword and contained in these options, that the task ignores."""
         for name, value in keywords.items():
             if name not in TASK_OPTIONS[task]:
-                use = _INSTEAD.get((task, name), f"one of {', '.join(TASK_OPTIONS[task])}")
-                raise ValueError(f"{name}={value!r}: {task} does not use it; use {use}")
+                used = ", ".join(TASK_OPTIONS[task])
+                raise ValueError(f"{name}={value!r}: {task} does not use it; it uses {used}")
             if name == "text_order" and text_flow != "mask":
                 raise ValueError(f"{name}={value!r}: {task} with the {text_flow!r} text flow does not use it")
             if task == "joint" and name in _CLEAN_VIDEO and not self.joint_lag:

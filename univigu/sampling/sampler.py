@@ -11,7 +11,7 @@ A single image is a video of one frame.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,16 +57,56 @@ class Samples:
     """Text tokens [B, L]; None for ``generate`` and ``edit``."""
 
 
+class VideoRun:
+    """The video of one sampling run, with its guidance; the prompt's keys and values are computed once."""
+
+    def __init__(
+        self,
+        model: Any,
+        solver: VideoSolver,
+        state: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        null_embeds: torch.Tensor,
+        options: SamplingOptions,
+        together: bool,
+    ) -> None:
+        self.model, self.solver, self.state, self.options, self.together = model, solver, state, options, together
+        prompt, null = prompt_embeds.to(model.dtype), null_embeds.expand(len(state), -1, -1).to(model.dtype)
+        self.conditions = {"prompt": prompt, "null": null}
+        if together:
+            self.conditions["both"] = torch.cat([prompt, null])
+        self.caches = {name: AttentionCache(keep_video=False) for name in self.conditions}
+
+    def advance(self, i: int, text: TextInputs | None) -> torch.Tensor | None:
+        """Take step i; returns the text's logits if text is computed along."""
+        scale, (low, high) = self.options.guidance_scale, self.options.guidance_interval
+        guided, logits = scale > 1 and low <= self.solver.times[i] <= high, None
+        if guided and self.together:
+            prediction, unconditional = self._predict(i, "both").sample.chunk(2)
+        else:  # a pass with prompt and text, and for guidance one with neither
+            output = self._predict(i, "prompt", text)
+            prediction, logits = output.sample, output.text
+            unconditional = self._predict(i, "null").sample if guided else prediction
+        if guided:
+            prediction = unconditional + scale * (prediction - unconditional)
+        self.state = self.solver.step(prediction, i, self.state)
+        return logits
+
+    def _predict(self, i: int, condition: str, text: TextInputs | None = None) -> Any:
+        latents = self.state.to(self.model.dtype)
+        if condition == "both":
+            latents = torch.cat([latents, latents])
+        timestep = self.solver.timestep(i, len(latents), latents.device)
+        return self.model(latents, timestep, self.conditions[condition], text=text, cache=self.caches[condition])
+
+
 @dataclass
 class VideoContext:
-    """A video that does not change while text is denoised."""
+    """A video that does not change while text is denoised; latents and prompt are in the model's type."""
 
     latents: torch.Tensor
-    """[B, C, T, H, W], in the model's type."""
     timestep: torch.Tensor
-    """[B]."""
     prompt_embeds: torch.Tensor
-    """[B, S, text_dim], in the model's type."""
     refresh: int | None
     """Recompute it every so many steps; None: compute it once, because it does not depend on the text."""
 
@@ -90,7 +130,6 @@ class TextRun:
     times: Sequence[float]
     """Flow times from 0 to 1, one more than there are steps."""
     generator: Generators
-
     endpoint: torch.Tensor | None = None
     """The last step's prediction of the data, for a flow with self-conditioning."""
 
@@ -100,14 +139,9 @@ class TextRun:
 
     def advance(self, i: int, logits: torch.Tensor) -> None:
         """Take step i, given the logits of its inputs."""
-        t, t_next = self.times[i], self.times[i + 1]
         if isinstance(self.flow, EmbeddingFlow) and self.flow.self_conditioning:
             self.endpoint = self.flow.endpoint(logits)
-        self.state = self.flow.step(self.state, logits, t, t_next, self.generator)
-
-    def tokens(self) -> torch.Tensor:
-        """The finished text, int64 [B, L]."""
-        return self.flow.tokens(self.state)
+        self.state = self.flow.step(self.state, logits, self.times[i], self.times[i + 1], self.generator)
 
 
 class Sampler:
@@ -116,9 +150,17 @@ class Sampler:
     Args:
         model: a UniViGUTransformer3DModel in evaluation mode.
         scheduler: a diffusers scheduler for the video; its class and config are used as a template.
-        options: see :class:`SamplingOptions`.
         eos_token_id, pad_token_id: of the tokenizer. With both, sampling with the ``mask`` flow stops once the end of
             every text and everything before it is revealed; what follows the end is padding.
+
+    Arguments of the tasks:
+        prompt_embeds: encoded prompts [B, S, text_dim].
+        null_embeds: the encoded empty prompt [1, S, text_dim].
+        latents: the clean video, normalised [B, C, T, H, W].
+        latents_shape: (C, T, H, W) of a sample.
+        text_length: number of text tokens.
+        generator: one generator, or one a sample (then a sample does not depend on its batch).
+        on_step: called after each step with a :class:`StepState`.
     """
 
     def __init__(
@@ -147,19 +189,9 @@ class Sampler:
         latents: torch.Tensor | None = None,
         on_step: StepCallback | None = None,
     ) -> Samples:
-        """Video from noise, given a prompt.
-
-        Args:
-            prompt_embeds: encoded prompts [B, S, text_dim].
-            null_embeds: the encoded empty prompt [1, S, text_dim].
-            latents_shape: (C, T, H, W) of a sample.
-            generator: one generator, or one a sample (then a sample does not depend on its batch).
-            latents: initial noise [B, C, T, H, W] to use instead of drawing it.
-            on_step: called after each step with a :class:`StepState`.
-        """
-        video = self._noise(prompt_embeds, latents_shape, generator) if latents is None else latents.float()
-        video = self._denoise_video(video, self._solver(), prompt_embeds, null_embeds, None, on_step)
-        return Samples(video, None)
+        """Video from noise, given a prompt; ``latents`` is noise to start from instead of drawing it."""
+        video = _noise(prompt_embeds, latents_shape, generator) if latents is None else latents.float()
+        return self._denoise(video, self._solver(), None, prompt_embeds, null_embeds, generator, on_step)
 
     def edit(
         self,
@@ -172,22 +204,16 @@ class Sampler:
     ) -> Samples:
         """A video regenerated under another prompt, from a mixture of itself and noise.
 
-        Args:
-            latents: the clean video, normalised [B, C, T, H, W].
-            strength: flow time 1 - strength to start at, in (0, 1]; 1 keeps nothing of the video. The sampler's last
-                level that is at least as noisy is taken.
-            prompt_embeds, null_embeds, generator, on_step: as in :meth:`generate`.
+        It starts at flow time 1 - strength, strength in (0, 1]; 1 keeps nothing of the video. The sampler's last level
+        that is at least as noisy is taken.
         """
         if not 0 < strength <= 1:
             raise ValueError(f"strength={strength!r}: expected over 0, at most 1")
         solver = self._solver(start=1.0 - strength)
-        noise = self._noise(latents, latents.shape[1:], generator)
         begin = latents.new_full((latents.shape[0],), solver.times[0], dtype=torch.float32)
-        video = interpolate(noise, latents.float(), begin)
-        video = self._denoise_video(video, solver, prompt_embeds, null_embeds, None, on_step)
-        return Samples(video, None)
+        video = interpolate(_noise(latents, latents.shape[1:], generator), latents.float(), begin)
+        return self._denoise(video, solver, None, prompt_embeds, null_embeds, generator, on_step)
 
-    @torch.no_grad()
     def caption(
         self,
         latents: torch.Tensor,
@@ -197,21 +223,14 @@ class Sampler:
         on_step: StepCallback | None = None,
         null_embeds: torch.Tensor | None = None,
     ) -> Samples:
-        """Text from noise, given clean video latents.
+        """Text from noise, given clean video.
 
-        Args:
-            latents: the clean video, normalised [B, C, T, H, W].
-            prompt_embeds: the condition [B or 1, S, text_dim]: the encoded empty prompt, a brief prompt, or a
-                question, whose answer the text then is.
-            text_length: number of text tokens.
-            generator, on_step: as in :meth:`generate`.
-            null_embeds: the encoded empty prompt; needed for ``caption_guidance`` "prompt".
+        ``prompt_embeds`` [B or 1, S, text_dim] is the condition: the encoded empty prompt, a brief prompt, or a
+        question, whose answer the text then is. ``caption_guidance`` "prompt" needs ``null_embeds``.
         """
         text = self._start_text(latents, text_length, self.options.caption_steps, generator)
-        self._denoise_text(text, 0, self._caption_contexts(latents, prompt_embeds, null_embeds, generator), on_step)
-        return Samples(latents, text.tokens())
+        return self._denoise(latents, None, text, prompt_embeds, null_embeds, generator, on_step)
 
-    @torch.no_grad()
     def joint(
         self,
         prompt_embeds: torch.Tensor,
@@ -221,66 +240,56 @@ class Sampler:
         generator: Generators = None,
         on_step: StepCallback | None = None,
     ) -> Samples:
-        """Video and text from noise, in parallel, each reading the other; arguments as in ``generate``."""
-        video, solver, lag = (
-            self._noise(prompt_embeds, latents_shape, generator),
-            self._solver(),
-            self.options.joint_lag,
-        )
-        both = len(solver.times)
-        text = self._start_text(video, text_length, both + lag, generator)
-        video = self._denoise_video(video, solver, prompt_embeds, null_embeds, text, on_step)
-        if lag:
-            contexts = self._caption_contexts(video, prompt_embeds, null_embeds, generator)
-            self._denoise_text(text, both, contexts, on_step)
-        return Samples(video, text.tokens())
+        """Video and text from noise, in parallel, each reading the other."""
+        video, solver = _noise(prompt_embeds, latents_shape, generator), self._solver()
+        text = self._start_text(video, text_length, len(solver.times) + self.options.joint_lag, generator)
+        return self._denoise(video, solver, text, prompt_embeds, null_embeds, generator, on_step)
 
-    # ---------------------------------------------------------------------- video, with text or without
+    # ---------------------------------------------------------------------- the loop of all tasks
 
     @torch.no_grad()
-    def _denoise_video(
+    def _denoise(
         self,
         video: torch.Tensor,
-        solver: VideoSolver,
-        prompt_embeds: torch.Tensor,
-        null_embeds: torch.Tensor,
+        solver: VideoSolver | None,
         text: TextRun | None,
+        prompt_embeds: torch.Tensor,
+        null_embeds: torch.Tensor | None,
+        generator: Generators,
         on_step: StepCallback | None,
-    ) -> torch.Tensor:
-        """The loop over the solver's evaluations; the text, if there is any, advances along."""
-        batch, num_steps = video.shape[0], len(solver.times) if text is None else len(text.times) - 1
-        scale, (low, high) = self.options.guidance_scale, self.options.guidance_interval
-        embeds, null = self._cast(prompt_embeds), self._cast(null_embeds.expand(batch, -1, -1))
-        both = torch.cat([embeds, null]) if self.options.batch_guidance and text is None else None
-        caches = {id(e): AttentionCache(keep_video=False) for e in (embeds, null, both) if e is not None}
-
-        def predict(inputs: torch.Tensor, condition: torch.Tensor, shown: TextInputs | None = None) -> Any:
-            timestep = solver.timestep(i, inputs.shape[0], inputs.device)
-            return self.model(inputs, timestep, condition, text=shown, cache=caches[id(condition)])
-
-        for i, time in enumerate(solver.times):
-            # 1. A pass with prompt and text, and for guidance one with neither
-            guided, inputs, logits = scale > 1 and low <= time <= high, self._cast(video), None
-            if guided and both is not None:
-                prediction, unconditional = predict(torch.cat([inputs, inputs]), both).sample.chunk(2)
+    ) -> Samples:
+        """The solver's steps of the video, the text along with them if there is any; then the text's other steps."""
+        run, contexts, logits = None, [], None
+        if solver is not None:
+            assert null_embeds is not None
+            together = self.options.batch_guidance and text is None
+            run = VideoRun(self.model, solver, video, prompt_embeds, null_embeds, self.options, together)
+        video_steps = 0 if solver is None else len(solver.times)
+        num_steps = video_steps if text is None else len(text.times) - 1
+        for i in range(num_steps):
+            shown, video_time, last = None if text is None else text.inputs(i), 1.0, i + 1 == num_steps
+            if run is not None and i < video_steps:
+                logits = run.advance(i, shown)
+                video, video_time = run.state, run.solver.next_time(i)
             else:
-                output = predict(inputs, embeds, None if text is None else text.inputs(i))
-                prediction, logits = output.sample, output.text
-                unconditional = predict(inputs, null).sample if guided else prediction
-            if guided:
-                prediction = unconditional + scale * (prediction - unconditional)
-
-            # 2. Both modalities move to their next times
-            video = solver.step(prediction, i, video)
+                if i == video_steps:
+                    contexts = self._caption_contexts(video, prompt_embeds, null_embeds, generator)
+                assert shown is not None
+                logits, *contrast = [context.logits(self.model, i - video_steps, shown) for context in contexts]
+                if contrast:
+                    logits = contrast[0] + self.options.caption_guidance_scale * (logits - contrast[0])
             if text is not None:
                 assert logits is not None
                 text.advance(i, logits)
+                if i >= video_steps and self.eos_token_id is not None and self.pad_token_id is not None:
+                    text.state, ended = text.flow.close(text.state, self.eos_token_id, self.pad_token_id)
+                    last = last or ended
             if on_step is not None:
-                words, text_time = (None, None) if text is None else (text.state, text.times[i + 1])
-                on_step(StepState(i, num_steps, video, solver.next_time(i), words, text_time, i + 1 == num_steps))
-        return video
-
-    # ---------------------------------------------------------------------- text with a video that does not change
+                tokens, text_time = (None, None) if text is None else (text.state, text.times[i + 1])
+                on_step(StepState(i, num_steps, video, video_time, tokens, text_time, last))
+            if last:
+                break
+        return Samples(video, None if text is None else text.flow.tokens(text.state))
 
     def _caption_contexts(
         self,
@@ -293,64 +302,35 @@ class Sampler:
 
         The noise of ``caption_guidance`` "video" reads text in every model, so caching it is always an approximation.
         """
-        batch, options = latents.shape[0], self.options
-        embeds = self._cast(prompt_embeds.expand(batch, -1, -1))
+        batch, options, dtype = latents.shape[0], self.options, self.model.dtype
+        embeds = prompt_embeds.expand(batch, -1, -1).to(dtype)
         refresh = options.caption_refresh if self.model.config.clean_video_reads_text else None
-        clean = VideoContext(self._cast(latents), _timestep(1.0, latents), embeds, refresh)
+        clean = VideoContext(latents.to(dtype), _timestep(1.0, latents), embeds, refresh)
         if options.caption_guidance_scale == 1:
             return [clean]
         if options.caption_guidance == "video":
-            noise = self._cast(self._noise(latents, latents.shape[1:], generator))
+            noise = _noise(latents, latents.shape[1:], generator).to(dtype)
             return [clean, VideoContext(noise, _timestep(0.0, latents), embeds, options.caption_refresh)]
         if null_embeds is None:
             raise ValueError("null_embeds=None: sampling.caption_guidance='prompt' needs the encoded empty prompt")
-        null = self._cast(null_embeds.expand(batch, -1, -1))
-        return [clean, VideoContext(clean.latents, clean.timestep, null, refresh)]
-
-    def _denoise_text(
-        self, text: TextRun, start: int, contexts: list[VideoContext], on_step: StepCallback | None
-    ) -> None:
-        """The loop over the text's steps from ``start``, until they end or every text of the batch does."""
-        scale, num_steps = self.options.caption_guidance_scale, len(text.times) - 1
-        for i in range(start, num_steps):
-            shown = text.inputs(i)
-            logits, *contrast = [context.logits(self.model, i - start, shown) for context in contexts]
-            if contrast:
-                logits = contrast[0] + scale * (logits - contrast[0])
-            text.advance(i, logits)
-            last = i + 1 == num_steps
-            if self.eos_token_id is not None and self.pad_token_id is not None:
-                text.state, ended = text.flow.close(text.state, self.eos_token_id, self.pad_token_id)
-                last = last or ended
-            if on_step is not None:
-                on_step(StepState(i, num_steps, contexts[0].latents, 1.0, text.state, text.times[i + 1], last))
-            if last:
-                break
+        return [clean, replace(clean, prompt_embeds=null_embeds.expand(batch, -1, -1).to(dtype))]
 
     def _start_text(self, like: torch.Tensor, length: int, num_steps: int, generator: Generators) -> TextRun:
         """Text from noise for as many samples as ``like`` has."""
         flow = self.text_flow.bind(self.model)
         state = flow.initial(like.shape[0], length, generator, like.device)
-        return TextRun(flow, state, [flow.warp(t) for t in uniform_times(num_steps)], generator)
+        return TextRun(flow, state, [flow.warp(i / num_steps) for i in range(num_steps + 1)], generator)
 
     def _solver(self, start: float = 0.0) -> VideoSolver:
         solver = self.scheduler if self.options.solver == "scheduler" else self.options.solver
         return make_video_solver(solver, self.options.num_inference_steps, self.shift, start)
 
-    def _noise(self, like: torch.Tensor, shape: Sequence[int], generator: Generators) -> torch.Tensor:
-        return randn((like.shape[0], *shape), generator, like.device)
 
-    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
-        """To the model's type; the state between steps is float32."""
-        return tensor.to(self.model.dtype)
+def _noise(like: torch.Tensor, shape: Sequence[int], generator: Generators) -> torch.Tensor:
+    return randn((like.shape[0], *shape), generator, like.device)
 
 
 def _timestep(time: float, like: torch.Tensor) -> torch.Tensor:
     """Wan's timestep of a flow time, float32 [B]."""
     value = NUM_TRAIN_TIMESTEPS * (1.0 - time)
     return torch.full((like.shape[0],), value, dtype=torch.float32, device=like.device)
-
-
-def uniform_times(num_steps: int) -> list[float]:
-    """Flow times 0, 1/n, ..., 1."""
-    return [i / num_steps for i in range(num_steps + 1)]

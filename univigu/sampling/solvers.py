@@ -27,16 +27,9 @@ from univigu.flow.time import NUM_TRAIN_TIMESTEPS, shift_sigma, time_from_sigma
 class VideoSolver:
     """One sampling run with a diffusers scheduler whose time steps are set.
 
-    Args:
-        scheduler: a flow-matching scheduler that predicts ``noise - data``.
-        start: flow time in [0, 1) to start at, to edit a video instead of starting from noise. The latest of the
-            scheduler's times that is not later is taken, see ``times[0]``.
-
-    Attributes:
-        times: flow time of every evaluation, not falling. The first is the flow time of the state to start from.
-
-    Raises:
-        ValueError: the scheduler is not a flow-matching one, or ``start`` is out of range.
+    ``times`` has the flow time of every evaluation, not falling. The first is the scheduler's latest one that is not
+    later than ``start`` in [0, 1), which is over 0 to edit a video. A ValueError for a scheduler that is not a
+    flow-matching one, or for ``start`` out of range.
     """
 
     def __init__(self, scheduler: Any, start: float = 0.0) -> None:
@@ -60,27 +53,17 @@ class VideoSolver:
         return self._ends[i]
 
     def step(self, prediction: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
-        """Advance the state x, given Wan's prediction (noise - data) at x and ``times[i]``; evaluations come in order.
-
-        Returns:
-            The next state, float32 whatever the prediction's type.
-        """
+        """The next state, float32, given Wan's prediction (noise - data) at x and ``times[i]``; i comes in order."""
         return self._scheduler.step(prediction.float(), self._timesteps[i], x.float(), return_dict=False)[0]
 
 
 def make_video_solver(
     solver: str | SchedulerMixin, num_steps: int, shift: float = 3.0, start: float = 0.0
 ) -> VideoSolver:
-    """A solver from "euler", "heun", "unipc", "dpm" (all diffusers' own) or a diffusers scheduler.
+    """A solver from "euler", "heun", "unipc", "dpm" (all diffusers' own) with ``shift``, or a diffusers scheduler.
 
-    Args:
-        solver: a scheduler is copied and steps as in ``WanPipeline``, with its own shift.
-        num_steps: steps from noise to data, at least 1.
-        shift: timestep shift of the solvers by name.
-        start: see :class:`VideoSolver`.
-
-    Raises:
-        ValueError: no such solver, or an argument out of range.
+    A scheduler is copied and steps as in ``WanPipeline``, with its own shift. ``num_steps`` leads from noise to data.
+    A ValueError for an unknown solver or an argument out of range.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps: must be at least 1, got {num_steps}")
