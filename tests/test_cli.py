@@ -52,13 +52,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path, foun
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of four good clips of different shapes and four broken ones."""
+    """A folder of five good clips of different shapes and three broken ones."""
     folder = tmp_path_factory.mktemp("clips")
     for i, (height, width, frames) in enumerate([(64, 64, 9), (48, 86, 23), (100, 60, 1)]):
         clip = encode_mp4(render(sample_scene(i), height, width, frames), fps=(8, 25, 3)[i])
         (folder / f"good{i}.mp4").write_bytes(clip)
     (folder / "good3 \x85\u2028ü.mp4").write_bytes(clip)  # marks that some readers of lines take for an end
-    (folder / "broken\udc80.mp4").write_bytes(clip)  # bytes that are no text, which decoders do not open
+    (folder / "good4 \udc80.mp4").write_bytes(clip)  # bytes that are no text
     (folder / "broken_empty.mp4").write_bytes(b"")
     (folder / "broken_text.mp4").write_text("not a video")
     (folder / "broken_cut.mp4").write_bytes(clip[: len(clip) // 3])

@@ -16,7 +16,7 @@ import torch
 
 from univigu.cli import exit_code
 from univigu.demo import Demo, DemoOptions, build
-from univigu.pipeline import UniViGUPipeline
+from univigu.pipeline import TaskRunner, UniViGUPipeline
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:
@@ -35,9 +35,8 @@ def run(options: argparse.Namespace) -> None:
     demo_options = DemoOptions(**{field.name: getattr(options, field.name) for field in fields(DemoOptions)})
     pipe = UniViGUPipeline.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype))
     demo = Demo(pipe.to(options.device), demo_options)
-    pipe.latents_shape(
-        options.height, options.width, options.num_frames
-    )  # a wrong size is an error before the page opens
+    tasks = TaskRunner(pipe, pipe.transformer, lambda: pipe.scheduler)
+    tasks.latents_shape(options.height, options.width, options.num_frames)  # refuses a wrong size before the page opens
     try:
         page = build(demo)
     except ModuleNotFoundError as error:

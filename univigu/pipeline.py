@@ -343,10 +343,6 @@ class UniViGUPipeline(WanPipeline):
             raise ValueError(f"video: {pixels.shape[3]} x {pixels.shape[4]} pixels, expected at least {down} x {right}")
         return pixels[:, :, :frames, :rows, :columns]
 
-    def latents_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
-        """Latents' (C, T, H, W) of a video of that size; see :meth:`TaskRunner.latents_shape`."""
-        return self._runner().latents_shape(height, width, num_frames)
-
     def _on_step(self, callback: StepEndCallback | None) -> StepCallback:
         bar = None
 
