@@ -42,27 +42,20 @@ def joint_attention(
     video_only: VideoOnly | None = None,
     cache: LayerCache | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bidirectional self-attention over [video ; text].
+    """Bidirectional self-attention over [video ; text], normalised streams [B, N, D] and [B, L, D].
 
     Args:
         attn: Wan's self-attention layer.
         attn_t: the text's own layer. It projects the text, and the video's keys and values that text queries read.
             None uses ``attn`` for both.
-        video, text: normalised streams [B, N, D] and [B, L, D].
-        rotary_v, rotary_t: rotary tables of the streams; None for a text with learned positions.
         key_mask: bool [B, 1, 1, N + L]; False hides a key from every query.
-        video_only: samples whose video queries attend to video keys only, so that the video does not depend on the
-            text. This takes two attention calls and no mask.
+        video_only: samples whose video does not depend on the text; two attention calls and no mask.
         cache: where to keep the keys and values for :func:`text_attention`.
-
-    Returns:
-        the projected outputs of both streams, [B, N, D] and [B, L, D].
     """
-    query_v, key_v, value_v = _project(attn, video)
-    query_t, key_t, value_t = _project(attn_t or attn, text)
-    query_v, key_v = rotate_video(query_v, rotary_v), rotate_video(key_v, rotary_v)
-    query_t, key_t = rotate_text(query_t, rotary_t), rotate_text(key_t, rotary_t)
-    of_video, of_text = (key_v, value_v), (key_t, value_t)
+    query_v, key, value = _project(attn, video)
+    query_v, of_video = rotate_video(query_v, rotary_v), (rotate_video(key, rotary_v), value)
+    query_t, key, value = _project(attn_t or attn, text)
+    query_t, of_text = rotate_text(query_t, rotary_t), (rotate_text(key, rotary_t), value)
     if attn_t is None:
         read_by_text = _concatenate(of_video, of_text)
     else:
@@ -128,10 +121,6 @@ def text_attention(
     """The text's half of :func:`joint_attention`, with the video's keys and values from the cache.
 
     The text's keys and values overwrite the end of the cached buffers, so that the video's are not copied.
-
-    Args:
-        attn: the layer that projects the text.
-        text: the normalised stream [B, L, D].
     """
     assert cache.joint is not None
     key, value = cache.joint
@@ -145,13 +134,9 @@ def text_attention(
 def prompt_attention(
     attn: WanAttention, states: torch.Tensor, context: torch.Tensor | None, cache: LayerCache | None
 ) -> torch.Tensor:
-    """Wan's cross-attention onto the prompt; with a cache the prompt's keys and values are computed once.
+    """Wan's cross-attention of queries [B, S, D] onto the prompt [B, P, D], which a cache that holds it replaces.
 
-    Args:
-        attn: a Wan cross-attention layer.
-        states: queries [B, S, D].
-        context: the prompt [B, P, D]; unused once the cache holds it.
-        cache: None computes everything, as training does. Image-to-video layers are never cached.
+    Without a cache everything is computed, as in training. Image-to-video layers are never cached.
     """
     if cache is None or attn.add_k_proj is not None:
         return attn(states, context, None, None)

@@ -30,13 +30,7 @@ class TextStream(NamedTuple):
 
 
 class UniViGUTransformerBlock(WanTransformerBlock):
-    """A Wan block with a text stream.
-
-    Args:
-        ffn_dim: inner width of both FFNs.
-        separate_text_ffn, text_attention: see :class:`univigu.models.options.ArchitectureOptions`.
-        dim, args: as for Wan's block.
-    """
+    """A Wan block with a text stream, see :class:`univigu.models.options.ArchitectureOptions`."""
 
     def __init__(
         self,
@@ -67,26 +61,21 @@ class UniViGUTransformerBlock(WanTransformerBlock):
             assert text is not None and cache is not None
             return self._forward_text(text, cache)
         assert encoder_hidden_states is not None and temb is not None and rotary_emb is not None
-        if text is None:
-            if cache is None:
-                return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)  # type: ignore[arg-type]
-            return self._forward_video(hidden_states, encoder_hidden_states, temb, rotary_emb, cache)
 
         # Both streams share one table of modulation; each has its own time.
         shift_v, scale_v, gate_v, *ffn_v = self._modulation(temb)
+        normed_v = modulate(self.norm1, hidden_states, shift_v, scale_v)
+        if text is None:  # what the parent computes
+            video = _gated(hidden_states, self.attn1(normed_v, None, None, rotary_emb), gate_v)
+            video = self._read_prompt(video, encoder_hidden_states, cache)
+            return self._feed_forward(self.ffn, video, *ffn_v)
         shift_t, scale_t, gate_t, *ffn_t = self._modulation(text.modulation)
+        normed_t = modulate(self.norm1, text.states, shift_t, scale_t)
 
         # 1. Self-attention over [video ; text]
+        tables = (rotary_emb, text.rotary)
         video_out, text_out = joint_attention(
-            self.attn1,
-            self.attn1_t,
-            modulate(self.norm1, hidden_states, shift_v, scale_v),
-            modulate(self.norm1, text.states, shift_t, scale_t),
-            rotary_emb,
-            text.rotary,
-            text.key_mask,
-            video_only,
-            cache,
+            self.attn1, self.attn1_t, normed_v, normed_t, *tables, text.key_mask, video_only, cache
         )
         video, states = _gated(hidden_states, video_out, gate_v), _gated(text.states, text_out, gate_t)
 
@@ -96,15 +85,6 @@ class UniViGUTransformerBlock(WanTransformerBlock):
         # 3. Feed-forward, one expert for each modality
         video = self._feed_forward(self.ffn, video, *ffn_v)
         return video, self._feed_forward(self.ffn_t or self.ffn, states, *ffn_t)
-
-    def _forward_video(
-        self, video: torch.Tensor, context: torch.Tensor, temb: torch.Tensor, rotary_emb: Rotary, cache: LayerCache
-    ) -> torch.Tensor:
-        """What the parent computes, with the prompt's keys and values cached."""
-        shift, scale, gate, *ffn = self._modulation(temb)
-        attended = self.attn1(modulate(self.norm1, video, shift, scale), None, None, rotary_emb)
-        video = self._read_prompt(_gated(video, attended, gate), context, cache)
-        return self._feed_forward(self.ffn, video, *ffn)
 
     def _forward_text(self, text: TextStream, cache: LayerCache) -> torch.Tensor:
         """The text's half of the joint computation, with the video's keys and values from the cache."""

@@ -15,7 +15,7 @@ class LayerCache:
     """One block's share of an :class:`AttentionCache`."""
 
     keep_video: bool = False
-    """Whether to keep ``joint``, the larger part."""
+    """Whether to keep ``joint``."""
     prompt: KeyValue | None = None
     """Of the cross-attention onto the encoded prompt, [B, S, ...]."""
     joint: KeyValue | None = None
@@ -48,11 +48,7 @@ class AttentionCache:
         return self.layers[0].joint[1].dtype
 
     def begin(self, prompt_embeds: torch.Tensor, num_layers: int) -> None:
-        """Prepare for a pass under a prompt.
-
-        Raises:
-            ValueError: the cache holds another prompt's keys, or another model's.
-        """
+        """Prepare for a pass; a ValueError if the cache holds another prompt's keys, or another model's."""
         if self.prompt_embeds is None:
             self.prompt_embeds, self.layers = prompt_embeds, [LayerCache(self.keep_video) for _ in range(num_layers)]
         # Hooks that move a model's inputs may hand on a copy.

@@ -15,10 +15,7 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 class TextTimeEmbedding(nn.Module):
-    """The text stream's own copy of Wan's ``time_embedder`` and ``time_proj``.
-
-    The sinusoid before it has no weights and is shared with the video stream.
-    """
+    """The text stream's own copy of Wan's ``time_embedder`` and ``time_proj``."""
 
     def __init__(self, freq_dim: int, dim: int) -> None:
         super().__init__()
@@ -70,10 +67,7 @@ def text_rotary_table(positions: torch.Tensor, head_dim: int) -> Rotary:
 def rotate_text(states: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
     """Half-split rotary embedding, pairs (j, j + head_dim/2), in float32; states [B, L, heads, head_dim].
 
-    Equal to diffusers' ``apply_rotary_emb``, in three operations instead of eight.
-
-    Args:
-        rotary: of :func:`text_rotary_table`; None returns the states.
+    Equal to diffusers' ``apply_rotary_emb``, in three operations instead of eight. Without a table it does nothing.
     """
     if rotary is None:
         return states

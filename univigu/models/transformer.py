@@ -42,22 +42,11 @@ from univigu.models.weights import (
     transformer_folder,
 )
 
-TEXT_KEYS = (
-    "time_embedding_t.",
-    "vocab_embed.",
-    "text_position_embed.",
-    "text_endpoint_proj.",
-    "text_head.",
-    "scale_shift_table_t",
-    ".ffn_t.",
-    ".attn1_t.",
-)
-"""Parts of the names of weights that a Wan checkpoint does not have."""
-
 
 def is_text_parameter(name: str) -> bool:
     """Whether a transformer's parameter belongs to the text stream and not to Wan."""
-    return any(part in f".{name}" for part in TEXT_KEYS)
+    modules = {"vocab_embed", "text_position_embed", "text_endpoint_proj", "text_head"}
+    return any(part in modules or part.endswith("_t") for part in name.split("."))
 
 
 @dataclass
@@ -187,10 +176,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             timestep: the video's Wan timestep 1000 * (1 - t), [B]; 0 is clean, fractions are kept.
             encoder_hidden_states: prompt embeddings [B, S, text_dim], zero past the prompt's end.
             text: the text's inputs; None leaves the text stream out, and the video output is bit-equal to Wan's.
-            encoder_hidden_states_image: image embeddings of image-to-video Wan models.
             cache: keys and values to keep and to reuse, see :class:`AttentionCache`; only without gradients.
-            return_dict: False gives the tuple (sample, text).
-            attention_kwargs: as in diffusers (``scale`` of LoRA layers).
 
         Raises:
             ValueError: shapes or dtypes that do not fit together, named; a cache that belongs to another call.
@@ -339,27 +325,15 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
     ) -> Self:
         """Start from a pretrained Wan2.1 transformer; the text stream's FFNs and time embedding are copies of Wan's.
 
-        Args:
-            wan: a transformer folder, a pipeline folder with ``transformer/``, or a model in memory (copied).
-            vocab_size: number of tokens of the text tokenizer.
-            options: the text stream's; None is the defaults.
-            torch_dtype: dtype a folder's weights are loaded in.
-
-        Raises:
-            FileNotFoundError: the folder holds no transformer.
-            ValueError: missing or unexpected keys, by name.
+        ``wan`` is a transformer folder, a pipeline folder with ``transformer/``, or a model in memory (copied). A
+        FileNotFoundError without a transformer; a ValueError naming missing or unexpected keys.
         """
         if not isinstance(wan, WanTransformer3DModel):
             folder = transformer_folder(wan)
             wan, info = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch_dtype, output_loading_info=True)
             check_complete(folder, info)
-        model = cls(
-            **(
-                known_options(WanTransformer3DModel, wan.config)
-                | asdict(options or ArchitectureOptions())
-                | {"vocab_size": vocab_size}
-            )
-        )
+        config = known_options(WanTransformer3DModel, wan.config) | asdict(options or ArchitectureOptions())
+        model = cls(**(config | {"vocab_size": vocab_size}))
         cast_like(model, wan)
         names = {name: name for name in model.state_dict() if not is_text_parameter(name)}
         load_strictly(model, wan.state_dict(), "wan", names)
@@ -386,11 +360,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As in diffusers, but strict: a missing or unexpected key is an error that names it.
-
-        Raises:
-            ValueError: the weights do not fit the model; Wan folders belong to :meth:`from_wan`.
-        """
+        """As in diffusers, but a missing or unexpected key is a ValueError; Wan folders belong to :meth:`from_wan`."""
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         check_complete(pretrained_model_name_or_path, info)
