@@ -26,7 +26,7 @@ from univigu.shapes.text_checker import (
     parse_text,
 )
 from univigu.shapes.texts import caption_of, prompt_of, region_of
-from univigu.shapes.video_checker import detect, holding_relations, relation_gaps
+from univigu.shapes.video_checker import detect, holding_relations
 
 ATTRIBUTES = ("count", "background", "size", "color", "shape", "motion", "speed", "relation", "start", "end")
 POSITIONS = ("start", "end")
@@ -41,8 +41,7 @@ def reading_of(scene: Scene, source: Source = "caption") -> Reading:
         objects.append(ObjectReading(obj.size, obj.color, obj.shape, obj.motion, obj.speed, start, end, center))
     other = None
     if source == "video" and len(scene.objects) == 2:
-        first, second = (_true_boxes(obj) for obj in scene.objects)
-        holding = holding_relations(relation_gaps(first, second))
+        holding = holding_relations(*map(_true_boxes, scene.objects))
         other = next((name for name in holding if name != scene.relation), None)
     return Reading(source, len(objects), scene.background, scene.relation, tuple(objects), other)
 
@@ -53,39 +52,35 @@ def _true_boxes(obj: Object) -> np.ndarray:
 
 
 def score(reading: Reading, scene: Scene) -> dict[str, bool]:
-    """Whether each attribute of a scene was read correctly.
-
-    Returns:
-        count, background, size, color, shape, motion; speed if the scene has a moving object (only moving objects
-        count), relation if it has two objects, start and end unless the reading is of a prompt.
-    """
-    return _compare(reading, reading_of(scene, reading.source))
+    """Whether each attribute of a scene was read correctly."""
+    return agreement(reading_of(scene, reading.source), reading)
 
 
-def agreement(caption: Reading, video: Reading) -> dict[str, bool]:
-    """Whether a caption and a video show the same, by attribute as in :func:`score`; the caption is the reference.
+def agreement(truth: Reading, reading: Reading) -> dict[str, bool]:
+    """Whether a reading agrees with a reference, such as a scene's true reading or a caption sampled with a video.
 
     An attribute that the reference does not state, or contradicts, does not agree.
+
+    Returns:
+        count, background, size, color, shape, motion; speed if the reference has a moving object (only moving objects
+        count), relation if it has two objects, start and end unless one reading is of a prompt.
     """
-    return _compare(video, caption)
-
-
-def _compare(reading: Reading, truth: Reading) -> dict[str, bool]:
     result = {name: _same(reading, truth, name) for name in ("count", "background")}
     objects, true = _in_order_of(reading, truth), truth.objects
     aligned = len(objects) == len(true) > 0
     pairs = list(zip(objects, true, strict=False))
     names = ("size", "color", "shape", "motion")
     for name in names if "prompt" in (reading.source, truth.source) else names + POSITIONS:
-        result[name] = aligned and all(_same(a, b, name) for a, b in pairs)
-    moving = [obj.motion not in ("still", None) or bool(obj.speed) for obj in true]
-    if any(moving):
-        result["speed"] = aligned and all(
-            _same(*pair, "speed") for pair, moves in zip(pairs, moving, strict=True) if moves
-        )
+        result[name] = aligned and all(_same(*pair, name) for pair in pairs)
+    if any(map(_moves, true)):
+        result["speed"] = aligned and all(_same(*pair, "speed") for pair in pairs if _moves(pair[1]))
     if len(true) == 2:
         result["relation"] = bool(truth.relation) and truth.relation in (reading.relation, reading.other_relation)
     return result
+
+
+def _moves(obj: ObjectReading) -> bool:
+    return obj.motion not in ("still", None) or bool(obj.speed)
 
 
 def _same(value: Any, truth: Any, name: str) -> bool:
@@ -136,19 +131,11 @@ class AttributeAccuracy(Metric):
         return {**values, "mean": mean, "exact": int(self.exact) / max(int(self.samples), 1)}
 
     def compute(self) -> dict[str, torch.Tensor]:
-        """:meth:`accuracies` as tensors."""
         return {name: torch.tensor(value, device=self.right.device) for name, value in self.accuracies().items()}
 
 
 class ShapesTextAccuracy(AttributeAccuracy):
-    """How much of each scene a generated text states correctly; ``compute`` also has "exact_text".
-
-    Args:
-        kind: what the texts are, "caption" or "prompt".
-
-    Raises:
-        ValueError: another kind.
-    """
+    """How much of each scene a generated text ("caption" or "prompt") states correctly."""
 
     exact_text: torch.Tensor
 
@@ -171,11 +158,7 @@ class ShapesTextAccuracy(AttributeAccuracy):
 
 
 class ShapesVideoAccuracy(AttributeAccuracy):
-    """How much of each scene a generated clip shows correctly.
-
-    Args:
-        positions: whether start and end positions count; a prompt does not state them.
-    """
+    """How much of each scene a generated clip shows correctly; a prompt states no start and end positions."""
 
     def __init__(self, positions: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -212,5 +195,7 @@ def chance_levels(source: Source = "caption", split: Split = "val", num_scenes: 
     """
     readings = [reading_of(sample_scene(seed, split), source) for seed in range(num_scenes)]
     metric, shifts = AttributeAccuracy(), range(1, 21)
-    metric.update([_compare(readings[(i + k) % num_scenes], truth) for k in shifts for i, truth in enumerate(readings)])
+    metric.update(
+        [agreement(truth, readings[(i + k) % num_scenes]) for k in shifts for i, truth in enumerate(readings)]
+    )
     return metric.accuracies()

@@ -75,10 +75,9 @@ class Scene:
     """One or two objects, the left or upper one first."""
     background: str
     relation: str
-    """Position of the first object relative to the second ("left of", "above"); "" for one object."""
+    """Of the first object to the second ("left of", "above"); "" for one object."""
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description, the inverse of :meth:`from_dict`."""
         return asdict(self)
 
     @classmethod
@@ -112,15 +111,10 @@ def is_held_out(obj: Object) -> bool:
 
 
 def sample_scene(seed: int, split: Split = "train") -> Scene:
-    """Draw the scene that belongs to a seed.
+    """Draw the scene of a non-negative seed.
 
-    Args:
-        seed: any non-negative integer; the same seed gives the same scene.
-        split: "train" scenes contain no held-out triple; "val" and "test" scenes contain at least one and are drawn
-            from two different random streams.
-
-    Raises:
-        ValueError: unknown split.
+    "train" scenes contain no held-out triple; "val" and "test" scenes contain at least one and come from two random
+    streams.
     """
     streams = {"train": 0, "val": 1, "test": 2}
     if split not in streams:

@@ -50,16 +50,9 @@ class _Track:
 
 
 def detect(frames: torch.Tensor) -> Reading:
-    """Read a clip of the embedded world from its pixels alone.
+    """Read a clip of the embedded world, uint8 [F, 3, H, W] of any size, from its pixels alone.
 
-    Args:
-        frames: uint8 frames [F, 3, H, W], any size; lengths are measured relative to it.
-
-    Returns:
-        A reading with source "video"; what cannot be determined is None, a clip without objects has count 0.
-
-    Raises:
-        ValueError: frames of another shape or type.
+    What cannot be determined is None; a clip without objects has count 0.
     """
     if frames.ndim != 4 or frames.shape[1] != 3 or frames.shape[0] == 0:
         raise ValueError(f"frames must be [F, 3, H, W] with at least one frame, got {list(frames.shape)}")
@@ -102,7 +95,9 @@ def _find_objects(difference: np.ndarray, ground: np.ndarray) -> list[_Track]:
     core = _box_sum(contrast > FOREGROUND_CONTRAST**2, 1) == 9
     palette = np.array(list(COLORS.values()), np.float32) - ground[:, None]  # [F, 6, 3]
     label = _nearest_mixture(difference, core, palette)
-    cores = _merge_overlapping([own for k in range(len(COLORS)) if _is_large(own := _majority(label == k, core))])
+    candidates = [_majority(label == k, core) for k in range(len(COLORS))]
+    # large enough in more than half of the frames
+    cores = _merge_overlapping([c for c in candidates if (c.sum((1, 2)) >= MIN_CORE_AREA).mean() > 0.5])
     if not cores:
         return []
     colors = np.stack([np.median(difference[c], axis=0) for c in cores])  # as measured
@@ -130,12 +125,9 @@ def _box_sum(mask: np.ndarray, reach: int) -> np.ndarray:
 
 
 def _nearest_mixture(difference: np.ndarray, where: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """Which colour explains a pixel best as a mixture of it and the background at any ratio.
+    """Which of the colours [F, K, 3] explains a pixel best as a mixture of it and the background at any ratio.
 
-    Args:
-        difference: pixels minus the background [F, 64, 64, 3].
-        where: pixels to label, bool [F, 64, 64]; the others get -1.
-        colors: colours minus the background [F, K, 3].
+    Colours and pixels [F, 64, 64, 3] are differences to the background; pixels outside of ``where`` get -1.
     """
     pixels, colors = difference[where], colors[where.nonzero()[0]]  # [N, 3], [N, K, 3]
     square = np.maximum(np.einsum("nkc,nkc->nk", colors, colors), 1.0)
@@ -149,11 +141,6 @@ def _nearest_mixture(difference: np.ndarray, where: np.ndarray, colors: np.ndarr
 def _majority(own: np.ndarray, core: np.ndarray) -> np.ndarray:
     """A core without the pixels whose neighbourhood is mostly others': compression mixes hues of adjacent objects."""
     return own & (2 * _box_sum(own, 2) > _box_sum(core, 2))
-
-
-def _is_large(core: np.ndarray) -> bool:
-    """Whether a core [F, 64, 64] is large enough in more than half of the frames."""
-    return bool((core.sum((1, 2)) >= MIN_CORE_AREA).mean() > 0.5)
 
 
 def _merge_overlapping(cores: list[np.ndarray]) -> list[np.ndarray]:
@@ -194,8 +181,7 @@ def _moments(weight: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def _drop_specks(cover: np.ndarray) -> int:
     """Erase small parts of one frame's cover [64, 64] that gaps in the row or column sums separate.
 
-    Returns:
-        Number of remaining blobs that such gaps separate, at least 1; the shapes have no such gaps.
+    Returns the number of remaining blobs, at least 1; the shapes have no such gaps.
     """
     pieces = 1
     for image in (cover, cover.T):  # two views of one array
@@ -242,7 +228,7 @@ def _size_and_shape(track: _Track) -> tuple[str, str | None]:
     The box alone is not enough: blur removes a triangle's tip, and with it half of what makes it large.
     """
     overlaps = _overlaps(track)
-    best = max(overlaps, key=lambda pair: overlaps[pair])
+    best = max(overlaps, key=overlaps.__getitem__)
     if overlaps[best] >= MIN_SHAPE_IOU:
         return best
     extent = (track.boxes[:, 2:] - track.boxes[:, :2])[track.seen]  # [N, 2]
@@ -285,36 +271,29 @@ def _motion(centers: np.ndarray, frames: np.ndarray) -> tuple[str | None, str | 
     speed = tuple(SPEEDS)[int(along >= QUICK_FROM)]
     if across > along / 2:  # diagonal: none of the world's motions
         return None, speed
-    if abs(dx) > abs(dy):
-        return ("right" if dx > 0 else "left"), speed
-    return ("down" if dy > 0 else "up"), speed
+    motion = ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up")
+    return motion, speed
 
 
 def _nearest(color: np.ndarray, names: dict[str, tuple[int, int, int]], limit: float) -> str | None:
-    distance = {name: float(np.linalg.norm(color - np.array(value))) for name, value in names.items()}
-    best = min(distance, key=lambda name: distance[name])
-    return best if distance[best] <= limit else None
+    distance, best = min((float(np.linalg.norm(color - np.array(value))), name) for name, value in names.items())
+    return best if distance <= limit else None
 
 
 # ---------------------------------------------------------------------- relation
 
 
-def relation_gaps(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    """How clearly two objects are left of and above each other, in either order.
+def holding_relations(first: np.ndarray, second: np.ndarray) -> list[str]:
+    """The relations of two objects, in either order, that hold for the whole clip, the clearest first.
 
-    Given boxes [F, 4] (left, top, right, bottom) in canvas pixels, NaN where not seen; returns for each relation the
-    smallest gap between the boxes over all frames with both, negative if they overlap.
+    Boxes [F, 4] are (left, top, right, bottom) in canvas pixels, NaN where the object is not seen.
     """
     both = ~np.isnan(first[:, 0] + second[:, 0])
     if not both.any():
-        return dict.fromkeys(RELATIONS, -float(CANVAS))
+        return []
     a, b = first[both], second[both]
-    gaps = [max((b[:, i] - a[:, i + 2]).min(), (a[:, i] - b[:, i + 2]).min()) for i in range(len(RELATIONS))]
-    return dict(zip(RELATIONS, map(float, gaps), strict=True))
-
-
-def holding_relations(gaps: dict[str, float]) -> list[str]:
-    """The relations that hold for the whole clip, the clearest first."""
+    # the smallest gap between the boxes, negative if they overlap
+    gaps = {name: max((b[:, i] - a[:, i + 2]).min(), (a[:, i] - b[:, i + 2]).min()) for i, name in enumerate(RELATIONS)}
     order = sorted(gaps, key=lambda relation: -gaps[relation])
     holding = [relation for relation in order if gaps[relation] >= -MAX_BOX_OVERLAP]
     # blur can make neighbours touch: then only the clearer one counts
@@ -323,7 +302,7 @@ def holding_relations(gaps: dict[str, float]) -> list[str]:
 
 def _choose_relation(tracks: list[_Track], objects: list[ObjectReading]) -> tuple[str | None, str | None]:
     """The relation to report and, if both hold, the other one."""
-    holding = holding_relations(relation_gaps(tracks[0].boxes, tracks[1].boxes))
+    holding = holding_relations(tracks[0].boxes, tracks[1].boxes)
     if len(holding) == 2:  # objects of the world move perpendicular to their relation
         motions = {obj.motion for obj in objects}
         vertical, horizontal = bool(motions & {"up", "down"}), bool(motions & {"left", "right"})

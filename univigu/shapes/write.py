@@ -6,7 +6,6 @@ import hashlib
 import json
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 from univigu.data.build import build_folder
 from univigu.data.processes import SpawnPool
@@ -39,14 +38,9 @@ def write_shapes(
     num_frames: int = scenes.NUM_FRAMES,
     pool: SpawnPool | None = None,
 ) -> Manifest:
-    """Render clips to video shards; complete shards of the folder stay, missing ones are written.
+    """Render clips to video shards, in this process or in a pool; complete shards of the folder stay.
 
-    Args:
-        split: which of the world's splits; see :func:`univigu.shapes.scenes.sample_scene`.
-        first_seed: seed of the first clip; the following ones count up, and a clip's key is its seed.
-        shard_size: clips a shard.
-        height, width: pixels, even.
-        pool: renders in other processes; None renders in this one.
+    The seeds count up from ``first_seed``, and a clip's key is its seed. Height and width are even.
     """
     counts = {"num_clips": num_clips, "first_seed": first_seed, "shard_size": shard_size}
     for name, value in counts.items():
@@ -65,11 +59,9 @@ def write_shapes(
 
 
 def _write(split: scenes.Split, size: dict[str, int], path: Path, seeds: range) -> ShardInfo:
-    return write_shard(path, ((f"{seed:08d}", _members(scenes.sample_scene(seed, split), size)) for seed in seeds))
+    def members(scene: scenes.Scene) -> dict[str, bytes]:
+        described = {"prompt": texts.prompt_of(scene), "caption": texts.caption_of(scene), "scene": scene.to_dict()}
+        video = encode_mp4(renderer.render(scene, **size), fps=scenes.FPS)
+        return {"mp4": video, "json": json.dumps(described).encode()}
 
-
-def _members(scene: scenes.Scene, size: dict[str, int]) -> dict[str, bytes]:
-    description: dict[str, Any] = {"prompt": texts.prompt_of(scene), "caption": texts.caption_of(scene)}
-    description["scene"] = scene.to_dict()
-    video = encode_mp4(renderer.render(scene, **size), fps=scenes.FPS)
-    return {"mp4": video, "json": json.dumps(description).encode()}
+    return write_shard(path, ((f"{seed:08d}", members(scenes.sample_scene(seed, split))) for seed in seeds))

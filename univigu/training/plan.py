@@ -42,15 +42,12 @@ class Workload:
     """A stage's training step, apart from the machine."""
 
     transformer: dict[str, Any]
-    """Options of :class:`UniViGUTransformer3DModel`."""
     latents: tuple[int, int, int, int]
-    """A clip's latents (C, T, H, W)."""
+    """(C, T, H, W) of a clip."""
     prompt_length: int
-    """Slot of the prompt in tokens."""
     stage: Stage
     stage_name: str = ""
-    batch_size: int = 1
-    """Clips per process and step."""
+    batch_size: int = 1  # of a process
     lora: LoraOptions | None = None
     flow: FlowOptions = field(default_factory=FlowOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
@@ -59,7 +56,7 @@ class Workload:
     averaged: bool = False
     """Whether a running mean of the weights is kept."""
     text_share: float = 1.0
-    """Share of the text's positions in the steps meant, see :class:`Stage`."""
+    """Share of the text's positions that the step uses."""
 
     def model(self) -> UniViGUTransformer3DModel:
         """The transformer on the meta device, frozen as in the stage."""
@@ -72,20 +69,12 @@ class Workload:
 
     @property
     def video_tokens(self) -> int:
-        """N of one clip."""
-        _, *size = self.latents
         patch = self.transformer.get("patch_size", (1, 2, 2))
-        return prod(n // p for n, p in zip(size, patch, strict=True))
+        return prod(n // p for n, p in zip(self.latents[1:], patch, strict=True))
 
     @property
     def text_tokens(self) -> int:
-        """L of one clip."""
         return num_positions(self.stage.text_length, self.text_share)
-
-    def shares(self) -> dict[str, float]:
-        """The tasks' shares of a batch, without those that are 0."""
-        tasks = asdict(self.stage.tasks)
-        return {name: tasks[name] / sum(tasks.values()) for name in TASKS if tasks[name]}
 
 
 def workloads_of(args: list[str]) -> list[Workload]:
@@ -142,10 +131,7 @@ def _sizes(foundation: Path) -> tuple[dict[str, Any], int, tuple[int, int, int]]
 
 
 def count_step(work: Workload, checkpointing: bool) -> tuple[float, int]:
-    """Operations and memory of one process's training step.
-
-    Args:
-        checkpointing: recompute activations; utilisation is defined without.
+    """Operations and memory of one process's training step, with or without recomputing activations.
 
     Returns:
         Operations (a multiply and an add are two), the mean over the tasks; and the peak bytes besides weights, their
@@ -160,18 +146,18 @@ def count_step(work: Workload, checkpointing: bool) -> tuple[float, int]:
     # The meta device cannot look up which clips are clean; the cost differs by 0.8% of attention.
     model.register_to_config(clean_video_reads_text=True)
     model.register_forward_pre_hook(lambda module, args: (args[0].to(module.dtype), *args[1:]))
-    total, peak = 0.0, 0
-    for task, share in work.shares().items():
-        batch_size = max(1, round(share * work.batch_size))
-        with _StepCounter(model) as counter, patch(_WAN, _flash_attention), patch(_OURS, _flash_attention):
+    total, counter, mixture = 0.0, _StepCounter(model), asdict(work.stage.tasks)
+    for task in filter(mixture.get, TASKS):
+        share = mixture[task] / sum(mixture.values())
+        batch_size, before = max(1, round(share * work.batch_size)), counter.flops
+        with counter, patch(_WAN, _flash_attention), patch(_OURS, _flash_attention):
             loss = _loss(work, model, task, batch_size)
             if loss.requires_grad:
                 loss.backward()
             del loss
         model.zero_grad(set_to_none=True)
-        total += share * work.batch_size / batch_size * counter.flops
-        peak = max(peak, counter.peak_bytes)
-    return total, peak
+        total += share * work.batch_size / batch_size * (counter.flops - before)
+    return total, counter.peak_bytes
 
 
 def step_flops(work: Workload, checkpointing: bool) -> float:
@@ -226,16 +212,16 @@ class _StepCounter(TorchDispatchMode):
         self.flops = self.live_bytes = self.peak_bytes = 0
         weights = (*model.parameters(), *model.buffers())
         self._sizes = {id(weight.untyped_storage()): 0 for weight in weights}  # by storage, which views share
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._hooks = [parameter.register_post_accumulate_grad_hook(self._forget_gradient) for parameter in trained]
+        for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+            parameter.register_post_accumulate_grad_hook(self._forget_gradient)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if count := _FLOPS.get(func.overloadpacket):
             self.flops += count(*args, **(kwargs or {}), out_val=result)
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in self._sizes:
-                storage = tensor.untyped_storage()
+        for tensor in filter(torch.is_tensor, result if isinstance(result, tuple | list) else (result,)):
+            storage = tensor.untyped_storage()
+            if id(storage) not in self._sizes:
                 self._sizes[id(storage)] = storage.nbytes()
                 self.live_bytes += storage.nbytes()
                 self.peak_bytes = max(self.peak_bytes, self.live_bytes)
@@ -251,11 +237,6 @@ class _StepCounter(TorchDispatchMode):
         key = id(parameter.grad.untyped_storage())
         self.live_bytes -= self._sizes.get(key, 0)
         self._sizes[key] = 0
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        for hook in self._hooks:
-            hook.remove()
 
 
 # ---------------------------------------------------------------------------- the plan
@@ -293,16 +274,14 @@ def make_plan(work: Workload, world_size: int = 1) -> Plan:
     if world_size < 1:
         raise ValueError(f"world_size={world_size}: expected at least 1")
     model = work.model()
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    modules = added_parameters(model).values()
+    total, added, trained = (sum(row[i] for row in modules) for i in range(3))
     width = torch.empty(0, dtype=work.compute_dtype).element_size()
     sharded = world_size > 1 or width < 4
-    (flops, activations), (flops_checkpointed, activations_checkpointed) = (
-        count_step(work, checkpointing) for checkpointing in (False, True)
-    )
+    (flops, activations), (flops_checkpointed, activations_checkpointed) = (count_step(work, c) for c in (False, True))
     return Plan(
         parameters=total,
-        wan_parameters=sum(size - added for size, added, _ in added_parameters(model).values()),
+        wan_parameters=total - added,
         trained_parameters=trained,
         video_tokens=work.video_tokens,
         flops=flops,
@@ -343,9 +322,8 @@ def added_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
     table: dict[str, tuple[int, int, int]] = {}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
-        module = ".".join(["blocks.*", parts[2]] if parts[0] == "blocks" else parts[:1])
-        size, added = parameter.numel(), is_text_parameter(name) or is_lora_parameter(name)
-        before = table.get(module, (0, 0, 0))
-        now = (size, size * added, size * parameter.requires_grad)
-        table[module] = tuple(a + b for a, b in zip(before, now, strict=True))  # type: ignore[assignment]
+        module = f"blocks.*.{parts[2]}" if parts[0] == "blocks" else parts[0]
+        size, (total, added, trained) = parameter.numel(), table.get(module, (0, 0, 0))
+        is_added = is_text_parameter(name) or is_lora_parameter(name)
+        table[module] = (total + size, added + size * is_added, trained + size * parameter.requires_grad)
     return table
