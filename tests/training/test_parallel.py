@@ -41,7 +41,14 @@ ADAMW = OptimizerOptions(name="adamw")
 RATES = {"steps": 10, "text_learning_rate": 1e-3, "teacher_weight": 0.0}  # none teaches a sharded model
 STAGES = {
     "recall": Stage(text_length=8, learning_rate=0.0, warmup_steps=2, tasks=TaskMixture(1, 1, 0), **RATES),
-    "refine": Stage(target="caption", text_length=12, learning_rate=1e-3, warmup_steps=0, **RATES),
+    "refine": Stage(
+        target="caption",
+        text_length=12,
+        learning_rate=1e-3,
+        warmup_steps=0,
+        tasks=TaskMixture(0.25, 0.5, 0.25),
+        **RATES,
+    ),
 }
 QUIET = {
     "accelerator": "cpu",
