@@ -104,7 +104,7 @@ class UniFlowBatch:
     latents: torch.Tensor
     """Clean normalised video latents [B, C, T, H, W]."""
     prompt_embeds: torch.Tensor
-    """Encoded prompts [B, S, text_dim]."""
+    """[B, S, text_dim]."""
     null_embeds: torch.Tensor
     """The encoded empty prompt [1, S, text_dim]."""
     text_ids: torch.Tensor | None = None

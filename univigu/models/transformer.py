@@ -157,6 +157,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
 
     # ------------------------------------------------------------------ forward
 
+    @apply_lora_scale("attention_kwargs")
     def forward(  # type: ignore[override]
         self,
         hidden_states: torch.Tensor | None,
@@ -185,34 +186,16 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             raise ValueError("cache: its keys and values carry no gradients; use it under torch.no_grad()")
         if text is not None:
             check_text(self.config, text, hidden_states, timestep)
-        video = (hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image)
-        sample, text_out = None, None
         if hidden_states is None:
-            text_out = self._forward_text(text, cache, attention_kwargs=attention_kwargs)
-        elif text is None and cache is None:
-            (sample,) = super().forward(*video, False, attention_kwargs)  # type: ignore[arg-type]
-        else:
-            sample, text_out = self._forward_streams(*video, text, cache, attention_kwargs=attention_kwargs)  # type: ignore[arg-type]
-        if not return_dict:
-            return (sample,) if text_out is None else (sample, text_out)
-        return UniViGUTransformerOutput(sample=sample, text=text_out)
-
-    @apply_lora_scale("attention_kwargs")
-    def _forward_streams(
-        self,
-        hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        encoder_hidden_states_image: torch.Tensor | None,
-        text: TextInputs | None,
-        cache: AttentionCache | None,
-        attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The video, with text if there is any."""
-        grid, clean = hidden_states.shape[2:], timestep == 0
-        video_only = None if self.config.clean_video_reads_text else VideoOnly.where(clean)
-        if text is not None and self.config.clean_video_timestep:
-            timestep = timestep.float().masked_fill(clean, self.config.clean_video_timestep)
+            output = UniViGUTransformerOutput(text=self._forward_text(text, cache))
+            return output if return_dict else (None, output.text)
+        assert timestep is not None and encoder_hidden_states is not None
+        grid, video_only, stream = hidden_states.shape[2:], None, None
+        if text is not None:
+            clean = timestep == 0
+            video_only = None if self.config.clean_video_reads_text else VideoOnly.where(clean)
+            if self.config.clean_video_timestep:
+                timestep = timestep.float().masked_fill(clean, self.config.clean_video_timestep)
         if cache is not None:
             cache.begin(encoder_hidden_states, len(self.blocks))
 
@@ -227,7 +210,6 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             context = torch.cat([image_context, context], dim=1)
 
         # 2. Text tokens, their positions and the text's time
-        stream, temb_t = None, None
         if text is not None:
             stream, temb_t = self._embed_text(text, video.shape[1], video.dtype, temb.dtype)
             if cache is not None and cache.keep_video:
@@ -246,17 +228,12 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
 
         # 4. Heads
         sample = self._video_head(video, temb, grid)
-        if text is None or stream is None or temb_t is None:
-            return sample, None
-        return sample, self._text_head(stream.states, temb_t, text.reader)
+        if text is None or stream is None:
+            return UniViGUTransformerOutput(sample=sample) if return_dict else (sample,)
+        logits = self._text_head(stream.states, temb_t, text.reader)
+        return UniViGUTransformerOutput(sample=sample, text=logits) if return_dict else (sample, logits)
 
-    @apply_lora_scale("attention_kwargs")
-    def _forward_text(
-        self,
-        text: TextInputs | None,
-        cache: AttentionCache | None,
-        attention_kwargs: dict[str, Any] | None = None,
-    ) -> torch.Tensor:
+    def _forward_text(self, text: TextInputs | None, cache: AttentionCache | None) -> torch.Tensor:
         """Only the text, with the cached video and prompt."""
         if text is None or cache is None or cache.prompt_embeds is None or not cache.video_tokens:
             raise ValueError("hidden_states=None: expected text and a cache filled by a pass with video and text")

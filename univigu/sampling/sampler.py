@@ -41,7 +41,7 @@ class StepState:
     """The text's state [B, L] or [B, L, D]; None for tasks without text."""
     text_time: float | None
     last: bool
-    """Whether this is the last step: of the schedule, or the one at which every text of the batch has ended."""
+    """Whether no step follows: at the schedule's end, or once every text of the batch has ended."""
 
 
 StepCallback = Callable[[StepState], None]
@@ -49,12 +49,10 @@ StepCallback = Callable[[StepState], None]
 
 @dataclass
 class Samples:
-    """Results of a task."""
+    """Results of a task: latents [B, C, T, H, W] (for ``caption`` those given), and tokens [B, L] if there is text."""
 
     latents: torch.Tensor
-    """Video latents [B, C, T, H, W], normalised; the given ones for ``caption``."""
     tokens: torch.Tensor | None
-    """Text tokens [B, L]; None for ``generate`` and ``edit``."""
 
 
 class VideoRun:
