@@ -19,6 +19,7 @@ from rich.table import Table
 
 from univigu.cli import exit_code
 from univigu.training.plan import Plan, Workload, added_parameters, make_plan, step_flops, workloads_of
+from univigu.training.stages import FULL_TEXT_FROM
 
 # Dense bfloat16 operations a second, by the makers' data sheets.
 DEVICES = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
@@ -45,7 +46,7 @@ def show_plan(work: Workload, plan: Plan, options: argparse.Namespace, console: 
     ]  # fmt: skip
     if stage.text_share < 1:
         part = step_flops(replace(work, text_share=stage.text_share), False) / 1e12
-        steps = f"up to step {round(stage.full_text_from * stage.steps):,}"
+        steps = f"up to step {round(FULL_TEXT_FROM * stage.steps):,}"
         rows.insert(4, (f"{stage.text_share:.0%} of the text, {steps}", f"{part:,.3f} T"))
     for label, value in rows:
         table.add_row(label, value)

@@ -34,7 +34,6 @@ from univigu.training.stages import Stage, select_stages
         ("text_length", 1),
         ("text_share", 0.0),
         ("text_share", 1.5),
-        ("full_text_from", -0.5),
         ("text_time_power", 0.0),
         ("warmup_steps", -1),
         ("learning_rate", -1e-4),
@@ -66,9 +65,8 @@ def test_learning_rate_rises_and_falls() -> None:
 
 
 def test_all_positions_are_used_from_some_step_on() -> None:
-    stage = Stage(steps=10, text_share=0.25, full_text_from=0.6)
+    stage = Stage(steps=10, text_share=0.25)
     assert [stage.text_share_at(step) for step in range(10)] == [0.25] * 6 + [1.0] * 4
-    assert Stage(text_share=0.5, full_text_from=0.0).text_share_at(0) == 1.0
     assert Stage().text_share_at(0) == 1.0
 
 
@@ -228,7 +226,7 @@ def test_the_target_text_switches(trained: SimpleNamespace) -> None:
 
 
 def test_a_share_of_the_text_is_shown_in_the_first_steps_of_its_stage(trained: SimpleNamespace) -> None:
-    assert [page.shown for page in trained.pages.values()] == [{8}, {8}, {6}, {6}, {12}, {12}]
+    assert [page.shown for page in trained.pages.values()] == [{8}, {8}, {6}, {6}, {6}, {12}]
 
 
 def test_learning_rates_follow_the_stages(trained: SimpleNamespace) -> None:

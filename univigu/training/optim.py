@@ -18,6 +18,8 @@ BETAS = (0.9, 0.95)
 """AdamW's decay rates of the two moments."""
 MOMENTUM = 0.95
 """Muon's (Nesterov) momentum."""
+WEIGHT_DECAY = {"muon": 0.1, "adamw": 0.01}
+"""Decoupled weight decay of the text stream's matrices. Pretrained weights are not decayed."""
 MUON_RATE = 4.0
 """Muon's learning rate relative to AdamW's, both measured by the size of an update (``match_rms_adamw``)."""
 
@@ -32,9 +34,6 @@ class OptimizerOptions:
     """Peak learning rate of the pretrained weights, where the stage sets none."""
     text_learning_rate: float = 6e-3
     """Peak learning rate of the text stream's weights, where the stage sets none."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay of the text stream's matrices. Pretrained weights are not decayed: it would wear off what
-    they know."""
 
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "muon"):
@@ -180,7 +179,7 @@ def make_optimizer(groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]], opt
         matrices = [p for n, p in members if options.name == "muon" and is_block_matrix(n, p)]
         taken = {id(p) for p in matrices}
         rest = [p for _, p in members if id(p) not in taken]
-        decay = 0.0 if name == "video" else options.weight_decay
+        decay = 0.0 if name == "video" else WEIGHT_DECAY[options.name]
         decayed, plain = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim != 2]
         if matrices:
             group = {"params": matrices, "name": name, "rate": MUON_RATE, "momentum": MOMENTUM}

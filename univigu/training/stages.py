@@ -14,6 +14,8 @@ from univigu.flow.objective import ConditionDropout, TaskMixture
 
 SHIPPED_STAGES = ("foundation", "recall", "refine")
 """Stages of the shipped configurations. An overlay may configure those that a run does not have."""
+FULL_TEXT_FROM = 0.6
+"""Fraction of a stage's steps after which training uses all positions of the text, as sampling does."""
 FINAL_RATE = 0.02
 """Learning rate at the end of the cosine, relative to the peak."""
 
@@ -30,9 +32,7 @@ class Stage:
     """Length of the target text in tokens, its end-of-sequence token included."""
     text_share: float = 1.0
     """Share of the target's positions, drawn for each sample and step, that the model sees in training until
-    ``full_text_from``. Below 1 a step costs less."""
-    full_text_from: float = 0.5
-    """Fraction of the stage's steps after which all positions are used, as in sampling."""
+    ``FULL_TEXT_FROM``. Below 1 a step costs less."""
     text_time_power: float = 4.0
     """Training draws the text's flow time as ``u ** text_time_power``, u uniform; above 1 favours noisy text."""
     tasks: TaskMixture = field(default_factory=lambda: TaskMixture(0.125, 0.625, 0.25))
@@ -60,7 +60,6 @@ class Stage:
         check("target", self.target in ("prompt", "caption"), "'prompt' or 'caption'")
         check("text_length", self.text_length >= 2, "at least 2")
         check("text_share", 0.0 < self.text_share <= 1.0, "over 0, at most 1")
-        check("full_text_from", 0.0 <= self.full_text_from <= 1.0, "a number in [0, 1]")
         check("text_time_power", self.text_time_power > 0, "over 0")
         check("teacher_weight", self.teacher_weight >= 0, "at least 0")
         check("warmup_steps", self.warmup_steps >= 0, "at least 0")
@@ -79,7 +78,7 @@ class Stage:
 
     def text_share_at(self, step: int) -> float:
         """Share of the target's positions in use; ``step`` counts from the start of the stage."""
-        return self.text_share if step < self.full_text_from * self.steps else 1.0
+        return self.text_share if step < FULL_TEXT_FROM * self.steps else 1.0
 
     def learning_rate_factor(self, step: int) -> float:
         """Linear warm-up, then a cosine down to ``FINAL_RATE``; ``step`` counts from the start of the stage."""

@@ -172,16 +172,17 @@ class CountingLoader(DataLoader):
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
-def test_throughput_is_consistent(in_tmp: Path, share: float) -> None:
+def test_throughput_is_consistent(in_tmp: Path, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates agree with each other and with the counted operations; other callbacks' time is no waiting for data."""
     works = []
+    monkeypatch.setattr("univigu.training.stages.FULL_TEXT_FROM", 1.0)
 
     class Busy(Callback):
         def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, index: int) -> None:
             works.append(workload(trainer, pl_module, batch))
             time.sleep(0.1)
 
-    refine = replace(stages.REFINE, text_share=share, full_text_from=1.0)
+    refine = replace(stages.REFINE, text_share=share)
     callbacks = [StageSwitch({"refine": refine}), TrainingMonitor(2, peak_flops=1e9), Busy()]
     trainer = fit_tiny(callbacks, CountingLoader, logger=CSVLogger("."), log_every_n_steps=1)
     values = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("throughput/")}
