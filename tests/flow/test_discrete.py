@@ -73,23 +73,6 @@ def test_generalized_kl_is_the_formula(flow: DiscreteFlow) -> None:
     assert float(value) != pytest.approx(kl_by_hand(*args, sign=-1.0), rel=1e-3)  # the check can fail
 
 
-@pytest.mark.parametrize("flow", DISCRETE, ids=by_name)
-def test_generalized_kl_gradient_matches_float64(flow: DiscreteFlow) -> None:
-    logits, tokens, x_t, t = kl_problem(flow)
-    logits.requires_grad_()
-    generalized_kl(logits, tokens, x_t, t).mean().backward()
-    double = logits.detach().double().requires_grad_()
-    p = torch.cat((double.softmax(-1), torch.zeros(4, 6, 1, dtype=torch.float64)), dim=-1)
-    weight = (1 / (1 - t)).double()[:, None]
-    p_data, p_state = (p.gather(-1, x[..., None]).squeeze(-1) for x in (tokens, x_t))
-    same = (tokens == x_t).double()
-    (weight * (same - p_state - (1 - same) * p_data.log())).mean().backward()
-    assert logits.grad is not None and double.grad is not None
-    torch.testing.assert_close(logits.grad.double(), double.grad, rtol=1e-4, atol=1e-6)
-    # The mean over softmax rows cannot move along the constant direction.
-    torch.testing.assert_close(logits.grad.sum(-1), torch.zeros(4, 6), rtol=0, atol=1e-5)
-
-
 def test_generalized_kl_vanishes_at_certainty_and_stays_finite_at_the_ends() -> None:
     tokens = torch.randint(V, (3, 5), generator=seeded(0))
     x_t = UniformFlow(V).corrupt(tokens, torch.full((3,), 0.5), seeded(1)).x_t
@@ -103,27 +86,19 @@ def test_generalized_kl_vanishes_at_certainty_and_stays_finite_at_the_ends() -> 
         assert math.isfinite(float(value.detach())) and bool(grad.isfinite().all())
 
 
-@pytest.mark.parametrize("kind", ["cross_entropy", "generalized_kl"])
-def test_losses_keep_no_tensor_of_the_vocabulary_but_the_logits(kind: str) -> None:
-    logits, tokens, x_t, t = kl_problem(UniformFlow(V))
-    logits.requires_grad_()
-    saved: list[torch.Tensor] = []
+@pytest.mark.parametrize("loss", [lambda logits, x_1, *_: cross_entropy(logits, x_1), generalized_kl])
+def test_losses_keep_no_tensor_of_the_vocabulary_but_the_logits(loss: Callable[..., torch.Tensor]) -> None:
+    problem = kl_problem(UniformFlow(V))
+    logits = problem[0].requires_grad_()
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved.append(tensor)
-        return tensor
-
-    def kept(loss: Callable[[], torch.Tensor]) -> set[int]:
-        saved.clear()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss()
+    def kept(function: Callable[..., torch.Tensor]) -> set[int]:
+        saved: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x), x)[1], lambda x: x):
+            function(*problem)
         return {tensor.data_ptr() for tensor in saved if tensor.numel() == logits.numel()}
 
-    if kind == "cross_entropy":
-        assert kept(lambda: cross_entropy(logits, tokens)) == {logits.data_ptr()}
-    else:
-        assert kept(lambda: generalized_kl(logits, tokens, x_t, t)) == {logits.data_ptr()}
-    assert kept(lambda: logits.softmax(-1).log()) != {logits.data_ptr()}  # the count sees a softmax
+    assert kept(loss) == {logits.data_ptr()}
+    assert kept(lambda logits, *_: logits.softmax(-1).log()) != {logits.data_ptr()}  # the count sees a softmax
 
 
 def test_cross_entropy_is_that_of_torch() -> None:
@@ -228,11 +203,11 @@ def test_few_steps_keep_to_the_path(flow: DiscreteFlow) -> None:
 def test_sampler_ends_at_correlated_data(name: str) -> None:
     """Two dependent tokens; the 'network' is their exact posterior. The end must have the joint distribution.
 
-    A step moves both tokens independently, which biases the joint by O(1/steps); at 200 steps this adds less than
-    2 to a chi-square whose bound is 5 deviations (20) above its mean.
+    A step moves both tokens independently, which biases the joint by O(1/steps); here this adds less than 4 to a
+    chi-square whose bound is 5 deviations (20) above its mean.
     """
     joint = torch.tensor([[0.30, 0.02, 0.03], [0.03, 0.25, 0.02], [0.05, 0.05, 0.25]])
-    flow, samples, steps, generator = make_text_flow(name, 3), 10_000, 200, seeded(5)
+    flow, samples, steps, generator = make_text_flow(name, 3), 4_000, 80, seeded(5)
     x = flow.initial(samples, 2, generator)
     for k in range(steps):
         logits = exact_posterior(joint, x, k / steps, masked=name == "mask").log()

@@ -104,18 +104,6 @@ def test_video_alone_is_bit_equal_to_wan(options: dict[str, Any], size: tuple[in
     assert len(run(model, inputs | {"return_dict": False})) == 1
 
 
-def test_video_alone_is_bit_equal_to_wan_on_the_shipped_foundation(foundation: str) -> None:
-    wan = WanTransformer3DModel.from_pretrained(Path(foundation) / "transformer").eval()
-    model = UniViGUTransformer3DModel.from_wan(foundation, VOCAB).eval()
-    config, generator = wan.config, torch.Generator().manual_seed(0)
-    inputs = {
-        "hidden_states": torch.randn(2, config.in_channels, 3, 6, 10, generator=generator),
-        "timestep": torch.tensor([999.0, 12.5]),
-        "encoder_hidden_states": torch.randn(2, 9, config.text_dim, generator=generator),
-    }
-    assert torch.equal(run(model, inputs).sample, run(wan, inputs).sample)
-
-
 def test_construction_at_wan_1_3b_has_wans_keys_and_count() -> None:
     options = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
     with torch.device("meta"):
@@ -128,20 +116,9 @@ def test_construction_at_wan_1_3b_has_wans_keys_and_count() -> None:
     count = sum(value.numel() for name, value in model.named_parameters() if not is_text_key(name))
     assert count == sum(value.numel() for value in wan.parameters()) == 1_418_996_800
     width, vocab, hidden = 1536, 256384, 8960
-    text_stream = (
-        30 * (2 * width * hidden + width + hidden)  # ffn_t
-        + 256 * width
-        + width
-        + width * width
-        + width  # time_embedder
-        + 6 * width * width
-        + 6 * width  # time_proj
-        + vocab * width
-        + 2 * width  # embedding, scale_shift_table_t
-        + width
-        + vocab * width
-        + vocab  # head: norm, linear
-    )
+    experts = 30 * (2 * width * hidden + width + hidden)
+    time = (256 + width + 6 * width) * width + 8 * width
+    text_stream = experts + time + vocab * width + 2 * width + width + vocab * (width + 1)  # embedding, table, head
     assert sum(value.numel() for name, value in model.named_parameters() if is_text_key(name)) == text_stream
     assert model.config.num_layers == 30
 
@@ -320,7 +297,7 @@ class Reference:
 
 
 @pytest.mark.parametrize("text_flow", FLOWS)
-@pytest.mark.parametrize(("reads", "told"), [(True, 0.0), (False, 0.0), (True, 300.5), (False, 300.5)])
+@pytest.mark.parametrize(("reads", "told"), [(True, 0.0), (False, 300.5)])
 def test_joint_forward_agrees_with_the_formulas(
     wan: WanTransformer3DModel, text_flow: str, reads: bool, told: float
 ) -> None:
@@ -338,15 +315,10 @@ def test_joint_forward_agrees_with_the_formulas(
 
 
 def test_what_the_generator_is_told_of_clean_video(wan: WanTransformer3DModel) -> None:
-    model = tiny.make_unified(wan, VOCAB, clean_video_timestep=300.0)
-    plain = tiny.make_unified(wan, VOCAB)
-    inputs = make_inputs()
-    inputs["timestep"][1] = 0.0
-    told = inputs | {"timestep": torch.where(inputs["timestep"] == 0, 300.0, inputs["timestep"])}
-    assert torch.equal(run(model, inputs).text, run(plain, told).text)  # the others' times stay
-    assert not torch.equal(run(model, inputs).text[1], run(plain, inputs).text[1])
-    video = {name: value for name, value in inputs.items() if "text_t" not in name}
-    assert torch.equal(run(model, video).sample, wan(**video).sample)  # without text nobody is told anything
+    """With text as :class:`Reference` says, and without text nothing."""
+    model, video = tiny.make_unified(wan, VOCAB, clean_video_timestep=300.0), video_only(make_inputs())
+    video["timestep"][1] = 0.0
+    assert torch.equal(run(model, video).sample, run(wan, video).sample)
     for wrong in (-1.0, 1000.0):
         with pytest.raises(ValueError, match="clean_video_timestep="):
             tiny.make_unified(wan, VOCAB, clean_video_timestep=wrong)
@@ -374,10 +346,9 @@ def test_joint_forward_agrees_for_other_sizes() -> None:
     options = {"num_attention_heads": 3, "attention_head_dim": 10, "patch_size": (2, 1, 3), "num_layers": 3}
     model = tiny.make_unified(tiny.make_wan(seed=5, **options), VOCAB)
     inputs = make_inputs(batch=2, size=(4, 3, 9), length=1)
-    output = run(model, inputs)
-    sample, text = Reference(model)(inputs)
-    assert_close(output.sample, sample)
-    assert_close(output.text, text)
+    output, expected = run(model, inputs), Reference(model)(inputs)
+    assert_close(output.sample, expected[0])
+    assert_close(output.text, expected[1])
 
 
 @pytest.mark.parametrize("reads", [True, False])
@@ -431,9 +402,8 @@ def test_a_sample_does_not_depend_on_its_batch(model: Any, one_way: Any, reads: 
 
 
 @pytest.mark.parametrize("reads", [True, False])
-@pytest.mark.parametrize("kept", [1, 3, 5])
-def test_masked_text_equals_truncated_text(model: Any, one_way: Any, reads: bool, kept: int) -> None:
-    unified, inputs = (model if reads else one_way), make_inputs()
+def test_masked_text_equals_truncated_text(model: Any, one_way: Any, reads: bool) -> None:
+    unified, inputs, kept = (model if reads else one_way), make_inputs(), 3
     inputs["timestep"][0] = 0.0
     mask = (torch.arange(7) < kept).expand(3, -1)
     short = run(unified, inputs | {"text_tokens": inputs["text_tokens"][:, :kept]})
@@ -488,13 +458,6 @@ def test_clean_video_that_does_not_read_text_is_independent_of_it(model: Any, on
         assert (a[1] - b[1]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("timesteps", [[0.0, 0.0, 0.0], [1e-3, 500.0, 1000.0]])
-def test_batches_of_one_kind_of_row(model: Any, one_way: Any, timesteps: list[float]) -> None:
-    inputs = make_inputs() | {"timestep": torch.tensor(timesteps)}
-    difference = (run(one_way, inputs).sample - run(model, inputs).sample).abs().amax((1, 2, 3, 4))
-    assert (difference > 1e-4).tolist() == [t == 0 for t in timesteps]
-
-
 # ---------------------------------------------------------------------- weights in and out
 
 
@@ -539,8 +502,7 @@ def test_from_wan_in_bfloat16_keeps_wans_dtypes(tmp_path: Path, wan: WanTransfor
     assert {name: value.dtype for name, value in again.named_parameters()} == dtypes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("text_flow", FLOWS)
+@pytest.mark.parametrize(("text_flow", "dtype"), [("embedding", torch.float32), ("mask", torch.bfloat16)])
 def test_save_and_load_is_bit_equal(
     tmp_path: Path, wan: WanTransformer3DModel, text_flow: str, dtype: torch.dtype
 ) -> None:
@@ -589,13 +551,6 @@ def test_loading_wrong_folders(tmp_path: Path, wan: WanTransformer3DModel) -> No
         UniViGUTransformer3DModel.from_pretrained(tmp_path)
 
 
-def test_a_wan_with_a_foreign_part_is_refused() -> None:
-    changed = tiny.make_wan()
-    changed.extra = torch.nn.Linear(1, 1)
-    with pytest.raises(ValueError, match=r"unexpected keys \['extra\.bias', 'extra\.weight'\]"):
-        UniViGUTransformer3DModel.from_wan(changed, VOCAB)
-
-
 @pytest.mark.parametrize(("field", "value"), [("text_flow", "autoregressive"), ("vocab_size", 0)])
 def test_constructor_names_the_wrong_option(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{field}={value!r}"):
@@ -626,7 +581,6 @@ def test_diffusers_finds_our_blocks(model: UniViGUTransformer3DModel) -> None:
     ("changes", "message"),
     [
         ({"timestep": torch.zeros(2)}, r"^timestep is torch\.float32 \[2\]: expected float \[3\]"),
-        ({"timestep": torch.zeros(3, 45)}, r"^timestep is torch\.float32 \[3, 45\]: expected float \[3\]"),
         ({"text_timestep": torch.tensor(5.0)}, r"^text\.timestep is torch\.float32 \[\]: expected float \[3\]"),
         (
             {"text_tokens": torch.zeros(3, 7, 24)},
@@ -637,10 +591,6 @@ def test_diffusers_finds_our_blocks(model: UniViGUTransformer3DModel) -> None:
         ({"text_mask": torch.ones(3, 7)}, r"text\.mask is torch\.float32 \[3, 7\]: expected torch\.bool \[3, 7\]"),
         ({"text_mask": torch.ones(3, 6).bool()}, r"text\.mask is torch\.bool \[3, 6\]: expected torch\.bool \[3, 7\]"),
         ({"text_positions": torch.arange(7)}, r"text\.positions is torch\.int64 \[7\]: expected torch\.int64 \[3, 7\]"),
-        (
-            {"text_positions": torch.ones(3, 7)},
-            r"text\.positions is torch\.float32 \[3, 7\]: expected torch\.int64 \[3, 7\]",
-        ),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(model: Any, changes: dict[str, Any], message: str) -> None:
@@ -649,9 +599,8 @@ def test_inputs_that_do_not_fit_are_named(model: Any, changes: dict[str, Any], m
 
 
 def test_embedding_flow_wants_states(wan: WanTransformer3DModel) -> None:
-    model = tiny.make_unified(wan, VOCAB, text_flow="embedding")
     with pytest.raises(ValueError, match=r"text\.tokens is torch\.int64 \[3, 7\]: the embedding .*\[B, L, D\]"):
-        run(model, make_inputs())
+        run(tiny.make_unified(wan, VOCAB, text_flow="embedding"), make_inputs())
 
 
 def gradients(model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor | None]:
@@ -714,19 +663,6 @@ def test_a_shared_ffn_is_an_own_one_with_the_same_weights(wan: WanTransformer3DM
     with torch.no_grad():
         separate.blocks[0].ffn_t.net[2].bias += 1.0
     assert (run(separate, inputs).text - actual.text).abs().max() > 1e-3
-
-
-def test_a_shared_ffn_is_saved_and_needs_its_own_weights(tmp_path: Path, wan: WanTransformer3DModel) -> None:
-    shared = UniViGUTransformer3DModel.from_wan(wan, VOCAB, ArchitectureOptions(separate_text_ffn=False)).eval()
-    shared.save_pretrained(tmp_path)
-    again = UniViGUTransformer3DModel.from_pretrained(tmp_path).eval()
-    assert again.config.separate_text_ffn is False
-    inputs = make_inputs()
-    assert torch.equal(run(again, inputs).sample, run(shared, inputs).sample)
-    again.register_to_config(separate_text_ffn=True)
-    again.save_config(tmp_path)
-    with pytest.raises(ValueError, match="ffn_t"):
-        UniViGUTransformer3DModel.from_pretrained(tmp_path)
 
 
 # ---------------------------------------------------------------------- absolute text positions

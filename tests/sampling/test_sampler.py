@@ -65,8 +65,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
 # ---------------------------------------------------------------------- parity with diffusers
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
-@pytest.mark.parametrize("scheduler", ["unipc", "euler"])
+@pytest.mark.parametrize(("scheduler", "guidance"), [("unipc", 4.0), ("euler", 1.0)])
 def test_generate_is_wan_pipeline(pipeline: WanPipeline, scheduler: str, guidance: float) -> None:
     schedulers = {"unipc": pipeline.scheduler, "euler": FlowMatchEulerDiscreteScheduler(shift=5.0)}
     pipe = WanPipeline(**{**pipeline.components, "scheduler": schedulers[scheduler]})
@@ -106,8 +105,9 @@ def same(alone: torch.Tensor | None, together: torch.Tensor | None, row: int) ->
         torch.testing.assert_close(alone[0], together[row], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("flow", FLOWS)
-@pytest.mark.parametrize("task", ["generate", "caption", "joint"])
+@pytest.mark.parametrize(
+    ("task", "flow"), [("generate", "mask"), ("caption", "uniform"), ("caption", "mask"), ("joint", "embedding")]
+)
 def test_a_sample_does_not_depend_on_its_batch(embeds: Any, task: str, flow: str) -> None:
     sampler, (prompts, null) = make_sampler(flow), embeds
     clean = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(9))
@@ -162,7 +162,7 @@ def test_caption_leaves_the_video_alone(embeds: Any) -> None:
     assert torch.equal(seen[-1].text, samples.tokens)
 
 
-@pytest.mark.parametrize(("guidance", "passes"), [(0.0, 1), (1.0, 1), (1.01, 2), (4.0, 2)])
+@pytest.mark.parametrize(("guidance", "passes"), [(1.0, 1), (1.01, 2)])
 @pytest.mark.parametrize("task", ["generate", "joint"])
 def test_guidance_costs_a_second_pass_only_above_one(embeds: Any, task: str, guidance: float, passes: int) -> None:
     sampler, (prompts, null) = make_sampler(guidance_scale=guidance), embeds
@@ -302,7 +302,7 @@ def test_the_noise_that_guidance_contrasts_with_reads_text(embeds: Any, refresh:
         assert torch.equal(one, other) != reads
 
 
-@pytest.mark.parametrize(("refresh", "expected"), [(1, "vvvvv"), (2, "vtvtv"), (4, "vtttv"), (9, "vtttt")])
+@pytest.mark.parametrize(("refresh", "expected"), [(1, "vvvvv"), (2, "vtvtv"), (9, "vtttt")])
 def test_a_video_that_reads_is_computed_every_so_many_steps(embeds: Any, refresh: int, expected: str) -> None:
     sampler, (prompts, _) = make_sampler(caption_refresh=refresh, caption_steps=5), embeds
     sampler.caption(torch.randn(3, *SHAPE), prompts, LENGTH, generators(1, 2, 3))

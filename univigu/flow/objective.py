@@ -232,6 +232,7 @@ class UniFlowObjective:
         noisy = interpolate(noise, batch.latents, t_video)
         texts = self._corrupt(model, batch, joint + understand, text_share, generator)
         twice = step is not None and bool(torch.rand((), generator=make_generator("cpu", step)) < 0.5)
+
         # 3. A forward pass for each task, so that none goes backward through the clean video of a frozen generator
         empty = batch.latents.new_zeros(0)
         video, times, text, start, distances = [empty], [empty], [empty], 0, None
