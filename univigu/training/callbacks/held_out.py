@@ -13,7 +13,6 @@ from rich.table import Table
 
 from univigu.data.sample import questions_of
 from univigu.shapes.metrics import ShapesTextAccuracy
-from univigu.shapes.scenes import Scene
 from univigu.training.module import UniViGU
 from univigu.training.parallel import is_sharded
 
@@ -21,13 +20,9 @@ log = logging.getLogger(__name__)
 
 
 class HeldOutCallback(Callback):
-    """Calls :meth:`evaluate` every few optimizer steps, in evaluation mode, on rank 0.
+    """Calls :meth:`evaluate` every few optimizer steps (0: never), in evaluation mode, on rank 0.
 
-    The processes of a sharded model all call it, on the clips of rank 0.
-
-    Args:
-        every_n_steps: how often; 0 switches it off.
-        num_samples: number of clips; they are the same ones every time.
+    The processes of a sharded model all call it, on the clips of rank 0. The clips are the same ones every time.
     """
 
     def __init__(self, every_n_steps: int, num_samples: int) -> None:
@@ -44,15 +39,14 @@ class HeldOutCallback(Callback):
         step = trainer.global_step
         # With gradient accumulation a step stays the same for several batches.
         due = self.every_n_steps and step != self._last_step and step % self.every_n_steps == 0
-        if not due or not (trainer.is_global_zero or _is_sharded(pl_module)):
-            return
-        self._last_step = step
-        pl_module.eval()
-        try:
-            with torch.no_grad():
-                self.evaluate(trainer, pl_module)
-        finally:
-            pl_module.train()
+        if due and _takes_part(trainer):
+            self._last_step = step
+            pl_module.eval()
+            try:
+                with torch.no_grad():
+                    self.evaluate(trainer, pl_module)
+            finally:
+                pl_module.train()
 
     def evaluate(self, trainer: Trainer, pl_module: UniViGU) -> None:
         """Measure or log once, without changing the training's random state."""
@@ -62,13 +56,17 @@ class HeldOutCallback(Callback):
         """The clips of rank 0, read once."""
         if self._samples is None:
             samples = held_out_samples(trainer, self.num_samples) if trainer.is_global_zero else {}
-            sharded = _is_sharded(trainer.lightning_module)  # type: ignore[arg-type]
-            self._samples = trainer.strategy.broadcast(samples) if sharded else samples
+            self._samples = trainer.strategy.broadcast(samples) if _is_sharded(trainer) else samples
         return self._samples
 
 
-def _is_sharded(module: UniViGU) -> bool:
-    return module.transformer is not None and is_sharded(module.transformer)
+def _is_sharded(trainer: Trainer) -> bool:
+    transformer: Any = trainer.lightning_module.transformer
+    return transformer is not None and is_sharded(transformer)
+
+
+def _takes_part(trainer: Trainer) -> bool:
+    return trainer.is_global_zero or _is_sharded(trainer)
 
 
 def held_out_samples(trainer: Trainer, count: int) -> dict[str, Any]:
@@ -101,13 +99,9 @@ def caption_samples(
 
 def attribute_accuracy(texts: list[str], samples: dict[str, Any], kind: str) -> dict[str, float]:
     """Accuracy by property of texts ("prompt" or "caption") about clips of the embedded world; empty for others."""
-    scenes = samples.get("scene") or [None] * len(texts)
-    known = [(text, Scene.from_dict(scene)) for text, scene in zip(texts, scenes, strict=True) if scene is not None]
-    if not known:
-        return {}
     metric = ShapesTextAccuracy(kind)
-    metric.update([text for text, _ in known], [scene for _, scene in known])
-    return {name: float(value) for name, value in metric.compute().items()}
+    metric.update(texts, samples.get("scene") or [None] * len(texts))
+    return {name: float(value) for name, value in metric.compute().items()} if metric.samples else {}
 
 
 class CaptionAccuracy(HeldOutCallback):
@@ -116,11 +110,6 @@ class CaptionAccuracy(HeldOutCallback):
     ``val/caption/*``                       from the clean video, without a prompt
     ``val/caption_with_prompt/mean``        also given the clip's own prompt
     ``val/caption_with_other_prompt/mean``  given another clip's prompt: a model that copies its condition fails here
-
-    Args:
-        every_n_steps: how often, in optimizer steps; 0 switches it off.
-        num_clips: number of held-out clips, the same ones every time.
-        batch_size: clips captioned at once.
     """
 
     def __init__(self, every_n_steps: int = 200, num_clips: int = 64, batch_size: int = 32) -> None:
@@ -155,8 +144,8 @@ class FinalReport(HeldOutCallback):
     """Prints captions of held-out clips beside the true texts, and where to find curves and checkpoint.
 
     Args:
-        num_samples: clips to caption.
-        num_shown: captions to print; the accuracy is that of all clips.
+        num_samples: clips to caption for the accuracy.
+        num_shown: captions to print.
     """
 
     def __init__(self, num_samples: int = 32, num_shown: int = 3) -> None:
@@ -166,7 +155,7 @@ class FinalReport(HeldOutCallback):
     @torch.no_grad()
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, UniViGU)
-        if trainer.fast_dev_run or not (trainer.is_global_zero or _is_sharded(pl_module)):  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or not _takes_part(trainer):  # type: ignore[attr-defined]
             return
         console = Console(quiet=not trainer.is_global_zero)
         if pl_module.stage.writes_text:

@@ -35,7 +35,7 @@ class TrainingMonitor(Callback):
         if peak_flops is not None and peak_flops <= 0:
             raise ValueError(f"peak_flops={peak_flops}: expected a number over 0")
         self.every_n_steps, self.peak_flops = every_n_steps, peak_flops
-        self._flops_of: dict[str, float] = {}
+        self._flops_of: dict[str, float] = {}  # by workload
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(trainer)
@@ -64,8 +64,7 @@ class TrainingMonitor(Callback):
             norm = torch.stack(norms).norm()
             pl_module.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
         for group in optimizer.param_groups:
-            muon = "_muon" if "momentum" in group else ""
-            pl_module.log(f"lr/{group['name']}{muon}", group["lr"])
+            pl_module.log(f"lr/{group['name']}{'_muon' if 'momentum' in group else ''}", group["lr"])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -74,7 +73,7 @@ class TrainingMonitor(Callback):
         self._batches += 1
         self._samples += work.batch_size
         self._tokens += work.batch_size * (work.video_tokens + work.text_tokens)
-        self._flops += self._flops_of.get(repr(work), 0.0) if self.peak_flops else 0.0
+        self._flops += self._flops_of.get(repr(work), 0.0)
         if self._batches < self.every_n_steps:
             return
         if pl_module.device.type == "cuda":
@@ -84,7 +83,7 @@ class TrainingMonitor(Callback):
             "samples_per_second": self._samples * trainer.world_size / elapsed,
             "tokens_per_second": self._tokens * trainer.world_size / elapsed,
             "seconds_per_batch": elapsed / self._batches,
-            "memory_gb": memory_bytes(pl_module.device) / 1e9,
+            "memory_gb": _memory_bytes(pl_module.device) / 1e9,
         }
         if self._waited is not None:
             rates["data_wait_share"] = (trainer.train_dataloader.waited - self._waited) / elapsed  # type: ignore[union-attr]
@@ -117,8 +116,7 @@ def workload(trainer: Trainer, pl_module: UniViGU, batch: Any) -> Workload:
     )
 
 
-def memory_bytes(device: torch.device) -> int:
-    """The most that this process has held: by a GPU's allocator, or resident in the host."""
+def _memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -21,10 +21,7 @@ class StageSwitch(Callback):
     """Switches stages by optimizer step and sets learning rates within them.
 
     The stage is a function of the global step, so a resumed run continues in the right stage at the right learning
-    rate. A checkpoint of other stages is refused on resume. The command line always adds this callback.
-
-    Args:
-        stages: the stages by name, in order; training stops after the steps of the last one.
+    rate. Training stops after the steps of the last stage. The command line always adds this callback.
     """
 
     def __init__(self, stages: Mapping[str, Stage]) -> None:
