@@ -22,6 +22,7 @@ from univigu.viewer import TrajectoryRecorder
 
 SIZE = {"height": 32, "width": 48, "num_frames": 5}
 QUICK = {"num_inference_steps": 4, "max_sequence_length": 16}
+JOINT = {**QUICK, "joint_lag": 0, "guidance_scale": 3.0}
 
 
 def make_pipe(flow: str = "mask", more_tokens: int = 0, **config: Any) -> UniViGUPipeline:
@@ -51,7 +52,7 @@ def animation(url: str) -> Image.Image:
 
 def test_joint_is_recorded_step_by_step(pipe: UniViGUPipeline, tmp_path: Path) -> None:
     recorder = TrajectoryRecorder(pipe, sample=1, scale=2)
-    made = pipe.joint(["one", "two"], **SIZE, callback_on_step_end=recorder, output_type="np", **QUICK)
+    made = pipe.joint(["one", "two"], **SIZE, callback_on_step_end=recorder, output_type="np", **JOINT)
     page = embedded(recorder.save(tmp_path / "new" / "page.html", title="a </script> title"))
     assert page["title"] == "a </script> title"
     steps = page["steps"]
@@ -125,9 +126,9 @@ def test_a_model_that_knows_other_latents_is_shown_as_it_is_made() -> None:
     )
     assert Conventions.of(pipe.transformer.config) == OFFICIAL
     recorder = TrajectoryRecorder(pipe, scale=1)
-    made = pipe.joint("one", **SIZE, callback_on_step_end=recorder, generator=seeded(), output_type="np", **QUICK)
+    made = pipe.joint("one", **SIZE, callback_on_step_end=recorder, generator=seeded(), output_type="np", **JOINT)
     shown = np.asarray(animation(recorder.steps[-1]["video"]).convert("RGB"), np.float32) / 255
-    latents = pipe.joint("one", **SIZE, generator=seeded(), output_type="latent", **QUICK).frames
+    latents = pipe.joint("one", **SIZE, generator=seeded(), output_type="latent", **JOINT).frames
     with torch.no_grad():
         wrong = pipe.video_processor.postprocess_video(Conventions().decode(pipe.vae, latents), output_type="np")
     # up to compression; WanPipeline's convention gives another picture
@@ -161,7 +162,7 @@ def test_misuse_is_named(pipe: UniViGUPipeline, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing was recorded"):
         TrajectoryRecorder(pipe).save(tmp_path / "page.html")
     with pytest.raises(IndexError, match="sample=1: the batch has 1"):
-        pipe.joint("one", **SIZE, callback_on_step_end=TrajectoryRecorder(pipe, sample=1), **QUICK)
+        pipe.joint("one", **SIZE, callback_on_step_end=TrajectoryRecorder(pipe, sample=1), **JOINT)
     assert not list(tmp_path.iterdir())
 
 
@@ -169,7 +170,7 @@ def test_misuse_is_named(pipe: UniViGUPipeline, tmp_path: Path) -> None:
 def test_a_browser_shows_the_step_that_the_slider_is_dragged_to(pipe: UniViGUPipeline, tmp_path: Path) -> None:
     recorder = TrajectoryRecorder(pipe)
     torch.manual_seed(0)
-    pipe.joint("one", **SIZE, callback_on_step_end=recorder, **{**QUICK, "num_inference_steps": 6})
+    pipe.joint("one", **SIZE, callback_on_step_end=recorder, **{**JOINT, "num_inference_steps": 6})
     page = recorder.save(tmp_path / "page.html")
     with Browser(tmp_path / "profile") as browser:
         browser.open(f"file://{page}")
@@ -202,7 +203,7 @@ def test_a_browser_shows_the_step_that_the_slider_is_dragged_to(pipe: UniViGUPip
 @pytest.mark.skipif(COMMAND is None, reason="needs the command chromium")
 def test_a_browser_plays_the_steps(pipe: UniViGUPipeline, tmp_path: Path) -> None:
     recorder = TrajectoryRecorder(pipe)
-    pipe.joint("one", **SIZE, callback_on_step_end=recorder, **QUICK)
+    pipe.joint("one", **SIZE, callback_on_step_end=recorder, **JOINT)
     page = recorder.save(tmp_path / "page.html")
     with Browser(tmp_path / "profile") as browser:
         browser.open(f"file://{page}#2")
