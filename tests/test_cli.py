@@ -337,7 +337,7 @@ def test_overlays_change_the_scale(in_tmp: Path, name: str, sizes: list[str]) ->
     rates = {"video": {"1.3b": 1e-5, "14b": 5e-6}[sizes[-1]], "text": 1e-4}
     assert model.optimizer_options.rates(stage) == rates and model.optimizer_options.name == "adamw"
     assert model.foundation_path.endswith(f"Wan2.1-T2V-{sizes[-1].upper()}-Diffusers")
-    assert model.architecture == ArchitectureOptions(text_flow="mask") and model.gradient_checkpointing
+    assert model.architecture == ArchitectureOptions() and model.gradient_checkpointing
     assert (data.height, data.width, data.num_frames, data.caption_length) == (480, 832, 81, 256)
     strategy = cli.trainer_options.strategy
     assert isinstance(strategy, ShardedStrategy) and strategy.compute_dtype == torch.bfloat16

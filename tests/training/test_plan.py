@@ -66,7 +66,7 @@ def test_overlays_are_wan21(size: str, monkeypatch: pytest.MonkeyPatch, tmp_path
     model = empty_model(UniViGUTransformer3DModel, work.transformer)
     config = model.config
     assert config.num_attention_heads == heads and config.num_layers == layers and config.ffn_dim == ffn
-    assert (config.vocab_size, config.text_flow, config.text_positions) == (256384, "mask", 0)
+    assert (config.vocab_size, config.text_flow, config.text_positions) == (256384, "uniform", 0)
     check_exportable(model, accept_differences=True)  # the paper's, which its authors' code can load
     wans = {name: value for name, value in model.named_parameters() if not is_text_parameter(name)}
     count = wan_count(width, layers, ffn)
