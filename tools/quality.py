@@ -130,7 +130,7 @@ def edit_row(
     for _, video, generators in batches(scenes, options.batch_size):
         targets = [next(wanted) for _ in generators]
         prompts = [prompt_of(target) for target in targets]
-        made = pipe.edit(video, prompts, strength, generators, output_type="pt", **sampling)
+        made = pipe.edit(video, prompts, strength, generator=generators, output_type="pt", **sampling)
         for clip, target in zip(to_uint8(made.frames), targets, strict=True):
             result = score(detect(clip), target)
             shown.append(result[attribute])

@@ -80,7 +80,7 @@ def test_overlays_are_wan21(size: str, monkeypatch: pytest.MonkeyPatch, tmp_path
     text = sum(value.numel() for name, value in model.named_parameters() if is_text_parameter(name))
     added = added_parameters(work.model())
     assert sum(row[1] for row in added.values()) == text
-    assert added["vocab_embed"] == (256385 * width,) * 3  # with the mask state
+    assert added["vocab_embed"] == (256384 * width,) * 3
     assert added["blocks.*.ffn_t"][1] == layers * (2 * width * ffn + ffn + width) and added["blocks.*.attn1"][1] == 0
 
 
