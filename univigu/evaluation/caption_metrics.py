@@ -100,11 +100,8 @@ def cider(pairs: Sequence[tuple[Tokens, Sequence[Tokens]]], sigma: float = 6.0) 
         pairs: (caption, its references) of the whole corpus, tokenised.  With one sample all weights are 0.
         sigma: tolerance for differences of length.
     """
-    frequency = Counter(
-        gram
-        for _, texts in pairs
-        for gram in {gram for text in texts for n in range(1, 5) for gram in _ngrams(text, n)}
-    )
+    samples = [{gram for text in texts for n in range(1, 5) for gram in _ngrams(text, n)} for _, texts in pairs]
+    frequency = Counter(gram for grams in samples for gram in grams)
     log_samples = math.log(max(len(pairs), 1))
 
     def vector(tokens: Tokens, size: int) -> dict[tuple[str, ...], float]:
@@ -112,11 +109,9 @@ def cider(pairs: Sequence[tuple[Tokens, Sequence[Tokens]]], sigma: float = 6.0) 
         return {gram: count * (log_samples - math.log(max(1, frequency[gram]))) for gram, count in counts.items()}
 
     def similarity(caption: dict[tuple[str, ...], float], reference: dict[tuple[str, ...], float]) -> float:
-        product = sum(
-            min(value, reference[gram]) * reference[gram] for gram, value in caption.items() if gram in reference
-        )
-        norms = [math.sqrt(sum(value * value for value in vector.values())) for vector in (caption, reference)]
-        return product / (norms[0] * norms[1]) if all(norms) else 0.0
+        common = ((value, reference[gram]) for gram, value in caption.items() if gram in reference)
+        norms = math.hypot(*caption.values()) * math.hypot(*reference.values())
+        return sum(min(value, true) * true for value, true in common) / norms if norms else 0.0
 
     scores = []
     for caption, references in pairs:

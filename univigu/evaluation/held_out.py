@@ -69,10 +69,6 @@ class HeldOutEvaluation(nn.Module):
     Args:
         kind: which text the model was last trained to write, "prompt" or "caption".
         foundation: the generator before training, for comparison.
-        options: what is measured.
-
-    Raises:
-        ValueError: a model folder that cannot be read.
     """
 
     def __init__(self, kind: str, foundation: WanTransformer3DModel, options: EvaluationOptions) -> None:
@@ -88,10 +84,8 @@ class HeldOutEvaluation(nn.Module):
             "flow/foundation": MeanMetric(),
         }
         if options.generation:
-            metrics |= {
-                "generate/properties": ShapesVideoAccuracy(positions=False),
-                "joint/properties": ShapesAgreement(),
-            }
+            metrics["generate/properties"] = ShapesVideoAccuracy(positions=False)
+            metrics["joint/properties"] = ShapesAgreement()
         self.metrics: Any = nn.ModuleDict(metrics | _model_metrics(options))
         self.seen = dict.fromkeys(self.metrics, 0)
         """Samples of each metric on this rank."""
@@ -106,11 +100,7 @@ class HeldOutEvaluation(nn.Module):
 
     @torch.no_grad()
     def update(self, module: Any, batch: Mapping[str, Any]) -> None:
-        """Add a batch of the test loader.
-
-        Raises:
-            MisconfigurationException: an option needs the videos, and the batch has only latents.
-        """
+        """Add a batch of the test loader."""
         if "video" not in batch:  # before anything is sampled
             self.options.refuse_latents(module.stage.writes_text)
         inputs, tasks, questions = module.prepare(batch), module.tasks, questions_of(batch)
@@ -121,18 +111,17 @@ class HeldOutEvaluation(nn.Module):
         seeds = [zlib.crc32(name.encode()) for name in names]
         texts: list[str] | None = None
         if inputs.text_ids is not None:  # the stage trains text
-            samples = tasks.sample(
-                "caption", questions, length, latents=inputs.latents, generator=module.generators(seeds)
-            )
+            generators = module.generators(seeds)
+            samples = tasks.sample("caption", questions, length, latents=inputs.latents, generator=generators)
             texts = tasks.texts(samples)
-            matches = token_matches(samples.tokens, inputs.text_ids, module.foundation.pad_token_id)
-            self.add("caption/tokens", len(seeds), matches)
+            size = min(samples.tokens.shape[1], inputs.text_ids.shape[1])
+            true_ids = inputs.text_ids[:, :size]
+            real = true_ids != module.foundation.pad_token_id  # the text's end counts, its padding does not
+            self.add("caption/tokens", len(seeds), (samples.tokens[:, :size] == true_ids)[real].float())
             if not questions:  # an answer does not describe the scene
                 self.add("caption/properties", len(known), texts, batch["scene"])
-            pairs = [
-                (text, [true]) for text, true in zip(texts, batch[module.stage.target], strict=True) if true.strip()
-            ]
-            if pairs:
+            truth = batch[module.stage.target]
+            if pairs := [(text, [true]) for text, true in zip(texts, truth, strict=True) if true.strip()]:
                 self.add("caption/scores", len(pairs), *zip(*pairs, strict=True))
         if "video" in batch:
             self._true_videos(module, batch["video"].to(inputs.latents.device), inputs.latents, texts)
@@ -181,10 +170,9 @@ class HeldOutEvaluation(nn.Module):
                 self.add(name, len(seeds), flow_matching_loss(prediction, noise, latents))
 
     def compute(self, sum_ranks: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """All results by name, such as "caption/cider" or "flow/ratio"; metrics without a sample are left out.
+        """All results by name, such as "caption/cider" or "flow/ratio"; those without a sample are left out.
 
-        Args:
-            sum_ranks: sums a tensor over the ranks, because all ranks must compute the same metrics.
+        ``sum_ranks`` sums a tensor over the ranks, because all ranks must compute the same metrics.
         """
         results: dict[str, torch.Tensor] = {}
         seen = sum_ranks(torch.tensor(list(self.seen.values()), device=self.foundation.device))
@@ -214,31 +202,22 @@ def _model_metrics(options: EvaluationOptions) -> dict[str, nn.Module]:
     return metrics
 
 
-def token_matches(tokens: torch.Tensor, truth: torch.Tensor, pad_token_id: int) -> torch.Tensor:
-    """Which of the true text's tokens (its end counted, its padding not) are right: float [number of them]."""
-    length = min(tokens.shape[1], truth.shape[1])
-    real = truth[:, :length] != pad_token_id
-    return (tokens[:, :length] == truth[:, :length])[real].float()
-
-
 def own_samples(batch: Mapping[str, Any], own: Set[int] | None, seen: set[int]) -> dict[str, Any] | None:
     """A batch without repeated samples, or None if nothing is left.
 
     The loader repeats samples where ranks need equally many batches, or where all samples of a batch are damaged.
 
     Args:
-        batch: of an evaluation loader; ``number`` holds the samples' positions in the split.
+        batch: ``number`` holds the samples' positions in the split.
         own: the numbers that this rank counts; None counts all.
         seen: the numbers counted so far; this batch's are added.
     """
     numbers = batch.get("number")
     if numbers is None or own is None:
         return dict(batch)
-    keep = []
-    for i, number in enumerate(numbers):
-        if number in own and number not in seen:
-            seen.add(number)
-            keep.append(i)
+    first = {number: i for i, number in reversed(list(enumerate(numbers)))}
+    keep = sorted(i for number, i in first.items() if number in own and number not in seen)
+    seen.update(numbers[i] for i in keep)
 
     def kept(value: Any) -> Any:
         if len(value) != len(numbers):  # the empty prompt's embeddings, one for all
@@ -268,9 +247,7 @@ class EvaluatedModule(LightningModule):
 
     def _evaluate(self, batch: Mapping[str, Any], loader: Any) -> None:
         for evaluation in self._evaluation:
-            own = getattr(loader, "own", None)
-            counted = own_samples(batch, own, evaluation.counted)
-            if counted is not None:
+            if counted := own_samples(batch, getattr(loader, "own", None), evaluation.counted):
                 evaluation.update(self, counted)
 
     def _log_evaluation(self, prefix: str) -> None:

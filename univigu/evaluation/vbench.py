@@ -22,8 +22,7 @@ from univigu.data.synthesis.sources import generate_clips, pipeline_class
 from univigu.data.video import encode_mp4
 from univigu.evaluation.exports import ExportOptions, export_rows, read_listing
 
-MAX_NAME = 255
-"""Bytes that a file name may have on the usual file systems."""
+MAX_NAME = 255  # bytes of a file name on the usual file systems
 
 
 def video_name(prompt: str, index: int) -> str:
@@ -87,14 +86,9 @@ def export_vbench(
 ) -> list[Record] | None:
     """Generate this process's share of the videos; the process that finds all of them writes the two lists.
 
-    Args:
-        output: gets ``videos/*.mp4``, ``prompts.json`` (name: prompt, VBench's custom input) and ``videos.jsonl``
-            (video, prompt, text, index, seed, tokens_cut, error).
-        model: folder of a pipeline, ours or any text-to-video pipeline of diffusers.
-        prompts, augmented: see :func:`plan`.
-
-    Returns:
-        the rows of ``videos.jsonl``, or None while other processes have videos left.
+    The output folder gets ``videos/*.mp4``, ``prompts.json`` (name: prompt, VBench's custom input) and ``videos.jsonl``
+    (video, prompt, text, index, seed, tokens_cut, error), whose rows are returned, or None while other processes have
+    videos left. The model is a pipeline's folder, ours or any text-to-video pipeline of diffusers.
     """
     rows, o = plan(prompts, augmented, options), options
     pipeline_class(model, "--model")

@@ -33,14 +33,7 @@ def _load(option: str, path: str | Path, expected: str, load: Callable[[], T]) -
 
 
 class ClipEncoder(nn.Module):
-    """A CLIP model: unit vectors of images and of texts.
-
-    Args:
-        folder: model, tokenizer and image processor in transformers' layout.
-
-    Raises:
-        ValueError: the folder is missing or holds no CLIP.
-    """
+    """A CLIP model with tokenizer and image processor, in transformers' layout: unit vectors of images and texts."""
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
@@ -75,10 +68,7 @@ class VideoCLIPScore(Metric):
 
     Hessel et al., 2021 (arXiv:2104.08718), with weight 100 as in torchmetrics, over frames as in CLIPSIM (Wu et al.,
     2021, arXiv:2104.14806).
-
-    Args:
-        clip: the encoder; several metrics may share one.
-        num_frames: number of evenly spaced frames per video that are scored.
+    Several metrics may share an encoder; ``num_frames`` evenly spaced frames of a video are scored.
     """
 
     is_differentiable, higher_is_better, full_state_update = False, True, False
@@ -111,9 +101,6 @@ class VideoFeatures(nn.Module):
     * The folder of a transformers video encoder whose forward takes ``pixel_values`` [B, F, C, H, W], such as VideoMAE:
       the mean of its last hidden states.  ``num_frames`` evenly spaced frames are resized to ``image_size`` and
       normalised with ImageNet's mean and standard deviation.
-
-    Raises:
-        ValueError: there is no such file or folder, or it cannot be read.
     """
 
     mean: torch.Tensor
