@@ -63,10 +63,8 @@ class Watch:
 # ---------------------------------------------------------------------- splitting a batch
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 8])
-@pytest.mark.parametrize(
-    "shares", [(0.25, 0.5, 0.25), (0.4, 0.1, 0.5), (0.3, 0.3, 0.4), (1, 0, 0), (0, 3, 0), (0, 0, 1), (0.1, 0, 0.2)]
-)
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("shares", [(0.25, 0.5, 0.25), (0.4, 0.1, 0.5), (1, 0, 0), (0, 3, 0), (0.1, 0, 0.2)])
 def test_counts_fill_the_batch_and_keep_the_shares(batch_size: int, shares: tuple[float, ...]) -> None:
     tasks, total, steps = TaskMixture(*shares), [0, 0, 0], 600
     for step in range(steps):
@@ -79,13 +77,9 @@ def test_counts_fill_the_batch_and_keep_the_shares(batch_size: int, shares: tupl
     assert total == [round(share / sum(shares) * batch_size * steps) for share in shares]  # 600: all come out even
 
 
-def test_counts_divide_evenly_where_they_can() -> None:
-    assert {TaskMixture().counts(8, step) for step in range(50)} == {(2, 4, 2)}
-
-
-def test_counts_are_the_same_again_and_do_not_draw() -> None:
+def test_counts_divide_evenly_where_they_can_and_do_not_draw() -> None:
     state = torch.get_rng_state()
-    assert TaskMixture().counts(3, 10**6) == TaskMixture().counts(3, 10**6)
+    assert {TaskMixture().counts(8, step) for step in range(50)} == {(2, 4, 2)}
     assert torch.equal(state, torch.get_rng_state())
 
 

@@ -52,10 +52,9 @@ class ArchitectureOptions:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {choices}")
         if self.text_positions < 0:
             raise ValueError(f"text_positions={self.text_positions!r}: expected at least 0")
-        if not 0 <= self.clean_video_timestep < NUM_TRAIN_TIMESTEPS:
-            raise ValueError(
-                f"clean_video_timestep={self.clean_video_timestep!r}: expected a number in [0, {NUM_TRAIN_TIMESTEPS})"
-            )
+        timestep = self.clean_video_timestep
+        if not 0 <= timestep < NUM_TRAIN_TIMESTEPS:
+            raise ValueError(f"clean_video_timestep={timestep!r}: expected a number in [0, {NUM_TRAIN_TIMESTEPS})")
 
 
 def check_replaced(config: Mapping[str, Any], source: Any) -> None:
