@@ -54,10 +54,8 @@ def export_captions(
     ``vlmevalkit/``, of VDC the rows of the category, with a column ``prediction``.
 
     Args:
-        model: folder of a UniViGUPipeline.
         videos: folder, pattern or list of the clips, named as in the list of ``annotations``.
         annotations: the benchmark's list; without one VDC's clips are those of ``videos``, named by their ids.
-        category: VDC's category.
         task: lmms-eval's name of the task; None is ``vdc_{category}``.
 
     Returns:

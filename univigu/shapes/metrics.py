@@ -121,10 +121,7 @@ class AttributeAccuracy(Metric):
         self.samples += len(results)
 
     def accuracies(self) -> dict[str, float]:
-        """Accuracies in [0, 1]: attributes scored so far, their mean ("mean"), all right in a sample ("exact").
-
-        Attributes that no sample had are left out; without samples "mean" and "exact" are 0, never NaN.
-        """
+        """Accuracies of the attributes that samples had, their "mean", and "exact" (all right in a sample)."""
         counts = zip(ATTRIBUTES, self.right.tolist(), self.scored.tolist(), strict=True)
         values = {name: right / scored for name, right, scored in counts if scored}
         mean = sum(values.values()) / max(len(values), 1)
@@ -153,7 +150,7 @@ class ShapesTextAccuracy(AttributeAccuracy):
         self.exact_text += sum(normalize_text(text) == normalize_text(self.write(scene)) for text, scene in pairs)
 
     def compute(self) -> dict[str, torch.Tensor]:
-        """As the base class, and "exact_text": the share of texts equal to the scene's own after normalisation."""
+        """With "exact_text", the share of texts equal to the scene's own after normalisation."""
         return {**super().compute(), "exact_text": self.exact_text / self.samples.clamp_min(1)}
 
 
@@ -188,10 +185,7 @@ def chance_levels(source: Source = "caption", split: Split = "val", num_scenes: 
     """Accuracies of a model that describes another random scene of the split, whatever its input.
 
     The true readings of scenes 0..num_scenes-1 are scored against those of other scenes, 20 pairings each, so the
-    standard error is below half a percent for 1000 scenes.
-
-    Returns:
-        The keys of a metric's ``compute``: the attributes, "mean" and "exact".
+    standard error is below half a percent for 1000 scenes. The keys are those of a metric's ``compute``.
     """
     readings = [reading_of(sample_scene(seed, split), source) for seed in range(num_scenes)]
     metric, shifts = AttributeAccuracy(), range(1, 21)

@@ -9,11 +9,7 @@ from univigu.shapes.scenes import BACKGROUNDS, CANVAS, COLORS, NUM_FRAMES, SHAPE
 
 
 def render(scene: Scene, height: int = CANVAS, width: int = CANVAS, num_frames: int = NUM_FRAMES) -> torch.Tensor:
-    """Draw the clip, anti-aliased by 4x4 supersampling.
-
-    Returns:
-        uint8 frames [F, C, H, W]; a longer or shorter clip shows the same path in more or fewer frames.
-    """
+    """The clip, uint8 [F, C, H, W], anti-aliased by 4x4 supersampling; its path is the same in any number of frames."""
     over = 4
     ys = (np.arange(height * over) + 0.5) * CANVAS / (height * over)
     xs = (np.arange(width * over) + 0.5) * CANVAS / (width * over)

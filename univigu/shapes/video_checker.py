@@ -63,7 +63,9 @@ def detect(frames: torch.Tensor) -> Reading:
         resized = F.interpolate(resized, (CANVAS, CANVAS), mode="bilinear", antialias=True, align_corners=False)
     pixels = np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy())  # [F, 64, 64, 3]
 
-    ground = _border_median(pixels)  # [F, 3], per frame, so that flicker is not taken for objects
+    sides = (pixels[:, :2], pixels[:, -2:], pixels[:, :, :2], pixels[:, :, -2:])  # objects cover little of the border
+    border = np.concatenate([side.reshape(len(pixels), -1, 3) for side in sides], 1)
+    ground = np.median(border, axis=1)  # [F, 3], per frame, so that flicker is not taken for objects
     background = _nearest(np.median(ground, axis=0), BACKGROUNDS, MAX_BACKGROUND_ERROR)
     tracks = _find_objects(pixels - ground[:, None, None], ground)
     objects = [_measure(track) for track in tracks]
@@ -80,12 +82,6 @@ def detect(frames: torch.Tensor) -> Reading:
 
 
 # ------------------------------------------------------------------ segmentation
-
-
-def _border_median(pixels: np.ndarray, width: int = 2) -> np.ndarray:
-    """Median colour [F, 3] of the frames' borders, of which objects cover only a small part."""
-    sides = (pixels[:, :width], pixels[:, -width:], pixels[:, :, :width], pixels[:, :, -width:])
-    return np.median(np.concatenate([side.reshape(len(pixels), -1, 3) for side in sides], 1), axis=1)
 
 
 def _find_objects(difference: np.ndarray, ground: np.ndarray) -> list[_Track]:

@@ -74,11 +74,9 @@ def derived_seed(seed: int, attempt: int) -> int:
 
 
 class CaptionModel:
-    """A transformers image-text-to-text model with its processor, which is shown frames as images of one message.
+    """A transformers image-text-to-text model and its processor, in one folder; it is shown frames as images.
 
-    Args:
-        folder: model and processor, as ``save_pretrained`` writes them.
-        window: caption lengths that the instruction asks for.
+    The instruction asks for a caption of the length that the window's middle gives.
     """
 
     def __init__(

@@ -38,12 +38,7 @@ def synthesize(
     """Fill a folder with shards of clips and captions; complete shards stay, missing ones are written.
 
     A shard depends on nothing outside of it: its bytes do not depend on interruptions and the number of processes.
-
-    Args:
-        tokenizer_folder: counts the tokens.
-        length_filter: the windows of lengths; texts that miss them are skipped and counted.
-        shard_size: clips of a shard, skipped ones included.
-        share: see :func:`build_folder`, as is what is returned.
+    Texts outside of the length filter's windows are skipped and counted; ``shard_size`` includes skipped clips.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size={shard_size}: expected at least 1")
@@ -70,8 +65,6 @@ def synthesize(
 
 @dataclass
 class _ShardWriter:
-    """Writes one shard; see :func:`synthesize` for the arguments."""
-
     source: PromptSource
     captioner: Captioner
     tokenizer: PreTrainedTokenizerBase

@@ -17,9 +17,7 @@ from univigu.viewer import enlarged
 
 
 class MediaLogger(HeldOutCallback):
-    """Logs held-out clips, their captions beside the true texts, and generated videos to TensorBoard.
-
-    The clips themselves are logged once, decoded from their latents, as the model sees them.
+    """Logs held-out clips (once), their captions beside the true texts, and generated videos to TensorBoard.
 
     Args:
         every_n_steps: how often, in optimizer steps; 0 switches it off.
