@@ -89,11 +89,10 @@ class HeldOutEvaluation(nn.Module):
         self.metrics: Any = nn.ModuleDict(metrics | _model_metrics(options))
         self.seen = dict.fromkeys(self.metrics, 0)
         """Samples of each metric on this rank."""
-        self.counted: set[int] = set()
+        self.counted = set[int]()
         """Numbers of the samples so far."""
 
     def add(self, name: str, number: int, *values: Any, **options: Any) -> None:
-        """Update a metric, if it is measured, with values of a number of samples."""
         if name in self.metrics:
             self.metrics[name].update(*values, **options)
             self.seen[name] += number
@@ -188,7 +187,6 @@ class HeldOutEvaluation(nn.Module):
 
 
 def _model_metrics(options: EvaluationOptions) -> dict[str, nn.Module]:
-    """The metrics of the pretrained models that are given."""
     from univigu.evaluation.video_metrics import ClipEncoder, FrechetVideoDistance, VideoCLIPScore, VideoFeatures
 
     tasks = ("generate", "joint") if options.generation else ()

@@ -61,7 +61,6 @@ class Object:
     y: float
 
     def center(self, frame: float) -> tuple[float, float]:
-        """Centre (x, y) in canvas pixels at the given frame, counted from 0."""
         dx, dy = MOTIONS[self.motion]
         step = SPEEDS.get(self.speed, 0.0) * frame
         return self.x + dx * step, self.y + dy * step
@@ -82,7 +81,7 @@ class Scene:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scene:
-        """Rebuild a scene from :meth:`to_dict`; raises KeyError or TypeError if fields are missing or unknown."""
+        """The inverse of :meth:`to_dict`; raises KeyError or TypeError if fields are missing or unknown."""
         objects = tuple(Object(**obj) for obj in data["objects"])
         return cls(objects=objects, background=data["background"], relation=data["relation"])
 

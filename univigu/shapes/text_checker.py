@@ -155,8 +155,6 @@ def _paragraphs(body: str) -> dict[str, list[str]]:
 
 
 def _object(sentences: list[str]) -> ObjectReading:
-    """Parse every attribute of one object from the sentences about it."""
-
     def find(pattern: re.Pattern[str], within: list[str] = sentences) -> list[str]:
         return [word for sentence in within for word in pattern.findall(sentence)]
 

@@ -140,10 +140,7 @@ def _majority(own: np.ndarray, core: np.ndarray) -> np.ndarray:
 
 
 def _merge_overlapping(cores: list[np.ndarray]) -> list[np.ndarray]:
-    """Join a core to a larger one that surrounds or broadly adjoins it: one object of uneven or in-between hue.
-
-    The objects of the world keep apart, so their cores do not adjoin.
-    """
+    """Join a core to a larger one that surrounds or broadly adjoins it; cores of different objects do not adjoin."""
     merged: list[np.ndarray] = []
     for core in sorted(cores, key=lambda c: -int(c.sum())):
         for i, larger in enumerate(merged):
@@ -198,7 +195,6 @@ def _drop_specks(cover: np.ndarray) -> int:
 
 
 def _measure(track: _Track) -> ObjectReading:
-    """Everything about one object but its relation to another."""
     size, shape = _size_and_shape(track)
     middle = _center(track, shape, SIZES[size])
     seen = np.flatnonzero(track.seen)

@@ -14,15 +14,12 @@ from univigu.data.loader import TrainLoader
 class DataStatistics(Callback):
     """Logs at the end of every epoch its samples on all ranks, and counts of the samples that are left out.
 
-    ``data/epoch/prompt_tokens``, ``caption_tokens``: histograms of the texts' lengths, in TensorBoard, and
-    ``data/epoch/buckets`` (numbers of ``data.buckets``) if there are several; ``data/epoch/samples`` and
-    ``repeated``: numbers of samples, and of those that were not new in the epoch; ``source_0``, ... and
-    ``bucket_480x832x81``, ...: numbers of each, if there are several; ``data/filtered/*``: samples of the training
-    split that the filters and the index leave out, by reason; ``data/unusable/*``: unusable samples of all splits so
-    far, by reason.
+    ``data/epoch/*``: numbers of samples, of those that were not new in the epoch, and of each source and bucket; in
+    TensorBoard also histograms of the texts' lengths and of the buckets. ``data/filtered/*``: samples of the training
+    split that the filters and the index leave out; ``data/unusable/*``: unusable samples of all splits so far.
 
-    It needs no state: the samples of an epoch follow from the loader's position, after a resume in mid-epoch too.  An
-    unreadable sample counts itself, not its replacement.  With loaders of another kind nothing is logged.
+    It needs no state: the samples of an epoch follow from the loader's position. An unreadable sample counts itself,
+    not its replacement. With loaders of another kind nothing is logged.
     """
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
