@@ -56,7 +56,7 @@ REPLACED = {
     "joint_dropout": "stages.NAME.condition_dropout.joint",
     "guidance_dropout": "stages.NAME.condition_dropout.generate",
     "condition_dropout": "a mapping by task: condition_dropout: {joint: , understand: , generate: }",
-    **dict.fromkeys(("whole_text_from", "full_text_from"), "nothing: it is 0.6"),
+    **dict.fromkeys(("whole_text_from", "full_text_from"), "nothing: it is a constant, 0.6"),
     "random_init": "model.init_from: random",
     "vae_slicing": "model.vae_tiling",
     "text_times": "stages.NAME.text_time_power",
