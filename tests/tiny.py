@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
+from tools.make_foundation import make_tokenizer
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.options import ArchitectureOptions
 
 CHANNELS, TEXT_DIM, HEADS, HEAD_DIM = 4, 32, 2, 12
-MAKE_FOUNDATION = Path(__file__).resolve().parents[1] / "tools" / "make_foundation.py"
 
 
 @torch.no_grad()
@@ -55,7 +53,7 @@ def make_unified(wan: WanTransformer3DModel, vocab_size: int = 11, **options: An
 def make_pipeline() -> WanPipeline:
     """All the components of WanPipeline, random; 8x8 spatial and 4x temporal compression as Wan's."""
     torch.manual_seed(0)
-    tokenizer = runpy.run_path(str(MAKE_FOUNDATION))["make_tokenizer"]()
+    tokenizer = make_tokenizer()
     text_encoder = UMT5EncoderModel(
         UMT5Config(
             vocab_size=len(tokenizer),
