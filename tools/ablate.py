@@ -2,12 +2,10 @@
 
     python tools/ablate.py                         # every variant, three seeds
     python tools/ablate.py --only recipe random    # some of them
-    python tools/ablate.py --jobs 2                # two runs at once, half of the cores each
     python tools/ablate.py --report                # no training, only the tables of finished runs
 
-Further options go to ``lightning fit``.  Runs lie in ``--output``, one folder each with its curves in metrics.csv.
-Finished runs are not repeated, so an interrupted sweep continues.  The tables replace the text between the markers of
-``--document``.
+Further options go to ``lightning fit``.  Runs lie in ``--output``, one folder each with its curves in metrics.csv, and
+tables.md beside them.  Finished runs are not repeated, so an interrupted sweep continues.
 """
 
 from __future__ import annotations
@@ -15,21 +13,17 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from univigu.cli import exit_code
-from univigu.data.processes import usable_cores
+from univigu.cli import main as lightning
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-BEGIN, END = "<!-- ablations: written by tools/ablate.py -->", "<!-- end of ablations -->"
 GOALS = (0.5, 0.7, 0.9)  # mean accuracies; the tables tell when a run first reaches them
 ATTRIBUTES = ("count", "background", "size", "color", "shape", "motion", "speed", "relation")
 SETTINGS = ("steps", "every", "clips", "caption_steps", "overrides")  # the same for all runs of a table
@@ -122,24 +116,15 @@ def arguments(run: Run, options: argparse.Namespace) -> list[str]:
     return [*configs, *(f"--{k}={v}" for k, v in values.items()), *VARIANTS[run.variant][2], *options.overrides]
 
 
-def train(run: Run, options: argparse.Namespace) -> str | None:
-    """Train in a process; a run that was interrupted starts again.  Returns the problem, if there is one."""
+def train(run: Run, options: argparse.Namespace) -> None:
+    """Train a run that is not finished; one that was interrupted starts again."""
     if run.done:
-        return None
+        return
     shutil.rmtree(run.folder, ignore_errors=True)
     run.folder.mkdir(parents=True)
     print(f"{run.folder.name} ...", flush=True)
-    environment, log = dict(os.environ), run.folder / "log.txt"
-    if options.jobs > 1:  # more threads than cores slow each other down
-        threads = max(1, usable_cores() // options.jobs)
-        environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
-    command = [sys.executable, "-m", "univigu.cli", "fit", *arguments(run, options)]
-    with log.open("w") as output:
-        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False).returncode
-    if code:
-        return f"{run.folder.name} failed with exit code {code}: see {log}"
+    lightning(["fit", *arguments(run, options)])
     (run.folder / "done").write_text(json.dumps({name: getattr(options, name) for name in SETTINGS}) + "\n")
-    return None
 
 
 def check_settings(runs: list[Run], options: argparse.Namespace) -> None:
@@ -199,35 +184,18 @@ def tables(groups: dict[str, list[Run]], options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def insert(text: str, document: Path) -> None:
-    """Replace what lies between the markers of a document; a document that does not exist is created.
-
-    Raises:
-        ValueError: the document lacks a marker.
-    """
-    old = document.read_text() if document.exists() else f"# Ablations\n\n{BEGIN}\n{END}\n"
-    before, begin, rest = old.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{document}: expected the lines {BEGIN!r} and {END!r}")
-    document.parent.mkdir(parents=True, exist_ok=True)
-    document.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
-
-
 def parse(args: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/ablate"), help="folder of the runs")
-    parser.add_argument("--document", type=Path, default=Path("docs/experiments/ablations.md"))
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="variants")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each variant")
     parser.add_argument("--steps", type=int, default=800, help="optimizer steps per run")
     parser.add_argument("--every", type=int, default=100, help="steps between two measurements")
     parser.add_argument("--clips", type=int, default=128, help="held-out clips per measurement")
     parser.add_argument("--caption-steps", type=int, default=20, help="denoising steps per caption")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once; they share the processor's cores")
     parser.add_argument("--report", action="store_true", help="train nothing")
     options, options.overrides = parser.parse_known_args(args)
-    for name in ("seeds", "steps", "every", "caption_steps", "jobs"):
+    for name in ("seeds", "steps", "every", "caption_steps"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
     return options
@@ -238,19 +206,14 @@ def sweep(options: argparse.Namespace) -> None:
     names = [(name, seed) for seed in range(options.seeds) for name in options.only]
     runs = [Run(name, seed, (options.output / f"{name}-{seed}").resolve()) for name, seed in names]
     check_settings(runs, options)
-    problems: list[str | None] = []
-    if not options.report:
-        with ThreadPoolExecutor(options.jobs) as pool:
-            for part in (runs[:1], runs[1:]):  # the first one writes the data that all share
-                problems += pool.map(lambda run: train(run, options), part)
+    for run in () if options.report else runs:
+        train(run, options)
     groups = {name: [run for run in runs if run.variant == name and run.done] for name in options.only}
     if not any(groups.values()):
-        problems.append(f"{options.output}: no finished run to report")
-    else:
-        insert(tables({name: done for name, done in groups.items() if done}, options), options.document)
-        print(f"wrote {options.document}")
-    if failed := [problem for problem in problems if problem]:  # reported at the end: they do not stop the others
-        raise ValueError("; ".join(failed))
+        raise ValueError(f"{options.output}: no finished run to report")
+    path = options.output / "tables.md"
+    path.write_text(tables({name: done for name, done in groups.items() if done}, options) + "\n")
+    print(f"wrote {path}")
 
 
 def main(args: list[str] | None = None) -> int:

@@ -1,8 +1,7 @@
 """Measure speeds, side by side in one run.
 
-    python tools/benchmark.py caption     # a caption with and without the cache, and by a plain loop
+    python tools/benchmark.py caption     # a caption with and without the cache
     python tools/benchmark.py sampler     # one step of the text sampler over a large vocabulary
-    python tools/benchmark.py step        # a training step of video and text against one of video only
     python tools/benchmark.py data        # the loader on videos and on latents, against decord itself
 
 Each prints a table of medians; the variants take turns.
@@ -18,7 +17,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +33,6 @@ from univigu.data.index import index_folder
 from univigu.data.loader import TrainLoader
 from univigu.data.processes import SpawnPool
 from univigu.data.sample import SampleRef
-from univigu.flow.inputs import TextInputs
-from univigu.flow.objective import TaskMixture, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.cache import AttentionCache
@@ -44,8 +40,6 @@ from univigu.models.foundation import EMBEDDED_FOUNDATION
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.sampler import Sampler
 from univigu.shapes.write import world_fingerprint, write_shapes
-from univigu.training.plan import Workload, step_flops
-from univigu.training.stages import Stage
 
 
 def race(ways: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
@@ -80,32 +74,6 @@ def where(device: torch.device) -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-# ---------------------------------------------------------------------------- the plain loop
-
-
-def plain_step(
-    x_t: torch.Tensor, logits: torch.Tensor, t: float, t_next: float, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """A mixture path's Euler step, from the formulas: float64 posterior, one-hot rates, two draws per token."""
-    vocab_size = logits.shape[-1]
-    x_hat = _categorical(torch.softmax(logits.double(), -1), generator)
-    if t_next == 1.0:
-        return x_hat
-    rates = F.one_hot(x_hat, vocab_size).double() / (1.0 - t)
-    rates = torch.where(F.one_hot(x_t, vocab_size).bool(), 0.0, rates)
-    total = rates.sum(-1)
-    jumps = torch.rand(x_t.shape, generator=generator, dtype=torch.float64, device=x_t.device)
-    jumps = jumps < 1 - torch.exp(-(t_next - t) * total)
-    x_t = x_t.clone()
-    if bool(jumps.any()):
-        x_t[jumps] = _categorical(rates[jumps], generator)
-    return x_t
-
-
-def _categorical(weights: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    return torch.multinomial(weights.flatten(0, -2), 1, generator=generator).view(weights.shape[:-1])
-
-
 # ---------------------------------------------------------------------------- captions
 
 
@@ -117,7 +85,7 @@ def caption_flops(options: argparse.Namespace, prompt_length: int, tokens: int, 
 
 
 def caption(options: argparse.Namespace) -> dict[str, float]:
-    """Captions by random weights: the cached sampler, the same without its cache, and a plain loop."""
+    """Captions by random weights: the cached sampler, and the same without its cache."""
     device, prompt_length = torch.device(options.device), 64
     torch.manual_seed(0)
     model = (
@@ -145,7 +113,6 @@ def caption(options: argparse.Namespace) -> dict[str, float]:
         raise SystemExit(f"--video-tokens {options.video_tokens}: expected a multiple of 256")
     latents = torch.randn(options.batch_size, 16, frames, 32, 32, device=device)
     embeds = torch.randn(options.batch_size, prompt_length, 64, device=device)
-    flow = make_text_flow("uniform", options.vocab_size)
     sampling = SamplingOptions(caption_steps=options.steps, temperature=1.0)
     tokens: dict[str, torch.Tensor] = {}
 
@@ -156,26 +123,8 @@ def caption(options: argparse.Namespace) -> dict[str, float]:
         assert made is not None
         tokens[name] = made
 
-    @torch.no_grad()
-    def plain() -> None:
-        generator = torch.Generator(device).manual_seed(1)
-        times = [i / options.steps for i in range(options.steps + 1)]
-        text = flow.initial(options.batch_size, options.text_tokens, generator, device)
-        clean, condition = latents.to(model.dtype), embeds.to(model.dtype)
-        for t, t_next in pairwise(times):
-            timestep = torch.full((options.batch_size,), 1000 * (1 - t), device=device)
-            logits = model(clean, torch.zeros_like(timestep), condition, TextInputs(text, timestep)).text
-            text = plain_step(text, logits, t, t_next, generator)
-
-    seconds = race(
-        {
-            "cached": lambda: sample("cached", model),
-            "uncached": lambda: sample("uncached", Uncached(model)),
-            "plain loop": plain,
-        },
-        options.repeats,
-        device,
-    )
+    ways = {"cached": lambda: sample("cached", model), "uncached": lambda: sample("uncached", Uncached(model))}
+    seconds = race(ways, options.repeats, device)
     both = options.video_tokens + options.text_tokens
     full = caption_flops(options, prompt_length, both, both)
     text = caption_flops(options, prompt_length, options.text_tokens, both)
@@ -183,14 +132,12 @@ def caption(options: argparse.Namespace) -> dict[str, float]:
     same = (tokens["cached"] == tokens["uncached"]).float().mean().item()
     title = f"{options.steps} steps, {options.video_tokens} + {options.text_tokens} tokens, batch {options.batch_size}"
     show(f"a batch of captions, {title}\n{where(device)}", seconds, "uncached")
-    ratio, plain_ratio = (seconds[name] / seconds["cached"] for name in ("uncached", "plain loop"))
-    print(
-        f"cached: {ratio:.1f}x the uncached loop (by operations at most {bound:.1f}x), {plain_ratio:.1f}x the plain one"
-    )
+    ratio = seconds["uncached"] / seconds["cached"]
+    print(f"cached: {ratio:.1f}x the uncached loop (by operations at most {bound:.1f}x)")
     print(f"same tokens from the same random numbers, cached and uncached: {same:.2%}")
     if device.type == "cuda":
         print(f"peak memory: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
-    return {"ratio": ratio, "plain_ratio": plain_ratio, "bound": bound, "same": same}
+    return {"ratio": ratio, "bound": bound, "same": same}
 
 
 class Uncached:
@@ -207,6 +154,24 @@ class Uncached:
 
 
 # ---------------------------------------------------------------------------- the text sampler
+
+
+def plain_step(x_t: torch.Tensor, logits: torch.Tensor, t: float, t_next: float) -> torch.Tensor:
+    """A mixture path's Euler step, from the formulas: float64 posterior, one-hot rates, two draws per token."""
+    vocab_size = logits.shape[-1]
+    x_hat = _categorical(torch.softmax(logits.double(), -1))
+    rates = F.one_hot(x_hat, vocab_size).double() / (1.0 - t)
+    rates = torch.where(F.one_hot(x_t, vocab_size).bool(), 0.0, rates)
+    jumps = torch.rand(x_t.shape, dtype=torch.float64, device=x_t.device)
+    jumps = jumps < 1 - torch.exp(-(t_next - t) * rates.sum(-1))
+    x_t = x_t.clone()
+    if bool(jumps.any()):
+        x_t[jumps] = _categorical(rates[jumps])
+    return x_t
+
+
+def _categorical(weights: torch.Tensor) -> torch.Tensor:
+    return torch.multinomial(weights.flatten(0, -2), 1).view(weights.shape[:-1])
 
 
 def sampler(options: argparse.Namespace) -> dict[str, float]:
@@ -293,62 +258,11 @@ def _loader(shards: Path, options: argparse.Namespace, size: dict[str, int]) -> 
     return module.train_dataloader()
 
 
-def step(options: argparse.Namespace) -> dict[str, float]:
-    """A training step (all weights, AdamW) of video and text against one of video only."""
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    torch.manual_seed(0)
-    height, width = options.latents
-    shape = (16, options.frames, height, width)
-    config = {
-        "num_attention_heads": options.heads,
-        "attention_head_dim": options.width // options.heads,
-        "text_dim": 64,
-        "ffn_dim": options.ffn_dim,
-        "num_layers": options.layers,
-        "vocab_size": options.vocab_size,
-        "text_flow": "uniform",
-    }
-    model = UniViGUTransformer3DModel(**config).to(device).train()
-    if options.checkpointing:
-        model.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    objective = UniFlowObjective(make_text_flow("uniform", options.vocab_size))
-    prompt = torch.randn(1, 64, 64, device=device)
-    text = torch.randint(options.vocab_size, (1, options.text_tokens), device=device)
-    batch = UniFlowBatch(torch.randn(1, *shape, device=device), prompt, torch.zeros_like(prompt), text)
-
-    def train(counts: tuple[int, int, int]) -> None:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            losses = objective(model, batch, counts)
-        losses.total(1).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    counts = {"video only": (0, 0, 1), "video and text": (1, 0, 0)}  # joint, understand, generate
-    seconds = race({name: lambda name=name: train(counts[name]) for name in counts}, options.repeats, device)  # type: ignore[misc]
-    flops = {}
-    for name, shares in counts.items():
-        stage = Stage(text_length=options.text_tokens, tasks=TaskMixture(*shares))
-        flops[name] = step_flops(Workload(config, shape, 64, stage), options.checkpointing)
-    tokens = options.frames * height * width // 4
-    show(f"a step, {tokens} video and {options.text_tokens} text tokens\n{where(device)}", seconds, "video only")
-    ratio = seconds["video and text"] / seconds["video only"]
-    bound = flops["video and text"] / flops["video only"]
-    print(f"both modalities take {ratio:.3f}x the time of the video only; by operations {bound:.3f}x")
-    print(f"{flops['video and text'] / seconds['video and text'] / 1e12:.3f} TFLOP/s")
-    if device.type == "cuda":
-        print(f"peak memory: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
-    return {"ratio": ratio, "bound": bound}
-
-
-MODEL = {"vocab-size": 4096, "ffn-dim": 512, "dtype": "float32"}
-CAPTION = {"text-tokens": 64, "video-tokens": 1280, "width": 128, "layers": 8, "steps": 50, "batch-size": 1}
-STEP = {"text-tokens": 32, "frames": 5, "latents": (60, 52), "width": 256, "heads": 4, "layers": 4, "repeats": 5}
+CAPTION = {"text-tokens": 64, "video-tokens": 1280, "vocab-size": 4096, "width": 128, "ffn-dim": 512, "layers": 8}
 DATA = {"size": "480x832x33", "clips": 16, "batch-size": 1, "workers": 1, "repeats": 5}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "caption": MODEL | CAPTION | {"repeats": 3, "compile": False},
+    "caption": CAPTION | {"steps": 50, "batch-size": 1, "dtype": "float32", "repeats": 3, "compile": False},
     "sampler": {"vocab-size": 256384, "text-tokens": 256, "repeats": 3},
-    "step": MODEL | STEP | {"ffn-dim": 1024, "checkpointing": False},
     "data": DATA | {"foundation": EMBEDDED_FOUNDATION, "folder": "runs/data/benchmark"},
 }
 """Options of each command, with their defaults."""
@@ -357,7 +271,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def main(args: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for function in (caption, sampler, step, data):
+    for function in (caption, sampler, data):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(measure=function)
         command.add_argument("--threads", type=int, help="default: torch's, one per core")
@@ -365,8 +279,6 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         for option, default in OPTIONS[function.__name__].items():
             if isinstance(default, bool):
                 command.add_argument(f"--{option}", action="store_true")
-            elif isinstance(default, tuple):
-                command.add_argument(f"--{option}", type=int, nargs=len(default), default=default)
             else:
                 command.add_argument(f"--{option}", type=type(default), default=default)
     options = parser.parse_args(args)

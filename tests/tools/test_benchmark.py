@@ -37,8 +37,6 @@ def test_captions_are_the_same_with_and_without_the_cache() -> None:
     assert found["same"] == 1 and found["bound"] > 1
 
 
-def test_a_step_of_both_is_measured_beside_one_of_the_video() -> None:
-    size = "--frames 1 --latents 8 8 --width 32 --heads 2 --ffn-dim 64 --layers 2 --text-tokens 4 --vocab-size 50"
-    for checkpointing in ([], ["--checkpointing"]):
-        found = tool.main(["step", *size.split(), "--repeats", "1", *checkpointing])
-        assert found["ratio"] > 0 and 1 < found["bound"] < 2
+def test_a_sampling_step_is_measured_beside_a_plain_one(capsys: pytest.CaptureFixture[str]) -> None:
+    found = tool.main(["sampler", "--vocab-size=50", "--text-tokens=4", "--repeats=1"])
+    assert found["share"] > 0 and "lean, top-p 0.9" in capsys.readouterr().out
