@@ -119,7 +119,7 @@ def caption(options: argparse.Namespace) -> dict[str, float]:
     def sample(name: str, sampled: Any) -> None:
         sampler = Sampler(sampled, FlowMatchEulerDiscreteScheduler(), sampling)
         generator = torch.Generator(device).manual_seed(1)
-        made = sampler.caption(latents, embeds, options.text_tokens, generator).tokens
+        made = sampler.caption(latents, embeds, embeds[:1], options.text_tokens, generator).tokens
         assert made is not None
         tokens[name] = made
 

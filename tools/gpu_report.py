@@ -178,7 +178,7 @@ class Report:
         """Seconds of a caption; a single repeat of many steps has no warm-up."""
         (latents, _, null), sampler = self.inputs(), self.sampler(model, caption_steps=steps, caption_refresh=refresh)
         warmup = 0 if repeats == 1 and steps == self.size.steps[0] else 1
-        seconds = self.seconds(lambda: sampler.caption(latents, null, self.size.text_length), repeats, warmup)
+        seconds = self.seconds(lambda: sampler.caption(latents, null, null, self.size.text_length), repeats, warmup)
         return {"seconds": round(seconds, 4), "steps": steps}
 
     def video(self, model: UniViGUTransformer3DModel, steps: int) -> Row:

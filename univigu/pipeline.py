@@ -146,7 +146,7 @@ class TaskRunner:
         assert latents is not None
         if task == "edit":
             return sampler.edit(latents, strength, embeds, null, **calls)
-        return sampler.caption(latents, embeds if prompts else null, text_length, null_embeds=null, **calls)
+        return sampler.caption(latents, embeds if prompts else null, null, text_length, **calls)
 
 
 class UniViGUPipeline(WanPipeline):

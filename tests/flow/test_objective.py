@@ -12,7 +12,6 @@ import torch
 from tests import tiny
 from univigu.flow.objective import (
     ConditionDropout,
-    FlowOptions,
     TaskMixture,
     UniFlowBatch,
     UniFlowLosses,
@@ -205,7 +204,9 @@ def test_a_share_of_the_text_is_the_tokens_at_its_positions(models: dict[str, An
     assert whole.calls[0][3].positions is None and whole.calls[0][3].tokens.shape[1] == 6
 
 
-def test_self_conditioning_feeds_back_the_own_prediction(models: dict[str, Any]) -> None:
+def test_self_conditioning_feeds_back_the_own_prediction(
+    models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In half of the steps, the same in all processes; without gradients, and for this flow only."""
     model, batch, second = models["embedding"], make_batch(), []
     for step in range(10):
@@ -218,7 +219,8 @@ def test_self_conditioning_feeds_back_the_own_prediction(models: dict[str, Any])
             assert given[1].shape == (2, 6, 24) and not given[1].requires_grad and given[1].square().mean() <= 1.0
     assert 2 < sum(second) < 8
     expected = measure(model, batch, (2, 2, 0), "embedding", step=second.index(False))
-    parts = UniFlowObjective(make_text_flow("embedding", VOCAB), FlowOptions(max_logits=2 * VOCAB))
+    monkeypatch.setattr("univigu.flow.objective.MAX_LOGITS", 2 * VOCAB)
+    parts = UniFlowObjective(make_text_flow("embedding", VOCAB))
     for step, same in ((second.index(False), True), (second.index(True), False)):
         found = parts(model, batch, (2, 2, 0), generator=torch.Generator().manual_seed(0), step=step)
         assert torch.allclose(found.text, expected.text, atol=1e-5) == same
@@ -233,8 +235,7 @@ def test_embedding_times_are_warped(models: dict[str, Any]) -> None:
 
 
 def test_time_options_are_used(models: dict[str, Any]) -> None:
-    options = FlowOptions(shift=1000.0)  # almost always nearly pure noise
-    objective = UniFlowObjective(make_text_flow("mask", VOCAB), options)
+    objective = UniFlowObjective(make_text_flow("mask", VOCAB), shift=1000.0)  # almost always nearly pure noise
     losses = objective(models["mask"], make_batch(), (2, 0, 2), generator=torch.Generator().manual_seed(0))
     assert (losses.video_times < 0.1).all()
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from tests import tiny
-from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowObjective
+from univigu.flow import objective
+from univigu.flow.objective import UniFlowBatch, UniFlowObjective
 from univigu.flow.text import CorruptedText, make_text_flow
 from univigu.flow.text_loss import PerToken
 
@@ -34,9 +35,11 @@ def measure(flow: str, max_logits: int) -> tuple[torch.Tensor, dict[str, torch.T
         text_ids=torch.randint(VOCAB, (4, 6), generator=generator),
     )
     model = make_model(flow)
-    objective = UniFlowObjective(make_text_flow(flow, VOCAB), FlowOptions(max_logits=max_logits))
     model.zero_grad(set_to_none=True)
-    losses = objective(model, batch, (1, 2, 1), generator=torch.Generator().manual_seed(3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objective, "MAX_LOGITS", max_logits)
+        measured = UniFlowObjective(make_text_flow(flow, VOCAB))
+        losses = measured(model, batch, (1, 2, 1), generator=torch.Generator().manual_seed(3))
     (losses.total(4) + (losses.text * torch.tensor([1.0, -2.0, 0.5])).sum()).backward()
     return losses.text.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -87,7 +90,7 @@ def test_bfloat16_and_autocast() -> None:
 
 PEAK = """
 import resource, sys, torch
-from univigu.flow.objective import FlowOptions
+from univigu.flow.objective import MAX_LOGITS
 from univigu.flow.text import make_text_flow
 from univigu.flow.text_loss import PerToken
 way, vocab, length, width = sys.argv[1], 256384, 256, 16
@@ -96,7 +99,7 @@ flow, linear = make_text_flow("uniform", vocab), torch.nn.Linear(width, vocab)
 hidden = torch.randn(1, length, width, requires_grad=True)
 tokens, t = torch.randint(vocab, (1, length)), torch.full((1,), 0.5)
 corrupted = flow.corrupt(tokens, t)
-limit = 10**12 if way == "plain" else FlowOptions().max_logits
+limit = 10**12 if way == "plain" else MAX_LOGITS
 linear.weight.grad, linear.bias.grad = torch.zeros(vocab, width), torch.zeros(vocab)
 small = type(corrupted)(corrupted.x_t[:, :1], tokens[:, :1])
 PerToken(flow.loss, small, t, limit)(hidden[:, :1], linear).sum().backward()

@@ -70,9 +70,10 @@ def test_generate_is_wan_pipeline(pipeline: WanPipeline, scheduler: str, guidanc
     schedulers = {"unipc": pipeline.scheduler, "euler": FlowMatchEulerDiscreteScheduler(shift=5.0)}
     pipe = WanPipeline(**{**pipeline.components, "scheduler": schedulers[scheduler]})
     pipe.set_progress_bar_config(disable=True)
-    noise = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
     common = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 4, "output_type": "latent"}
-    expected = pipe(PROMPTS, guidance_scale=guidance, latents=noise.clone(), max_sequence_length=16, **common).frames
+    expected = pipe(
+        PROMPTS, guidance_scale=guidance, generator=generators(1, 2, 3), max_sequence_length=16, **common
+    ).frames
 
     ids = tokenize(pipeline.tokenizer, [*PROMPTS, ""], 16)
     with torch.no_grad():
@@ -80,20 +81,10 @@ def test_generate_is_wan_pipeline(pipeline: WanPipeline, scheduler: str, guidanc
     model = UniViGUTransformer3DModel.from_wan(pipeline.transformer, VOCAB).eval()
     options = SamplingOptions(num_inference_steps=4, guidance_scale=guidance, joint_lag=0)
     sampler = Sampler(model, schedulers[scheduler], options)
-    ours = sampler.generate(prompts[:-1], prompts[-1:], SHAPE, latents=noise).latents
+    ours = sampler.generate(prompts[:-1], prompts[-1:], SHAPE, generators(1, 2, 3)).latents
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    wrong = sampler.generate(prompts[:-1].roll(1, 0), prompts[-1:], SHAPE, latents=noise).latents
+    wrong = sampler.generate(prompts[:-1].roll(1, 0), prompts[-1:], SHAPE, generators(1, 2, 3)).latents
     assert (wrong - expected).abs().max() > 1e-3
-
-    given = pipe(
-        prompt_embeds=prompts[:-1],
-        negative_prompt_embeds=prompts[-1:].expand(3, -1, -1),
-        guidance_scale=guidance,
-        generator=generators(1, 2, 3),
-        **common,
-    ).frames
-    seeded = sampler.generate(prompts[:-1], prompts[-1:], SHAPE, generators(1, 2, 3)).latents
-    torch.testing.assert_close(seeded, given, rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------------- batches
@@ -117,7 +108,7 @@ def test_a_sample_does_not_depend_on_its_batch(embeds: Any, task: str, flow: str
         if task == "generate":
             return sampler.generate(prompts[rows], null, SHAPE, sources)
         if task == "caption":
-            return sampler.caption(clean[rows], prompts[rows], LENGTH, sources)
+            return sampler.caption(clean[rows], prompts[rows], null, LENGTH, sources)
         return sampler.joint(prompts[rows], null, SHAPE, LENGTH, sources)
 
     together = sample([0, 1, 2])
@@ -134,7 +125,9 @@ def test_a_sample_does_not_depend_on_its_batch(embeds: Any, task: str, flow: str
 def test_one_condition_serves_all_captions(embeds: Any) -> None:
     sampler, (_, null) = make_sampler(), embeds
     clean = torch.randn(3, *SHAPE)
-    tokens = [sampler.caption(clean, e, LENGTH, generators(1, 2, 3)).tokens for e in (null, null.expand(3, -1, -1))]
+    tokens = [
+        sampler.caption(clean, e, null, LENGTH, generators(1, 2, 3)).tokens for e in (null, null.expand(3, -1, -1))
+    ]
     assert torch.equal(*tokens)
 
 
@@ -142,10 +135,10 @@ def test_one_condition_serves_all_captions(embeds: Any) -> None:
 
 
 def test_caption_leaves_the_video_alone(embeds: Any) -> None:
-    sampler, (prompts, _) = make_sampler(), embeds
+    sampler, (prompts, null) = make_sampler(), embeds
     clean = torch.randn(3, *SHAPE)
     before, seen = clean.clone(), []
-    samples = sampler.caption(clean, prompts, LENGTH, generators(1, 2, 3), on_step=seen.append)
+    samples = sampler.caption(clean, prompts, null, LENGTH, generators(1, 2, 3), on_step=seen.append)
     assert samples.latents is clean and torch.equal(clean, before)
     assert len(sampler.model.calls) == 4
     for (video, timestep, condition), text in sampler.model.calls:
@@ -272,15 +265,15 @@ def test_a_video_that_does_not_read_is_computed_once(embeds: Any, flow: str, gui
     options = {"temperature": 1.0, **guidance}
     sampler = make_sampler(flow, reads_text=False, **options)
     states: list[torch.Tensor] = []
-    arguments = (clean, prompts, LENGTH, generators(1, 2, 3))
-    cached = sampler.caption(*arguments, on_step=lambda s: states.append(s.text), null_embeds=null)
+    arguments = (clean, prompts, null, LENGTH, generators(1, 2, 3))
+    cached = sampler.caption(*arguments, on_step=lambda s: states.append(s.text))
     passes = 2 if guidance else 1
     assert text_only(sampler.model.calls) == [False] * passes + [True] * 3 * passes
     plain_states: list[torch.Tensor] = []
     plain = without_cache(make_sampler(flow, reads_text=False, **options))
     if not guidance:
-        arguments = (clean, prompts, LENGTH, generators(1, 2, 3))
-        expected = plain.caption(*arguments, on_step=lambda s: plain_states.append(s.text), null_embeds=null)
+        arguments = (clean, prompts, null, LENGTH, generators(1, 2, 3))
+        expected = plain.caption(*arguments, on_step=lambda s: plain_states.append(s.text))
         assert torch.equal(cached.tokens, expected.tokens)
         for ours, theirs in zip(states, plain_states, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -289,9 +282,9 @@ def test_a_video_that_does_not_read_is_computed_once(embeds: Any, flow: str, gui
 @pytest.mark.parametrize(("refresh", "noise"), [(1, "vvvv"), (2, "vtvt"), (9, "vttt")])
 def test_the_noise_that_guidance_contrasts_with_reads_text(embeds: Any, refresh: int, noise: str) -> None:
     """Beside a clean video that does not, and is computed once; the noise is at every step, as the options say."""
-    prompts, _ = embeds
+    prompts, null = embeds
     sampler = make_sampler("embedding", reads_text=False, caption_guidance_scale=2.0, caption_refresh=refresh)
-    sampler.caption(torch.randn(3, *SHAPE), prompts, LENGTH, generators(1, 2, 3))
+    sampler.caption(torch.randn(3, *SHAPE), prompts, null, LENGTH, generators(1, 2, 3))
     calls = list(sampler.model.calls)
     passes = ["vt"[alone] for alone in text_only(calls)]
     assert "".join(passes[::2]) == "vttt" and "".join(passes[1::2]) == noise
@@ -304,13 +297,13 @@ def test_the_noise_that_guidance_contrasts_with_reads_text(embeds: Any, refresh:
 
 @pytest.mark.parametrize(("refresh", "expected"), [(1, "vvvvv"), (2, "vtvtv"), (9, "vtttt")])
 def test_a_video_that_reads_is_computed_every_so_many_steps(embeds: Any, refresh: int, expected: str) -> None:
-    sampler, (prompts, _) = make_sampler(caption_refresh=refresh, caption_steps=5), embeds
-    sampler.caption(torch.randn(3, *SHAPE), prompts, LENGTH, generators(1, 2, 3))
+    sampler, (prompts, null) = make_sampler(caption_refresh=refresh, caption_steps=5), embeds
+    sampler.caption(torch.randn(3, *SHAPE), prompts, null, LENGTH, generators(1, 2, 3))
     assert "".join("vt"[alone] for alone in text_only(sampler.model.calls)) == expected
 
 
 def test_refreshing_at_every_step_is_no_approximation(embeds: Any) -> None:
-    prompts, _ = embeds
+    prompts, null = embeds
     clean = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(9))
     tokens = {}
     for name, sampler in (
@@ -319,7 +312,7 @@ def test_refreshing_at_every_step_is_no_approximation(embeds: Any) -> None:
         ("k=4", make_sampler("embedding", caption_refresh=4)),
     ):
         states: list[torch.Tensor] = []
-        sampler.caption(clean, prompts, LENGTH, generators(1, 2, 3), lambda s, keep=states: keep.append(s.text))
+        sampler.caption(clean, prompts, null, LENGTH, generators(1, 2, 3), lambda s, keep=states: keep.append(s.text))
         tokens[name] = states[-2]  # the last one holds whole rows of the table
     assert torch.equal(tokens["k=1"], tokens["plain"])
     assert not torch.allclose(tokens["k=4"], tokens["plain"], atol=1e-4)
@@ -335,7 +328,7 @@ def test_caption_guidance_moves_away_from_the_contrast(embeds: Any) -> None:
         object.__setattr__(
             sampler.text_flow, "step", lambda x, logits, *rest: (seen.append(logits), step(x, logits, *rest))[1]
         )
-        sampler.caption(clean, prompts, LENGTH, generators(1, 2, 3), null_embeds=null)
+        sampler.caption(clean, prompts, null, LENGTH, generators(1, 2, 3))
         return seen[0]
 
     plain = logits()
@@ -343,14 +336,11 @@ def test_caption_guidance_moves_away_from_the_contrast(embeds: Any) -> None:
         two, three = (logits(caption_guidance_scale=scale, caption_guidance=kind) for scale in (2.0, 3.0))
         assert (two - plain).abs().max() > 1e-3
         torch.testing.assert_close(three - two, two - plain, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="needs the encoded empty prompt"):
-        sampler = make_sampler(caption_guidance_scale=2.0, caption_guidance="prompt")
-        sampler.caption(clean, prompts, LENGTH, generators(1, 2, 3))
 
 
 def test_a_finished_caption_stops_and_is_padded(embeds: Any) -> None:
     eos, pad = 1, 0
-    sampler, (prompts, _) = make_sampler(caption_steps=40, text_order="confidence"), embeds
+    sampler, (prompts, null) = make_sampler(caption_steps=40, text_order="confidence"), embeds
     sampler.eos_token_id, sampler.pad_token_id = eos, pad
     inner = sampler.model.model
 
@@ -366,7 +356,7 @@ def test_a_finished_caption_stops_and_is_padded(embeds: Any) -> None:
 
     sampler.model = Sure(inner)
     seen: list[StepState] = []
-    tokens = sampler.caption(torch.randn(3, *SHAPE), prompts, LENGTH, generators(1, 2, 3), seen.append).tokens
+    tokens = sampler.caption(torch.randn(3, *SHAPE), prompts, null, LENGTH, generators(1, 2, 3), seen.append).tokens
     assert tokens.tolist() == [[5, 6, eos, pad, pad, pad]] * 3
     assert len(sampler.model.calls) == 3  # one token a step until 5 6 <eos> is revealed
     # what is shown of the last step is the finished text, and that it is the last
@@ -388,7 +378,7 @@ def test_the_last_step_says_so(embeds: Any, task: str) -> None:
     elif task == "edit":
         sampler.edit(torch.randn(3, *SHAPE), 0.9, prompts, null, **common)
     elif task == "caption":
-        sampler.caption(torch.randn(3, *SHAPE), prompts, LENGTH, **common)
+        sampler.caption(torch.randn(3, *SHAPE), prompts, null, LENGTH, **common)
     else:
         sampler.joint(prompts, null, SHAPE, LENGTH, **common)
     assert len(seen) > 1 and [state.last for state in seen] == [False] * (len(seen) - 1) + [True]
@@ -431,7 +421,7 @@ def test_edit_starts_between_the_video_and_noise(embeds: Any) -> None:
         first = sampler.model.calls[0][0]
         torch.testing.assert_close(first[0], (1 - start) * noise + start * clean)
         torch.testing.assert_close(first[1], torch.full((3,), 1000 * (1 - start)))
-    whole = make_sampler(**options).generate(prompts, null, SHAPE, latents=noise).latents
+    whole = make_sampler(**options).generate(prompts, null, SHAPE, generators(1, 2, 3)).latents
     edited = make_sampler(**options).edit(clean, 1.0, prompts, null, generators(1, 2, 3)).latents
     torch.testing.assert_close(edited, whole)
     for strength in (0.0, 1.2):
@@ -443,4 +433,4 @@ def test_an_image_is_a_video_of_one_frame(embeds: Any) -> None:
     sampler, shape = make_sampler(), (tiny.CHANNELS, 1, 4, 6)
     image = sampler.generate(*embeds, shape, generators(1, 2, 3)).latents
     assert image.shape == (3, *shape)
-    assert sampler.caption(image, embeds[1], LENGTH, generators(1, 2, 3)).tokens.shape == (3, LENGTH)
+    assert sampler.caption(image, embeds[1], embeds[1], LENGTH, generators(1, 2, 3)).tokens.shape == (3, LENGTH)

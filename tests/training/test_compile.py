@@ -51,7 +51,7 @@ def test_training_and_sampling_are_the_same() -> None:
             options = SamplingOptions(caption_steps=steps, num_inference_steps=2, guidance_scale=2.0)
             sampler = Sampler(model, tiny.make_pipeline().scheduler, options)
             generator = torch.Generator().manual_seed(1)
-            found[f"caption {steps}"] = sampler.caption(latents, prompt, 7, generator).tokens
+            found[f"caption {steps}"] = sampler.caption(latents, prompt, prompt[:1], 7, generator).tokens
             joint = sampler.joint(prompt, prompt[:1], latents.shape[1:], 7, generator)
             found |= {f"joint {steps}": joint.tokens, f"video {steps}": joint.latents}
         results.append({**found, "sample": out.sample, "text": out.text})

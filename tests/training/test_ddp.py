@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Subset
 
 from tests.conftest import run_processes
 from tests.training import test_parallel as parts
-from univigu.flow.objective import FlowOptions
+from univigu.flow import objective
 from univigu.training.callbacks import StageSwitch
 
 STAGES = {name: replace(stage, steps=4) for name, stage in parts.STAGES.items()}
@@ -28,7 +28,7 @@ def train(folder: str, processes: int) -> tuple[Any, dict[str, float]]:
     """A run through both stages, the generator frozen in the first; one process takes a step of two."""
     torch.set_num_threads(1)
     module = (parts.UniViGU if processes == 2 else parts.AsTwo)(folder, optimizer=parts.ADAMW, seed=3)
-    module.flow = FlowOptions(max_logits=500)
+    objective.MAX_LOGITS = 500  # in this process
     diary = parts.Diary()
     trainer = Trainer(
         default_root_dir=folder,

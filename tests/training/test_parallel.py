@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from tests import tiny
 from univigu.checkpoint import load_weights, read_checkpoint
-from univigu.flow.objective import FlowOptions, TaskMixture
+from univigu.flow import objective
+from univigu.flow.objective import TaskMixture
 from univigu.flow.random import make_generator
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.options import ArchitectureOptions
@@ -126,7 +127,7 @@ def train(
     architecture = ArchitectureOptions(text_flow, separate_text_ffn=options.pop("separate_text_ffn", True))
     options = {"architecture": architecture, "gradient_checkpointing": True} | options
     module = kind(folder, seed=3, optimizer=ADAMW, compile_blocks=compile_backend is not None, **options)
-    module.flow = FlowOptions(max_logits=500)
+    objective.MAX_LOGITS = 500  # in this process
     module.compile_backend = compile_backend or ""
     diary = Diary()
     saver = [ModelCheckpoint(root, filename="{step}", every_n_train_steps=saves, save_top_k=-1)] if saves else []

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import REPO
-from univigu.flow.objective import FlowOptions, TaskMixture, UniFlowBatch, UniFlowObjective
+from univigu.flow.objective import TaskMixture, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.conventions import CONVENTIONS
@@ -162,7 +162,7 @@ def real_step(work: Workload, checkpointing: bool, batch_size: int = 1) -> None:
         torch.zeros(batch_size, work.stage.text_length, dtype=torch.int64),
     )
     counts = [batch_size * (name > 0) for name in vars(work.stage.tasks).values()]
-    objective = UniFlowObjective(make_text_flow(model.config.text_flow, model.config.vocab_size), work.flow)
+    objective = UniFlowObjective(make_text_flow(model.config.text_flow, model.config.vocab_size))
     for _ in range(2):  # the optimizer's state is there in the second
         objective(model, batch, counts).total(batch_size).backward()
         optimizer.step()
@@ -173,14 +173,16 @@ def real_step(work: Workload, checkpointing: bool, batch_size: int = 1) -> None:
     ("text_flow", "task", "checkpointing"),
     [("mask", "joint", False), ("mask", "understand", True), ("mask", "generate", True), ("embedding", "joint", True)],
 )
-def test_operations_are_those_that_are_done(text_flow: str, task: str, checkpointing: bool) -> None:
+def test_operations_are_those_that_are_done(
+    text_flow: str, task: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("univigu.flow.objective.MAX_LOGITS", 2048 * 10)
     tasks = TaskMixture(**{name: float(name == task) for name in vars(TaskMixture())})
     work = small(
         transformer=SMALL | {"num_layers": 2, "ffn_dim": 128, "text_flow": text_flow},
         latents=(16, 3, 16, 16),
         stage=Stage(text_length=24, tasks=tasks),
         batch_size=2,
-        flow=FlowOptions(max_logits=2048 * 10),
     )
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # others on the CPU are not counted
         real_step(work, checkpointing, batch_size=2)

@@ -15,9 +15,6 @@ from __future__ import annotations
 import torch
 
 from univigu.flow.random import Generators, rand
-from univigu.flow.time import check_step, expand_time
-
-_TINY = 2.0**-24  # spacing of float32 numbers below 1
 
 
 def jump_probability(t: float, t_next: float) -> float:
@@ -27,9 +24,8 @@ def jump_probability(t: float, t_next: float) -> float:
 
     .. math:: 1 - \exp\Bigl(-\int_t^{t'} \frac{ds}{1-s}\Bigr) = \frac{t' - t}{1 - t}
 
-    so the share of tokens that have jumped is t, for any number of steps. A ValueError unless 0 <= t <= t_next <= 1.
+    so the share of tokens that have jumped is t, for any number of steps; 0 <= t <= t_next <= 1.
     """
-    check_step(t, t_next)
     return 1.0 if t_next == 1.0 else (t_next - t) / (1.0 - t)
 
 
@@ -37,26 +33,6 @@ def cross_entropy(logits: torch.Tensor, x_1: torch.Tensor) -> torch.Tensor:
     """``-log softmax(logits)[x_1]`` of every token, float32 [B, L]: logits [B, L, V], x_1 int64 [B, L] in 0..V-1."""
     logits = logits.float()
     return logits.logsumexp(dim=-1) - logits.gather(-1, x_1.unsqueeze(-1)).squeeze(-1)
-
-
-def generalized_kl(logits: torch.Tensor, x_1: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    r"""The generalised KL divergence of the learned jump rates from the true ones, for every token.
-
-    .. math:: \frac{1}{1-t} \bigl( s - p(x_t) - (1-s) \ln p(x_1) \bigr), \qquad s = 1[x_t = x_1]
-
-    with :math:`p = \mathrm{softmax}(\text{logits})` (Shaul et al., 2024, arXiv:2412.03487: an evidence lower bound
-    when averaged over t). It is never negative, and 0 where p is certain of x_1. logits [B, L, V]; x_1 in 0..V-1 and
-    x_t in 0..V, int64 [B, L], where V is the mask and has p(x_t) = 0; t [B] in [0, 1]; float32 [B, L].
-    """
-    vocab_size = logits.shape[-1]
-    logits = logits.float()
-    # One gather for both tokens: its backward is one [B, L, V] buffer instead of two.
-    both = torch.stack((x_1, x_t.clamp(max=vocab_size - 1)), dim=-1)  # [B, L, 2]
-    log_p = logits.gather(-1, both) - logits.logsumexp(dim=-1, keepdim=True)
-    log_p_data = log_p[..., 0]
-    p_state = torch.where(x_t < vocab_size, log_p[..., 1].exp(), 0.0)
-    divergence = torch.where(x_t == x_1, -torch.expm1(log_p_data), -p_state - log_p_data)  # [B, L]
-    return divergence / (1.0 - expand_time(t, x_1)).clamp(min=_TINY)
 
 
 def nucleus(probabilities: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:

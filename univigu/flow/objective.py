@@ -7,6 +7,7 @@ generate    video at time t_v, no text stream              -> video loss
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ from univigu.flow.inputs import TextInputs
 from univigu.flow.random import make_generator, rand, randn
 from univigu.flow.text import CorruptedText, TextFlow
 from univigu.flow.text_loss import PerToken
-from univigu.flow.time import check_positive, sample_text_times, sample_video_times, to_timestep
+from univigu.flow.time import sample_text_times, sample_video_times, to_timestep
 from univigu.flow.video import flow_matching_loss, interpolate
 
 
@@ -32,9 +33,7 @@ class TaskMixture:
     """Noisy video without text."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 0:
-                raise ValueError(f"tasks.{name}={value!r}: expected at least 0")
+        _check_range("tasks", self, math.inf)
         if self.joint + self.understand + self.generate <= 0:
             raise ValueError("tasks: at least one of joint, understand, generate must be over 0")
 
@@ -70,31 +69,19 @@ class ConditionDropout:
     """Where only the video is learned, for classifier-free guidance."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"condition_dropout.{name}={value!r}: expected a number in [0, 1]")
+        _check_range("condition_dropout", self, 1.0)
+
+
+def _check_range(name: str, options: TaskMixture | ConditionDropout, high: float) -> None:
+    for task, value in vars(options).items():
+        if not 0 <= value <= high:
+            raise ValueError(f"{name}.{task}={value!r}: expected a number in [0, {high:g}]")
 
 
 NO_DROPOUT = ConditionDropout(0.0, 0.0, 0.0)
-
-
-@dataclass
-class FlowOptions:
-    """How times are drawn in training, and how much memory the text's loss may take."""
-
-    shift: float = 3.0
-    """Timestep shift of the video, above 0; the sampler should use the same one. 1 is no shift."""
-    text_time_power: float = 1.0
-    """Power of the text's times, above 0, see :func:`univigu.flow.time.sample_text_times`."""
-    max_logits: int = 2**21
-    """Largest number of logits (tokens times vocabulary) held at once; a loss over more of them is computed in parts,
-    and their logits twice."""
-
-    def __post_init__(self) -> None:
-        check_positive("flow.shift", self.shift)
-        check_positive("flow.text_time_power", self.text_time_power)
-        if self.max_logits < 1:
-            raise ValueError(f"flow.max_logits={self.max_logits!r}: expected at least 1")
+MAX_LOGITS = 2**21
+"""Largest number of logits (tokens times vocabulary) held at once; a loss over more of them is computed in parts, and
+their logits twice."""
 
 
 @dataclass
@@ -164,14 +151,14 @@ class NoisyTexts:
     t: torch.Tensor
     positions: torch.Tensor | None
 
-    def inputs(self, rows: slice, max_logits: int) -> TextInputs:
+    def inputs(self, rows: slice) -> TextInputs:
         """The transformer's inputs of some samples, for which its text output is their loss [n, L]."""
         part, positions = CorruptedText(*(x[rows] for x in self.corrupted)), self.positions
         return TextInputs(
             part.x_t,
             to_timestep(self.t[rows]),
             positions=None if positions is None else positions[rows],
-            reader=PerToken(self.flow.loss, part, self.t[rows], max_logits),
+            reader=PerToken(self.flow.loss, part, self.t[rows], MAX_LOGITS),
         )
 
     @torch.no_grad()
@@ -187,11 +174,15 @@ class NoisyTexts:
 
 
 class UniFlowObjective:
-    """Computes both modalities' losses for a batch."""
+    """Computes both modalities' losses for a batch.
 
-    def __init__(self, text_flow: TextFlow, options: FlowOptions | None = None) -> None:
-        self.text_flow = text_flow
-        self.options = options or FlowOptions()
+    Args:
+        shift: timestep shift of the video, above 0; the sampler should use the same one. 1 is no shift.
+        text_time_power: power of the text's times, above 0, see :func:`univigu.flow.time.sample_text_times`.
+    """
+
+    def __init__(self, text_flow: TextFlow, shift: float = 3.0, text_time_power: float = 1.0) -> None:
+        self.text_flow, self.shift, self.text_time_power = text_flow, shift, text_time_power
 
     def __call__(
         self,
@@ -226,7 +217,7 @@ class UniFlowObjective:
         embeds = torch.where(dropped[:, None, None], batch.null_embeds, batch.prompt_embeds)
 
         # 2. Both modalities with noise; clean video keeps t = 1, where the interpolation is the data itself
-        t_video = sample_video_times(size, self.options.shift, device, generator)
+        t_video = sample_video_times(size, self.shift, device, generator)
         t_video[joint : joint + understand] = 1.0
         noise = randn(batch.latents.shape, generator, device)
         noisy = interpolate(noise, batch.latents, t_video)
@@ -244,7 +235,7 @@ class UniFlowObjective:
             if texts is None or task == "generate":
                 output = model(*inputs)
             else:
-                shown = texts.inputs(rows, self.options.max_logits)
+                shown = texts.inputs(rows)
                 if texts.flow.self_conditioning and twice:
                     shown = texts.self_conditioned(model, inputs, shown)
                 output = model(*inputs, shown)
@@ -268,7 +259,7 @@ class UniFlowObjective:
         if batch.text_ids is None:
             raise ValueError("text_ids=None: tasks joint and understand need target tokens")
         flow, tokens, positions = self.text_flow.bind(model), batch.text_ids[:count], None
-        t = flow.warp(sample_text_times(count, self.options.text_time_power, tokens.device, generator))
+        t = flow.warp(sample_text_times(count, self.text_time_power, tokens.device, generator))
         if share < 1:
             positions = sample_positions(count, tokens.shape[1], share, tokens.device, generator)
             tokens = tokens.gather(1, positions)

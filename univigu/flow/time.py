@@ -40,7 +40,8 @@ def shift_sigma(sigma: torch.Tensor | float, shift: float) -> torch.Tensor:
     Eq. 23 of Esser et al., 2024, arXiv:2403.03206; Wan2.1 uses s = 3 at 480p and 5 at 720p. s > 0, and 1 changes
     nothing; sigma in [0, 1], of which 0 and 1 do not change; float32, same shape.
     """
-    check_positive("shift", shift)
+    if not (math.isfinite(shift) and shift > 0):
+        raise ValueError(f"shift: must be a positive finite number, got {shift}")
     sigma = _float32(sigma)
     return shift * sigma / (1.0 + (shift - 1.0) * sigma)
 
@@ -50,18 +51,6 @@ def expand_time(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if t.shape != like.shape[:1]:
         raise ValueError(f"t: expected one time a sample, [{like.shape[0]}], got {list(t.shape)}")
     return _float32(t).view(-1, *[1] * (like.dim() - 1))
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raise a ValueError naming the field unless ``value`` is a positive finite number."""
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: must be a positive finite number, got {value}")
-
-
-def check_step(t: float, t_next: float) -> None:
-    """Raise a ValueError unless 0 <= t <= t_next <= 1."""
-    if not 0.0 <= t <= t_next <= 1.0:
-        raise ValueError(f"t, t_next: must satisfy 0 <= t <= t_next <= 1, got {t}, {t_next}")
 
 
 def _float32(value: torch.Tensor | float) -> torch.Tensor:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention
+from einops import rearrange
 
 from univigu.models.cache import KeyValue, LayerCache
 from univigu.models.internals import attention_backend
 from univigu.models.text import Rotary, rotate_text, rotate_video
+
+Rotate = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,10 @@ def joint_attention(
         video_only: samples whose video does not depend on the text; two attention calls and no mask.
         cache: where to keep the keys and values for :func:`text_attention`.
     """
-    query_v, key, value = _project(attn, video)
-    query_v, of_video = rotate_video(query_v, rotary_v), (rotate_video(key, rotary_v), value)
-    query_t, key, value = _project(attn_t or attn, text)
-    query_t, of_text = rotate_text(query_t, rotary_t), (rotate_text(key, rotary_t), value)
-    if attn_t is None:
-        read_by_text = _concatenate(of_video, of_text)
-    else:
-        key, value = _project_key_value(attn_t, video)
-        read_by_text = _concatenate((rotate_video(key, rotary_v), value), of_text)
+    rotate_v, rotate_t = partial(rotate_video, rotary=rotary_v), partial(rotate_text, rotary=rotary_t)
+    query_v, of_video = _query(attn, video, rotate_v), _key_value(attn, video, rotate_v)
+    query_t, of_text = _query(attn_t or attn, text, rotate_t), _key_value(attn_t or attn, text, rotate_t)
+    read_by_text = _concatenate(of_video if attn_t is None else _key_value(attn_t, video, rotate_v), of_text)
     if cache is not None and cache.keep_video:
         cache.joint = read_by_text
 
@@ -72,7 +71,7 @@ def joint_attention(
         out_v = _attend_video(attn, query_v, of_video, of_text, key_mask, video_only)
     if attn_t is not None:
         return _project_out(attn, out_v), _project_out(attn_t, out_t)
-    return apply_together(lambda states: _project_out(attn, states), out_v, out_t)
+    return apply_together(partial(_project_out, attn), out_v, out_t)
 
 
 def _concatenate(video: KeyValue, text: KeyValue) -> KeyValue:
@@ -123,12 +122,11 @@ def text_attention(
     The text's keys and values overwrite the end of the cached buffers, so that the video's are not copied.
     """
     assert cache.joint is not None
+    rotate = partial(rotate_text, rotary=rotary_t)
     key, value = cache.joint
-    length_v = key.shape[1] - text.shape[1]
-    query_t, key_t, value_t = _project(attn, text)
-    key[:, length_v:] = rotate_text(key_t, rotary_t)
-    value[:, length_v:] = value_t
-    return _project_out(attn, _attend(attn, rotate_text(query_t, rotary_t), key, value, key_mask))
+    start = key.shape[1] - text.shape[1]
+    key[:, start:], value[:, start:] = _key_value(attn, text, rotate)
+    return _project_out(attn, _attend(attn, _query(attn, text, rotate), key, value, key_mask))
 
 
 def prompt_attention(
@@ -142,30 +140,20 @@ def prompt_attention(
         return attn(states, context, None, None)
     if cache.prompt is None:
         assert context is not None
-        cache.prompt = _project_key_value(attn, context)
-    query = attn.norm_q(attn.to_q(states)).unflatten(2, (attn.heads, -1))
-    return _project_out(attn, _attend(attn, query, *cache.prompt, None))
+        cache.prompt = _key_value(attn, context)
+    return _project_out(attn, _attend(attn, _query(attn, states), *cache.prompt, None))
 
 
-def _project(attn: WanAttention, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, key, value [B, S, heads, head_dim] of self-attention; RMSNorm over the full width, before the heads."""
-    if attn.fused_projections:
-        query, key, value = attn.to_qkv(states).chunk(3, dim=-1)
-    else:
-        query, key, value = attn.to_q(states), attn.to_k(states), attn.to_v(states)
-    heads = (attn.heads, -1)
-    return attn.norm_q(query).unflatten(2, heads), attn.norm_k(key).unflatten(2, heads), value.unflatten(2, heads)
+def _query(attn: WanAttention, states: torch.Tensor, rotate: Rotate | None = None) -> torch.Tensor:
+    """Query [B, S, heads, head_dim]; RMSNorm over the full width, before the heads."""
+    query = rearrange(attn.norm_q(attn.to_q(states)), "b s (h d) -> b s h d", h=attn.heads)
+    return query if rotate is None else rotate(query)
 
 
-def _project_key_value(attn: WanAttention, states: torch.Tensor) -> KeyValue:
-    """Key and value [B, S, heads, head_dim] without the query."""
-    if not attn.fused_projections:
-        key, value = attn.to_k(states), attn.to_v(states)
-    elif attn.is_cross_attention:
-        key, value = attn.to_kv(states).chunk(2, dim=-1)
-    else:
-        _, key, value = attn.to_qkv(states).chunk(3, dim=-1)
-    return attn.norm_k(key).unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1))
+def _key_value(attn: WanAttention, states: torch.Tensor, rotate: Rotate | None = None) -> KeyValue:
+    key = rearrange(attn.norm_k(attn.to_k(states)), "b s (h d) -> b s h d", h=attn.heads)
+    value = rearrange(attn.to_v(states), "b s (h d) -> b s h d", h=attn.heads)
+    return key if rotate is None else rotate(key), value
 
 
 def _project_out(attn: WanAttention, heads: torch.Tensor) -> torch.Tensor:

@@ -61,11 +61,13 @@ class UniViGUTransformerBlock(WanTransformerBlock):
             assert text is not None and cache is not None
             return self._forward_text(text, cache)
         assert encoder_hidden_states is not None and temb is not None and rotary_emb is not None
+        if text is None and cache is None:
+            return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
 
         # Both streams share one table of modulation; each has its own time.
         shift_v, scale_v, gate_v, *ffn_v = self._modulation(temb)
         normed_v = modulate(self.norm1, hidden_states, shift_v, scale_v)
-        if text is None:  # what the parent computes
+        if text is None:  # as the parent, with the prompt's cached keys
             video = _gated(hidden_states, self.attn1(normed_v, None, None, rotary_emb), gate_v)
             video = self._read_prompt(video, encoder_hidden_states, cache)
             return self._feed_forward(self.ffn, video, *ffn_v)

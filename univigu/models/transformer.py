@@ -182,6 +182,11 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         Raises:
             ValueError: shapes or dtypes that do not fit together, named; a cache that belongs to another call.
         """
+        if hidden_states is not None and text is None and cache is None:  # Wan's own model
+            (sample,) = super().forward(
+                hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, return_dict=False
+            )
+            return UniViGUTransformerOutput(sample=sample) if return_dict else (sample,)
         if cache is not None and torch.is_grad_enabled():
             raise ValueError("cache: its keys and values carry no gradients; use it under torch.no_grad()")
         if text is not None:

@@ -184,11 +184,10 @@ class Sampler:
         null_embeds: torch.Tensor,
         latents_shape: Sequence[int],
         generator: Generators = None,
-        latents: torch.Tensor | None = None,
         on_step: StepCallback | None = None,
     ) -> Samples:
-        """Video from noise, given a prompt; ``latents`` is noise to start from instead of drawing it."""
-        video = _noise(prompt_embeds, latents_shape, generator) if latents is None else latents.float()
+        """Video from noise, given a prompt."""
+        video = _noise(prompt_embeds, latents_shape, generator)
         return self._denoise(video, self._solver(), None, prompt_embeds, null_embeds, generator, on_step)
 
     def edit(
@@ -216,15 +215,15 @@ class Sampler:
         self,
         latents: torch.Tensor,
         prompt_embeds: torch.Tensor,
+        null_embeds: torch.Tensor,
         text_length: int,
         generator: Generators = None,
         on_step: StepCallback | None = None,
-        null_embeds: torch.Tensor | None = None,
     ) -> Samples:
         """Text from noise, given clean video.
 
         ``prompt_embeds`` [B or 1, S, text_dim] is the condition: the encoded empty prompt, a brief prompt, or a
-        question, whose answer the text then is. ``caption_guidance`` "prompt" needs ``null_embeds``.
+        question, whose answer the text then is.
         """
         text = self._start_text(latents, text_length, self.options.caption_steps, generator)
         return self._denoise(latents, None, text, prompt_embeds, null_embeds, generator, on_step)
@@ -252,14 +251,13 @@ class Sampler:
         solver: VideoSolver | None,
         text: TextRun | None,
         prompt_embeds: torch.Tensor,
-        null_embeds: torch.Tensor | None,
+        null_embeds: torch.Tensor,
         generator: Generators,
         on_step: StepCallback | None,
     ) -> Samples:
         """The solver's steps of the video, the text along with them if there is any; then the text's other steps."""
         run, contexts, logits = None, [], None
         if solver is not None:
-            assert null_embeds is not None
             together = self.options.batch_guidance and text is None
             run = VideoRun(self.model, solver, video, prompt_embeds, null_embeds, self.options, together)
         video_steps = 0 if solver is None else len(solver.times)
@@ -290,11 +288,7 @@ class Sampler:
         return Samples(video, None if text is None else text.flow.tokens(text.state))
 
     def _caption_contexts(
-        self,
-        latents: torch.Tensor,
-        prompt_embeds: torch.Tensor,
-        null_embeds: torch.Tensor | None,
-        generator: Generators,
+        self, latents: torch.Tensor, prompt_embeds: torch.Tensor, null_embeds: torch.Tensor, generator: Generators
     ) -> list[VideoContext]:
         """The clean video with its condition, and for guidance the video and condition to contrast it with.
 
@@ -309,8 +303,6 @@ class Sampler:
         if options.caption_guidance == "video":
             noise = _noise(latents, latents.shape[1:], generator).to(dtype)
             return [clean, VideoContext(noise, _timestep(0.0, latents), embeds, options.caption_refresh)]
-        if null_embeds is None:
-            raise ValueError("null_embeds=None: sampling.caption_guidance='prompt' needs the encoded empty prompt")
         return [clean, replace(clean, prompt_embeds=null_embeds.expand(batch, -1, -1).to(dtype))]
 
     def _start_text(self, like: torch.Tensor, length: int, num_steps: int, generator: Generators) -> TextRun:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,6 @@ from univigu.data.video import to_frames, to_model_range
 from univigu.evaluation.held_out import EvaluatedModule, EvaluationOptions
 from univigu.flow.objective import (
     ConditionDropout,
-    FlowOptions,
     UniFlowBatch,
     UniFlowLosses,
     UniFlowObjective,
@@ -89,7 +88,6 @@ class UniViGU(EvaluatedModule):
         self.foundation_path = foundation
         self.init_from = init_from
         self.architecture, self.lora = architecture, lora
-        self.flow = FlowOptions()
         self.optimizer_options, self.evaluation_options = optimizer, evaluation
         self.sampling, self.predict_task = sampling, predict_task
         self.text_encoder_dtype: torch.dtype = getattr(torch, text_encoder_dtype)
@@ -203,8 +201,8 @@ class UniViGU(EvaluatedModule):
     def objective(self) -> UniFlowObjective:
         """The losses of the present stage."""
         config = self._model.config
-        flow = replace(self.flow, shift=self.shift, text_time_power=self.stage.text_time_power)
-        return UniFlowObjective(make_text_flow(config.text_flow, config.vocab_size), flow)
+        flow = make_text_flow(config.text_flow, config.vocab_size)
+        return UniFlowObjective(flow, self.shift, self.stage.text_time_power)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         stage, size = self.stage, len(batch["key"])

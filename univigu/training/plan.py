@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from univigu.data.buckets import Bucket, latents_shape
-from univigu.flow.objective import FlowOptions, UniFlowBatch, UniFlowObjective, num_positions
+from univigu.flow.objective import UniFlowBatch, UniFlowObjective, num_positions
 from univigu.flow.text import make_text_flow
 from univigu.models.lora import LoraOptions, add_lora, is_lora_parameter
 from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
@@ -49,7 +49,6 @@ class Workload:
     stage_name: str = ""
     batch_size: int = 1  # of a process
     lora: LoraOptions | None = None
-    flow: FlowOptions = field(default_factory=FlowOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     compute_dtype: torch.dtype = torch.float32
     """Dtype of the weights in use and of the activations."""
@@ -103,7 +102,6 @@ def workloads_of(args: list[str]) -> list[Workload]:
             name,
             data.batch_size,
             model.lora,
-            model.flow,
             model.optimizer_options,
             strategy.compute_dtype if isinstance(strategy, ShardedStrategy) else torch.float32,
             averaged,
@@ -177,7 +175,7 @@ def _loss(work: Workload, model: UniViGUTransformer3DModel, task: str, batch_siz
         None if task == "generate" else ids,
     )
     counts = [batch_size * (name == task) for name in TASKS]
-    losses = UniFlowObjective(flow, work.flow)(model, batch, counts, text_share=work.text_share)
+    losses = UniFlowObjective(flow)(model, batch, counts, text_share=work.text_share)
     return losses.total(batch_size)
 
 

@@ -109,7 +109,6 @@ def workload(trainer: Trainer, pl_module: UniViGU, batch: Any) -> Workload:
         pl_module.stage,
         batch_size=len(batch["key"]),
         lora=pl_module.lora,
-        flow=pl_module.flow,
         optimizer=pl_module.optimizer_options,
         compute_dtype=strategy.compute_dtype if isinstance(strategy, ShardedStrategy) else torch.float32,
         text_share=pl_module.text_share,
