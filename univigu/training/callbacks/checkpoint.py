@@ -11,18 +11,15 @@ from types import FrameType
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 
 from univigu.training.parallel import is_sharded
 
 log = logging.getLogger(__name__)
 
 
-class LastCheckpoint(ModelCheckpoint):
+class LastCheckpoint(Checkpoint):
     """Keeps ``last.ckpt`` up to date: every n optimizer steps, and when training ends.
-
-    The last step is saved before any callback's ``on_train_end``, where averaged weights replace the trained ones, to
-    which the optimizer's state belongs. So a run that was cut short is resumed exactly, too.
 
     Under SLURM Lightning answers SIGUSR1 (save, then requeue the job) at once: within a step, whose batch would then be
     skipped, or in a validation, which would save averaged weights as trained ones, and on each process at another
@@ -35,91 +32,64 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, dirpath: str | None = None, every_n_train_steps: int = 200) -> None:
-        super().__init__(
-            dirpath=dirpath,
-            save_last=True,
-            save_top_k=0,
-            every_n_train_steps=every_n_train_steps,
-            enable_version_counter=False,
-        )
+        if every_n_train_steps < 1:
+            raise ValueError(f"every_n_train_steps={every_n_train_steps}: expected at least 1")
+        self.dirpath, self.every_n_train_steps = dirpath, every_n_train_steps
+        self.last_model_path = ""
         self._requeue: Callable[[int, FrameType | None], Any] | None = None  # Lightning's handler
         self._signaled = False
-        self._step = 0
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.dirpath is None:
-            self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
-        super().setup(trainer, pl_module, stage)
+        self._step = self._saved_step = 0
 
     # ---------------------------------------------------------------- SLURM's signal
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
+        self._step = self._saved_step = trainer.global_step
         handler = signal.getsignal(signal.SIGUSR1) if hasattr(signal, "SIGUSR1") else None
         if callable(handler) and type(handler).__module__.startswith("lightning."):
-            self._requeue, self._signaled, self._step = handler, False, trainer.global_step
+            self._requeue, self._signaled = handler, False
             signal.signal(signal.SIGUSR1, self._on_signal)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         log.info("signal %d: a checkpoint will be written when the step is done", signum)
         self._signaled = True
 
-    def _requeue_if_signaled(self, trainer: Trainer) -> None:
-        if self._requeue is None or trainer.global_step == self._step:
-            return
-        self._step = trainer.global_step
-        if trainer.strategy.reduce_boolean_decision(self._signaled, all=False):
-            self._signaled = False
-            self._requeue(signal.SIGUSR1, None)
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._requeue is not None and signal.getsignal(signal.SIGUSR1) == self._on_signal:
             signal.signal(signal.SIGUSR1, self._requeue)  # unless Lightning has restored the handler before it
         self._requeue = None
-        super().teardown(trainer, pl_module, stage)
 
     # ---------------------------------------------------------------- saving
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if _stops(trainer):
-            self._save_once(trainer)
-        self._requeue_if_signaled(trainer)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_validation_end(trainer, pl_module)
-        if _stops(trainer):
-            self._save_once(trainer)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
-        if _stops(trainer):
-            counts = trainer.fit_loop.epoch_progress
-            counts.increment_completed()  # as after this hook: a resumed run must not end this epoch again
-            self._save_once(trainer)
-            for count in (counts.total, counts.current):
-                count.completed -= 1
+        step = trainer.global_step
+        if step == self._step:  # gradients are still being accumulated
+            return
+        self._step = step
+        if step % self.every_n_train_steps == 0:
+            self._save(trainer)
+        if self._requeue is not None and trainer.strategy.reduce_boolean_decision(self._signaled, all=False):
+            self._signaled = False
+            self._requeue(signal.SIGUSR1, None)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save a last step that no earlier hook took for the last; unlike the base class, not under fast_dev_run."""
-        self._save_once(trainer)
+        self._save(trainer)
 
-    def _save_once(self, trainer: Trainer) -> None:
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        """A sharded checkpoint is a folder: it gets its name once every process has written its part."""
-        if not is_sharded(trainer.lightning_module.transformer):  # type: ignore[arg-type]
-            super()._save_checkpoint(trainer, filepath)
+    def _save(self, trainer: Trainer) -> None:
+        """Save this step, once; a sharded checkpoint is a folder, named when every process has written its part."""
+        if trainer.fast_dev_run or self._saved_step == trainer.global_step:  # type: ignore[attr-defined]
             return
-        target, part, old = (Path(f"{filepath}{suffix}") for suffix in ("", ".part", ".old"))
+        self._saved_step = trainer.global_step
+        target = Path(self.dirpath or Path(trainer.default_root_dir) / "checkpoints") / "last.ckpt"
+        self.last_model_path = str(target)
+        if not is_sharded(trainer.lightning_module.transformer):  # type: ignore[arg-type]
+            trainer.save_checkpoint(target)
+            return
+        part, old = (target.with_suffix(suffix) for suffix in (".part", ".old"))
         if trainer.is_global_zero:
             _remove(part)
-        super()._save_checkpoint(trainer, str(part))
-        self._last_checkpoint_saved = filepath
+        trainer.save_checkpoint(part)
         trainer.strategy.barrier("checkpoint written")
         if trainer.is_global_zero:
             _remove(old)
@@ -128,17 +98,6 @@ class LastCheckpoint(ModelCheckpoint):
             part.replace(target)
             _remove(old)
         trainer.strategy.barrier("checkpoint in place")
-
-
-def _stops(trainer: Trainer) -> bool:
-    """Whether this batch is the last, as far as is known by now: a time limit or a validation may stop it later."""
-    loop, epochs = trainer.fit_loop, trainer.fit_loop.epoch_progress.current.ready
-    if (trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps) or (
-        trainer.should_stop and loop._can_stop_early
-    ):
-        return True
-    last_epoch = loop.max_epochs not in (None, -1) and epochs >= loop.max_epochs
-    return last_epoch and loop.epoch_loop._num_ready_batches_reached()
 
 
 def _remove(path: Path) -> None:

@@ -64,7 +64,7 @@ class WeightEMA(Callback):
 
     on_validation_end = on_validation_start  # swaps them back
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         for mean, weight in pl_module.ema.pairs(pl_module.transformer):
             weight.copy_(mean)
 
