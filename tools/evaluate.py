@@ -35,17 +35,16 @@ def parser() -> argparse.ArgumentParser:
     vbench.add_argument("--prompts", required=True, help="VBench_full_info.json, or .txt, .jsonl or .parquet (prompt)")
     vbench.add_argument("--augmented", help="file of as many longer prompts to make the videos of, in the same order")
     add_options(vbench, ExportOptions(), CAPTION_ONLY)
-    for name, text in (("dream1k", "tarsier or VLMEvalKit"), ("vdc", "aurora, lmms-eval or VLMEvalKit")):
+    for name, text in (("dream1k", "tarsier"), ("vdc", "aurora or lmms-eval")):
         captions = commands.add_parser(name, help=f"captions for {text}")
         captions.add_argument("--videos", nargs="+", required=True, help="files, folders or patterns")
-        captions.add_argument("--annotations", required=name == "dream1k", help="the benchmark's list: .jsonl or .tsv")
+        captions.add_argument("--annotations", required=name == "dream1k", help="the benchmark's list: .jsonl or .json")
         add_options(captions, ExportOptions(), VIDEO_ONLY)
         s = SamplingOptions()
         captions.add_argument("--caption-steps", type=int, default=s.caption_steps, help="denoising steps of the text")
         captions.add_argument("--text-order", default=s.text_order, help="random or confidence (mask flow)")
         captions.add_argument("--temperature", type=float, default=s.temperature)
     captions.add_argument("--category", choices=get_args(Category), default="detailed")
-    captions.add_argument("--task", help="lmms-eval's name of the task; default: vdc_CATEGORY")
     for command in commands.choices.values():
         command.add_argument("--model", required=True, help="folder of a pipeline (tools/convert.py pipeline)")
         command.add_argument("--output", type=Path, required=True, help="folder of the run")
@@ -63,7 +62,7 @@ def run(o: argparse.Namespace) -> None:
     else:
         sampling = SamplingOptions(caption_steps=o.caption_steps, text_order=o.text_order, temperature=o.temperature)
         options = read_options(ExportOptions, o, sampling=sampling)
-        vdc = {"category": o.category, "task": o.task} if o.command == "vdc" else {}
+        vdc = {"category": o.category} if o.command == "vdc" else {}
         rows = export_captions(o.output, o.model, o.command, o.videos, o.annotations, options, **vdc, **common)
     if rows is None:
         print(f"{o.output}: this process is done, others are not")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections.abc import Callable
@@ -86,21 +85,6 @@ def test_dream1k_for_tarsier(dream: Path, model: str, clips: Path, tmp_path: Pat
     assert text == [rows[2]["prediction"]]
 
 
-def test_dream1k_for_vlmevalkit(model: str, clips: Path, tmp_path: Path, evaluate: Evaluate) -> None:
-    """vlmeval/dataset/dream.py wants the columns index and prediction, and passes over empty predictions."""
-    listing = tmp_path / "DREAM-1K.tsv"
-    listing.write_text(
-        "index\tvideo\tquestion\tanswer\tevents\n"
-        '0\tvideo/1\tDescribe it.\tA cat jumps.\t"[""A cat jumps.""]"\n1\tvideo/2\tDescribe it.\tIt sits.\t\n'
-    )
-    output = tmp_path / "run"
-    assert evaluate(command("dream1k", model, clips, output, f"--annotations={listing}")) == 0
-    with (output / "vlmevalkit" / "DREAM-1K.tsv").open(newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
-    assert [row["index"] for row in rows] == ["0", "1"] and rows[0]["events"] == '["A cat jumps."]'
-    assert rows[0]["prediction"] == captions(output)["video/1"]["caption"] and rows[1]["prediction"] == ""
-
-
 def test_vdc_without_a_list_for_aurora(model: str, clips: Path, tmp_path: Path, evaluate: Evaluate) -> None:
     """post_eval/process_vdc_result.py takes doc.video_id and resps[0][0] of each item."""
     output = tmp_path / "run"
@@ -149,21 +133,6 @@ def test_vdc_for_lmms_eval(form: str, model: str, clips: Path, tmp_path: Path, e
     }
 
 
-def test_vdc_for_vlmevalkit(model: str, clips: Path, tmp_path: Path, evaluate: Evaluate) -> None:
-    listing, output = tmp_path / "VDC.tsv", tmp_path / "run"
-    listing.write_text(
-        "index\tvideo\tcaption_type\tquestion\n0\t1.mp4\tshort\t[]\n1\t1.mp4\tdetailed\t[]\n2\t3.mp4\tdetailed\t[]\n"
-    )
-    assert evaluate(command("vdc", model, clips, output, f"--annotations={listing}")) == 0
-    with (output / "vlmevalkit" / "VDC.tsv").open(newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
-    ours = captions(output)
-    assert [(r["index"], r["prediction"]) for r in rows] == [
-        ("1", ours["1.mp4"]["caption"]),
-        ("2", ours["3.mp4"]["caption"]),
-    ]
-
-
 def test_processes_and_batches_give_the_same(
     dream: Path, model: str, clips: Path, tmp_path: Path, evaluate: Evaluate, capsys: Capture
 ) -> None:
@@ -181,7 +150,7 @@ def test_processes_and_batches_give_the_same(
     ("change", "message"),
     [
         ("--annotations=/nowhere.jsonl", "--annotations='/nowhere.jsonl': cannot be read"),
-        ("--annotations={clips}/1.mp4", "1.mp4': cannot be read as .jsonl, .json or .tsv"),
+        ("--annotations={clips}/1.mp4", "1.mp4': cannot be read as .jsonl or .json"),
         ("--annotations={clips}/vid.jsonl", 'expected rows with an object "text"'),
         ("--videos=/nowhere", "data.videos='/nowhere': no such file or folder"),
         ("--model=/nowhere", "--model='/nowhere': no folder of a diffusers pipeline"),
@@ -202,9 +171,9 @@ def test_mistakes_are_told_in_a_line(
     assert message in printed and "Traceback" not in printed
 
 
-@pytest.mark.parametrize("name", ["list.jsonl", "list.json", "list.tsv"])
+@pytest.mark.parametrize("name", ["list.jsonl", "list.json"])
 def test_a_mark_of_byte_order_is_no_part_of_a_list(name: str, tmp_path: Path) -> None:
-    content = {"list.jsonl": '{"vid": "1"}', "list.json": '[{"vid": "1"}]', "list.tsv": "vid\tq\n1\tx\n"}[name]
+    content = {"list.jsonl": '{"vid": "1"}', "list.json": '[{"vid": "1"}]'}[name]
     (tmp_path / name).write_text(content, encoding="utf-8-sig")
     assert read_listing(str(tmp_path / name), ("vid", "video"), "--annotations")[1] == ["1"]
 

@@ -1,14 +1,11 @@
 """Captions in the forms that the scorers of DREAM-1K and VDC read; these ask language models and stay outside.
 
-DREAM-1K (Wang et al., 2024, arXiv:2407.00634) is scored by tarsier's ``evaluation.evaluate`` or by VLMEvalKit,
-VDC (Chai et al., 2024, arXiv:2410.03051) by aurora's ``post_eval``, by lmms-eval or by VLMEvalKit.
-docs/EVALUATION.md has the commands.
+DREAM-1K (Wang et al., 2024, arXiv:2407.00634) is scored by tarsier's ``evaluation.evaluate``, VDC (Chai et al., 2024,
+arXiv:2410.03051) by aurora's ``post_eval`` or by lmms-eval. docs/EVALUATION.md has the commands.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,8 +25,7 @@ from univigu.evaluation.exports import ExportOptions, export_rows, read_listing
 Benchmark = Literal["dream1k", "vdc"]
 Category = Literal["short", "background", "main_object", "camera", "detailed"]
 NAME_FIELDS = {"dream1k": ("vid", "video"), "vdc": ("video_name", "video_id", "video")}
-"""Fields with the name of a row's video: of tarsier and VLMEvalKit; of lmms-eval, aurora and VLMEvalKit."""
-TABLES = {"dream1k": "vlmevalkit/DREAM-1K.tsv", "vdc": "vlmevalkit/VDC.tsv"}
+"""Fields with the name of a row's video."""
 FAILED = "<error>"
 """Caption of a clip that cannot be read, as in tarsier's own predictions."""
 
@@ -42,7 +38,6 @@ def export_captions(
     annotations: str | None,
     options: ExportOptions,
     category: Category = "detailed",
-    task: str | None = None,
     share: Share = ONLY,
     device: str = "cpu",
 ) -> list[Record] | None:
@@ -50,13 +45,11 @@ def export_captions(
 
     ``dream1k`` with tarsier's DREAM-1k.jsonl gives ``tarsier/predictions.jsonl``: the list's rows with
     ``text.prediction``.  ``vdc`` gives ``aurora/{category}.json`` for aurora's post_eval and, for a list in lmms-eval's
-    order, ``lmms-eval/{task}.json`` for its model ``from_log``.  A .tsv of VLMEvalKit gives only such a table in
-    ``vlmevalkit/``, of VDC the rows of the category, with a column ``prediction``.
+    order, ``lmms-eval/vdc_{category}.json`` for its model ``from_log``.
 
     Args:
         videos: folder, pattern or list of the clips, named as in the list of ``annotations``.
         annotations: the benchmark's list; without one VDC's clips are those of ``videos``, named by their ids.
-        task: lmms-eval's name of the task; None is ``vdc_{category}``.
 
     Returns:
         a row for each video ("key", "video", "caption", "seed", "error"), or None while other processes have some left.
@@ -64,7 +57,7 @@ def export_captions(
     if pipeline_class(model, "--model") != "UniViGUPipeline":
         raise DataError(f"--model={model!r}: writes no captions; expected a UniViGUPipeline")
     o, rows = options, list[Record]()
-    listed, names = _read_list(benchmark, videos, annotations, category)
+    listed, names = _read_list(benchmark, videos, annotations)
     for key, path in _locate(names, videos).items():
         error = f"there is no video of the name {key!r}" if path is None else None
         rows.append({"key": key, "video": path, "caption": None, "seed": o.seed + len(rows), "error": error})
@@ -91,9 +84,7 @@ def export_captions(
     def merge(rows: list[Record]) -> Mapping[str, str]:
         by_name = {row["key"]: row["caption"] for row in rows}
         captions, files = [by_name[name] for name in names], {"captions.jsonl": "".join(map(to_line, rows))}
-        if annotations is not None and annotations.endswith(".tsv"):
-            files[TABLES[benchmark]] = _table(listed, captions)
-        elif benchmark == "dream1k":
+        if benchmark == "dream1k":
             lines = [
                 to_line({**row, "text": {**row["text"], "prediction": FAILED if caption is None else caption}})
                 for row, caption in zip(listed, captions, strict=True)
@@ -106,7 +97,7 @@ def export_captions(
             ]
             files[f"aurora/{category}.json"] = to_json(records, 1) + "\n"
             if annotations is not None:
-                name = task or f"vdc_{category}"
+                name = f"vdc_{category}"
                 arguments = {"model": "univigu", "model_args": f"pretrained={model}", "limit": None}
                 log = {"args": arguments, "model_configs": {"task": name}, "time": "0101_0000", "logs": records}
                 files[f"lmms-eval/{name}.json"] = to_json(log, 1) + "\n"
@@ -116,7 +107,7 @@ def export_captions(
 
 
 def _read_list(
-    benchmark: Benchmark, videos: str | list[str], annotations: str | None, category: Category
+    benchmark: Benchmark, videos: str | list[str], annotations: str | None
 ) -> tuple[list[Record], list[str]]:
     """Rows of the benchmark's list and the names of their videos."""
     if annotations is None:
@@ -125,14 +116,8 @@ def _read_list(
             raise DataError(f"--videos: two files are called {twice[0]!r}; an id must be one video's")
         return [{} for _ in names], names
     rows, names = read_listing(annotations, NAME_FIELDS[benchmark], "--annotations")
-    is_table = annotations.endswith(".tsv")
-    if benchmark == "dream1k" and not is_table and not all(isinstance(row.get("text"), dict) for row in rows):
+    if benchmark == "dream1k" and not all(isinstance(row.get("text"), dict) for row in rows):
         raise DataError(f'--annotations={annotations!r}: expected rows with an object "text", as tarsier\'s')
-    if benchmark == "vdc" and is_table and "caption_type" in rows[0]:
-        keep = [i for i, row in enumerate(rows) if row["caption_type"] == category]
-        if not keep:
-            raise DataError(f"--annotations={annotations!r}: no row has caption_type={category!r}")
-        rows, names = [rows[i] for i in keep], [names[i] for i in keep]
     return rows, names
 
 
@@ -144,13 +129,3 @@ def _locate(names: list[str], videos: str | list[str]) -> dict[str, str | None]:
         if is_video(Path(path)):
             files.setdefault(Path(path).stem.lower(), path)
     return {name: files.get(Path(name).name.lower()) for name in dict.fromkeys(names)}
-
-
-def _table(rows: list[Record], captions: list[str | None]) -> str:
-    """The rows as a .tsv with a column ``prediction``; empty for clips that cannot be read."""
-    buffer = io.StringIO(newline="")
-    columns = [*(name for name in rows[0] if name != "prediction"), "prediction"]
-    writer = csv.DictWriter(buffer, columns, delimiter="\t", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, "prediction": caption or ""} for row, caption in zip(rows, captions, strict=True))
-    return buffer.getvalue()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +13,7 @@ from typing import Any
 from univigu.data.options import check_least
 from univigu.data.parts import Record, Result, run_jobs
 from univigu.data.processes import Share
-from univigu.data.rows import split_lines
+from univigu.data.rows import make_row, read_rows
 from univigu.data.sample import DataError
 from univigu.data.synthesis.sources import VideoOptions, load_pipeline
 from univigu.models.fingerprint import folder_fingerprint
@@ -89,32 +87,28 @@ def export_rows(
 
 
 def read_listing(path: str, fields: tuple[str, ...], option: str) -> tuple[list[Record], list[str]]:
-    """Rows of a benchmark's list, .jsonl, .json or .tsv, and the text of each that names its input.
+    """Rows of a benchmark's list, .jsonl or .json, and the text of each that names its input.
 
     Args:
         fields: the first that a row has holds the name; rows of aurora's list are ``{name: questions}``.
     """
     option = f"{option}={path!r}"
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        if path.endswith(".tsv"):
-            csv.field_size_limit(1 << 27)
-            rows: Any = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t"))
-        elif path.endswith(".jsonl"):
-            rows = [json.loads(line) for line in split_lines(text) if line.strip()]
+        if path.endswith(".jsonl"):
+            rows = list(read_rows(path))
         else:
-            rows = json.loads(text)
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{option}: cannot be read as .jsonl, .json or .tsv ({error})") from error
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{option}: holds no list of rows")
+            values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            rows = [make_row(f"{path}:{number}", value) for number, value in enumerate(values, 1)]
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{option}: cannot be read as .jsonl or .json ({error})") from error
     names = []
-    for number, row in enumerate(rows, 1):
-        name = None
-        if isinstance(row, dict) and None not in row:  # csv's key of cells behind the last column
-            only = next(iter(row)) if len(row) == 1 and isinstance(next(iter(row.values())), list) else None
-            name = next((row[field] for field in fields if row.get(field) not in (None, "")), only)
+    for row in rows:
+        cells = row.fields
+        only = next(iter(cells)) if len(cells) == 1 and isinstance(next(iter(cells.values())), list) else None
+        name = next((cells[field] for field in fields if cells.get(field) not in (None, "")), only)
         if name is None:
-            raise DataError(f"{option}: row {number} has none of the fields {list(fields)}")
+            raise DataError(f"{option}: {row.error or f'{row.where} has none of the fields {list(fields)}'}")
         names.append(str(name))
-    return rows, names
+    if not names:
+        raise DataError(f"{option}: holds no rows")
+    return [row.fields for row in rows], names
