@@ -76,47 +76,6 @@ def freeze_by_rate(model: nn.Module, lora: LoraOptions | None, rates: Mapping[st
 # ---------------------------------------------------------------- the optimizer
 
 
-class BatchedMuon(torch.optim.Muon):
-    """torch's Muon (Jordan et al., 2024), which on a CPU orthogonalises matrices of one shape together, in float32.
-
-    torch processes one matrix after the other in bfloat16, which takes fifteen times as long on a CPU without
-    instructions for that type.  On a GPU and for sharded matrices this is torch's implementation.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step; ``closure`` computes the loss and gradients."""
-        matrices = [p for group in self.param_groups for p in group["params"]]
-        if not all(type(p.data) is torch.Tensor and p.device.type == "cpu" for p in matrices):
-            return super().step(closure)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            by_shape: dict[torch.Size, list[torch.Tensor]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in by_shape.items():
-                updates = torch.stack([self._averaged(p, group) for p in parameters])
-                # As AdamW's updates are, in size: adjust_lr_fn="match_rms_adamw" (Liu et al., 2025, arXiv:2502.16982).
-                rate = group["lr"] * 0.2 * max(shape) ** 0.5
-                options = (group["ns_coefficients"], group["ns_steps"], group["eps"])
-                for parameter, update in zip(parameters, orthogonalize(updates, *options), strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
-        return loss
-
-    def _averaged(self, parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        """Update the momentum buffer with the gradient; the (Nesterov) average."""
-        state, gradient = self.state[parameter], parameter.grad
-        assert gradient is not None
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-        return gradient.lerp(mean, group["momentum"]) if group["nesterov"] else mean
-
-
 def orthogonalize(
     matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> torch.Tensor:
@@ -132,7 +91,11 @@ def orthogonalize(
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon and AdamW as one optimizer with one list of groups and one state.
+    """Muon (Jordan et al., 2024) and AdamW as one optimizer with one list of groups and one state.
+
+    On a CPU matrices of one shape are orthogonalised together, in float32. torch's Muon, used elsewhere and for
+    sharded matrices, processes one after the other in bfloat16, which takes fifteen times as long on a CPU without
+    instructions for that type.
 
     Args:
         muon_groups: groups of matrices, with the options of :class:`torch.optim.Muon`.
@@ -140,7 +103,7 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, muon_groups: list[dict[str, Any]], adamw_groups: list[dict[str, Any]]) -> None:
-        self.muon = BatchedMuon(muon_groups, lr=0.0, adjust_lr_fn="match_rms_adamw")  # type: ignore[arg-type]
+        self.muon = torch.optim.Muon(muon_groups, lr=0.0, adjust_lr_fn="match_rms_adamw")  # type: ignore[arg-type]
         self.adamw = torch.optim.AdamW(adamw_groups, lr=0.0)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
         self._share()
@@ -157,9 +120,37 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.muon.step()
+        matrices = [p for group in self.muon.param_groups for p in group["params"]]
+        if all(type(p.data) is torch.Tensor and p.device.type == "cpu" for p in matrices):
+            self._batched_muon()
+        else:
+            self.muon.step()
         self.adamw.step()
         return loss
+
+    @torch.no_grad()
+    def _batched_muon(self) -> None:
+        for group in self.muon.param_groups:
+            by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in by_shape.items():
+                updates = torch.stack([self._averaged(p, group) for p in parameters])
+                # As AdamW's updates are, in size: adjust_lr_fn="match_rms_adamw" (Liu et al., 2025, arXiv:2502.16982).
+                rate = group["lr"] * 0.2 * max(shape) ** 0.5
+                options = (group["ns_coefficients"], group["ns_steps"], group["eps"])
+                for parameter, update in zip(parameters, orthogonalize(updates, *options), strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+
+    def _averaged(self, parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        """Update the momentum buffer with the gradient; the (Nesterov) average."""
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        return gradient.lerp(mean, group["momentum"]) if group["nesterov"] else mean
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, for both."""
@@ -170,9 +161,7 @@ class MuonAdamW(torch.optim.Optimizer):
 def make_optimizer(groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]], options: OptimizerOptions) -> Any:
     """An optimizer whose groups have a "name", by which stages set their rates, and a "rate" that multiplies them.
 
-    Args:
-        groups: named parameters by the name of their learning rate.
-        options: see :class:`OptimizerOptions`.
+    ``groups`` has the named parameters by the name of their learning rate.
     """
     muon, adamw = [], []
     for name, members in groups.items():
