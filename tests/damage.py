@@ -13,8 +13,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from univigu.data.shards import Manifest, sha256_of
 from univigu.data.video import encode_mp4
 from univigu.shapes import renderer, scenes, texts
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether a folder holds all shards of its manifest, with their checksums."""
+    manifest = Manifest.load(folder)
+    assert manifest is not None and manifest.complete
+    return all(sha256_of(folder / shard.name) == shard.sha256 for shard in manifest.shards)
+
 
 Members = dict[str, bytes]
 """A sample's members by suffix."""

@@ -55,7 +55,7 @@ def test_everything_else_is_for_the_full_parser(args: list[str]) -> None:
     answer_at_once(args)  # returns
 
 
-@pytest.mark.parametrize("module", ["loader", "inputs", "encode"])
+@pytest.mark.parametrize("module", ["loader", "inputs", "parts"])
 def test_processes_that_load_data_need_no_diffusers(module: str) -> None:
     """Every worker process imports it anew, which with diffusers takes seconds."""
     code = f"import sys, univigu.data.{module}; print(*sorted({{'diffusers', 'lightning', 'peft'}} & set(sys.modules)))"

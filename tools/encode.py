@@ -51,15 +51,12 @@ def places(source: Path) -> list[tuple[str, Path]]:
 
 def run(options: argparse.Namespace) -> None:
     from univigu.data.buckets import Bucket, Grid
-    from univigu.data.encode import encode_shards
-    from univigu.data.sources import has_large_encoder
+    from univigu.data.encode import encode_shards, has_large_encoder
 
-    grid, buckets = Grid.of(options.foundation), [Bucket.parse(text) for text in options.buckets or ()]
+    size = f"{options.height}x{options.width}x{options.num_frames}"
+    grid, buckets = Grid.of(options.foundation), [Bucket.parse(text) for text in options.buckets or [size]]
     for bucket in buckets:
-        grid.check(bucket, f"--buckets {bucket}: {{}}".format)
-    if not buckets:
-        buckets = [Bucket(options.height, options.width, options.num_frames)]
-        grid.check(buckets[0], lambda field: "--" + field.replace("_", "-"))
+        grid.check(bucket, f"size {bucket}: ")
     share, device = Share.from_environment(options.rank, options.world_size), options.device or this_device()
     prompts, workers = not options.no_prompts, options.workers
     if device == "cpu" and workers is None:

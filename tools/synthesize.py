@@ -19,9 +19,9 @@ from univigu.cli import exit_code
 from univigu.data.filters import LengthFilter
 from univigu.data.options import add_options, add_share, read_options
 from univigu.data.processes import Share, this_device
-from univigu.data.synthesis.captioners import CaptionModel, CaptionOptions
-from univigu.data.synthesis.run import Captioner, synthesize
-from univigu.data.synthesis.sources import PromptSource, VideoOptions
+from univigu.data.synthesis.captioners import CaptionModel, CaptionOptions, Template
+from univigu.data.synthesis.run import Synthesis
+from univigu.data.synthesis.sources import VideoOptions
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 
 
@@ -46,14 +46,13 @@ def run(o: argparse.Namespace) -> None:
     share, device = Share.from_environment(o.rank, o.world_size), o.device or this_device()
     video, lengths = read_options(VideoOptions, o), read_options(LengthFilter, o)
     captions = read_options(CaptionOptions, o)
-    captioner: Captioner = (
-        o.captioner
-        if o.captioner in ("none", "template")
-        else CaptionModel(o.captioner, captions, lengths, video.dtype, device)
-    )
-    source = PromptSource(o.prompts, o.pipeline, video, device)
-    tokenizer = o.tokenizer or str(Path(o.pipeline) / "tokenizer")
-    manifest = synthesize(o.output, source, captioner, tokenizer, lengths, o.shard_size, share)
+    captioner: CaptionModel | Template | None = None
+    if o.captioner == "template":
+        captioner = Template(video.fps)
+    elif o.captioner != "none":
+        captioner = CaptionModel(o.captioner, captions, lengths, video.dtype, device)
+    synthesis = Synthesis(o.prompts, o.pipeline, video, captioner, o.tokenizer, lengths, device)
+    manifest = synthesis.write(o.output, o.shard_size, share)
     print(f"{o.output}: {manifest.state}")
 
 

@@ -13,6 +13,7 @@ import torch
 import webdataset
 
 from tests.conftest import REPO
+from tests.damage import is_intact
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.index import index_folder
 from univigu.data.processes import SpawnPool
@@ -121,7 +122,7 @@ def test_the_manifest_says_what_made_them(encoded: dict[str, Path], videos: Path
     source = Manifest.load(videos / "train")
     assert source is not None
     assert [row[2] for row in recorded["source"]] == [shard.sha256 for shard in source.shards]
-    assert manifest.check_files(encoded["bfloat16"] / "train", checksums=True) == []
+    assert is_intact(encoded["bfloat16"] / "train")
     paths = [str(path) for path in sorted((encoded["float32"] / "train").glob("*.tar"))]
     samples = list(webdataset.WebDataset(paths, shardshuffle=False))
     assert {name for name in samples[0] if name[0] != "_"} == {"json", "latents.safetensors", "prompt.safetensors"}
@@ -192,9 +193,9 @@ def test_faulty_embeddings_are_named(encoded: dict[str, Path]) -> None:
         (["--source", "{videos}", "--dtype", "int8"], "dtype='int8'"),
         (["--source", "{videos}", "--foundation", "gone"], "foundation='gone'"),
         (["--source", "{videos}", "--workers", "0"], "workers=0"),
-        (["--source", "{videos}", "--height", "72"], "--height=72: expected a multiple of 16"),
-        (["--source", "{videos}", "--num-frames", "10"], "--num-frames=10: expected 4k+1"),
-        (["--source", "{videos}", "--buckets", "64x64x9", "64x72x9"], "--buckets 64x72x9: width=72: expected a multi"),
+        (["--source", "{videos}", "--height", "72"], "size 72x64x9: height=72: expected a multiple of 16"),
+        (["--source", "{videos}", "--num-frames", "10"], "size 64x64x10: num_frames=10: expected 4k+1"),
+        (["--source", "{videos}", "--buckets", "64x64x9", "64x72x9"], "size 64x72x9: width=72: expected a multi"),
         (["--source", "{videos}", "--rank", "1"], "rank=1: expected one in [0, 1)"),
     ],
 )

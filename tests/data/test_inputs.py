@@ -80,7 +80,7 @@ def test_prompts_that_do_not_fit_are_rows_too(foundation: str, tmp_path: Path) -
 
 def test_where_prompts_come_from(tmp_path: Path) -> None:
     assert read_prompts("a red circle") == [("a red circle", None)]
-    assert read_prompts(["a", "b.txt"]) == [("a", None), ("b.txt", None)]
+    assert read_prompts(["a", "b"]) == [("a", None), ("b", None)]
     lines = [json.dumps({"prompt": "a"}), "{", json.dumps({"text": "b"}), "", json.dumps({"prompt": "c"})]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     rows = read_prompts(str(tmp_path / "p.jsonl"))

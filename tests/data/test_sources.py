@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from tests.data.conftest import fit, ranked
-from univigu.data import sources
+from univigu.data import encode
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.processes import SpawnPool
 from univigu.data.sample import DataError
-from univigu.data.sources import Source, has_large_encoder
+from univigu.data.sources import Source
 from univigu.shapes.write import write_shapes
 
 
@@ -44,7 +44,7 @@ def test_without_weights_an_epoch_is_everything_once(folders: list[Path]) -> Non
     module = data(folders, None, None, None)
     module.setup("fit")
     assert module.filter_counts == {"train": {"kept": 24}, "val": {"kept": 4}}
-    assert module.group_counts["train"] == {"source_0": 12, "source_1": 8, "source_2": 4}
+    assert Counter(ref.source for ref in module._refs["train"]) == {0: 12, 1: 8, 2: 4}
     seen = keys(module.train_dataloader())
     assert len(seen) == len(set(seen)) == 24
     assert Counter(int(key) // 100 for _, key in seen) == Counter(source for source, _ in seen)
@@ -140,7 +140,7 @@ def test_the_command_line_takes_sources_and_buckets(tmp_path: Path) -> None:
 def test_a_missing_split_is_named_before_another_is_encoded(folders: list[Path], tmp_path: Path) -> None:
     (tmp_path / "train").symlink_to(folders[2] / "train")
     module = VideoTextDataModule(shards=str(tmp_path))
-    with pytest.raises(DataError, match=r"/val: no such folder of shards.* held-out losses on the clips of this split"):
+    with pytest.raises(DataError, match=r"/val: no such folder of shards"):
         module.prepare_data()
     (tmp_path / "val").mkdir()
     with pytest.raises(DataError, match=r"/val: holds no .tar shard"):
@@ -148,9 +148,7 @@ def test_a_missing_split_is_named_before_another_is_encoded(folders: list[Path],
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train", "val"]
 
 
-def test_a_large_encoder_is_warned_of(
-    foundation: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    assert not has_large_encoder(foundation) and not caplog.messages
-    monkeypatch.setattr(sources, "LARGE_ENCODER", 1000)
-    assert has_large_encoder(foundation) and "docs/CLUSTER.md" in caplog.text
+def test_a_large_encoder_is_known(foundation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not encode.has_large_encoder(foundation)
+    monkeypatch.setattr(encode, "LARGE_ENCODER", 1000)
+    assert encode.has_large_encoder(foundation)

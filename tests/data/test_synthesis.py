@@ -15,13 +15,15 @@ from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DMode
 from transformers import AutoTokenizer
 
 from tests.conftest import REPO
+from tests.damage import is_intact
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.filters import LengthFilter
 from univigu.data.index import index_folder
 from univigu.data.sample import DataError
 from univigu.data.shards import Manifest, sha256_of
 from univigu.data.synthesis.captioners import CaptionModel, CaptionOptions, derived_seed
-from univigu.data.synthesis.sources import Clip, PromptSource, VideoOptions
+from univigu.data.synthesis.run import Synthesis
+from univigu.data.synthesis.sources import VideoOptions
 from univigu.data.video import read_video
 from univigu.models.tokens import token_count
 from univigu.shapes import renderer, scenes, texts
@@ -50,7 +52,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
         paths = ["--prompts", str(tmp_path / prompts), "--output", str(tmp_path / folder)]
         assert main([*paths, *FAST, *map(str, args)]) == 0
         manifest = Manifest.load(tmp_path / folder)
-        assert manifest is not None and manifest.check_files(tmp_path / folder, checksums=True) == []
+        assert manifest is not None and (not manifest.complete or is_intact(tmp_path / folder))
         return manifest
 
     return run
@@ -121,10 +123,9 @@ def test_unusable_prompts_are_counted(tool: Tool, tmp_path: Path, foundation: st
     assert manifest.counts == {"kept": 2, "invalid_prompt": 1, "prompt_long": 1}
     assert [row["key"] for shard in manifest.shards for row in shard.skipped] == ["00000001", "00000002"]
     assert [text["key"] for text in texts_of(tmp_path / "made")] == ["00000000", "00000003"]
-    sources = [PromptSource(f"{tmp_path}/p.{suffix}", foundation, VideoOptions()) for suffix in ("jsonl", "parquet")]
-    for number in range(4):
-        lines, table = (source.clip(number) for source in sources)
-        assert lines.prompt == table.prompt and (lines.skipped is None) == (table.skipped is None) == (number != 1)
+    lines, table = (Synthesis(f"{tmp_path}/p.{kind}", foundation, VideoOptions()).rows for kind in ("jsonl", "parquet"))
+    assert [row[0] for row in lines] == [row[0] for row in table] == [PROMPTS[0], "", rows[2], PROMPTS[1]]
+    assert [row[1] is None for row in lines] == [row[1] is None for row in table] == [True, False, True, True]
 
 
 def test_without_a_captioner_no_window_applies(tool: Tool, tmp_path: Path) -> None:
@@ -154,9 +155,8 @@ def test_captions_are_asked_for_again_until_they_fit(tool: Tool, tmp_path: Path,
 def test_the_model_sees_frames_and_prompt(captioner_folder: Path) -> None:
     def describe(prompt: str, frames: torch.Tensor, seed: int = 3, attempt: int = 0, **options: Any) -> str:
         settings = CaptionOptions(frames=3, max_new_tokens=40, **options)
-        clip = Clip("0", prompt, seed, frames)
-        CaptionModel(str(captioner_folder), settings, LengthFilter()).describe(clip, attempt)
-        return clip.caption
+        model = CaptionModel(str(captioner_folder), settings, LengthFilter())
+        return model.describe(frames, prompt, derived_seed(seed, attempt))
 
     red, blue = (renderer.render(scenes.sample_scene(seed)) for seed in (0, 1))
     first = describe("a red circle", red)
@@ -223,9 +223,10 @@ def test_a_pipeline_for_something_else_is_refused(tool: Tool, tmp_path: Path, fo
         layers_per_block=1,
     )
     DDIMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path / "images")
-    source = PromptSource(str(tmp_path / "prompts.txt"), str(tmp_path / "images"), VideoOptions())
+    tokenizer = {"tokenizer_folder": f"{foundation}/tokenizer"}
+    work = Synthesis(str(tmp_path / "prompts.txt"), str(tmp_path / "images"), VideoOptions(), **tokenizer)
     with pytest.raises(DataError, match=r"DDIMPipeline makes no video of a text; it takes no \['height'"):
-        source.render([source.clip(0)])
+        list(work.samples(range(1), []))
     (tmp_path / "images" / "model_index.json").write_text('{"_class_name": "NoPipeline"}')
     with pytest.raises(DataError, match="cannot be loaded"):
-        _ = PromptSource(str(tmp_path / "prompts.txt"), str(tmp_path / "images"), VideoOptions()).pipeline
+        _ = Synthesis(str(tmp_path / "prompts.txt"), str(tmp_path / "images"), VideoOptions(), **tokenizer).pipeline

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,18 +94,17 @@ class Grid:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"foundation={str(foundation)!r}: no sizes in {path} ({error})") from error
 
-    def check(self, bucket: Bucket, name: Callable[[str], str] = str) -> None:
-        """Raise a DataError for a size that is no whole number of tokens; ``name`` gives a field its user's name."""
+    def check(self, bucket: Bucket, where: str) -> None:
+        """Raise a DataError for a size that is no whole number of tokens; ``where`` goes before the field's name."""
         step = self.temporal * self.patch[0]
         first = step - self.temporal + 1
         if bucket.num_frames % step != first % step or bucket.num_frames < first:
             expected = f"expected {step}k+{first} for this foundation's VAE and transformer"
-            raise DataError(f"{name('num_frames')}={bucket.num_frames}: {expected}")
+            raise DataError(f"{where}num_frames={bucket.num_frames}: {expected}")
         for side, patch in zip(("height", "width"), self.patch[1:], strict=True):
             if getattr(bucket, side) % (self.spatial * patch):
-                expected = f"expected a multiple of {self.spatial * patch}: {self.spatial} pixels a latent of this "
-                expected += f"foundation's VAE, {patch} latents a token of its transformer"
-                raise DataError(f"{name(side)}={getattr(bucket, side)}: {expected}")
+                expected = f"expected a multiple of {self.spatial * patch} for this foundation's VAE and transformer"
+                raise DataError(f"{where}{side}={getattr(bucket, side)}: {expected}")
 
 
 def choose_bucket(ref: SampleRef, buckets: Sequence[Bucket], shapes: Sequence[tuple[int, int, int]] = ()) -> int:
@@ -129,8 +128,7 @@ def choose_bucket(ref: SampleRef, buckets: Sequence[Bucket], shapes: Sequence[tu
         return shapes.index(shape)
     member = ref.members[suffix]
     assert not isinstance(member, bytes)
-    path, offset, size = member
     try:
-        return best_bucket(buckets, *probe_video(path, (offset, size)))
+        return best_bucket(buckets, *probe_video(member[0], member[1:]))
     except VideoError as error:
         raise ref.error("unreadable_video", "video", str(error)) from error

@@ -10,20 +10,20 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning import LightningDataModule
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from univigu.data.buckets import Bucket, Grid, choose_bucket, latents_shape
+from univigu.data.encode import has_large_encoder
 from univigu.data.filters import LengthFilter, select
+from univigu.data.index import list_shards
 from univigu.data.inputs import PredictionInputs, PredictTask, find_inputs
 from univigu.data.loader import ErrorLog, SampleLoader, TrainLoader, VideoTextDataset
 from univigu.data.order import TrainOrder, eval_batches
 from univigu.data.processes import SpawnPool, this_device
 from univigu.data.sample import DataError, SampleRef
-from univigu.data.sources import Source, SourceFolder, Split, has_large_encoder, source_weights
+from univigu.data.sources import Source, SourceFolder, Split, source_weights
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 from univigu.shapes.write import world_fingerprint, write_shapes
 
@@ -117,8 +117,6 @@ class VideoTextDataModule(LightningDataModule):
                 raise ValueError(f"data.buckets={list(map(str, self.buckets))}: {bucket} is there twice")
         self.filter_counts: dict[str, dict[str, int]] = {}
         """By split: numbers of samples, "kept" and the others by reason.  Known after ``setup``."""
-        self.group_counts: dict[str, dict[str, int]] = {}
-        """By split: kept samples of each source and bucket, if there are several."""
         self.errors = ErrorLog(strict)
         """Unusable samples that were found so far, counted by reason."""
         self._refs: dict[Split, list[SampleRef]] = {}
@@ -144,12 +142,12 @@ class VideoTextDataModule(LightningDataModule):
                     num_clips = self.num_train_clips if split == "train" else self.num_val_clips
                     write_shapes(folders[0].videos(split), split, num_clips, pool=pool, **size)
             jobs = [(folder, split) for split in splits for _, folder in self._folders_of(split)]
-            for folder, split in jobs if self.precompute else ():
-                folder.check(split)
-            encoders, device = pool, "cpu"
-            if not all(folder.is_ready(split) for folder, split in jobs):
-                device = self._encoding_device()
-                encoders = single if device != "cpu" or has_large_encoder(self.foundation) else pool
+            if not self.precompute:
+                return
+            for folder, split in jobs:  # before hours are spent on encoding another
+                list_shards(folder.videos(split))
+            device = self._encoding_device()
+            encoders = single if device != "cpu" or has_large_encoder(self.foundation) else pool
             for folder, split in jobs:
                 folder.encode(split, self.strict, encoders, device)
 
@@ -185,9 +183,9 @@ class VideoTextDataModule(LightningDataModule):
     def _latents_shapes(self) -> list[tuple[int, int, int]]:
         """(T, H, W) of each bucket's latents; raises DataError for a size that is no whole number of tokens."""
         grid = Grid.of(self.foundation)
-        grid.check(Bucket(self.height, self.width, self.num_frames), "data.{}".format)
+        grid.check(Bucket(self.height, self.width, self.num_frames), "data.")
         for number, bucket in enumerate(self.buckets):
-            grid.check(bucket, f"data.buckets[{number}].{{}}".format)
+            grid.check(bucket, f"data.buckets[{number}].")
         return [latents_shape(bucket, grid.temporal, grid.spatial) for bucket in self.buckets]
 
     # ------------------------------------------------------------------- setup
@@ -207,7 +205,6 @@ class VideoTextDataModule(LightningDataModule):
         for split in SPLITS[stage]:
             if split not in self._refs:
                 self._refs[split] = self._select(split)
-        self._log_counts()
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -241,29 +238,7 @@ class VideoTextDataModule(LightningDataModule):
             kept += [replace(ref, source=number) for ref in found]
             counts.update(of_source)
         self.filter_counts[split] = dict(sorted(counts.items(), key=lambda item: (item[0] != "kept", item)))
-        groups: dict[str, int] = {}
-        if len(self.sources or ()) > 1:
-            groups |= {f"source_{i}": sum(ref.source == i for ref in kept) for i in range(len(self.sources or ()))}
-        if len(self.buckets) > 1:
-            groups |= {f"bucket_{b}": sum(ref.bucket == i for ref in kept) for i, b in enumerate(self.buckets)}
-        self.group_counts[split] = groups
-        if groups:
-            log.info("%s: %s", split, groups)
         return kept
-
-    def _log_counts(self) -> None:
-        if self.trainer is None or not self.trainer.is_global_zero:
-            return
-        splits = [*self.filter_counts.items(), *self.group_counts.items()]
-        metrics = {f"data/{split}/{name}": float(n) for split, counts in splits for name, n in counts.items()}
-        for logger in self.trainer.loggers:
-            logger.log_metrics(metrics, step=0)
-            if not isinstance(logger, TensorBoardLogger):
-                continue
-            for split, refs in self._refs.items():
-                for i, name in enumerate(self._slots):
-                    lengths = torch.tensor([ref.tokens[i] for ref in refs])
-                    logger.experiment.add_histogram(f"data/{split}/{name}_tokens", lengths, 0)
 
     # ----------------------------------------------------------------- loaders
 
@@ -313,12 +288,5 @@ class VideoTextDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """One row an input, in order, unusable ones included; see :mod:`univigu.data.inputs`."""
         assert self._inputs is not None
-        decodes = self._inputs.inputs[0].video is not None
-        return DataLoader(
-            self._inputs,
-            batch_size=self.batch_size,
-            collate_fn=self._inputs.collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            multiprocessing_context="spawn" if decodes and self.num_workers else None,
-        )
+        workers: dict[str, Any] = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+        return DataLoader(self._inputs, batch_size=self.batch_size, collate_fn=self._inputs.collate, **workers)

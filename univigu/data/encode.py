@@ -13,33 +13,28 @@ from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
+from safetensors.torch import save
 
 from univigu.data.buckets import Bucket, choose_bucket, size_parameters
-from univigu.data.build import build_folder
 from univigu.data.index import Scan, list_shards, plain_files, scan_shard
 from univigu.data.options import check_dtype
+from univigu.data.parts import build_folder
 from univigu.data.processes import ONLY, Share, SpawnPool
-from univigu.data.sample import (
-    LATENTS_SUFFIX,
-    PROMPT_SUFFIX,
-    TEXT_SUFFIX,
-    DataError,
-    SampleError,
-    SampleRef,
-)
+from univigu.data.sample import LATENTS_SUFFIX, PROMPT_SUFFIX, TEXT_SUFFIX, DataError, SampleError, SampleRef
 from univigu.data.shards import Manifest, ShardInfo, write_shard
-from univigu.data.video import VideoError, read_video, to_model_range
+from univigu.data.video import to_model_range
+from univigu.models.encode import encode_clips, encode_prompts, group_size
 from univigu.models.fingerprint import folder_fingerprint
+from univigu.models.foundation import Foundation
+from univigu.models.tokens import TextTooLongError, tokenize
 
-if TYPE_CHECKING:
-    from univigu.models.foundation import Foundation
-
-LatentDtype = Literal["float32", "bfloat16", "float16"]
 SAMPLES_PER_SHARD = 500
 """Samples of a shard that is encoded from a list or a folder of files."""
+LARGE_ENCODER = 2 * 2**30
+"""Bytes of a text encoder from which on it takes seconds a prompt on a CPU."""
 MAX_PROMPT = 512
 """Most tokens of Wan's text encoder; samples with longer prompts are left out."""
 
@@ -64,15 +59,22 @@ def prompt_parameters(foundation_path: str | Path) -> dict[str, Any]:
     return {name: folder_fingerprint(folder) for name, folder in folders.items()}
 
 
+def has_large_encoder(foundation_path: str | Path) -> bool:
+    """Whether the text encoder is so large that on a CPU only one process should run it."""
+    files = (Path(foundation_path) / "text_encoder").glob("*.safetensors")
+    return sum(path.stat().st_size for path in files) > LARGE_ENCODER
+
+
 def source_parameters(source: Path) -> list[list[Any]]:
     """[name, bytes, sha256] of every shard; the checksum is the manifest's, None without a manifest."""
     manifest = Manifest.load(source)
     known = {(shard.name, shard.num_bytes): shard.sha256 for shard in manifest.shards} if manifest else {}
-    sizes = {
-        _name(source, path): path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in plain_files(path))
-        for path in list_shards(source)
-    }
-    return [[name, size, known.get((name, size))] for name, size in sizes.items()]
+    result: list[list[Any]] = []
+    for path in list_shards(source):
+        files = [path] if path.is_file() else plain_files(path)
+        name, size = _name(source, path), sum(file.stat().st_size for file in files)
+        result.append([name, size, known.get((name, size))])
+    return result
 
 
 def _name(source: Path, shard: Path) -> str:
@@ -84,7 +86,7 @@ def encode_shards(
     source: str | Path,
     target: str | Path,
     foundation_path: str | Path,
-    dtype: LatentDtype = "float32",
+    dtype: str = "float32",
     buckets: Sequence[Bucket] = (Bucket(64, 64, 9),),
     strict: bool = False,
     pool: SpawnPool | None = None,
@@ -126,30 +128,14 @@ def _jobs(source: Path, path: Path) -> Iterator[tuple[str, Path | Scan]]:
         yield f"{name}-{number:06d}.tar", (refs[start : start + SAMPLES_PER_SHARD], [] if start else errors)
 
 
-def decode_video(ref: SampleRef, bucket: Bucket) -> torch.Tensor:
-    """:func:`univigu.data.video.read_video` of a sample's video, with its errors as SampleError."""
-    try:
-        return read_video(ref.read(ref.media), bucket.num_frames, bucket.height, bucket.width)
-    except VideoError as error:
-        raise ref.error("unreadable_video", "video", str(error)) from error
-
-
-# --------------------------------------------------------------- in a worker
-
-
 @lru_cache(maxsize=1)
 def _foundation(path: str, device: str) -> Foundation:
-    from univigu.models.foundation import Foundation
-
     return Foundation(path).to(device)
 
 
 @lru_cache(maxsize=2)  # the empty prompt's are asked for with every sample
 def _prompt_embeds(path: str, device: str, prompt: str) -> torch.Tensor:
     """Embeddings [S, text_dim] of a prompt of S tokens."""
-    from univigu.models.encode import encode_prompts
-    from univigu.models.tokens import tokenize
-
     parts = _foundation(path, device)
     ids = tokenize(parts.tokenizer, [prompt], MAX_PROMPT)
     ids = ids[:, : int((ids != parts.pad_token_id).sum())].to(device)
@@ -163,11 +149,11 @@ _Clip = tuple[SampleRef, dict[str, bytes], torch.Tensor]
 
 @dataclass(frozen=True)
 class _ShardEncoder:
-    """Encodes single shards; see :func:`encode_shards` for the arguments."""
+    """Encodes single shards, in a worker process; see :func:`encode_shards` for the arguments."""
 
     foundation: str
     device: str
-    dtype: LatentDtype
+    dtype: str
     prompts: bool
     buckets: tuple[Bucket, ...]
     strict: bool
@@ -182,8 +168,6 @@ class _ShardEncoder:
 
     def _samples(self, refs: list[SampleRef], errors: list[SampleError]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
         """Keys and members of the samples, by groups of clips that are encoded together."""
-        from univigu.models.encode import group_size
-
         waiting: dict[Bucket, list[_Clip]] = defaultdict(list)
         for ref in refs:
             try:
@@ -191,7 +175,9 @@ class _ShardEncoder:
                 if ref.media == LATENTS_SUFFIX:
                     raise ref.error("missing_field", "video", "the sample holds latents")
                 bucket = self.buckets[choose_bucket(ref, self.buckets)]
-                waiting[bucket].append((ref, self._texts(ref, texts.prompt), decode_video(ref, bucket)))
+                members = self._texts(ref, texts.prompt)
+                frames = ref.video(bucket.num_frames, bucket.height, bucket.width)
+                waiting[bucket].append((ref, members, frames))
             except SampleError as error:
                 if self.strict:
                     raise
@@ -204,8 +190,6 @@ class _ShardEncoder:
 
     def _texts(self, ref: SampleRef, prompt: str) -> dict[str, bytes]:
         """The json member, and the prompt's embeddings if they are stored."""
-        from univigu.models.tokens import TextTooLongError
-
         texts = {TEXT_SUFFIX: ref.read(TEXT_SUFFIX)}
         if self.prompts:
             try:
@@ -216,8 +200,6 @@ class _ShardEncoder:
         return texts
 
     def _encoded(self, clips: list[_Clip]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
-        from univigu.models.encode import encode_clips
-
         video = torch.stack([frames for _, _, frames in clips]).to(self.device)
         with torch.inference_mode():
             latents = encode_clips(_foundation(self.foundation, self.device).vae, to_model_range(video))
@@ -225,7 +207,5 @@ class _ShardEncoder:
             yield ref.key, {LATENTS_SUFFIX: self._packed(latents=of_clip), **texts}
 
     def _packed(self, **tensors: torch.Tensor) -> bytes:
-        from safetensors.torch import save
-
         dtype = check_dtype(self.dtype)
         return save({name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()})

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from univigu.data.sample import SampleError, SampleRef
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from univigu.models.tokens import token_count
 
 
 @dataclass(frozen=True)
 class LengthFilter:
-    """Bounds on the texts' lengths in tokens, inclusive.
+    """Bounds on the texts' lengths in tokens, inclusive; the end-of-sequence token counts.
 
-    The foundation's tokenizer counts, end-of-sequence token included.  The defaults are the paper's (Uni-ViGU,
-    arXiv:2604.08121): a brief prompt and a detailed caption.
+    The defaults are the paper's (arXiv:2604.08121): a brief prompt and a detailed caption.
     """
 
     max_prompt: int = 128
@@ -56,17 +54,13 @@ def select(
 
     Args:
         errors: of the samples that could not be indexed; gets one for every sample that cannot be used.
-        slots: tokens of "prompt" and "caption".  A text that passes the filter but not its slot is an error with
-            reason "text_over_slot": texts are never truncated.
-        questions: use each question and its answer instead of prompt and caption.  A sample without questions is
-            counted as "no_question".
+        slots: tokens of "prompt" and "caption".  A longer text is an error: texts are never truncated.
+        questions: use each question and its answer instead of prompt and caption.
         bucket_of: gives a sample's bucket or raises a SampleError.
 
     Returns:
         the samples that are kept, and numbers of samples: "kept", and the others by filter reason or error reason.
     """
-    from univigu.models.tokens import token_count  # not at the top: it loads transformers
-
     kept, counts = list[SampleRef](), Counter[str]()
     for ref in refs:
         try:

@@ -1,23 +1,27 @@
 """Indexes samples for random access: members of tar shards, plain files in folders, and rows of lists.
 
-A shuffle is then a permutation and resuming exactly a position in it, which a sequential stream cannot give.  Tar
-headers are scanned once for (offset, size) of each member; webdataset 1.0 has no index reader any more.
+A shuffle is then a permutation and resuming exactly a position in it, which a sequential stream cannot give.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tarfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from univigu.data.rows import Row, read_rows
 from univigu.data.sample import TEXT_SUFFIX, VIDEO_SUFFIXES, DataError, SampleError, SampleRef, is_video
+from univigu.data.shards import MANIFEST
+
+log = logging.getLogger(__name__)
 
 LIST_SUFFIXES = (".csv", ".jsonl")
-_TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 """Compressed ones count as damaged shards: they cannot be read at an offset."""
 Scan = tuple[list[SampleRef], list[SampleError]]
 """Usable samples in order, and errors of the others."""
@@ -34,9 +38,9 @@ def list_shards(folder: str | Path) -> list[Path]:
         return [folder]
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of shards, and no such list ({folder.name}.csv or .jsonl)")
-    files = list(_walk(folder))
+    files = walk(folder)
     lists = [path for path in files if path.suffix.lower() in LIST_SUFFIXES and path.parent == folder]
-    shards = sorted(lists + [path for path in files if path.name.lower().endswith(_TARS)])
+    shards = sorted(lists + [path for path in files if path.name.lower().endswith(TARS)])
     if not lists and any(map(is_video, files)):
         shards.append(folder)
     if not shards:
@@ -66,14 +70,32 @@ def scan_shard(path: str | Path) -> Scan:
 
 def plain_files(folder: Path) -> list[Path]:
     """Videos and json files in a folder and below, sorted by name within each folder."""
-    return [path for path in _walk(folder) if is_video(path) or path.suffix.lower() == f".{TEXT_SUFFIX}"]
+    return [path for path in walk(folder) if is_video(path) or path.suffix.lower() == f".{TEXT_SUFFIX}"]
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Files in a folder and below that are not hidden, without manifests."""
-    for home, folders, names in os.walk(folder):
+def walk(folder: Path) -> list[Path]:
+    """Files in a folder and below, sorted, without manifests and what is hidden; links to folders are followed."""
+    files, hidden, seen = list[Path](), 0, set[str]()
+    for home, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(home)
+        if real in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(home, name) for name in sorted(names) if name[0] != "." and name != "manifest.json")
+        for path in (Path(home, name) for name in sorted(names)):
+            if path.name.startswith("."):
+                hidden += is_video(path) or path.name.lower().endswith((*TARS, *LIST_SUFFIXES))
+            elif path.name != MANIFEST:
+                files.append(path)
+    if hidden:
+        _log_hidden(folder, hidden)
+    return files
+
+
+@cache
+def _log_hidden(folder: Path, count: int) -> None:
+    log.warning("%s: %d hidden videos, shards or lists are left out", folder, count)
 
 
 def _key(name: str) -> str:
@@ -173,9 +195,9 @@ def _row_members(ref: SampleRef, path: Path, row: Row) -> dict[str, Any]:
         raise ref.error(row.reason, TEXT_SUFFIX, row.error)
     fields = dict(row.fields)
     for name in ("qa", "scene"):  # JSON in the cells of a .csv file
-        if isinstance(fields.get(name), str):
+        if isinstance(cell := fields.get(name), str):
             try:
-                fields[name] = json.loads(fields[name])
+                fields[name] = json.loads(cell or "null")
             except ValueError as error:
                 if name == "qa":  # a column that is called scene may hold anything
                     raise ref.error("corrupt_json", name, f"{row.where}: {error}") from error

@@ -6,6 +6,7 @@ Every input gives a row; one that cannot be used gives a row with an error.
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,7 +18,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from univigu.data.buckets import Bucket
-from univigu.data.rows import Row, make_row, read_rows
+from univigu.data.index import walk
+from univigu.data.rows import READERS, Row, make_row, read_rows
 from univigu.data.sample import VIDEO_SUFFIXES, DataError, is_unicode, is_video
 from univigu.data.video import VideoError, read_video
 from univigu.models.tokens import TextTooLongError, tokenize
@@ -58,7 +60,7 @@ def find_inputs(given: dict[str, Any], task: PredictTask | None) -> list[Predict
 
 
 def find_videos(value: str | list[str]) -> list[str]:
-    """Paths of the videos that a file, a folder, a glob pattern, or a list of these names.
+    """Paths of the videos that a file, a folder (with those below), a glob pattern, or a list of these names.
 
     Those of one folder or pattern are sorted; a list keeps its order; duplicates are dropped.  A file may have any
     suffix; folders are searched for video suffixes.  A value that matches no file is a DataError.
@@ -70,47 +72,63 @@ def find_videos(value: str | list[str]) -> list[str]:
     for item in values:
         path = Path(item)
         if path.is_dir():
-            found = [str(p) for p in sorted(path.iterdir()) if is_video(p) and p.is_file()]
+            found = [str(file) for file in walk(path) if is_video(file) and file.is_file()]
             if not found:
                 raise DataError(f"data.videos={item!r}: the folder holds no {', '.join(VIDEO_SUFFIXES)} file")
         elif path.is_file():
             found = [item]
         else:
-            found = sorted(name for name in glob.glob(item, recursive=True) if Path(name).is_file())
+            found = sorted(name for name in _matches(path) if Path(name).is_file())
             if not found:
                 raise DataError(f"data.videos={item!r}: no such file or folder, and nothing matches it as a pattern")
         paths.update(dict.fromkeys(found))
     return list(paths)
 
 
-def read_prompts(value: str | list[str], name: str = "data.prompts") -> list[tuple[str, str | None]]:
-    """(prompt, error) of each row of a .txt (a prompt a line), .jsonl, .csv or .parquet file ("prompt"), or of a list.
+def _matches(pattern: Path) -> list[str]:
+    """What matches a pattern; existing folders that it begins with, such as "raw [1080p]", mean themselves."""
+    folder = next(parent for parent in pattern.parents if parent.is_dir())
+    names = glob.glob(str(pattern.relative_to(folder)), root_dir=folder, recursive=True)
+    return [str(folder / name) for name in names]
 
-    Any other string is itself a prompt.  A file that cannot be read or holds no prompt is a DataError about the option
-    ``name``.
+
+def read_prompts(value: str | list[str], name: str = "data.prompts") -> list[tuple[str, str | None]]:
+    """(prompt, error) of each row of a file (a line of .txt, else the field "prompt"), of a prompt, or of a list.
+
+    What looks like a path is never a prompt: what exists or ends in a list's suffix.  A file that cannot be read or
+    holds no prompt is a DataError about the option ``name``.
     """
-    if isinstance(value, str) and value.endswith((".txt", ".jsonl", ".csv", ".parquet")):
-        rows = _file_rows(value, name)
-    else:
-        rows = [Row(name, {"prompt": prompt}) for prompt in ([value] if isinstance(value, str) else value)]
+    rows: list[Row] = []
+    for item in [value] if isinstance(value, str) else value:
+        is_path = os.path.exists(item) or Path(item).suffix.lower() in READERS
+        rows += read_list(item, name) if is_path else [Row(name, {"prompt": item})]
     if not rows:
         raise DataError(f"{name}={value!r}: holds no prompt")
     return [_text_of(row, "prompt") for row in rows]
 
 
+def read_list(path: str, name: str) -> list[Row]:
+    """Rows of a file that an option names; one that cannot be read or holds none is a DataError about the option."""
+    try:
+        rows = list(read_rows(path))
+    except DataError as error:
+        raise DataError(f"{name}={path!r}: {str(error).removeprefix(f'{path}: ')}") from error
+    if not rows:
+        raise DataError(f"{name}={path!r}: holds no row")
+    return rows
+
+
 def read_pairs(
     value: str | dict[str, Any] | list[dict[str, Any]], field: TextField, name: str = "data.pairs"
 ) -> list[PredictionInput]:
-    """Videos with their texts of a .jsonl, .csv or .parquet file, of one object, or of a list of objects.
+    """Videos with their texts of a file (.jsonl, .csv, ...), of one object, or of a list of objects.
 
     An object is ``{"video": ..., "prompt": ..., "strength": 0.8}``, of which the strength is optional, or ``{"video":
     ..., "question": ...}``.  Its video is a value for :func:`find_videos`, relative to the working directory: a folder
     or pattern gives several pairs.  No pair, or a file that cannot be read, is a DataError about the option ``name``.
     """
     if isinstance(value, str):
-        if not value.endswith((".jsonl", ".csv", ".parquet")):
-            raise DataError(f"{name}={value!r}: expected a .jsonl, .csv or .parquet file, or objects")
-        rows = _file_rows(value, name)
+        rows = read_list(value, name)
     else:
         objects = [value] if isinstance(value, dict) else value
         rows = [make_row(f"{name}[{number}]", item) for number, item in enumerate(objects)]
@@ -120,18 +138,13 @@ def read_pairs(
     return pairs
 
 
-def _file_rows(path: str, name: str) -> list[Row]:
-    try:
-        return list(read_rows(path))
-    except DataError as error:
-        raise DataError(f"{name}={path!r}: {str(error).removeprefix(f'{path}: ')}") from error
-
-
 def _text_of(row: Row, field: str) -> tuple[str, str | None]:
     """The text, and why it cannot be used."""
     text = row.fields.get(field)
     if row.error is not None or not isinstance(text, str):
         return "", row.error or f"{row.where}: expected a string {field!r}, got {text!r}"
+    if not text.strip():
+        return text, f"{row.where}: {field}={text!r}: expected a non-empty string"
     return text, None if is_unicode(text) else f"{row.where}: {field!r} is no valid Unicode: {text!r}"
 
 
@@ -143,14 +156,12 @@ def _pairs_of(row: Row, field: TextField) -> list[PredictionInput]:
         return [replace(pair, error=error)]
     allowed = ["prompt", "strength", "video"] if field == "prompt" else [field, "video"]
     try:
-        for key, value in (("video", video), (field, text)):
-            if not value.strip():
-                raise DataError(f"{key}={value!r}: expected a non-empty string")
         if unknown := sorted(row.fields.keys() - set(allowed)):
             raise DataError(f"unknown field {unknown[0]!r}, expected {allowed}")
         strength = None
         if field == "prompt":
-            value = row.fields.get("strength", DEFAULT_STRENGTH)
+            value = row.fields.get("strength")
+            value = DEFAULT_STRENGTH if value in (None, "") else value
             with suppress(TypeError, ValueError):
                 strength = float(value)
             if strength is None or not 0 < strength <= 1:

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from univigu.data.buckets import Bucket
-from univigu.data.encode import decode_video
 from univigu.data.order import TrainOrder
 from univigu.data.sample import LATENTS_SUFFIX, PROMPT_SUFFIX, DataError, SampleError, SampleReason, SampleRef
 from univigu.models.tokens import TextTooLongError, tokenize
@@ -31,10 +30,9 @@ log = logging.getLogger(__name__)
 class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
     """Batches of samples, by lists of their numbers.
 
-    An unusable sample is returned as an error beside the batch and never raised: exceptions of worker processes lose
-    their type.  With ``replace`` the next usable sample of the set takes its position, so that a batch keeps its size
-    and does not depend on the worker; without, the batch is smaller (but holds at least one sample).
-    ``slots`` are the tokens of "prompt" and "caption", ``latents_shapes`` the (T, H, W) of each bucket's latents.
+    An unusable sample is an error beside the batch and never raised: exceptions of worker processes lose their type.
+    With ``replace`` the next usable sample of its bucket takes its position; without, the batch is smaller, but holds
+    at least one sample.  ``slots``: tokens of "prompt" and "caption"; ``latents_shapes``: (T, H, W) of each bucket.
     """
 
     def __init__(
@@ -48,11 +46,9 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
     ) -> None:
         self.refs, self.tokenizer, self.slots, self.replace = refs, tokenizer, slots, replace
         self.buckets, self.latents_shapes = buckets, latents_shapes
-        # the stored embeddings are the prompt's, not a question's
-        self.stored_prompts = all(
-            {PROMPT_SUFFIX, LATENTS_SUFFIX} <= ref.members.keys() and ref.question is None for ref in refs
-        )
-        """Whether the batches hold the prompts' embeddings."""
+        stored = {PROMPT_SUFFIX, LATENTS_SUFFIX}
+        self.stored_prompts = all(stored <= ref.members.keys() and ref.question is None for ref in refs)
+        """Whether the batches hold the prompts' embeddings (a question's are not stored)."""
 
     def __len__(self) -> int:
         return len(self.refs)
@@ -70,8 +66,7 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
                 except SampleError as error:
                     errors.append(copy(error))  # without the traceback, which keeps decoded frames in memory
                     continue
-                # evaluation reads the number to recognise repetitions
-                items.append(item if self.replace else {**item, "number": candidate})
+                items.append({**item, "number": candidate})
                 break
         return collate(items), errors
 
@@ -95,7 +90,8 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
             if shape != expected:
                 raise ref.error("wrong_shape", "latents", f"[T, H, W] is {list(shape)}, expected {list(expected)}")
         else:
-            item["video"] = decode_video(ref, self.buckets[ref.bucket])
+            bucket = self.buckets[ref.bucket]
+            item["video"] = ref.video(bucket.num_frames, bucket.height, bucket.width)
         for name, slot in self.slots.items():
             try:
                 item[f"{name}_ids"] = tokenize(self.tokenizer, [item[name]], slot, name)[0]
@@ -116,10 +112,10 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """One batch: tensors are stacked along a new first dimension, everything else becomes a list.
 
     ``key``, ``prompt``, ``caption``: list[str]; ``scene``: list[dict | None]; ``source``, ``bucket``: list[int];
-    ``question``: list[str | None], equal to the prompts where the captions are answers; ``prompt_ids``,
-    ``caption_ids``: int64 [B, L]; either ``latents``: float32 [B, C, T, H, W] or ``video``: uint8 [B, F, C, H, W] (in
-    memory [B, F, H, W, C]); with precomputed prompts ``prompt_embeds``: float32 [B, S, text_dim] and ``null_embeds``,
-    the empty prompt's, [1, S, text_dim]; in evaluation ``number``: list[int], the samples' numbers in the split.
+    ``number``: list[int], the samples' numbers in the split; ``question``: list[str | None], equal to the prompts where
+    the captions are answers; ``prompt_ids``, ``caption_ids``: int64 [B, L]; either ``latents``: float32
+    [B, C, T, H, W] or ``video``: uint8 [B, F, C, H, W] (in memory [B, F, H, W, C]); with precomputed prompts
+    ``prompt_embeds``: float32 [B, S, text_dim] and ``null_embeds``, the empty prompt's, [1, S, text_dim].
     """
     batch: dict[str, Any] = {}
     for name, first in items[0].items() if items else ():
@@ -173,14 +169,11 @@ class SampleLoader:
         self.dataset, self.errors = dataset, errors
         self.own = own
         """Samples that evaluation counts on this rank; others in its batches are repetitions.  None counts all."""
-        decodes = any(LATENTS_SUFFIX not in ref.members for ref in dataset.refs)
         self._loader = DataLoader(
             dataset,
             batch_size=None,  # the sampler gives whole batches
             sampler=batches,
             num_workers=num_workers,
-            # decord's threads do not survive a fork
-            multiprocessing_context="spawn" if decodes and num_workers else None,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )

@@ -1,7 +1,7 @@
-"""Numbered, independent jobs whose results go to one folder: several processes share them, any of which may be killed.
+"""Numbered jobs whose results go to one folder.  Several processes share them, any of which may be killed.
 
-A job's record ``.parts/NUMBER.json`` is written after the files that belong to it, and files are replaced atomically.
-The process that finds the records of all jobs writes the merged result.
+A job's record ``.parts/NUMBER.json`` is written after its files, and files are replaced atomically.  The process that
+finds the records of all jobs writes the merged result.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.progress import Progress
 
-from univigu.data.processes import ONLY, Share, progress_bar
+from univigu.data.processes import ONLY, Share, SpawnPool, progress_bar
 from univigu.data.rows import to_json
 from univigu.data.sample import DataError
+from univigu.data.shards import Manifest, ShardInfo
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +117,65 @@ def run_jobs(
                 bar.advance(task)
         with locked(folder):
             rows = list(parts.records().values())
-            for name, text in merge(rows).items() if len(rows) == count else ():
+            if len(rows) < count:
+                return None
+            for name, text in merge(rows).items():
                 parts.write(name, text)
-    return rows if len(rows) == count else None
+    return rows
+
+
+def build_folder(
+    folder: Path,
+    manifest: Manifest,
+    jobs: Mapping[str, Any],
+    work: Callable[[Path, Any], ShardInfo],
+    pool: SpawnPool | None,
+    description: str,
+    share: Share = ONLY,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write the shards that are missing or damaged, and the manifest once all are complete.
+
+    Args:
+        manifest: kind and parameters of the result; a folder of other parameters is a DataError.
+        jobs: the argument of ``work`` by the shard's file name, the same in all processes.
+        work: writes one shard; picklable if there is a pool.
+        share: which part of the jobs is this process's.
+        progress: a bar to use instead of a new one; ``work`` may add tasks to it.
+
+    Returns:
+        the manifest; complete unless other processes have shards left to write.
+    """
+    names = sorted(jobs)
+    parameters = {"kind": manifest.kind, **manifest.parameters}
+    found = Manifest.load(folder)
+    if found is not None:
+        check_same_run(folder, {"kind": found.kind, **found.parameters}, parameters)
+        if found.complete and not found.check_files(folder):  # such a folder may be read-only
+            return found
+    elif not (folder / PARTS).exists() and (shard := next(folder.glob("*.tar"), None)):
+        raise DataError(f"{folder}: holds shards of unknown origin ({shard.name}, ...); choose another folder")
+
+    def make(todo: Sequence[int]) -> Iterator[Result]:
+        shards = [names[number] for number in todo]
+        for path in (path for name in shards for path in folder.glob(f".{name}.*.tmp")):
+            path.unlink(missing_ok=True)  # left by a killed process
+        apply = map if pool is None else pool.map
+        done = apply(work, [folder / name for name in shards], [jobs[name] for name in shards])
+        yield from ((number, asdict(info), {}) for number, info in zip(todo, done, strict=True))
+
+    def merge(records: list[Record]) -> Mapping[str, str]:
+        manifest.shards = [ShardInfo(**record) for record in records]
+        manifest.complete = not manifest.check_files(folder)
+        manifest.save(folder)
+        return {}
+
+    def is_done(record: Record) -> bool:
+        path = folder / record["name"]
+        return path.is_file() and path.stat().st_size == record["num_bytes"]
+
+    with locked(folder):
+        manifest.save(folder)  # says that the folder is not complete
+    run_jobs(folder, parameters, len(jobs), make, merge, max(1, len(jobs)), share, description, is_done, progress)
+    manifest.shards = [ShardInfo(**record) for record in Parts(folder).records().values()]
+    return manifest

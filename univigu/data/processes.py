@@ -23,11 +23,7 @@ def usable_cores() -> int:
 
 
 class SpawnPool(ProcessPoolExecutor):
-    """Spawned processes of one torch thread each, started by the first job; decord's threads do not survive a fork.
-
-    Args:
-        workers: number of processes; None is one for every usable core.
-    """
+    """Spawned processes of one torch thread each, started by the first job; by default one for every usable core."""
 
     def __init__(self, workers: int | None = None) -> None:
         if workers is not None and workers < 1:

@@ -1,4 +1,4 @@
-"""Rows of tables: one reader of .jsonl, .csv, .parquet and .txt files, and a writer of JSON Lines."""
+"""Rows of tables: one reader of .jsonl, .json, .csv, .parquet and .txt files, and a writer of JSON Lines."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from univigu.data.sample import DataError, is_unicode
 
+MAX_FIELD = 2**17
+"""Most characters of a field of a .csv file; a longer one is a quote that is never closed, not a text."""
 _LINE_ENDS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
 """Characters that some readers take for a line end, though JSON does not; inside JSON strings they may be escaped."""
 
@@ -20,7 +22,7 @@ class Row:
     """One row of a table."""
 
     where: str
-    """File and line (of .parquet: row), counted from 1."""
+    """File and line (of .json and .parquet: row), counted from 1."""
     fields: dict[str, Any]
     """Values by column; empty where there is an error."""
     error: str | None = None
@@ -33,26 +35,23 @@ def make_row(where: str, value: Any) -> Row:
     """A row of an object; of anything else a row with an error."""
     if not isinstance(value, dict):
         return Row(where, {}, f"{where}: expected an object, got {str(value)[:80]}")
-    if None in value:
-        return Row(where, {}, f"{where}: expected an object, got more cells than the header has")
     return Row(where, value)
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
     """Rows of a file, without blank lines; a row that is no object comes as a row with an error.
 
-    A .csv file has a header, and its empty cells are left out.  A .txt file gives rows with the one field ``prompt``.
-    A file that cannot be read, or is not of its kind, is a DataError.
+    A .csv file has a header.  Lines of a .txt file and strings in a .json file are values of the field ``prompt``.  A
+    file that cannot be read, or is not of its kind, is a DataError.
     """
     path = Path(path)
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet, ".txt": _read_txt}
-    read = readers.get(path.suffix.lower())
+    read = READERS.get(path.suffix.lower())
     if read is None:
-        raise DataError(f"{path}: expected one of {', '.join(readers)}")
+        raise DataError(f"{path}: expected a file of {', '.join(READERS)}")
     try:
         yield from read(path)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+    except (OSError, ValueError) as error:
+        raise error if isinstance(error, DataError) else DataError(f"{path}: cannot be read ({error})") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -67,12 +66,29 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 yield Row(where, {}, f"{where}: not JSON ({error})", "corrupt_json")
 
 
+def _read_json(path: Path) -> Iterator[Row]:
+    values = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(values, list):
+        raise DataError(f"{path}: expected a list, got {type(values).__name__}")
+    for number, value in enumerate(values, 1):
+        yield make_row(f"{path}:{number}", {"prompt": value} if isinstance(value, str) else value)
+
+
 def _read_csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(MAX_FIELD)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        for cells in reader:
-            fields = {name: cell for name, cell in cells.items() if cell not in (None, "")}
-            yield make_row(f"{path}:{reader.line_num}", fields)
+        reader, header, where = csv.reader(file, strict=True), list[str](), f"{path}:1"
+        try:
+            for cells in reader:
+                if not header:
+                    header = cells
+                elif cells and len(cells) != len(header):
+                    yield Row(where, {}, f"{where}: {len(cells)} fields, the header has {len(header)}")
+                elif cells:
+                    yield Row(where, dict(zip(header, cells, strict=True)))
+                where = f"{path}:{reader.line_num + 1}"
+        except csv.Error as error:
+            raise DataError(f"{where}: a quote is not closed, or a field is too long ({error})") from error
 
 
 def _read_txt(path: Path) -> Iterator[Row]:
@@ -94,6 +110,9 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                 yield Row(f"{path}:{number}", value)
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a parquet file ({error})") from error
+
+
+READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet, ".txt": _read_txt}
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

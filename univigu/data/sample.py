@@ -1,12 +1,4 @@
-"""One sample: where its members are stored, and the checks made when they are read.
-
-In a tar shard a sample is a group of consecutive members that share a key (the name up to its first dot)::
-
-    00000012.mp4                    the video, or
-    00000012.latents.safetensors    its normalised latents (precomputed shards)
-    00000012.prompt.safetensors     its prompt's embeddings (likewise)
-    00000012.json                   {"prompt": str, "caption": str, "scene": ...?, "qa": [{"question", "answer"}]?}
-"""
+"""One sample: where its members are stored, and the checks made when they are read.  docs/DATA.md has the format."""
 
 from __future__ import annotations
 
@@ -17,6 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from univigu.data.video import VideoError, read_video
+from univigu.shapes.scenes import is_scene
 
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov", "avi", "m4v")
 LATENTS_SUFFIX = "latents.safetensors"
@@ -118,11 +115,10 @@ class SampleRef:
         for suffix in (LATENTS_SUFFIX, *VIDEO_SUFFIXES):
             if suffix in self.members:
                 return suffix
-        expected = f"expected {LATENTS_SUFFIX} or one of {', '.join(VIDEO_SUFFIXES)}"
-        raise self.error("missing_field", "video", f"{expected}; the sample holds {sorted(self.members)}")
+        raise self.error("missing_field", "video", f"the sample holds {sorted(self.members)}")
 
     def read(self, suffix: str, limit: int | None = None) -> bytes:
-        """A member's content, or as many bytes of it as ``limit`` says."""
+        """A member's content, or at most ``limit`` bytes of it."""
         member = self.members.get(suffix)
         if member is None:
             raise self.error("missing_field", suffix, "the sample has no such member")
@@ -159,17 +155,17 @@ class SampleRef:
         qa, scene = data.get("qa"), data.get("scene")
         if qa is not None and not _is_qa(qa):
             raise self.error("wrong_type", "qa", f"expected a list of question/answer strings, got {qa!r}")
-        if scene is not None:
-            from univigu.shapes.scenes import is_scene
+        return Texts(data["prompt"], data["caption"], scene if is_scene(scene) else None, qa)
 
-            scene = scene if is_scene(scene) else None  # other data sets may use the name freely
-        return Texts(data["prompt"], data["caption"], scene, qa)
+    def video(self, num_frames: int, height: int, width: int) -> torch.Tensor:
+        """The video's frames; see :func:`univigu.data.video.read_video`."""
+        try:
+            return read_video(self.read(self.media), num_frames, height, width)
+        except VideoError as error:
+            raise self.error("unreadable_video", "video", str(error)) from error
 
     def tensors(self, suffix: str, *names: str) -> list[torch.Tensor]:
         """Float32 tensors: "latents" [C, T, H, W], or "prompt" and "null" [S, text_dim], S their tokens."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
         reason: SampleReason = "corrupt_latents" if suffix == LATENTS_SUFFIX else "corrupt_embeds"
         raw, ndim = self.read(suffix), 4 if suffix == LATENTS_SUFFIX else 2
         try:

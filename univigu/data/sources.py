@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from univigu.data.buckets import Bucket, size_parameters
 from univigu.data.encode import encode_shards, prompt_parameters, source_parameters, vae_parameters
-from univigu.data.index import Scan, find_split, index_folder, list_shards
+from univigu.data.index import Scan, find_split, index_folder
 from univigu.data.processes import SpawnPool
 from univigu.data.sample import LATENTS_SUFFIX, DataError, SampleError
 from univigu.data.shards import MANIFEST, Manifest, replacing, sha256_of
@@ -19,8 +19,6 @@ from univigu.data.shards import MANIFEST, Manifest, replacing, sha256_of
 log = logging.getLogger(__name__)
 
 Split = Literal["train", "val", "test"]
-LARGE_ENCODER = 2 * 2**30
-"""Bytes of a text encoder from which on it takes seconds a prompt on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -59,29 +57,18 @@ class SourceFolder:
         root: folder for copies of URLs.
     """
 
-    def __init__(
-        self, path: str | Path, root: str, foundation: str, buckets: Sequence[Bucket], precompute: bool
-    ) -> None:
-        self.url = str(path).rstrip("/") if "://" in str(path) else None
+    def __init__(self, path: str, root: str, foundation: str, buckets: Sequence[Bucket], precompute: bool) -> None:
+        self.url = path.rstrip("/") if "://" in path else None
         self.base = Path(path)
         """The local folder."""
         if self.url is not None:
             self.base = Path(root) / "remote" / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self.foundation, self.buckets, self.precompute = foundation, tuple(buckets), precompute
 
-    def fetch(self, split: Split, optional: bool = False) -> None:
+    def fetch(self, split: Split, optional: bool) -> None:
         """Copy a remote split to this machine; an optional one may be missing there."""
         if self.url is not None:
             fetch_shards(f"{self.url}/{split}", self.base / split, optional)
-
-    def check(self, split: Split) -> None:
-        """Raise a DataError if the split is missing or empty, before hours are spent on encoding another."""
-        try:
-            list_shards(self.videos(split))
-        except DataError as error:
-            if split != "val" or self.videos(split).exists():
-                raise
-            raise DataError(f"{error}; training measures its held-out losses on the clips of this split") from None
 
     def videos(self, split: Split) -> Path:
         """The original shards: a folder, or a list of paths."""
@@ -99,12 +86,6 @@ class SourceFolder:
             digest = hashlib.sha256(" ".join(map(str, self.buckets)).encode()).hexdigest()[:8]
             sizes = f"{len(self.buckets)}buckets-{digest}"
         return self.base / "-".join(("latents", *encoders, sizes)) / split
-
-    def is_ready(self, split: Split) -> bool:
-        """Whether the split needs no encoding or its manifest says that it is complete; files are not checked."""
-        target = self.folder(split)
-        manifest = Manifest.load(target)
-        return self.videos(split) == target or (manifest is not None and manifest.complete)
 
     def encode(self, split: Split, strict: bool, pool: SpawnPool, device: str) -> None:
         """Encode the split in the pool's processes, if it needs to be."""
@@ -138,25 +119,17 @@ class SourceFolder:
         for name, value in expected.items():
             found = manifest.parameters.get(name)
             if found != value:
+                was = f"{folder}: latents were encoded with {name}={found!r}, this run has {name}={value!r}"
                 raise DataError(
-                    f"{folder}: latents were encoded with {name}={found!r}, this run has {name}={value!r}; point "
-                    "data.shards at the videos and set data.precompute, so that they are encoded again"
+                    f"{was}; set data.shards to the videos and data.precompute to true to encode them again"
                 )
-
-
-def has_large_encoder(foundation: str | Path) -> bool:
-    """Whether the text encoder is so large that on a CPU only one process should run it; warns of the time it takes."""
-    size = sum(path.stat().st_size for path in (Path(foundation) / "text_encoder").glob("*.safetensors"))
-    if size > LARGE_ENCODER:
-        log.warning("encoding on the CPU with %s's large text encoder is slow; see docs/CLUSTER.md", foundation)
-    return size > LARGE_ENCODER
 
 
 def fetch_shards(url: str, folder: Path, optional: bool = False) -> None:
     """Copy a remote folder of shards by fsspec (http, s3, gs, hf, ...), except for intact shards that are here already.
 
-    A shard appears under its name only when it is complete and has the checksum of the remote manifest.  Without a
-    manifest the sizes are compared, and the server must be able to list the folder.  What fails is a DataError.
+    A shard has the checksum of the remote manifest or, without a manifest, the size that the server says; the server
+    must then be able to list the folder.  What fails is a DataError.
     """
     import fsspec
 
@@ -164,35 +137,31 @@ def fetch_shards(url: str, folder: Path, optional: bool = False) -> None:
     try:
         system, path = fsspec.core.url_to_fs(url)
         manifest = system.cat_file(f"{path}/{MANIFEST}") if system.exists(f"{path}/{MANIFEST}") else None
-        if optional and manifest is None and not system.exists(path):
-            return
         if manifest is not None:
             sums = {shard.name: shard.sha256 for shard in Manifest.parse(manifest, f"{url}/{MANIFEST}").shards}
+        elif optional and not system.exists(path):
+            return
         else:
             names = (str(item).rstrip("/").rpartition("/")[2] for item in system.ls(path, detail=False))
             sums = dict.fromkeys(sorted(name for name in names if name.endswith(".tar")), "")
         if not sums:
             raise DataError(f"{url}: holds no .tar shard")
         folder.mkdir(parents=True, exist_ok=True)
-        for number, (name, checksum) in enumerate(sums.items(), 1):
-            log.info("fetching %s/%s (%d of %d)", url, name, number, len(sums))
-            _fetch_file(system, f"{path}/{name}", folder / name, checksum)
+        for name, checksum in sums.items():
+            source, target = f"{path}/{name}", folder / name
+            if target.exists() and (
+                sha256_of(target) == checksum if checksum else target.stat().st_size == system.size(source)
+            ):
+                continue
+            log.info("fetching %s/%s (of %d shards)", url, name, len(sums))
+            with replacing(target) as temporary:
+                system.get_file(source, str(temporary))
+                if checksum and sha256_of(temporary) != checksum:
+                    raise DataError(f"{url}/{name}: arrived with another checksum than the manifest says")
         if manifest is not None:  # last, as it marks the copy as complete
             with replacing(folder / MANIFEST) as temporary:
                 temporary.write_bytes(manifest)
+    except DataError:
+        raise
     except (OSError, ImportError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{url}: cannot be read ({type(error).__name__}: {error})") from error
-
-
-def _fetch_file(system: Any, source: str, target: Path, checksum: str) -> None:
-    """Copy one file, unless the target has its checksum, or its size if there is none."""
-    if target.exists():
-        size = target.stat().st_size
-        if sha256_of(target) == checksum if checksum else size == system.size(source):
-            return
-    with replacing(target) as temporary:
-        system.get_file(source, str(temporary))
-        if checksum and sha256_of(temporary) != checksum:
-            raise DataError(f"{source}: arrived with another checksum than the manifest says")

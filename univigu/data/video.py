@@ -39,22 +39,12 @@ def even_indices(num_available: int, num_frames: int) -> list[int]:
 
 
 def read_video(source: Source, num_frames: int, height: int, width: int) -> torch.Tensor:
-    """Read a video or an image of any size, length and frame rate into the model's shape.
+    """Read a video or an image (a path or its bytes) into uint8 [F, C, H, W], a view of [F, H, W, C] in memory.
 
     Frames are as a player shows them: upright, in square pixels, without those that an edit list hides.  The chosen
     ones are nearest in time to instants spread evenly from the first frame to the last; short clips repeat frames.
-    They are scaled to cover the size and cropped at the centre.
-
-    Args:
-        source: path of a file, or its bytes.
-        num_frames: frames wanted, at least 1 (Wan's VAE wants 4k+1).
-        height, width: target size in pixels.
-
-    Returns:
-        uint8 frames [F, C, H, W], a view of [F, H, W, C] in memory.
-
-    Raises:
-        VideoError: the source is missing, empty, not a video with at least one frame, or takes too long.
+    They are scaled to cover the size and cropped at the centre.  What is missing, no video, or takes too long is a
+    VideoError.
     """
     # numpy allocates huge pages, which take a third of the time to touch
     frames = np.empty((num_frames, height, width, 3), np.uint8)
@@ -63,14 +53,9 @@ def read_video(source: Source, num_frames: int, height: int, width: int) -> torc
 
 
 def probe_video(source: Source, section: tuple[int, int] = (0, -1)) -> tuple[int, int, int]:
-    """(height, width, number of frames) of a video as it is shown; one frame is decoded.
+    """(height, width, number of frames) of a video as it is shown, or VideoError; one frame is decoded.
 
-    Args:
-        source: path of a file, or its bytes.
-        section: (offset, size) of the video in the file; a size of -1 is the rest of the file.
-
-    Raises:
-        VideoError: there is no video with at least one frame.
+    ``section`` is the (offset, size) of the video in the file; a size of -1 is the rest of the file.
     """
     return _decoder.ask(source, section, None)
 
@@ -159,16 +144,12 @@ def to_uint8(frames: torch.Tensor) -> torch.Tensor:
 
 
 def encode_mp4(frames: torch.Tensor, fps: int = 8, crf: int = 12) -> bytes:
-    """H.264 mp4 bytes of uint8 frames [F, C, H, W] (even H and W); deterministic for given frames and version.
+    """H.264 mp4 bytes of uint8 sRGB frames [F, C, H, W] (even H and W); deterministic for given frames and version.
 
-    The file names its colours: BT.709 in limited range, with the matrix of BT.601 in standard definition.
-
-    Args:
-        frames: sRGB.
-        fps: frames a second.
-        crf: x264's constant rate factor: 0 is lossless, 23 its usual default.
+    The file names its colours: BT.709 in limited range, with the matrix of BT.601 in standard definition.  ``crf`` is
+    x264's constant rate factor: 0 is lossless, 23 its usual default.
     """
-    import av
+    import av  # quickly imported processes do not load it
 
     from univigu.data.decode import is_hd
 

@@ -7,7 +7,7 @@ import json
 from functools import cache, partial
 from pathlib import Path
 
-from univigu.data.build import build_folder
+from univigu.data.parts import build_folder
 from univigu.data.processes import SpawnPool
 from univigu.data.shards import Manifest, ShardInfo, write_shard
 from univigu.data.video import encode_mp4

@@ -14,7 +14,6 @@ from PIL import Image
 from univigu.data.filters import LengthFilter
 from univigu.data.options import check_dtype, check_least
 from univigu.data.sample import DataError
-from univigu.data.synthesis.sources import Clip
 from univigu.data.video import even_indices
 from univigu.models.fingerprint import folder_fingerprint
 
@@ -60,12 +59,20 @@ class CaptionOptions:
             raise ValueError(f"instruction: expected only {{prompt}}, {{num_frames}}, {{words}} ({error!r})") from error
 
 
-def template_caption(clip: Clip, fps: int) -> str:
-    """The template filled in for a clip."""
-    assert clip.frames is not None
-    num_frames, _, height, width = clip.frames.shape
-    prompt = clip.prompt.strip(" .")
-    return TEMPLATE.format(prompt=prompt, num_frames=num_frames, height=height, width=width, fps=fps)
+@dataclass(frozen=True)
+class Template:
+    """Fills in a text that is the same for every clip."""
+
+    fps: int
+    tries: int = 1
+
+    def parameters(self) -> dict[str, Any]:
+        return {"template": TEMPLATE}
+
+    def describe(self, frames: torch.Tensor, prompt: str, seed: int) -> str:
+        num_frames, _, height, width = frames.shape
+        size = {"num_frames": num_frames, "height": height, "width": width, "fps": self.fps}
+        return TEMPLATE.format(prompt=prompt.strip(" ."), **size)
 
 
 def derived_seed(seed: int, attempt: int) -> int:
@@ -74,27 +81,17 @@ def derived_seed(seed: int, attempt: int) -> int:
 
 
 class CaptionModel:
-    """A transformers image-text-to-text model and its processor, in one folder; it is shown frames as images.
-
-    The instruction asks for a caption of the length that the window's middle gives.
-    """
+    """A transformers image-text-to-text model and its processor, in one folder; it is shown frames as images."""
 
     def __init__(
-        self,
-        folder: str,
-        options: CaptionOptions,
-        window: LengthFilter,
-        dtype: str = "float32",
-        device: torch.device | str = "cpu",
+        self, folder: str, options: CaptionOptions, window: LengthFilter, dtype: str = "float32", device: str = "cpu"
     ) -> None:
         self.folder, self.options, self.dtype, self.device = Path(folder), options, dtype, device
         self.words = round(0.375 * (window.min_caption + window.max_caption))  # three words make about four tokens
         self.tries = options.tries if options.temperature > 0 else 1
         if not (self.folder / "config.json").is_file():
-            raise DataError(
-                f"--captioner={folder!r}: expected 'none', 'template', or the folder of a transformers model "
-                "(there is no such config.json)"
-            )
+            expected = "expected 'none', 'template', or the folder of a transformers model with its config.json"
+            raise DataError(f"--captioner={folder!r}: {expected}")
 
     def parameters(self) -> dict[str, Any]:
         """What the captions depend on, for the manifest."""
@@ -115,25 +112,23 @@ class CaptionModel:
             raise DataError(f"--captioner={str(self.folder)!r}: cannot be loaded ({error})") from error
         return model.requires_grad_(False).eval().to(self.device), processor
 
-    def describe(self, clip: Clip, attempt: int = 0) -> None:
-        """Write the clip's caption."""
-        assert clip.frames is not None
+    def describe(self, frames: torch.Tensor, prompt: str, seed: int) -> str:
+        """A caption of frames uint8 [F, C, H, W]."""
         o, (model, processor) = self.options, self.model
-        chosen = sorted(set(even_indices(len(clip.frames), o.frames)))
-        images = [Image.fromarray(clip.frames[i].permute(1, 2, 0).numpy()) for i in chosen]
-        question = processor.apply_chat_template(self.messages(clip.prompt, len(images)), add_generation_prompt=True)
+        chosen = sorted(set(even_indices(len(frames), o.frames)))
+        images = [Image.fromarray(frames[i].permute(1, 2, 0).numpy()) for i in chosen]
+        question = processor.apply_chat_template(self.messages(prompt, len(images)), add_generation_prompt=True)
         # The chat template has written the special tokens.
         inputs = processor(text=[question], images=[images], return_tensors="pt", add_special_tokens=False)
-        draw = {"do_sample": True, "temperature": o.temperature, "top_p": o.top_p, "top_k": 0}
-        clip.caption_seed = derived_seed(clip.seed, attempt)
+        inputs = inputs.to(self.device, dtype=model.dtype)
+        draw: dict[str, Any] = {"do_sample": o.temperature > 0}
+        if o.temperature > 0:
+            draw |= {"temperature": o.temperature, "top_p": o.top_p, "top_k": 0}
         with torch.random.fork_rng(), torch.inference_mode():
-            torch.manual_seed(clip.caption_seed)
-            tokens = model.generate(
-                **inputs.to(self.device, dtype=model.dtype),
-                max_new_tokens=o.max_new_tokens,
-                **(draw if o.temperature > 0 else {"do_sample": False}),
-            )
-        clip.caption = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+            torch.manual_seed(seed)
+            tokens = model.generate(**inputs, max_new_tokens=o.max_new_tokens, **draw)
+        text: str = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return text.strip()
 
     def messages(self, prompt: str, num_images: int) -> list[dict[str, Any]]:
         """The message to the model: placeholders of the frames, then the instruction with the prompt."""

@@ -1,121 +1,143 @@
-"""Synthesis of shards: clips, captions and length filters."""
+"""Synthesis of shards: prompts, clips, captions and length filters."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rich.progress import Progress
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from univigu.data.build import build_folder
 from univigu.data.filters import LengthFilter
+from univigu.data.inputs import read_prompts
+from univigu.data.parts import build_folder
 from univigu.data.processes import ONLY, Share, progress_bar
 from univigu.data.sample import DataError
-from univigu.data.shards import Manifest, ShardInfo, write_shard
-from univigu.data.synthesis.captioners import TEMPLATE, CaptionModel, template_caption
-from univigu.data.synthesis.sources import Clip, PromptSource
+from univigu.data.shards import Manifest, ShardInfo, sha256_of, write_shard
+from univigu.data.synthesis.captioners import CaptionModel, Template, derived_seed
+from univigu.data.synthesis.sources import VideoOptions, generate_clips, load_pipeline, pipeline_class
 from univigu.data.video import encode_mp4
 from univigu.models.fingerprint import folder_fingerprint
 from univigu.models.tokens import token_count
 
-Captioner = CaptionModel | Literal["none", "template"]
-"""Captions of "none" are empty, and their lengths are not filtered: enough for stages whose target is the prompt."""
-
-
-def synthesize(
-    output: str | Path,
-    source: PromptSource,
-    captioner: Captioner,
-    tokenizer_folder: str | Path,
-    length_filter: LengthFilter,
-    shard_size: int = 100,
-    share: Share = ONLY,
-) -> Manifest:
-    """Fill a folder with shards of clips and captions; complete shards stay, missing ones are written.
-
-    A shard depends on nothing outside of it: its bytes do not depend on interruptions and the number of processes.
-    Texts outside of the length filter's windows are skipped and counted; ``shard_size`` includes skipped clips.
-    """
-    if shard_size < 1:
-        raise ValueError(f"shard_size={shard_size}: expected at least 1")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    except (OSError, ValueError) as error:
-        raise DataError(f"--tokenizer={str(tokenizer_folder)!r}: cannot be loaded ({error})") from error
-    parameters = {
-        **source.parameters(),
-        "captioner": captioner.parameters() if isinstance(captioner, CaptionModel) else captioner,
-        "tokenizer": folder_fingerprint(tokenizer_folder),
-        "length_filter": asdict(length_filter),
-        "shard_size": shard_size,
-        "captions_filtered": captioner != "none",
-    }
-    if captioner == "template":
-        parameters["template"] = TEMPLATE
-    numbers, progress = range(len(source)), progress_bar()
-    starts = numbers[::shard_size]
-    jobs = {f"clips-{i:06d}.tar": numbers[start : start + shard_size] for i, start in enumerate(starts)}
-    work = _ShardWriter(source, captioner, tokenizer, length_filter, progress).write
-    return build_folder(Path(output), Manifest("video", parameters), jobs, work, None, "shards", share, progress)
-
 
 @dataclass
-class _ShardWriter:
-    source: PromptSource
-    captioner: Captioner
-    tokenizer: PreTrainedTokenizerBase
-    length_filter: LengthFilter
-    progress: Progress
+class Synthesis:
+    """Makes clips and captions from a file of prompts; a clip's number decides its prompt and its seed.
 
-    def write(self, path: Path, numbers: range) -> ShardInfo:
-        clips = [self.source.clip(number) for number in numbers]
-        for clip in clips:
-            length = token_count(self.tokenizer, clip.prompt)
-            if clip.skipped is None and (reason := self.length_filter.reason(length, self.length_filter.min_caption)):
-                clip.skip(reason, "prompt", f"{length} tokens: {clip.prompt}")
-        info = write_shard(path, self._samples([clip for clip in clips if clip.skipped is None]))
-        info.skipped = [clip.skipped for clip in clips if clip.skipped is not None]
-        return info
+    Texts outside of the length filter's windows are skipped and counted.  Without a captioner captions are empty and
+    not filtered: enough for stages whose target is the prompt.
+    """
 
-    def _samples(self, clips: list[Clip]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
-        size = self.source.options.batch_size
-        task = self.progress.add_task("clips of this shard", total=len(clips))
-        for start in range(0, len(clips), size):
-            batch = clips[start : start + size]
-            self.source.render(batch)
-            for clip in batch:
-                if clip.frames is None:
-                    clip.skip("not_finite", "video", f"seed {clip.seed}: {clip.prompt}")
+    prompts: str
+    """File: .txt, .jsonl or .parquet."""
+    folder: str
+    """Folder of the pipeline that generates the clips."""
+    options: VideoOptions
+    captioner: CaptionModel | Template | None = None
+    tokenizer_folder: str | None = None
+    """Of the tokenizer that counts lengths; None is the pipeline's."""
+    length_filter: LengthFilter = LengthFilter()  # noqa: RUF009
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not self.prompts.endswith((".txt", ".jsonl", ".parquet")):
+            raise DataError(f"--prompts={self.prompts!r}: expected a .txt, .jsonl or .parquet file")
+        self.rows = read_prompts(self.prompts, "--prompts")
+        pipeline_class(self.folder)
+        tokenizer = self.tokenizer_folder or f"{self.folder}/tokenizer"
+        try:
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tokenizer)
+        except (OSError, ValueError) as error:
+            raise DataError(f"--tokenizer={tokenizer!r}: cannot be loaded ({error})") from error
+        self.progress = progress_bar()
+        rows = {"file": Path(self.prompts).name, "rows": len(self.rows), "sha256": sha256_of(Path(self.prompts))}
+        self.parameters = {
+            "prompts": rows,
+            "generator": {"folder": Path(self.folder).resolve().name, "fingerprint": folder_fingerprint(self.folder)},
+            "video": asdict(self.options),
+            "captioner": None if self.captioner is None else self.captioner.parameters(),
+            "tokenizer": folder_fingerprint(tokenizer),
+            "length_filter": asdict(self.length_filter),
+        }
+        """What the samples depend on, for the manifest."""
+
+    @cached_property
+    def pipeline(self) -> Any:
+        return load_pipeline(self.folder, self.options.dtype, self.device)
+
+    def write(self, output: str | Path, shard_size: int = 100, share: Share = ONLY) -> Manifest:
+        """Fill a folder with shards; complete shards stay, missing ones are written.
+
+        A shard depends on nothing outside of it: its bytes do not depend on interruptions and the number of processes.
+        ``shard_size`` includes skipped clips.
+        """
+        if shard_size < 1:
+            raise ValueError(f"shard_size={shard_size}: expected at least 1")
+        numbers = range(len(self.rows) * self.options.videos_per_prompt)
+        starts = numbers[::shard_size]
+        jobs = {f"clips-{i:06d}.tar": numbers[start : start + shard_size] for i, start in enumerate(starts)}
+        manifest = Manifest("video", {**self.parameters, "shard_size": shard_size})
+
+        def work(path: Path, numbers: range) -> ShardInfo:
+            skipped: list[dict[str, str]] = []
+            info = write_shard(path, self.samples(numbers, skipped))
+            info.skipped = sorted(skipped, key=lambda row: row["key"])
+            return info
+
+        return build_folder(Path(output), manifest, jobs, work, None, "shards", share, self.progress)
+
+    def samples(self, numbers: range, skipped: list[dict[str, str]]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+        """Keys and members of the clips of these numbers; those that are left out become rows of ``skipped``."""
+
+        def skip(number: int, reason: str, field: str, value: str) -> None:
+            skipped.append({"reason": reason, "key": f"{number:08d}", "field": field, "value": value[:200]})
+
+        todo, o, window = list[tuple[int, str]](), self.options, self.length_filter
+        for number in numbers:
+            prompt, error = self.rows[number // o.videos_per_prompt]
+            length = token_count(self.tokenizer, prompt)
+            if error is not None:
+                skip(number, "invalid_prompt", "prompt", error)
+            elif reason := window.reason(length, window.min_caption):
+                skip(number, reason, "prompt", f"{length} tokens: {prompt}")
+            else:
+                todo.append((number, prompt))
+        task = self.progress.add_task("clips of this shard", total=len(todo))
+        for start in range(0, len(todo), o.batch_size):
+            batch = todo[start : start + o.batch_size]
+            prompts, seeds = [prompt for _, prompt in batch], [o.seed + number for number, _ in batch]
+            videos = generate_clips(self.pipeline, prompts, seeds, o)
+            for (number, prompt), seed, frames in zip(batch, seeds, videos, strict=True):
+                if frames is None:
+                    skip(number, "not_finite", "video", f"seed {seed}: {prompt}")
+                    continue
+                texts, problem = self.describe(frames, prompt, seed)
+                if problem is None:
+                    yield f"{number:08d}", {"mp4": encode_mp4(frames, o.fps), "json": json.dumps(texts).encode()}
                 else:
-                    self._describe(clip)
-                if clip.skipped is None:
-                    yield clip.key, self._members(clip)
-                clip.frames = None
+                    skip(number, problem[0], "caption", problem[1])
             self.progress.advance(task, len(batch))
         self.progress.remove_task(task)
 
-    def _describe(self, clip: Clip) -> None:
-        """Caption the clip, with a model up to ``tries`` times; skip it if its caption misses the window of lengths."""
-        if self.captioner == "none":
-            return
-        for attempt in range(self.captioner.tries if isinstance(self.captioner, CaptionModel) else 1):
+    def describe(self, frames: torch.Tensor, prompt: str, seed: int) -> tuple[dict[str, Any], tuple[str, str] | None]:
+        """The json member; and, if no attempt gave a caption in the window of lengths, (reason, the last caption)."""
+        texts: dict[str, Any] = {"prompt": prompt, "caption": "", "seed": seed}
+        if self.captioner is None:
+            return texts, None
+        problem = None
+        for attempt in range(self.captioner.tries):
+            drawn = derived_seed(seed, attempt)
+            texts["caption"] = self.captioner.describe(frames, prompt, drawn)
             if isinstance(self.captioner, CaptionModel):
-                self.captioner.describe(clip, attempt)
-            else:
-                clip.caption = template_caption(clip, self.source.options.fps)
-            length = token_count(self.tokenizer, clip.caption)
+                texts["caption_seed"] = drawn
+            length = token_count(self.tokenizer, texts["caption"])
             reason = self.length_filter.reason(0, length)
             if reason is None:
-                return
-        clip.skip(str(reason), "caption", f"{length} tokens: {clip.caption}")
-
-    def _members(self, clip: Clip) -> dict[str, bytes]:
-        assert clip.frames is not None
-        texts: dict[str, Any] = {"prompt": clip.prompt, "caption": clip.caption, "seed": clip.seed}
-        if clip.caption_seed is not None:
-            texts["caption_seed"] = clip.caption_seed
-        return {"mp4": encode_mp4(clip.frames, self.source.options.fps), "json": json.dumps(texts).encode()}
+                return texts, None
+            problem = reason, f"{length} tokens: {texts['caption']}"
+        return texts, problem

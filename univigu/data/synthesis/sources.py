@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from univigu.data.inputs import read_prompts
 from univigu.data.options import check_dtype, check_least
 from univigu.data.sample import DataError
-from univigu.data.shards import sha256_of
 from univigu.data.video import to_uint8
-from univigu.models.fingerprint import folder_fingerprint
 
 
 @dataclass(frozen=True)
@@ -55,27 +51,6 @@ class VideoOptions:
         check_dtype(self.dtype)
 
 
-@dataclass
-class Clip:
-    """A clip that becomes a sample of a shard."""
-
-    key: str
-    """The sample's key: the clip's number."""
-    prompt: str
-    seed: int
-    """Seed of the clip's noise."""
-    frames: torch.Tensor | None = None
-    """uint8 [F, C, H, W]; None until they are generated, and where they are not finite."""
-    caption: str = ""
-    caption_seed: int | None = None
-    """Seed of the caption, where it is sampled."""
-    skipped: dict[str, str] | None = None
-    """Why the clip is not used, as a row of the manifest's ``skipped``."""
-
-    def skip(self, reason: str, field: str, value: str) -> None:
-        self.skipped = {"reason": reason, "key": self.key, "field": field, "value": value[:200]}
-
-
 def pipeline_class(folder: str | Path, option: str = "--pipeline") -> str:
     """Class of a folder's pipeline: "UniViGUPipeline", or that of diffusers; DataError if it is no such folder."""
     try:
@@ -83,13 +58,11 @@ def pipeline_class(folder: str | Path, option: str = "--pipeline") -> str:
         unified = "UniViGUTransformer3DModel" in index.get("transformer", ())
         return "UniViGUPipeline" if unified else str(index["_class_name"])
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(
-            f"{option}={str(folder)!r}: no folder of a diffusers pipeline (model_index.json: {error}); "
-            "`python tools/convert.py pipeline --checkpoint CHECKPOINT --output FOLDER` writes one"
-        ) from error
+        problem = f"no folder of a diffusers pipeline (model_index.json: {error})"
+        raise DataError(f"{option}={str(folder)!r}: {problem}; `tools/convert.py pipeline` writes one") from error
 
 
-def load_pipeline(folder: str | Path, dtype: str, device: torch.device | str, option: str = "--pipeline") -> Any:
+def load_pipeline(folder: str | Path, dtype: str, device: str, option: str = "--pipeline") -> Any:
     """The pipeline of a folder, ours or any of diffusers, without progress bars; DataError if it cannot be loaded."""
     from diffusers import DiffusionPipeline
 
@@ -115,15 +88,9 @@ def generate_clips(
     from diffusers import WanPipeline
 
     o = options
-    arguments: dict[str, Any] = {
-        "prompt": prompts,
-        "height": o.height,
-        "width": o.width,
-        "num_frames": o.num_frames,
-        "num_inference_steps": o.steps,
-        "output_type": "pt",
-        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-    }
+    arguments: dict[str, Any] = {"prompt": prompts, "num_inference_steps": o.steps, "output_type": "pt"}
+    arguments |= {"height": o.height, "width": o.width, "num_frames": o.num_frames}
+    arguments["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     if o.guidance_scale is not None:
         arguments["guidance_scale"] = o.guidance_scale
     if o.negative_prompt is not None:
@@ -134,45 +101,3 @@ def generate_clips(
         raise DataError(f"{type(pipe).__name__} makes no video of a text; it takes no {unknown}")
     videos = pipe(**arguments, **{name: more[name] for name in more.keys() & known}).frames  # [B, F, C, H, W] in [0, 1]
     return [to_uint8(video).cpu() if torch.isfinite(video).all() else None for video in videos]
-
-
-class PromptSource:
-    """Clips that a text-to-video pipeline of diffusers generates from a .txt, .jsonl or .parquet file of prompts."""
-
-    def __init__(self, prompts: str, pipeline: str, options: VideoOptions, device: torch.device | str = "cpu") -> None:
-        if not prompts.endswith((".txt", ".jsonl", ".parquet")):
-            raise DataError(f"--prompts={prompts!r}: expected a .txt, .jsonl or .parquet file")
-        self.path, self.folder = Path(prompts), Path(pipeline)
-        self.options, self.device = options, device
-        self.rows = read_prompts(prompts, "--prompts")
-        pipeline_class(pipeline)
-
-    def __len__(self) -> int:
-        return len(self.rows) * self.options.videos_per_prompt
-
-    def parameters(self) -> dict[str, Any]:
-        """What the clips depend on, for the manifest."""
-        return {
-            "source": "prompts",
-            "prompts": {"file": self.path.name, "rows": len(self.rows), "sha256": sha256_of(self.path)},
-            "generator": {"folder": self.folder.resolve().name, "fingerprint": folder_fingerprint(self.folder)},
-            "video": asdict(self.options),
-        }
-
-    def clip(self, number: int) -> Clip:
-        """The clip of a number, without its frames."""
-        prompt, error = self.rows[number // self.options.videos_per_prompt]
-        clip = Clip(f"{number:08d}", prompt, self.options.seed + number)
-        if error is not None:
-            clip.skip("invalid_prompt", "prompt", error)
-        return clip
-
-    @cached_property
-    def pipeline(self) -> Any:
-        return load_pipeline(self.folder, self.options.dtype, self.device)
-
-    def render(self, clips: list[Clip]) -> None:
-        """Generate the frames."""
-        videos = generate_clips(self.pipeline, [c.prompt for c in clips], [c.seed for c in clips], self.options)
-        for clip, frames in zip(clips, videos, strict=True):
-            clip.frames = frames
