@@ -8,10 +8,11 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
+from tests.shapes.chance import chance_levels
 from univigu.data.video import encode_mp4, read_video, to_frames, to_model_range
 from univigu.models.foundation import Foundation, decode_latents, encode_prompt, encode_video
 from univigu.models.tokens import tokenize
-from univigu.shapes.metrics import ShapesVideoAccuracy, chance_levels
+from univigu.shapes.metrics import ShapesVideoAccuracy
 from univigu.shapes.renderer import render
 from univigu.shapes.scenes import sample_scene
 from univigu.shapes.texts import prompt_of

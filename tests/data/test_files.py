@@ -171,8 +171,8 @@ def test_damaged_rows_are_counted(tmp_path: Path) -> None:
     assert counts(tmp_path) == {
         "kept": 2,
         "unreadable_video": 2,
-        "wrong_type": 4,
-        "missing_field": 2,
+        "wrong_type": 5,
+        "missing_field": 1,
         "corrupt_json": 4,
     }
     with pytest.raises(DataError, match=r"val\.jsonl: sample '0000000"):

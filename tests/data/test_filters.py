@@ -7,8 +7,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.damage import write_raw
-from univigu.data.filters import LengthFilter, select
-from univigu.data.index import scan_shard
+from univigu.data.datamodule import VideoTextDataModule
+from univigu.data.filters import LengthFilter
 from univigu.models.tokens import token_count
 
 
@@ -29,7 +29,7 @@ def test_impossible_bounds_are_refused(options: dict[str, int], message: str) ->
         LengthFilter(**options)
 
 
-def test_samples_are_counted_by_reason(tmp_path: Path, foundation: str) -> None:
+def test_samples_are_counted_by_reason(tmp_path: Path, foundation: str, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = AutoTokenizer.from_pretrained(f"{foundation}/tokenizer")
     assert token_count(tokenizer, "a red circle") == token_count(tokenizer, "") + 3  # the end-of-sequence token counts
     assert token_count(tokenizer, "") == 1
@@ -38,13 +38,13 @@ def test_samples_are_counted_by_reason(tmp_path: Path, foundation: str) -> None:
     for key, (prompt, caption) in words.items():
         texts = {"prompt": " ".join(["red"] * prompt), "caption": " ".join(["blue"] * caption)}
         samples.append((key, {"mp4": b"x", "json": json.dumps(texts).encode()}))
-    write_raw(tmp_path / "a.tar", samples)
-    refs, errors = scan_shard(tmp_path / "a.tar")
-    assert len(refs) == 6 and not errors
+    write_raw(tmp_path / "train" / "a.tar", samples)
     length = LengthFilter(max_prompt=8, min_caption=5, max_caption=8)
-    kept, counts = select(refs, errors, tokenizer, length, {"prompt": 8, "caption": 7})
+    slots = {"prompt_length": 8, "caption_length": 7, "length_filter": length}
+    data = VideoTextDataModule(foundation, shards=str(tmp_path), precompute=False, **slots)
+    kept = data._select("train")
     assert [ref.key for ref in kept] == ["fits", "odd"]
     reasons = ("prompt_long", "caption_short", "text_over_slot", "corrupt_json")
-    assert counts == {"kept": 2, **dict.fromkeys(reasons, 1)}
-    assert [(error.key, error.reason) for error in errors] == [("broken", "corrupt_json"), ("slot", "text_over_slot")]
-    assert "8 tokens, caption_length=7" in str(errors[1])
+    assert data.filter_counts["train"] == {"kept": 2, **dict.fromkeys(reasons, 1)}
+    assert [seen[1:] for seen in data.errors.seen] == [("broken", "corrupt_json"), ("slot", "text_over_slot")]
+    assert "8 tokens, caption_length=7" in caplog.text

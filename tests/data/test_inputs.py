@@ -146,7 +146,7 @@ def test_a_wrong_row_is_an_error_of_its_own(clip: str, tmp_path: Path) -> None:
         ("{", "e.jsonl:1: not JSON"),
         ("[1]", "e.jsonl:2: expected an object, got [1]"),
         ({"prompt": "a"}, "e.jsonl:3: expected a string 'video', got None"),
-        ({"video": clip, "prompt": " "}, "e.jsonl:4: prompt=' ': expected a non-empty string"),
+        ({"video": clip, "prompt": " "}, "e.jsonl:4: an empty prompt"),
         ({"video": clip, "question": "a"}, "e.jsonl:5: expected a string 'prompt', got None"),
         ({"video": clip, "prompt": "a", "strengt": 1}, "e.jsonl:6: unknown field 'strengt'"),
         ({"video": clip, "prompt": "a", "strength": 1.5}, "e.jsonl:7: strength=1.5: expected over 0, at most 1"),

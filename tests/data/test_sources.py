@@ -116,7 +116,7 @@ def test_what_is_missing_is_named(folders: list[Path], tmp_path: Path) -> None:
     (tmp_path / "val").mkdir()
     with pytest.raises(DataError, match=r"/train: no such folder of shards"):
         data([folders[0], tmp_path], None, None, precompute=False).setup("fit")
-    with pytest.raises(DataError, match=r"data\.shards: none of \['.*', '.*'\] holds a val folder"):
+    with pytest.raises(DataError, match=r"/x/val: no such folder of shards"):
         copies = [tmp_path / "x", tmp_path / "y"]
         for copy in copies:
             copy.mkdir()

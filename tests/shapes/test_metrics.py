@@ -9,13 +9,13 @@ import math
 import pytest
 import torch
 
+from tests.shapes.chance import chance_levels
 from univigu.shapes.metrics import (
     ATTRIBUTES,
     ShapesAgreement,
     ShapesTextAccuracy,
     ShapesVideoAccuracy,
     agreement,
-    chance_levels,
     reading_of,
     score,
 )

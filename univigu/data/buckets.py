@@ -49,13 +49,11 @@ class Bucket:
 
 def best_bucket(buckets: Sequence[Bucket], height: int, width: int, num_frames: int) -> int:
     """Number of the bucket that keeps most of a clip of that size; of equals the nearest in area, then the first."""
-
-    def badness(number: int) -> tuple[float, float]:
-        bucket = buckets[number]
+    keys = []
+    for bucket in buckets:
         area = abs(math.log(height * width) - math.log(bucket.height * bucket.width))
-        return round(-bucket.kept(height, width, num_frames), 6), round(area, 6)
-
-    return min(range(len(buckets)), key=badness)
+        keys.append((round(-bucket.kept(height, width, num_frames), 6), round(area, 6)))
+    return keys.index(min(keys))
 
 
 def size_parameters(buckets: Sequence[Bucket]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import logging
 import os
 from collections import Counter
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,15 +16,16 @@ from torch.utils.data import DataLoader
 
 from univigu.data.buckets import Bucket, Grid, choose_bucket, latents_shape
 from univigu.data.encode import has_large_encoder
-from univigu.data.filters import LengthFilter, select
+from univigu.data.filters import LengthFilter
 from univigu.data.index import list_shards
 from univigu.data.inputs import PredictionInputs, PredictTask, find_inputs
 from univigu.data.loader import ErrorLog, SampleLoader, TrainLoader, VideoTextDataset
 from univigu.data.order import TrainOrder, eval_batches
 from univigu.data.processes import SpawnPool, this_device
-from univigu.data.sample import DataError, SampleRef
+from univigu.data.sample import DataError, SampleError, SampleRef
 from univigu.data.sources import Source, SourceFolder, Split, source_weights
 from univigu.models.foundation import EMBEDDED_FOUNDATION
+from univigu.models.tokens import token_count
 from univigu.shapes.write import world_fingerprint, write_shapes
 
 log = logging.getLogger(__name__)
@@ -43,9 +44,8 @@ class VideoTextDataModule(LightningDataModule):
     Args:
         foundation: WanPipeline folder with the tokenizer, and the encoders for precomputation.
         root: folder for the embedded world if ``shards`` is not given, and for copies of remote shards.
-        shards: folder or URL with train/, val/ and test/ folders of shards, of videos with their texts, or lists
-            train.csv and so on (docs/DATA.md); or a list of sources with weights for training, of which validation
-            and test take every sample once.  None takes the embedded world.
+        shards: folder or URL with train/, val/ and test/ of shards or videos, or lists train.csv and so on
+            (docs/DATA.md); or a list of sources with weights (docs/SOURCES.md).  None takes the embedded world.
         num_train_clips: size of the embedded world's training split.
         num_val_clips: size of its validation split and of its test split.
         batch_size: samples a batch and device.
@@ -53,20 +53,20 @@ class VideoTextDataModule(LightningDataModule):
         height: of the videos in pixels.
         width: of the videos in pixels.
         num_frames: frames a video, 4k+1 for Wan's VAE.
-        buckets: several sizes instead: each clip is brought to the one that keeps most of it, and a batch holds clips
-            of one size.  Prediction uses the size above.
+        buckets: several sizes instead, one a batch; each clip gets the one that keeps most of it.  Prediction uses
+            the size above.
         prompt_length: slot of the prompt in tokens, end-of-sequence token included.
         caption_length: slot of the caption in tokens, end-of-sequence token included.
         length_filter: lengths of texts that are trained and evaluated on.
         precompute: encode videos and prompts once, into a folder beside the shards; False encodes them on the fly.
         strict: raise on the first unusable sample instead of skipping it.
-        texts: "caption" trains on prompt and caption; "qa" on each question of a sample as the prompt and its answer
-            as the caption (with ``length_filter`` for short answers).
+        texts: "caption" trains on prompt and caption; "qa" on each question as the prompt and its answer as the
+            caption (with ``length_filter`` for short answers).
         seed: of the order of the training samples.
         videos: inputs of captioning: a video file, a folder, a glob pattern, or a list of these.
-        prompts: inputs of generation: a prompt, a .txt, .jsonl, .csv or .parquet file, or a list of prompts.
-        pairs: inputs of editing or question answering: a .jsonl, .csv or .parquet file of ``{video, prompt,
-            strength}`` or ``{video, question}``, or such objects; see :func:`univigu.data.inputs.read_pairs`.
+        prompts: inputs of generation: a prompt, a .txt, .jsonl, .json, .csv or .parquet file, or a list of these.
+        pairs: inputs of editing or question answering: a file of ``{video, prompt, strength}`` or ``{video,
+            question}``, or such objects; see :func:`univigu.data.inputs.read_pairs`.
         predict_task: the model's.
     """
 
@@ -134,7 +134,7 @@ class VideoTextDataModule(LightningDataModule):
         folders = self._folders()
         for folder in folders:
             for split in splits:
-                folder.fetch(split, optional=split != "train" and len(folders) > 1)
+                folder.fetch(split, optional=split != "train")
         with SpawnPool() as pool, SpawnPool(1) as single:
             if self.sources is None:
                 size = {"height": self.height, "width": self.width, "num_frames": self.num_frames}
@@ -170,15 +170,10 @@ class VideoTextDataModule(LightningDataModule):
         return [SourceFolder(path, self.root, self.foundation, self.buckets, self.precompute) for path in paths]
 
     def _folders_of(self, split: Split) -> list[tuple[int, SourceFolder]]:
-        """Numbers and folders of the sources of a split: all in training, else those that have it."""
+        """Numbers and folders of the sources of a split: all in training, else those that have it, or the first."""
         folders = list(enumerate(self._folders()))
-        if split == "train" or len(folders) == 1:
-            return folders
-        found = [(number, folder) for number, folder in folders if folder.videos(split).exists()]
-        if not found:
-            bases = [str(folder.base) for _, folder in folders]
-            raise DataError(f"data.shards: none of {bases} holds a {split} folder")
-        return found
+        existing = [(number, folder) for number, folder in folders if folder.videos(split).exists()]
+        return folders if split == "train" else existing or folders[:1]
 
     def _latents_shapes(self) -> list[tuple[int, int, int]]:
         """(T, H, W) of each bucket's latents; raises DataError for a size that is no whole number of tokens."""
@@ -191,9 +186,7 @@ class VideoTextDataModule(LightningDataModule):
     # ------------------------------------------------------------------- setup
 
     def setup(self, stage: str) -> None:
-        """Index the shards and select samples ("fit", "validate", "test"), or find the inputs ("predict").
-        What leaves nothing to do is a DataError; in strict mode the first sample that cannot be used is a SampleError.
-        """
+        """Index the shards and select samples ("fit", "validate", "test"), or find the inputs ("predict")."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
         if stage == TrainerFn.PREDICTING:
             self._latents_shapes()
@@ -221,23 +214,41 @@ class VideoTextDataModule(LightningDataModule):
         return {"prompt": self.prompt_length, "caption": self.caption_length}
 
     def _select(self, split: Split) -> list[SampleRef]:
-        """The usable samples of all sources; counts them and the others."""
-        kept: list[SampleRef] = []
-        counts = Counter[str]()
-        bucket_of = partial(choose_bucket, buckets=self.buckets, shapes=self._latents_shapes())
-        for number, folder in self._folders_of(split):
+        """The usable samples of all sources that pass the filter and fit their slots; counts them and the others."""
+        kept, counts, shapes = list[SampleRef](), Counter[str](), self._latents_shapes()
+        for source, folder in self._folders_of(split):
             refs, errors = folder.index(split)
-            questions = self.texts == "qa"
-            found, of_source = select(
-                refs, errors, self.tokenizer, self.length_filter, self._slots, questions, bucket_of
-            )
+            found, filtered = list[SampleRef](), Counter[str]()
+            for ref in refs:
+                try:
+                    texts = ref.texts()
+                    ref = replace(ref, source=source, bucket=choose_bucket(ref, self.buckets, shapes))
+                except SampleError as error:
+                    errors.append(error)
+                    continue
+                questions: list[int | None] = [*range(len(texts.qa or []))] if self.texts == "qa" else [None]
+                filtered["no_question"] += not questions
+                for number in questions:
+                    pair = texts.question(number)
+                    lengths = {name: token_count(self.tokenizer, getattr(pair, name)) for name in self._slots}
+                    tokens = lengths["prompt"], lengths["caption"]
+                    over = next((name for name, slot in self._slots.items() if lengths[name] > slot), None)
+                    if reason := self.length_filter.reason(*tokens):
+                        filtered[reason] += 1
+                    elif over is not None:  # texts are never truncated
+                        value = f"{lengths[over]} tokens, {over}_length={self._slots[over]}"
+                        errors.append(ref.error("text_over_slot", over, value))
+                    else:
+                        found.append(replace(ref, question=number, tokens=tokens))
             self.errors.add(errors)
-            log.info("%s: %s", folder.folder(split), dict(of_source))
+            filtered.update(error.reason for error in errors)
+            numbers = {"kept": len(found), **dict(sorted((+filtered).items()))}
+            log.info("%s: %s", folder.folder(split), numbers)
             if not found:
-                raise DataError(f"{folder.folder(split)}: no sample is left for {split}: {dict(of_source)}")
-            kept += [replace(ref, source=number) for ref in found]
-            counts.update(of_source)
-        self.filter_counts[split] = dict(sorted(counts.items(), key=lambda item: (item[0] != "kept", item)))
+                raise DataError(f"{folder.folder(split)}: no sample is left for {split}: {numbers}")
+            kept += found
+            counts.update(numbers)
+        self.filter_counts[split] = dict(counts)
         return kept
 
     # ----------------------------------------------------------------- loaders
@@ -246,9 +257,7 @@ class VideoTextDataModule(LightningDataModule):
         """This process's rank among those that share the batches; tensor parallel processes have the same."""
         if self.trainer is None or self.trainer.world_size == 1:
             return {"rank": 0, "world_size": 1}
-        kwargs = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None)
-        if kwargs is None:
-            return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        kwargs = self.trainer.strategy.distributed_sampler_kwargs  # type: ignore[attr-defined]
         return {"rank": kwargs["rank"], "world_size": kwargs["num_replicas"]}
 
     def _dataset(self, split: Split, refs: list[SampleRef]) -> VideoTextDataset:

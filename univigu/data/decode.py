@@ -1,6 +1,6 @@
 """Decodes videos and images in a process of its own, since a damaged file can crash or hang a decoder.
 
-:mod:`univigu.data.video` runs this file as a script, which imports neither torch nor this package: it starts quickly.
+:mod:`univigu.data.video` runs this file as a script; it does not import torch, to start quickly.
 """
 
 from __future__ import annotations
@@ -45,11 +45,9 @@ def is_hd(height: int, width: int) -> bool:
 
 
 def nearest(times: np.ndarray, num_frames: int) -> np.ndarray:
-    """Numbers of the frames that are nearest in time to instants spread evenly from the first frame to the last.
+    """Numbers of the frames nearest to ``num_frames`` instants spread evenly from the first frame to the last.
 
-    Args:
-        times: presentation times in ascending order, in any unit.
-        num_frames: number of instants; a single one is at the first frame.
+    ``times`` are presentation times in ascending order, in any unit; a single instant is at the first frame.
     """
     elapsed = times - times[0]
     instants = np.arange(num_frames) * elapsed[-1] / max(num_frames - 1, 1)
@@ -165,8 +163,7 @@ def _demux(stream: Any) -> Iterator[Any]:
 def _decode(file: Any, needed: np.ndarray | None = None) -> Iterator[Any]:
     """Frames in the order of presentation; packets that cannot be decoded are skipped, as players do.
 
-    Args:
-        needed: the packets to decode, if the container is indexed; None for all.
+    ``needed`` are the packets to decode, if the container is indexed; None for all.
     """
     with _open(file) as (kind, stream):
         if kind in PILLOW_FORMATS:

@@ -1,7 +1,6 @@
 """Precomputation: video shards to shards of latents and prompt embeddings, so that training runs neither encoder.
 
-On the same device the stored float32 values are bit for bit those that training would compute: both use
-``univigu.models.encode``, whose results do not depend on the batch.
+On the same device float32 values are bit for bit those that training computes: both use ``univigu.models.encode``.
 """
 
 from __future__ import annotations
@@ -100,7 +99,7 @@ def encode_shards(
         source, target: folders; each shard of the source gives one with the same name, keys and texts.
         foundation_path: WanPipeline folder whose VAE and text encoder are used.
         dtype: storage type of latents and embeddings; they are computed in float32.
-        buckets: sizes of the clips; each clip gets the one that fits it best, see :mod:`univigu.data.buckets`.
+        buckets: sizes of the clips; each clip gets the one that fits it best.
         strict: raise for the first sample that cannot be encoded instead of recording it in the manifest.
         prompts: whether to store the prompts' embeddings too.
         pool, share: see :func:`build_folder`, as is what is returned.

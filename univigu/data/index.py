@@ -27,11 +27,41 @@ Scan = tuple[list[SampleRef], list[SampleError]]
 """Usable samples in order, and errors of the others."""
 
 
+def walk(folder: Path) -> list[Path]:
+    """Files in a folder and below, sorted, without manifests and what is hidden; links to folders are followed."""
+    files, hidden, seen = list[Path](), 0, set[str]()
+    for home, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if (real := os.path.realpath(home)) in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        for path in (Path(home, name) for name in sorted(names)):
+            if path.name.startswith("."):
+                hidden += is_video(path) or path.name.lower().endswith((*TARS, *LIST_SUFFIXES))
+            elif path.name != MANIFEST:
+                files.append(path)
+    if hidden:
+        _log_hidden(folder, hidden)
+    return files
+
+
+@cache
+def _log_hidden(folder: Path, count: int) -> None:
+    log.warning("%s: %d hidden videos, shards or lists are left out", folder, count)
+
+
+def find_split(base: Path, split: str) -> Path:
+    """A split's folder, or else the list of its name; the folder if there is neither."""
+    paths = [base / split, *(base / f"{split}{suffix}" for suffix in LIST_SUFFIXES)]
+    return next((path for path in paths if path.exists()), paths[0])
+
+
 def list_shards(folder: str | Path) -> list[Path]:
     """Tar files in a folder and below and lists in it, sorted by path, and the folder itself if it holds videos.
 
-    If there is a list (.csv or .jsonl), videos are used only as it says.  A list may be given in place of a folder.
-    A folder with nothing of these is a DataError.
+    If there is a list, videos are used only as it says.  A list may be given in place of a folder.  A folder with
+    nothing of these is a DataError.
     """
     folder = Path(folder)
     if folder.is_file() and folder.suffix.lower() in LIST_SUFFIXES:
@@ -48,12 +78,6 @@ def list_shards(folder: str | Path) -> list[Path]:
     return shards
 
 
-def find_split(base: Path, split: str) -> Path:
-    """A split's folder, or else the list of its name; the folder if there is neither."""
-    paths = [base / split, *(base / f"{split}{suffix}" for suffix in LIST_SUFFIXES)]
-    return next((path for path in paths if path.exists()), paths[0])
-
-
 def index_folder(folder: str | Path) -> Scan:
     """Index everything that :func:`list_shards` lists."""
     scans = [scan_shard(path) for path in list_shards(folder)]
@@ -68,36 +92,6 @@ def scan_shard(path: str | Path) -> Scan:
     return _scan_list(path) if path.suffix.lower() in LIST_SUFFIXES else _scan_tar(str(path))
 
 
-def plain_files(folder: Path) -> list[Path]:
-    """Videos and json files in a folder and below, sorted by name within each folder."""
-    return [path for path in walk(folder) if is_video(path) or path.suffix.lower() == f".{TEXT_SUFFIX}"]
-
-
-def walk(folder: Path) -> list[Path]:
-    """Files in a folder and below, sorted, without manifests and what is hidden; links to folders are followed."""
-    files, hidden, seen = list[Path](), 0, set[str]()
-    for home, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(home)
-        if real in seen:  # a link to a folder above it
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(home, name) for name in sorted(names)):
-            if path.name.startswith("."):
-                hidden += is_video(path) or path.name.lower().endswith((*TARS, *LIST_SUFFIXES))
-            elif path.name != MANIFEST:
-                files.append(path)
-    if hidden:
-        _log_hidden(folder, hidden)
-    return files
-
-
-@cache
-def _log_hidden(folder: Path, count: int) -> None:
-    log.warning("%s: %d hidden videos, shards or lists are left out", folder, count)
-
-
 def _key(name: str) -> str:
     """A key that webdataset does not split."""
     return name.removeprefix("./").replace(".", "_")
@@ -106,16 +100,15 @@ def _key(name: str) -> str:
 def _scan_tar(shard: str) -> Scan:
     """Members of a tar; the key ends at the first dot of the file name, which is webdataset's rule."""
     refs: dict[str, SampleRef] = {}
-    errors: list[SampleError] = []
-    broken: set[str] = set()
+    errors: dict[str | None, SampleError] = {}
     last = None
     try:
         for name, offset, size, missing in _tar_members(shard):
-            home, _, file = name.rpartition("/")
+            home, slash, file = name.rpartition("/")
             stem, dot, suffix = file.partition(".")
             if not stem or not dot:
                 continue  # webdataset ignores such files too
-            key, suffix = _key(f"{home}/{stem}" if home else stem), suffix.lower()
+            key, suffix = _key(f"{home}{slash}{stem}"), suffix.lower()
             ref = refs.setdefault(key, SampleRef(shard, key, {}))
             error = None
             if missing > 0:
@@ -125,15 +118,13 @@ def _scan_tar(shard: str) -> Scan:
             elif ref.members and key != last:
                 value = f"member {name!r} comes after other samples; sort the members of the tar by name"
                 error = ref.error("duplicate_member", suffix, value)
-            if error is None:
-                ref.members[suffix] = (shard, offset, size)
-            elif key not in broken:
-                errors.append(error)
-                broken.add(key)
+            if error is not None:
+                errors.setdefault(key, error)
+            ref.members.setdefault(suffix, (shard, offset, size))
             last = key
     except tarfile.ReadError as error:
-        errors.append(SampleError("damaged_shard", shard, None, None, str(error)))
-    return [ref for key, ref in refs.items() if key not in broken], errors
+        errors[None] = SampleError("damaged_shard", shard, None, None, str(error))
+    return [ref for key, ref in refs.items() if key not in errors], list(errors.values())
 
 
 def _tar_members(shard: str) -> Iterator[tuple[str, int, int, int]]:
@@ -157,6 +148,11 @@ def _tar_members(shard: str) -> Iterator[tuple[str, int, int, int]]:
         raise tarfile.ReadError(f"no tar header at byte {end}")
 
 
+def plain_files(folder: Path) -> list[Path]:
+    """Videos and json files in a folder and below."""
+    return [path for path in walk(folder) if is_video(path) or path.suffix.lower() == f".{TEXT_SUFFIX}"]
+
+
 def _scan_files(folder: Path) -> Scan:
     """Files whose paths are equal but for the last suffix are a sample's members."""
     refs: dict[str, SampleRef] = {}
@@ -173,9 +169,7 @@ def _scan_files(folder: Path) -> Scan:
 
 def _scan_list(path: Path) -> Scan:
     """Rows of a list; their keys count from 0.  No video is opened."""
-    refs: list[SampleRef] = []
-    errors: list[SampleError] = []
-    number = 0
+    refs, errors, number = list[SampleRef](), list[SampleError](), 0
     try:
         for number, row in enumerate(read_rows(path), 1):
             ref = SampleRef(str(path), f"{number - 1:08d}", {})
@@ -202,8 +196,6 @@ def _row_members(ref: SampleRef, path: Path, row: Row) -> dict[str, Any]:
                 if name == "qa":  # a column that is called scene may hold anything
                     raise ref.error("corrupt_json", name, f"{row.where}: {error}") from error
     video = fields.get("video")
-    if video is None:
-        raise ref.error("missing_field", "video", f"{row.where}: the row holds {sorted(fields)}")
     if not isinstance(video, str) or not video or "\0" in video:
         raise ref.error("wrong_type", "video", f"{row.where}: expected a path, got {video!r}")
     suffix = Path(video).suffix[1:].lower()  # a listed video may have any suffix

@@ -144,7 +144,7 @@ def _text_of(row: Row, field: str) -> tuple[str, str | None]:
     if row.error is not None or not isinstance(text, str):
         return "", row.error or f"{row.where}: expected a string {field!r}, got {text!r}"
     if not text.strip():
-        return text, f"{row.where}: {field}={text!r}: expected a non-empty string"
+        return text, f"{row.where}: an empty {field}"
     return text, None if is_unicode(text) else f"{row.where}: {field!r} is no valid Unicode: {text!r}"
 
 

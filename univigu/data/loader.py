@@ -1,8 +1,7 @@
 """Loads batches in a deterministic order (:mod:`univigu.data.order`) that can be resumed anywhere.
 
-Which samples make up a batch is a pure function of its position in the endless sequence of training batches, so the
-state of a training loader is a position.  The state of torchdata's StatefulDataLoader belongs to its workers instead,
-so that a run could not be resumed with another number of workers or ranks.
+Which samples make up a batch is a function of its position in the endless sequence of training batches, so the state
+of a training loader is a position.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
+from itertools import chain
 from typing import Any
 
 import torch
@@ -74,8 +74,7 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
         """The sample, then its replacements: from its bucket and, if the batch is still empty, from any other."""
         bucket = items[0]["bucket"] if items else self.refs[number].bucket
         for same in (True,) if items else (True, False):
-            for offset in range(len(self.refs)):
-                other = (number + offset) % len(self.refs)
+            for other in chain(range(number, len(self.refs)), range(number)):
                 if (self.refs[other].bucket == bucket) == same:
                     yield other
 
@@ -155,7 +154,7 @@ class ErrorLog:
 class SampleLoader:
     """The given batches of a dataset, as lists of sample numbers; every pass starts from the beginning.
 
-    It holds a DataLoader instead of being one, because Lightning replaces a DataLoader's sampler by its own.
+    It holds a DataLoader instead of being one, because Lightning replaces a DataLoader's sampler.
     """
 
     def __init__(
@@ -199,7 +198,7 @@ class SampleLoader:
 
 
 def _identity(ref: SampleRef) -> str:
-    """A sample's name, with the question, source and bucket that the order of samples depends on."""
+    """A sample's name, with what else the order of samples depends on."""
     parts = (("?", ref.question), ("@", ref.source or None), ("#", ref.bucket or None))
     return f"{ref.shard.rpartition('/')[2]}/{ref.key}" + "".join(f"{s}{n}" for s, n in parts if n is not None)
 
@@ -209,8 +208,7 @@ class TrainLoader(SampleLoader):
 
     A pass starts where the last one stopped, even in mid-epoch: after a resume Lightning takes the rest of its own
     epoch and then asks for a new pass.  The position counts batches given to the training loop, not those that workers
-    have fetched ahead.  Lightning saves it in every checkpoint at the end of a step; a checkpoint made by an exception
-    within a step does not count that step's batch.
+    have fetched ahead; Lightning saves it in every checkpoint.
     """
 
     def __init__(self, dataset: VideoTextDataset, order: TrainOrder, errors: ErrorLog, num_workers: int = 0) -> None:
@@ -238,7 +236,7 @@ class TrainLoader(SampleLoader):
         return [self.dataset.refs[number] for at in range(start, stop) for number in self.order.global_numbers(at)]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in samples over all ranks, and what it refers to."""
+        """The position in samples of all ranks, and what it refers to."""
         epoch, number = divmod(self.position, len(self))
         return {
             "epoch": epoch,
@@ -251,14 +249,12 @@ class TrainLoader(SampleLoader):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position; one in other samples, weights or buckets, or of another seed, is a DataError.
 
-        With the same global batch the sequence of samples goes on exactly, whatever the number of ranks and workers;
-        with another one it goes on from the beginning of the batch that holds the position.
+        The sequence of samples goes on exactly, or with another global batch from the start of the position's batch.
         """
         for name, ours in (("seed", self.order.seed), ("dataset", self._fingerprint)):
             if state[name] != ours:
                 refers = f"the checkpoint's data position refers to {name}={state[name]!r}, this run has {ours!r}"
-                same = "resume with the same shards, weights, buckets, filter and seed"
-                raise DataError(f"{refers}; {same}, or start from the weights with model.init_from")
+                raise DataError(f"{refers}; resume with the same shards, weights, buckets, filter and seed")
         number, rest = divmod(state["samples"], self.order.global_batch)
         if len(self.order.bucket_sizes) > 1 and state["global_batch"] != self.order.global_batch:
             log.warning("resuming with another global batch and buckets: samples of this epoch may come twice or never")

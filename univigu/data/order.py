@@ -16,8 +16,7 @@ class TrainOrder:
 
     **Epoch.** Without ``weights`` an epoch holds every sample once.  With them it holds as many samples as there are
     (but for rounding), of which source s has the share ``weights[s] / sum(weights)``, spread over its buckets as its
-    samples are.  Of n samples that an epoch takes q from, each comes floor(q/n) or ceil(q/n) times.  The next epoch
-    goes on where this one stopped: a sample comes again only after all others of its source and bucket.
+    samples are.  A sample comes again only after all others of its source and bucket, over all epochs.
 
     **Batch.** The ``G = batch_size * world_size`` samples of a global batch are consecutive in the epoch's permutation
     (in what it holds of one bucket), and rank r takes every ``world_size``-th of them from r on.  What does not fill

@@ -140,7 +140,6 @@ def build_folder(
         manifest: kind and parameters of the result; a folder of other parameters is a DataError.
         jobs: the argument of ``work`` by the shard's file name, the same in all processes.
         work: writes one shard; picklable if there is a pool.
-        share: which part of the jobs is this process's.
         progress: a bar to use instead of a new one; ``work`` may add tasks to it.
 
     Returns:

@@ -26,9 +26,7 @@ class SpawnPool(ProcessPoolExecutor):
     """Spawned processes of one torch thread each, started by the first job; by default one for every usable core."""
 
     def __init__(self, workers: int | None = None) -> None:
-        if workers is not None and workers < 1:
-            raise ValueError(f"workers={workers}: expected at least 1")
-        self.workers = workers or usable_cores()
+        self.workers = usable_cores() if workers is None else workers
         super().__init__(self.workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
 
 

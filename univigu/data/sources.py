@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from univigu.data.buckets import Bucket, size_parameters
 from univigu.data.encode import encode_shards, prompt_parameters, source_parameters, vae_parameters
@@ -91,8 +91,7 @@ class SourceFolder:
         """Encode the split in the pool's processes, if it needs to be."""
         source, target = self.videos(split), self.folder(split)
         if source != target:
-            options: dict[str, Any] = {"buckets": self.buckets, "strict": strict, "pool": pool, "device": device}
-            encode_shards(source, target, self.foundation, **options)
+            encode_shards(source, target, self.foundation, "float32", self.buckets, strict, pool, device=device)
 
     def index(self, split: Split) -> Scan:
         """The split's samples, and errors of the others; a DataError for latents of other encoders, sizes or videos."""
@@ -126,10 +125,9 @@ class SourceFolder:
 
 
 def fetch_shards(url: str, folder: Path, optional: bool = False) -> None:
-    """Copy a remote folder of shards by fsspec (http, s3, gs, hf, ...), except for intact shards that are here already.
+    """Copy a remote folder of shards by fsspec (http, s3, ...), but for those that are here already, or a DataError.
 
-    A shard has the checksum of the remote manifest or, without a manifest, the size that the server says; the server
-    must then be able to list the folder.  What fails is a DataError.
+    A shard has the checksum of the remote manifest or, without one, the size that the server says.
     """
     import fsspec
 

@@ -8,23 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torchmetrics import Metric
 
-from univigu.shapes.scenes import NUM_FRAMES, SIZES, Object, Scene, Split, sample_scene
-from univigu.shapes.text_checker import (
-    ObjectReading,
-    Reading,
-    Source,
-    normalize_text,
-    parse_caption,
-    parse_prompt,
-    parse_text,
-)
+from univigu.shapes import text_checker
+from univigu.shapes.scenes import NUM_FRAMES, SIZES, Scene
+from univigu.shapes.text_checker import ObjectReading, Reading, Source, normalize_text
 from univigu.shapes.texts import caption_of, prompt_of, region_of
 from univigu.shapes.video_checker import detect, holding_relations
 
@@ -41,14 +33,12 @@ def reading_of(scene: Scene, source: Source = "caption") -> Reading:
         objects.append(ObjectReading(obj.size, obj.color, obj.shape, obj.motion, obj.speed, start, end, center))
     other = None
     if source == "video" and len(scene.objects) == 2:
-        holding = holding_relations(*map(_true_boxes, scene.objects))
-        other = next((name for name in holding if name != scene.relation), None)
+        boxes = []
+        for obj in scene.objects:
+            centers = np.array([obj.center(frame) for frame in range(NUM_FRAMES)])
+            boxes.append(np.concatenate([centers - SIZES[obj.size], centers + SIZES[obj.size]], -1))
+        other = next((name for name in holding_relations(*boxes) if name != scene.relation), None)
     return Reading(source, len(objects), scene.background, scene.relation, tuple(objects), other)
-
-
-def _true_boxes(obj: Object) -> np.ndarray:
-    centers = np.array([obj.center(frame) for frame in range(NUM_FRAMES)])
-    return np.concatenate([centers - SIZES[obj.size], centers + SIZES[obj.size]], -1)
 
 
 def score(reading: Reading, scene: Scene) -> dict[str, bool]:
@@ -57,13 +47,10 @@ def score(reading: Reading, scene: Scene) -> dict[str, bool]:
 
 
 def agreement(truth: Reading, reading: Reading) -> dict[str, bool]:
-    """Whether a reading agrees with a reference, such as a scene's true reading or a caption sampled with a video.
+    """Whether a reading agrees with a reference, by attribute; one that either of them does not state does not agree.
 
-    An attribute that the reference does not state, or contradicts, does not agree.
-
-    Returns:
-        count, background, size, color, shape, motion; speed if the reference has a moving object (only moving objects
-        count), relation if it has two objects, start and end unless one reading is of a prompt.
+    "speed" is there if the reference has a moving object, "relation" if it has two, "start" and "end" unless one
+    reading is of a prompt.
     """
     result = {name: _same(reading, truth, name) for name in ("count", "background")}
     objects, true = _in_order_of(reading, truth), truth.objects
@@ -138,9 +125,13 @@ class ShapesTextAccuracy(AttributeAccuracy):
 
     def __init__(self, kind: str = "caption", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if kind not in ("caption", "prompt"):
-            raise ValueError(f"kind={kind!r}: expected 'caption' or 'prompt'")
-        self.parse, self.write = (parse_caption, caption_of) if kind == "caption" else (parse_prompt, prompt_of)
+        readers = {
+            "caption": (text_checker.parse_caption, caption_of),
+            "prompt": (text_checker.parse_prompt, prompt_of),
+        }
+        if kind not in readers:
+            raise ValueError(f"kind={kind!r}: expected one of {list(readers)}")
+        self.parse, self.write = readers[kind]
         self.add_state("exact_text", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, texts: Sequence[str], scenes: Sequence[Scene | Mapping[str, Any] | None]) -> None:  # type: ignore[override]
@@ -172,24 +163,11 @@ class ShapesAgreement(AttributeAccuracy):
 
     def update(self, captions: Sequence[str], frames: torch.Tensor) -> None:  # type: ignore[override]
         """Add a batch of captions and their clips, uint8 [B, F, C, H, W]."""
-        super().update([agreement(parse_text(c), detect(clip)) for c, clip in zip(captions, frames, strict=True)])
+        super().update(
+            [agreement(text_checker.parse_text(c), detect(clip)) for c, clip in zip(captions, frames, strict=True)]
+        )
 
 
 def _with_scenes(values: Any, scenes: Sequence[Scene | Mapping[str, Any] | None]) -> list[tuple[Any, Scene]]:
     pairs = [(value, scene) for value, scene in zip(values, scenes, strict=True) if scene is not None]
     return [(value, s if isinstance(s, Scene) else Scene.from_dict(dict(s))) for value, s in pairs]
-
-
-@lru_cache(maxsize=16)
-def chance_levels(source: Source = "caption", split: Split = "val", num_scenes: int = 1000) -> Mapping[str, float]:
-    """Accuracies of a model that describes another random scene of the split, whatever its input.
-
-    The true readings of scenes 0..num_scenes-1 are scored against those of other scenes, 20 pairings each, so the
-    standard error is below half a percent for 1000 scenes. The keys are those of a metric's ``compute``.
-    """
-    readings = [reading_of(sample_scene(seed, split), source) for seed in range(num_scenes)]
-    metric, shifts = AttributeAccuracy(), range(1, 21)
-    metric.update(
-        [agreement(truth, readings[(i + k) % num_scenes]) for k in shifts for i, truth in enumerate(readings)]
-    )
-    return metric.accuracies()

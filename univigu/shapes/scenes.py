@@ -92,15 +92,12 @@ def is_scene(value: Any) -> bool:
         scene = Scene.from_dict(value)
         relations: tuple[str, ...] = RELATIONS if len(scene.objects) == 2 else ("",)
         known = scene.background in BACKGROUNDS and scene.relation in relations and 1 <= len(scene.objects) <= 2
-        return known and all(map(_is_known, scene.objects))
+        for obj in scene.objects:
+            known &= obj.size in SIZES and obj.color in COLORS and obj.shape in SHAPES and obj.motion in MOTIONS
+            known &= obj.speed in (("",) if obj.motion == "still" else tuple(SPEEDS)) and math.isfinite(obj.x + obj.y)
+        return known
     except (KeyError, TypeError, OverflowError):
         return False
-
-
-def _is_known(obj: Object) -> bool:
-    names = obj.size in SIZES and obj.color in COLORS and obj.shape in SHAPES and obj.motion in MOTIONS
-    speeds = ("",) if obj.motion == "still" else tuple(SPEEDS)
-    return names and obj.speed in speeds and math.isfinite(obj.x + obj.y)
 
 
 def is_held_out(obj: Object) -> bool:
@@ -110,19 +107,14 @@ def is_held_out(obj: Object) -> bool:
 
 
 def sample_scene(seed: int, split: Split = "train") -> Scene:
-    """Draw the scene of a non-negative seed.
-
-    "train" scenes contain no held-out triple; "val" and "test" scenes contain at least one and come from two random
-    streams.
-    """
+    """Draw the scene of a non-negative seed: in "train" without held-out triples, in "val" and "test" with one."""
     streams = {"train": 0, "val": 1, "test": 2}
     if split not in streams:
         raise ValueError(f"split={split!r}: expected one of {list(streams)}")
     rng = np.random.default_rng([seed, streams[split]])
     while True:
         scene = _draw_scene(rng)
-        held_out = any(is_held_out(obj) for obj in scene.objects)
-        if held_out == (split != "train"):
+        if any(map(is_held_out, scene.objects)) == (split != "train"):
             return scene
 
 

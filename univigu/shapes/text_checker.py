@@ -42,7 +42,7 @@ class Reading:
     count: int | None = None
     background: str | None = None
     relation: str | None = None
-    """Position of the first object relative to the second; "" for a single object."""
+    """Of the first object to the second; "" for a single object."""
     objects: tuple[ObjectReading, ...] = ()
     """In the order of the text; in a video the left or upper one first."""
     other_relation: str | None = None

@@ -54,10 +54,8 @@ def detect(frames: torch.Tensor) -> Reading:
 
     What cannot be determined is None; a clip without objects has count 0.
     """
-    if frames.ndim != 4 or frames.shape[1] != 3 or frames.shape[0] == 0:
-        raise ValueError(f"frames must be [F, 3, H, W] with at least one frame, got {list(frames.shape)}")
-    if frames.dtype != torch.uint8:
-        raise ValueError(f"frames must be uint8, got {frames.dtype}")
+    if frames.ndim != 4 or frames.shape[1] != 3 or frames.shape[0] == 0 or frames.dtype != torch.uint8:
+        raise ValueError(f"expected uint8 [F, 3, H, W] with F > 0, got {frames.dtype} {list(frames.shape)}")
     resized = frames.detach().cpu().float()
     if resized.shape[-2:] != (CANVAS, CANVAS):
         resized = F.interpolate(resized, (CANVAS, CANVAS), mode="bilinear", antialias=True, align_corners=False)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from univigu.data.parts import build_folder
 from univigu.data.processes import SpawnPool
@@ -42,20 +43,16 @@ def write_shapes(
 
     The seeds count up from ``first_seed``, and a clip's key is its seed. Height and width are even.
     """
-    counts = {"num_clips": num_clips, "first_seed": first_seed, "shard_size": shard_size}
-    for name, value in counts.items():
-        least = 0 if name == "first_seed" else 1
-        if value < least:
-            raise ValueError(f"{name}={value}: expected at least {least}")
+    if num_clips < 1:
+        raise ValueError(f"num_clips={num_clips}: expected at least 1")
     size = {"height": height, "width": width, "num_frames": num_frames}
-    world = {"generator": "shapes", "world": world_fingerprint(), "split": split}
+    world: dict[str, Any] = {"generator": "shapes", "world": world_fingerprint(), "split": split}
+    world |= {"num_clips": num_clips, "first_seed": first_seed, "shard_size": shard_size, **size}
     seeds = range(first_seed, first_seed + num_clips)
-    jobs = {
-        f"{split}-{number:06d}.tar": seeds[start : start + shard_size]
-        for number, start in enumerate(range(0, num_clips, shard_size))
-    }
-    manifest, work = Manifest("video", {**world, **counts, **size}), partial(_write, split, size)
-    return build_folder(Path(folder), manifest, jobs, work, pool, f"rendering {split} shards")
+    parts = [seeds[start : start + shard_size] for start in range(0, num_clips, shard_size)]
+    jobs = {f"{split}-{number:06d}.tar": part for number, part in enumerate(parts)}
+    work = partial(_write, split, size)
+    return build_folder(Path(folder), Manifest("video", world), jobs, work, pool, f"rendering {split} shards")
 
 
 def _write(split: scenes.Split, size: dict[str, int], path: Path, seeds: range) -> ShardInfo:
