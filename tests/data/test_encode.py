@@ -192,7 +192,7 @@ def test_faulty_embeddings_are_named(encoded: dict[str, Path]) -> None:
         (["--source", "gone"], "gone: no such folder of shards"),
         (["--source", "{videos}", "--dtype", "int8"], "dtype='int8'"),
         (["--source", "{videos}", "--foundation", "gone"], "foundation='gone'"),
-        (["--source", "{videos}", "--workers", "0"], "workers=0"),
+        (["--source", "{videos}", "--workers", "0"], "max_workers must be greater than 0"),
         (["--source", "{videos}", "--height", "72"], "size 72x64x9: height=72: expected a multiple of 16"),
         (["--source", "{videos}", "--num-frames", "10"], "size 64x64x10: num_frames=10: expected 4k+1"),
         (["--source", "{videos}", "--buckets", "64x64x9", "64x72x9"], "size 64x72x9: width=72: expected a multi"),
