@@ -10,7 +10,8 @@ from diffusers import WanPipeline
 
 from tests.shapes.chance import chance_levels
 from univigu.data.video import encode_mp4, read_video, to_frames, to_model_range
-from univigu.models.foundation import Foundation, decode_latents, encode_prompt, encode_video
+from univigu.models.encode import encode_prompts
+from univigu.models.foundation import Foundation, decode_latents, encode_video
 from univigu.models.tokens import tokenize
 from univigu.shapes.metrics import ShapesVideoAccuracy
 from univigu.shapes.renderer import render
@@ -67,7 +68,7 @@ def test_its_text_encoder_knows_whose_word_it_is(foundation: str) -> None:
         scenes = [sample_scene(seed, "val") for seed in range(start, start + count)]
         scenes = [scene for scene in scenes if len(scene.objects) == 2]
         ids = tokenize(parts.tokenizer, [prompt_of(scene) for scene in scenes], 32)
-        embeds = encode_prompt(parts.text_encoder, ids, parts.pad_token_id)
+        embeds = encode_prompts(parts.text_encoder, ids, parts.pad_token_id)
         found = [(embeds[i][ids[i] == parts.tokenizer.convert_tokens_to_ids(f"▁{obj.color}")][0], which)
                  for i, scene in enumerate(scenes) for which, obj in enumerate(scene.objects)]  # fmt: skip
         return torch.stack([embed for embed, _ in found]), torch.tensor([which for _, which in found])

@@ -27,7 +27,6 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from univigu.cli import exit_code
 from univigu.data.video import encode_mp4, read_video, to_model_range
-from univigu.models.foundation import encode_prompt
 from univigu.shapes import renderer, scenes, texts
 
 LATENT_CHANNELS = 8  # the world fills about six; more channels would be copies of each other
@@ -161,7 +160,9 @@ def train_text_encoder(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
 
     def answers(ids: Tensor) -> Sequence[Tensor]:
-        return head(encode_prompt(text_encoder, ids, tokenizer.pad_token_id)).split(FIELD_SIZES, -1)
+        mask = (ids != tokenizer.pad_token_id).long()
+        embeds = text_encoder(ids, mask).last_hidden_state * mask[..., None]
+        return head(embeds).split(FIELD_SIZES, -1)
 
     text_encoder.train()
     for _ in track(range(steps), "training the text encoder"):

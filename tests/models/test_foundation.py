@@ -11,13 +11,13 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 
 from tests import tiny
+from univigu.models.encode import encode_prompts
 from univigu.models.fingerprint import folder_fingerprint
 from univigu.models.foundation import (
     COMPONENTS,
     Foundation,
     decode_latents,
     denormalize_latents,
-    encode_prompt,
     encode_video,
     normalize_latents,
 )
@@ -45,7 +45,7 @@ def test_prompts_are_encoded_as_wan_pipeline_does(folder: Path, foundation: str,
     expected = theirs.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=32)[0]
     ids = tokenize(ours.tokenizer, PROMPTS, 32)
     with torch.no_grad():
-        embeds = encode_prompt(ours.text_encoder, ids, ours.pad_token_id)
+        embeds = encode_prompts(ours.text_encoder, ids, ours.pad_token_id)
     torch.testing.assert_close(embeds, expected, rtol=1e-5, atol=1e-5)
     for row, text in zip(embeds, PROMPTS, strict=True):
         end = token_count(ours.tokenizer, text)

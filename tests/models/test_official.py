@@ -17,7 +17,8 @@ from tools import convert
 from univigu.checkpoint import load_weights
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.conventions import CONVENTIONS, OFFICIAL, Conventions
-from univigu.models.foundation import denormalize_latents, encode_prompt
+from univigu.models.encode import encode_prompts
+from univigu.models.foundation import denormalize_latents
 from univigu.models.official import export_official, import_official, import_wan, official_differences
 from univigu.models.tokens import tokenize
 from univigu.models.weights import CheckpointError
@@ -301,7 +302,7 @@ def test_training_honours_the_conventions(folder: Path, imported: Path) -> None:
     torch.testing.assert_close(inputs.latents, denormalize_latents(batch["latents"], foundation.vae))
     assert not inputs.null_embeds.any()
     assert inputs.prompt_embeds[:, -1].any()  # a place behind the prompt's end
-    clean = encode_prompt(foundation.text_encoder, ids, foundation.pad_token_id)
+    clean = encode_prompts(foundation.text_encoder, ids, foundation.pad_token_id)
     end = int((ids != foundation.pad_token_id).sum())
     assert torch.equal(inputs.prompt_embeds[:, :end], clean[:, :end]) and not clean[:, end:].any()
     assert not module.tasks.encode_prompts(["a"], 8)[1].any()

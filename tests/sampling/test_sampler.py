@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
 from tests import tiny
 from univigu.models import UniViGUTransformer3DModel
-from univigu.models.foundation import encode_prompt
+from univigu.models.encode import encode_prompts
 from univigu.models.tokens import tokenize
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.sampler import Sampler, StepState
@@ -77,7 +77,7 @@ def test_generate_is_wan_pipeline(pipeline: WanPipeline, scheduler: str, guidanc
 
     ids = tokenize(pipeline.tokenizer, [*PROMPTS, ""], 16)
     with torch.no_grad():
-        prompts = encode_prompt(pipeline.text_encoder, ids, pipeline.tokenizer.pad_token_id)
+        prompts = encode_prompts(pipeline.text_encoder, ids, pipeline.tokenizer.pad_token_id)
     model = UniViGUTransformer3DModel.from_wan(pipeline.transformer, VOCAB).eval()
     options = SamplingOptions(num_inference_steps=4, guidance_scale=guidance, joint_lag=0)
     sampler = Sampler(model, schedulers[scheduler], options)

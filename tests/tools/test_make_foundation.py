@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tools import make_foundation as tool
-from univigu.models.foundation import encode_prompt
+from univigu.models.encode import encode_prompts
 from univigu.shapes.scenes import Object, Scene
 from univigu.shapes.texts import prompt_of
 
@@ -52,7 +52,7 @@ def test_a_text_encoder_learns_which_object_a_word_describes() -> None:
     ids = torch.tensor(tokenizer(prompts, padding=True).input_ids)
     red = tokenizer.convert_tokens_to_ids("▁red")
     with torch.no_grad():
-        one, other = encode_prompt(encoder, ids, tokenizer.pad_token_id)[ids == red]
+        one, other = encode_prompts(encoder, ids, tokenizer.pad_token_id)[ids == red]
     assert (one - other).norm() > 0.2 * one.norm()
 
 

@@ -23,7 +23,7 @@ from univigu.flow.text import make_text_flow
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.conventions import CONVENTIONS
 from univigu.models.lora import LoraOptions
-from univigu.models.official import check_exportable, official_differences
+from univigu.models.official import ARCHITECTURE, official_differences
 from univigu.models.transformer import is_text_parameter
 from univigu.models.weights import empty_model
 from univigu.training.optim import OptimizerOptions
@@ -67,7 +67,7 @@ def test_overlays_are_wan21(size: str, monkeypatch: pytest.MonkeyPatch, tmp_path
     config = model.config
     assert config.num_attention_heads == heads and config.num_layers == layers and config.ffn_dim == ffn
     assert (config.vocab_size, config.text_flow, config.text_positions) == (256384, "uniform", 0)
-    check_exportable(model, accept_differences=True)  # the paper's, which its authors' code can load
+    assert not official_differences(model, ARCHITECTURE)  # the paper's, which its authors' code can load
     wans = {name: value for name, value in model.named_parameters() if not is_text_parameter(name)}
     count = wan_count(width, layers, ffn)
     assert sum(value.numel() for value in wans.values()) == count
@@ -93,7 +93,7 @@ def test_overlays_have_the_authors_architecture(size: str, monkeypatch: pytest.M
     for work in works:
         model = empty_model(UniViGUTransformer3DModel, work.transformer | {"num_layers": 1})
         model.register_to_config(text_length=work.stage.text_length)
-        check_exportable(model, accept_differences=True)
+        assert not official_differences(model, ARCHITECTURE)
         assert set(official_differences(model)) == set(CONVENTIONS)
 
 

@@ -48,15 +48,9 @@ class AttentionCache:
         return self.layers[0].joint[1].dtype
 
     def begin(self, prompt_embeds: torch.Tensor, num_layers: int) -> None:
-        """Prepare for a pass; a ValueError if the cache holds another prompt's keys, or another model's."""
+        """Prepare for a pass; a ValueError if the cache holds another prompt's keys."""
         if self.prompt_embeds is None:
             self.prompt_embeds, self.layers = prompt_embeds, [LayerCache(self.keep_video) for _ in range(num_layers)]
         # Hooks that move a model's inputs may hand on a copy.
         if self.prompt_embeds is not prompt_embeds and not torch.equal(self.prompt_embeds, prompt_embeds):
             raise ValueError("cache: filled with another prompt's embeddings; take a new cache for each tensor of them")
-        self.check_layers(num_layers)
-
-    def check_layers(self, num_layers: int) -> None:
-        """Raise ValueError for a model of another depth."""
-        if len(self.layers) != num_layers:
-            raise ValueError(f"cache: has {len(self.layers)} layers, the model has {num_layers}")

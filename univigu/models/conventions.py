@@ -28,9 +28,9 @@ class Conventions:
     """Prompt embeddings past the prompt's end: zeros, or what the text encoder gives for padding."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("null_condition", ("encoded", "zeros")), ("prompt_padding", ("zeros", "encoded"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {choices}")
+        for name in ("null_condition", "prompt_padding"):
+            if getattr(self, name) not in ("encoded", "zeros"):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected 'encoded' or 'zeros'")
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:

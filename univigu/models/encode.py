@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from transformers import UMT5EncoderModel
 
-from univigu.models.foundation import encode_prompt, encode_video
+from univigu.models.foundation import encode_video
 
 MAX_CLIPS, MAX_PIXELS = 4, 2**18
 """Limits of a group of clips that is encoded in one call: clips, and pixels of all their frames."""
@@ -47,10 +47,10 @@ def encode_prompts(
 
     Past a prompt's end they are zero, or with ``zero_padding=False`` what the encoder gives for padding.
     """
-    if not zero_padding:
-        return torch.cat([encode_prompt(text_encoder, row[None], pad_token_id, False) for row in ids])
     rows = []
-    for row, length in zip(ids, (ids != pad_token_id).sum(1).tolist(), strict=True):  # attention masks the padding
-        embeds = encode_prompt(text_encoder, row[None, :length], pad_token_id)
-        rows.append(F.pad(embeds, (0, 0, 0, ids.shape[1] - length)))
+    for row in ids:
+        mask = (row != pad_token_id)[None]
+        shown = int(mask.sum()) if zero_padding else len(row)
+        embeds = text_encoder(row[None, :shown], mask[:, :shown].long()).last_hidden_state
+        rows.append(F.pad(embeds, (0, 0, 0, len(row) - shown)))
     return torch.cat(rows)

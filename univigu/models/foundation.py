@@ -52,18 +52,6 @@ def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor
     return vae.decode(denormalize_latents(latents, vae)).sample
 
 
-def encode_prompt(
-    text_encoder: UMT5EncoderModel, ids: torch.Tensor, pad_token_id: int, zero_padding: bool = True
-) -> torch.Tensor:
-    """Token ids [B, S] -> prompt embeddings [B, S, text_dim], zero past each prompt's end (as in WanPipeline).
-
-    ``zero_padding=False`` leaves what the encoder gives there.
-    """
-    mask = (ids != pad_token_id).long()
-    embeds = text_encoder(ids, mask).last_hidden_state
-    return embeds * mask[..., None].to(embeds.dtype) if zero_padding else embeds
-
-
 class Foundation:
     """Lazily loaded components of a WanPipeline folder, frozen and in evaluation mode.
 

@@ -103,38 +103,26 @@ def official_differences(
     return {name: (model.config[name], value) for name, value in official.items() if model.config[name] != value}
 
 
-def check_exportable(model: UniViGUTransformer3DModel, accept_differences: bool = False) -> None:
-    """Refuse a model that the official code, or :func:`import_official`, would not run as it was trained.
-
-    ``accept_differences`` accepts other training conditions, see :func:`official_differences`.
-
-    Raises:
-        CheckpointError: names each option with its value and the official one.
-    """
-    architecture, conditions = official_differences(model, ARCHITECTURE), official_differences(model)
-    listed = ", ".join(
-        f"{name}={ours!r} (official: {official!r})" for name, (ours, official) in (architecture or conditions).items()
-    )
-    if architecture:
-        raise CheckpointError(f"not the official architecture: {listed}")
-    if model.config.text_flow == "embedding":
-        raise CheckpointError("text_flow='embedding': the official model has a discrete text flow")
-    if conditions and not accept_differences:
-        raise CheckpointError(
-            "trained under other conditions than the official model, which the file would not record: "
-            f"{listed}; to export it anyway, --accept-differences (accept_differences=True)"
-        )
-
-
 def export_official(
     model: UniViGUTransformer3DModel, path: str | Path, step: int = 0, accept_differences: bool = False
 ) -> None:
     """Write a model, and a number of steps, as the official preview would; the inverse of :func:`import_official`.
 
     Raises:
-        CheckpointError: see :func:`check_exportable`.
+        CheckpointError: another architecture than the official one; other training conditions, which the file does not
+            record, unless ``accept_differences``. Names each option with its value and the official one.
     """
-    check_exportable(model, accept_differences)
+    architecture, conditions = official_differences(model, ARCHITECTURE), official_differences(model)
+    differing = [f"{name}={a!r} (official: {b!r})" for name, (a, b) in (architecture or conditions).items()]
+    if architecture:
+        raise CheckpointError(f"not the official architecture: {', '.join(differing)}")
+    if model.config.text_flow == "embedding":
+        raise CheckpointError("text_flow='embedding': the official model has a discrete text flow")
+    if conditions and not accept_differences:
+        raise CheckpointError(
+            "trained under other conditions than the official model, which the file would not record: "
+            f"{', '.join(differing)}; to export it anyway, --accept-differences (accept_differences=True)"
+        )
     state = {official_name(name): value.detach().cpu() for name, value in model.state_dict().items()}
     head_dim = model.config.attention_head_dim
     state[ROTARY_KEY] = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)

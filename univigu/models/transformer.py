@@ -179,8 +179,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             text: the text's inputs; None leaves the text stream out, and the video output is bit-equal to Wan's.
             cache: keys and values to keep and to reuse, see :class:`AttentionCache`; only without gradients.
 
-        Raises:
-            ValueError: shapes or dtypes that do not fit together, named; a cache that belongs to another call.
+        A ValueError names shapes or dtypes that do not fit together, and a cache that belongs to another call.
         """
         if hidden_states is not None and text is None and cache is None:  # Wan's own model
             (sample,) = super().forward(
@@ -242,7 +241,6 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         """Only the text, with the cached video and prompt."""
         if text is None or cache is None or cache.prompt_embeds is None or not cache.video_tokens:
             raise ValueError("hidden_states=None: expected text and a cache filled by a pass with video and text")
-        cache.check_layers(len(self.blocks))
         shape, filled = list(text.tokens.shape[:2]), [cache.prompt_embeds.shape[0], cache.text_tokens]
         if shape != filled:
             raise ValueError(f"text.tokens has shape {shape}: the cache was filled with {filled}")

@@ -60,11 +60,8 @@ def load_strictly(
 ) -> None:
     """Load a state dict that has exactly the model's keys and shapes, by copying or by assigning its tensors.
 
-    ``names`` gives the name in the state dict of each of the model's that is to be loaded; by default all, by their
-    own names. ``source`` is named in errors.
-
-    Raises:
-        CheckpointError: names every missing and unexpected key and every wrong shape.
+    ``names`` gives the name in the state dict of each of the model's that is to be loaded, by default all by their own
+    names. A CheckpointError names ``source`` and every missing and unexpected key and wrong shape.
     """
     parameters = model.state_dict()
     names = {name: name for name in parameters} if names is None else names
@@ -106,13 +103,6 @@ def empty_model(model: type[AnyWan], config: Mapping[str, Any]) -> AnyWan:
     return made
 
 
-def gathered(weight: torch.Tensor) -> torch.Tensor:
-    """The full tensor of a sharded weight outside its module's forward; gradients are averaged over the processes."""
-    if not isinstance(weight, DTensor):
-        return weight
-    return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
-
-
 def compute_device(component: torch.nn.Module) -> torch.device:
     """The device a component computes on: its own, or the one that offloading moves its weights to for a call."""
     for module in component.modules():
@@ -122,10 +112,13 @@ def compute_device(component: torch.nn.Module) -> torch.device:
 
 
 def embedding_rows(embedding: torch.nn.Embedding, count: int) -> torch.Tensor:
-    """The first rows of an embedding, also if it is sharded or offloaded."""
-    if embedding.weight.is_meta:  # offloaded: its weights are there while it is called
+    """The first rows of an embedding, also if it is offloaded, or sharded (gradients are averaged over processes)."""
+    weight = embedding.weight
+    if weight.is_meta:  # offloaded: its weights are there while it is called
         return embedding(torch.arange(count, device=compute_device(embedding)))
-    return gathered(embedding.weight)[:count]
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
+    return weight[:count]
 
 
 def cast_like(model: WanTransformer3DModel, wan: WanTransformer3DModel) -> None:
