@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Self
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention
-from einops import rearrange
+from einops import rearrange, repeat
 
 from univigu.models.cache import KeyValue, LayerCache
 from univigu.models.internals import attention_backend
@@ -19,20 +17,15 @@ from univigu.models.text import Rotary, rotate_text, rotate_video
 Rotate = Callable[[torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class VideoOnly:
-    """Samples whose video queries attend to video keys only; computed once for all blocks."""
+VideoOnly = bool | torch.Tensor
+"""Whether video queries attend to video keys only: the same for all samples, or bool [B]."""
 
-    rows: torch.Tensor
-    """Their indices in the batch, at least one."""
-    others: torch.Tensor
-    """The indices of the other samples."""
 
-    @classmethod
-    def where(cls, clean: torch.Tensor) -> Self | None:
-        """From a bool [B]; None if no sample is selected."""
-        rows, others = clean.nonzero()[:, 0], (~clean).nonzero()[:, 0]
-        return cls(rows, others) if rows.numel() else None
+def same_for_all(selected: torch.Tensor) -> VideoOnly:
+    """A bool [B] as one bool if the samples agree. Not under ``torch.compile``: a graph cannot depend on values."""
+    if torch.compiler.is_compiling() or 0 < selected.sum() < len(selected):
+        return selected
+    return bool(selected.all())
 
 
 def joint_attention(
@@ -43,7 +36,7 @@ def joint_attention(
     rotary_v: Rotary,
     rotary_t: Rotary | None,
     key_mask: torch.Tensor | None = None,
-    video_only: VideoOnly | None = None,
+    video_only: VideoOnly = False,
     cache: LayerCache | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Bidirectional self-attention over [video ; text], normalised streams [B, N, D] and [B, L, D].
@@ -53,7 +46,7 @@ def joint_attention(
         attn_t: the text's own layer. It projects the text, and the video's keys and values that text queries read.
             None uses ``attn`` for both.
         key_mask: bool [B, 1, 1, N + L]; False hides a key from every query.
-        video_only: samples whose video does not depend on the text; two attention calls and no mask.
+        video_only: samples whose video does not depend on the text.
         cache: where to keep the keys and values for :func:`text_attention`.
     """
     rotate_v, rotate_t = partial(rotate_video, rotary=rotary_v), partial(rotate_text, rotary=rotary_t)
@@ -63,7 +56,7 @@ def joint_attention(
     if cache is not None and cache.keep_video:
         cache.joint = read_by_text
 
-    if attn_t is None and video_only is None:
+    if attn_t is None and video_only is False:
         query = torch.cat([query_v, query_t], dim=1)
         out_v, out_t = _attend(attn, query, *read_by_text, key_mask).split([video.shape[1], text.shape[1]], dim=1)
     else:
@@ -85,18 +78,17 @@ def _attend_video(
     video: KeyValue,
     text: KeyValue,
     key_mask: torch.Tensor | None,
-    video_only: VideoOnly | None,
+    video_only: VideoOnly,
 ) -> torch.Tensor:
     """Attention of the video's queries [B, N, heads, head_dim] to both streams, or to the video in some samples."""
-    if video_only is None:
-        return _attend(attn, query, *_concatenate(video, text), key_mask)
-    rows, others = video_only.rows, video_only.others
-    if others.numel() == 0:
+    if video_only is True:
         return _attend(attn, query, *video, None)
-    own = _attend(attn, query[rows], video[0][rows], video[1][rows], None)
-    both = _concatenate((video[0][others], video[1][others]), (text[0][others], text[1][others]))
-    rest = _attend(attn, query[others], *both, None if key_mask is None else key_mask[others])
-    return torch.empty_like(query).index_copy(0, rows, own).index_copy(0, others, rest)
+    if isinstance(video_only, torch.Tensor):  # the samples differ: a mask hides the text's keys
+        shown = torch.ones_like(query[..., 0, 0], dtype=torch.bool)
+        hidden = repeat(~video_only, "b -> b l", l=text[0].shape[1])
+        mask = torch.cat([shown, hidden], dim=1)[:, None, None]
+        key_mask = mask if key_mask is None else mask & key_mask
+    return _attend(attn, query, *_concatenate(video, text), key_mask)
 
 
 def apply_together(

@@ -53,7 +53,7 @@ class UniViGUTransformerBlock(WanTransformerBlock):
         temb: torch.Tensor | None,  # [B, 6, D]
         rotary_emb: Rotary | None,
         text: TextStream | None = None,  # None: only the video
-        video_only: VideoOnly | None = None,
+        video_only: VideoOnly = False,
         cache: LayerCache | None = None,
     ) -> Any:
         """The video's states, and the text's if there is text: a tensor or a tuple of two."""

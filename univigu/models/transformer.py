@@ -26,7 +26,7 @@ from torch import nn
 
 from univigu.flow.inputs import TextInputs, TextReader
 from univigu.flow.text import EMBEDDING_INPUT_SCALE
-from univigu.models.attention import VideoOnly
+from univigu.models.attention import VideoOnly, same_for_all
 from univigu.models.block import TextStream, UniViGUTransformerBlock, modulate
 from univigu.models.cache import AttentionCache
 from univigu.models.conventions import Conventions, NullCondition, PromptPadding
@@ -194,10 +194,12 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             output = UniViGUTransformerOutput(text=self._forward_text(text, cache))
             return output if return_dict else (None, output.text)
         assert timestep is not None and encoder_hidden_states is not None
-        grid, video_only, stream = hidden_states.shape[2:], None, None
+        grid, stream = hidden_states.shape[2:], None
+        video_only: VideoOnly = False
         if text is not None:
             clean = timestep == 0
-            video_only = None if self.config.clean_video_reads_text else VideoOnly.where(clean)
+            if not self.config.clean_video_reads_text:
+                video_only = same_for_all(clean)
             if self.config.clean_video_timestep:
                 timestep = timestep.float().masked_fill(clean, self.config.clean_video_timestep)
         if cache is not None:
