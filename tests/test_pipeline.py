@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ def test_calling_it_is_wan_pipeline(pipe: UniViGUPipeline) -> None:
     wan.set_progress_bar_config(disable=True)
     arguments = {**SIZE, "num_inference_steps": 2, "max_sequence_length": 16, "output_type": "np"}
     frames = [p("a red circle", generator=torch.Generator().manual_seed(3), **arguments).frames for p in (pipe, wan)]
-    assert frames[0].shape == (1, 5, 32, 48, 3) and np.array_equal(*frames)
+    assert frames[0].shape == (1, 5, 32, 48, 3)
+    np.testing.assert_allclose(*frames, atol=1e-4)  # prompts are encoded one by one here
+    assert signature(pipe.__call__) == signature(wan.__call__)
 
 
 def test_it_survives_saving(pipe: UniViGUPipeline, videos: np.ndarray, tmp_path: Path) -> None:
@@ -137,7 +140,7 @@ def test_what_does_not_fit_is_named(pipe: UniViGUPipeline, videos: np.ndarray, t
             task()
     wan = tiny.make_pipeline()
     wan.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="vocab_embed"):
+    with pytest.raises(ValueError, match="expected a UniViGUTransformer3DModel, got WanTransformer3DModel"):
         UniViGUPipeline.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expected a UniViGUTransformer3DModel, got WanTransformer3DModel"):
         UniViGUPipeline(wan.tokenizer, wan.text_encoder, wan.vae, wan.scheduler, wan.transformer)
@@ -197,10 +200,12 @@ def test_an_option_that_a_task_would_ignore_is_refused(pipe: UniViGUPipeline, vi
     for task, name in (
         (caption, "no_such_option"),
         (joint, "strength"),
-        (caption, "output_type"),
+        (caption, "negative_prompt"),
         (edit, "num_frames"),
+        (joint, "return_dict"),
+        (caption, "callback_on_step_end_tensor_inputs"),
     ):
-        with pytest.raises(TypeError, match=name):
+        with pytest.raises(ValueError, match=f"{name}=1: .* does not use it; it uses "):
             task(**{name: 1})
 
     whole = SamplingOptions(num_inference_steps=1, caption_steps=1, batch_guidance=True, caption_refresh=2)

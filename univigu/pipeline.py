@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Self
 
 import torch
-from diffusers import WanPipeline
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils import BaseOutput
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from univigu.data.buckets import Bucket, latents_shape
 from univigu.flow.random import Generators
@@ -25,7 +27,8 @@ from univigu.flow.time import NUM_TRAIN_TIMESTEPS
 from univigu.models.conventions import Conventions
 from univigu.models.encode import encode_prompts
 from univigu.models.foundation import Foundation, set_conv_layout
-from univigu.models.tokens import TextTooLongError, detokenize, tokenize
+from univigu.models.frames import to_frames
+from univigu.models.tokens import clean_text, detokenize, tokenize
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import compute_device
 from univigu.sampling.options import SamplingOptions
@@ -51,10 +54,7 @@ class UniViGUOutput(BaseOutput):
 
 def check_prompts(tokenizer: Any, prompts: list[str], max_sequence_length: int) -> None:
     """Raise a TextTooLongError for a prompt that does not fit, which WanPipeline's encoding would truncate."""
-    try:
-        tokenize(tokenizer, prompts, max_sequence_length)
-    except TextTooLongError as error:
-        raise TextTooLongError(f"max_sequence_length={max_sequence_length}: {error}") from None
+    tokenize(tokenizer, prompts, max_sequence_length, f"max_sequence_length={max_sequence_length}: prompt")
 
 
 class TaskRunner:
@@ -155,8 +155,8 @@ class UniViGUPipeline(WanPipeline):
     Calling it generates video and is WanPipeline's own ``__call__`` with all its arguments. The other tasks are
     methods. Moving, offloading and saving work as in diffusers. Arguments of several tasks:
 
-    video: what diffusers' ``VideoProcessor.preprocess_video`` takes: a list of PIL images, an array [F, H, W, C] or a
-        tensor [F, C, H, W] in [0, 1], or a batch of them. It is cut to 4k+1 frames of whole patches.
+    video: a list of PIL images, or an array or tensor, uint8 or in [0, 1], or a batch of them, see
+        :func:`univigu.models.frames.to_frames`. It is cut to 4k+1 frames of whole patches.
     prompt: one prompt for all samples, or one each. A prompt over ``max_sequence_length`` tokens (its end included) is
         a TextTooLongError; only ``pipe(prompt)`` truncates it, as WanPipeline does.
     height, width: size in pixels; for a given video the size to scale it to, by default its own.
@@ -170,18 +170,20 @@ class UniViGUPipeline(WanPipeline):
         ValueError: the transformer is a plain Wan one, which has no text stream.
     """
 
+    _transformer_config: Mapping[str, Any] = MappingProxyType({})
+
     def __init__(
         self,
-        tokenizer: Any,
-        text_encoder: Any,
-        vae: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: UMT5EncoderModel,
+        vae: AutoencoderKLWan,
         scheduler: Any,
-        transformer: UniViGUTransformer3DModel,
-        transformer_2: Any = None,
+        transformer: UniViGUTransformer3DModel | None = None,
+        transformer_2: WanTransformer3DModel | UniViGUTransformer3DModel | None = None,
         boundary_ratio: float | None = None,
         expand_timesteps: bool = False,
     ) -> None:
-        if not isinstance(transformer, UniViGUTransformer3DModel):
+        if transformer is not None and not isinstance(transformer, UniViGUTransformer3DModel):
             raise ValueError(
                 f"transformer: expected a UniViGUTransformer3DModel, got {type(transformer).__name__}; train its text "
                 "stream with `lightning fit --config configs/recall.yaml --model.foundation FOLDER`"
@@ -191,6 +193,12 @@ class UniViGUPipeline(WanPipeline):
         )
         set_conv_layout(self.vae)
 
+    @property
+    def conventions(self) -> Conventions:
+        """Those of the transformer, or of the folder if it was loaded without one."""
+        model = self.transformer or self.transformer_2
+        return Conventions.of(self._transformer_config if model is None else model.config)
+
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As in diffusers; the VAE's kernels get the memory format of the device."""
         super().to(*args, **kwargs)
@@ -199,26 +207,38 @@ class UniViGUPipeline(WanPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """As in diffusers; weights of the transformer that do not fit are a ValueError that names the keys."""
-        if "transformer" not in kwargs:
-            names = kwargs.keys() & {"torch_dtype", "cache_dir", "revision", "token"}
+        """As in diffusers; weights of the transformer that do not fit are a ValueError that names the keys.
+
+        With ``transformer=None``, which encodes prompts in little memory, the folder still gives the conventions.
+        """
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if "transformer" in kwargs and pipe.transformer is None and pipe.transformer_2 is None:
+            names = kwargs.keys() & {"cache_dir", "revision", "token", "local_files_only"}
             options = {name: kwargs[name] for name in names}
-            kwargs["transformer"] = UniViGUTransformer3DModel.from_pretrained(
+            config = UniViGUTransformer3DModel.load_config(
                 pretrained_model_name_or_path, subfolder="transformer", **options
             )
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[no-any-return]
+            pipe._transformer_config = config
+        return pipe
 
     # ---------------------------------------------------------------------- tasks
 
     @torch.no_grad()
-    def __call__(self, *args: Any, output_type: str | None = "np", return_dict: bool = True, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """WanPipeline's, on latents as the transformer knows them."""
-        if self._runner().conventions.latents_normalized or output_type == "latent":
-            return super().__call__(*args, output_type=output_type, return_dict=return_dict, **kwargs)
-        (latents,) = super().__call__(*args, output_type="latent", return_dict=False, **kwargs)
-        decoded = self._runner().conventions.decode(self.vae, latents)
-        frames = self.video_processor.postprocess_video(decoded, output_type=output_type)
+        if self.conventions.latents_normalized:
+            return super().__call__(*args, **kwargs)
+        arguments = signature(WanPipeline.__call__).bind(self, *args, **kwargs)
+        arguments.apply_defaults()
+        output_type, return_dict = arguments.arguments["output_type"], arguments.arguments["return_dict"]
+        arguments.arguments |= {"output_type": "latent", "return_dict": False}
+        (frames,) = WanPipeline.__call__(*arguments.args, **arguments.kwargs)
+        if output_type != "latent":
+            decoded = self.conventions.decode(self.vae, frames)
+            frames = self.video_processor.postprocess_video(decoded, output_type=output_type)
         return WanPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    __call__.__signature__ = signature(WanPipeline.__call__)  # type: ignore[attr-defined]
 
     def caption(
         self,
@@ -271,8 +291,12 @@ class UniViGUPipeline(WanPipeline):
         **overrides: Any,
     ) -> UniViGUOutput:
         """A task, from a video or on noise of that size."""
-        runner = self._runner(options, overrides)
-        runner.sampling.check_keywords(overrides, task, self.transformer.config.text_flow)
+        if self.transformer is None:
+            raise ValueError(f"transformer=None: {task} needs one; this pipeline can only encode prompts")
+        self._interrupt = False
+        options = options or SamplingOptions()
+        options.check_keywords(overrides, task, self.transformer.config.text_flow)
+        runner = self._runner(replace(options, **overrides))
         inputs: dict[str, Any] = {"strength": strength, "generator": generator}
         inputs["on_step"], count = self._on_step(callback_on_step_end), None
         if video is None:
@@ -295,7 +319,7 @@ class UniViGUPipeline(WanPipeline):
         """WanPipeline's, where no negative prompt is the null condition that the model was trained with."""
         given = kwargs.get("negative_prompt_embeds") is not None or negative_prompt
         embeds, negative = super().encode_prompt(prompt, negative_prompt, *args, **kwargs)
-        return embeds, negative if given or negative is None else self._runner().conventions.null(negative)
+        return embeds, negative if given or negative is None else self.conventions.null(negative)
 
     def _get_t5_prompt_embeds(
         self,
@@ -305,21 +329,19 @@ class UniViGUPipeline(WanPipeline):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """WanPipeline's, with what the encoder gives for padding where the model was trained with that."""
-        if self._runner().conventions.prompt_padding == "zeros":
-            return super()._get_t5_prompt_embeds(prompt, num_videos_per_prompt, max_sequence_length, device, dtype)
-        texts = [prompt] if isinstance(prompt, str) else prompt
-        ids = tokenize(self.tokenizer, texts, max_sequence_length).to(compute_device(self.text_encoder))
-        embeds = encode_prompts(self.text_encoder, ids, self.tokenizer.pad_token_id, zero_padding=False)
+        """As in WanPipeline, but each prompt by itself, as in training, and with the model's padding."""
+        texts = [clean_text(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        slot = {"padding": "max_length", "max_length": max_sequence_length, "truncation": True}
+        ids = self.tokenizer(texts, return_tensors="pt", **slot).input_ids.to(compute_device(self.text_encoder))
+        zeros = self.conventions.prompt_padding == "zeros"
+        embeds = encode_prompts(self.text_encoder, ids, self.tokenizer.pad_token_id, zeros)
         embeds = embeds.to(device or self._execution_device, dtype or self.text_encoder.dtype)
         return embeds.repeat_interleave(num_videos_per_prompt, dim=0)
 
     # ---------------------------------------------------------------------- helpers
 
-    def _runner(
-        self, options: SamplingOptions | None = None, overrides: Mapping[str, Any] = MappingProxyType({})
-    ) -> TaskRunner:
-        options = replace(options or SamplingOptions(), **overrides)
+    def _runner(self, options: SamplingOptions | None = None) -> TaskRunner:
+        assert self.transformer is not None
         return TaskRunner(self, self.transformer, lambda: self.scheduler, options, self._execution_device)
 
     def _prompts(self, prompt: str | list[str], count: int | None, length: int) -> list[str]:
@@ -334,7 +356,7 @@ class UniViGUPipeline(WanPipeline):
 
     def _pixels(self, video: Any, height: int | None, width: int | None) -> Tensor:
         """A video in any form as [B, C, F, H, W] in [-1, 1], cropped to 4k+1 frames of whole patches."""
-        pixels = self.video_processor.preprocess_video(video, height, width)
+        pixels = self.video_processor.preprocess_video(to_frames(video), height, width)
         step = self.vae_scale_factor_temporal
         frames = (pixels.shape[2] - 1) // step * step + 1
         _, down, right = (self.vae_scale_factor_spatial * size for size in self.transformer.config.patch_size)
@@ -346,7 +368,7 @@ class UniViGUPipeline(WanPipeline):
     def _on_step(self, callback: StepEndCallback | None) -> StepCallback:
         bar = None
 
-        def on_step(state: StepState) -> None:
+        def on_step(state: StepState) -> bool:
             nonlocal bar
             bar = bar or self.progress_bar(total=state.num_steps)
             bar.update()
@@ -354,7 +376,8 @@ class UniViGUPipeline(WanPipeline):
                 time = state.text_time if state.video_time == 1.0 and state.text_time is not None else state.video_time
                 tensors = {"latents": state.latents, "text": state.text, "state": state}
                 callback(self, state.step, NUM_TRAIN_TIMESTEPS * (1.0 - time), tensors)
-            if state.last:  # a caption may end early
+            if state.last or self._interrupt:  # a caption may end early
                 bar.close()
+            return self._interrupt
 
         return on_step

@@ -758,3 +758,18 @@ def test_a_config_with_a_former_key_is_refused(model: UniViGUTransformer3DModel,
     with pytest.raises(ValueError, match=rf"{key} is no longer an option of the transformer; use text_\w+: "):
         UniViGUTransformer3DModel.from_pretrained(tmp_path)
     check_replaced(model.config, "x")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["shared", "own"])
+def test_it_compiles_as_one_graph(wan: WanTransformer3DModel, attention: str) -> None:
+    """Also where clean video does not read text, for samples alike and not."""
+    options: Any = {"text_attention": attention, "clean_video_reads_text": False, "clean_video_timestep": 300.0}
+    model, inputs = tiny.make_unified(wan, VOCAB, **options), make_inputs()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for rows in ([], [1], [0, 1, 2]):
+        inputs["timestep"] = torch.full((3,), 500.0).index_fill(0, torch.tensor(rows, dtype=torch.int64), 0.0)
+        with torch.no_grad():
+            ours, theirs = model(**arguments(inputs)), compiled(**arguments(inputs))
+        assert_close(theirs.sample, ours.sample)
+        assert_close(theirs.text, ours.text)

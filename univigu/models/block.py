@@ -12,6 +12,7 @@ from torch import nn
 
 from univigu.models.attention import VideoOnly, apply_together, joint_attention, prompt_attention, text_attention
 from univigu.models.cache import LayerCache
+from univigu.models.internals import register_block
 from univigu.models.options import TextAttention
 from univigu.models.text import Rotary
 
@@ -109,6 +110,9 @@ class UniViGUTransformerBlock(WanTransformerBlock):
 
     def _modulation(self, temb: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (self.scale_shift_table + temb.float()).chunk(6, dim=1)
+
+
+register_block(UniViGUTransformerBlock)
 
 
 def modulate(norm: nn.Module, states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -186,6 +186,8 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
                 hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, return_dict=False
             )
             return UniViGUTransformerOutput(sample=sample) if return_dict else (sample,)
+        if self.is_cache_enabled:
+            raise ValueError("enable_cache: its cached blocks know no text and no prompt's keys; call disable_cache()")
         if cache is not None and torch.is_grad_enabled():
             raise ValueError("cache: its keys and values carry no gradients; use it under torch.no_grad()")
         if text is not None:

@@ -80,12 +80,12 @@ class SamplingOptions:
         return make_text_flow(config.text_flow, config.vocab_size, **options)
 
     def check_keywords(self, keywords: Mapping[str, Any], task: str, text_flow: str) -> None:
-        """Raise a ValueError for an option, given by keyword and contained in these options, that the task ignores."""
+        """Raise a ValueError for an option, given by keyword beside these options, that the task does not use."""
         for name, value in keywords.items():
             if name not in TASK_OPTIONS[task]:
                 used = ", ".join(TASK_OPTIONS[task])
                 raise ValueError(f"{name}={value!r}: {task} does not use it; it uses {used}")
             if name == "text_order" and text_flow != "mask":
                 raise ValueError(f"{name}={value!r}: {task} with the {text_flow!r} text flow does not use it")
-            if task == "joint" and name in _CLEAN_VIDEO and not self.joint_lag:
+            if task == "joint" and name in _CLEAN_VIDEO and not keywords.get("joint_lag", self.joint_lag):
                 raise ValueError(f"{name}={value!r}: joint uses it after the video's end; use it with joint_lag over 0")

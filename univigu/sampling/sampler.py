@@ -44,7 +44,8 @@ class StepState:
     """Whether no step follows: at the schedule's end, or once every text of the batch has ended."""
 
 
-StepCallback = Callable[[StepState], None]
+StepCallback = Callable[[StepState], bool | None]
+"""Called after each step; a true result ends the sampling there."""
 
 
 @dataclass
@@ -158,7 +159,7 @@ class Sampler:
         latents_shape: (C, T, H, W) of a sample.
         text_length: number of text tokens.
         generator: one generator, or one a sample (then a sample does not depend on its batch).
-        on_step: called after each step with a :class:`StepState`.
+        on_step: see :data:`StepCallback`.
     """
 
     def __init__(
@@ -282,10 +283,15 @@ class Sampler:
                     last = last or ended
             if on_step is not None:
                 tokens, text_time = (None, None) if text is None else (text.state, text.times[i + 1])
-                on_step(StepState(i, num_steps, video, video_time, tokens, text_time, last))
+                last = on_step(StepState(i, num_steps, video, video_time, tokens, text_time, last)) or last
             if last:
                 break
-        return Samples(video, None if text is None else text.flow.tokens(text.state))
+        return Samples(video, None if text is None else self._tokens(text))
+
+    def _tokens(self, text: TextRun) -> torch.Tensor:
+        """The tokens of a text's state; where sampling was ended early, masks become padding."""
+        tokens = text.flow.tokens(text.state)
+        return torch.where(tokens < text.flow.vocab_size, tokens, self.pad_token_id or 0)
 
     def _caption_contexts(
         self, latents: torch.Tensor, prompt_embeds: torch.Tensor, null_embeds: torch.Tensor, generator: Generators
