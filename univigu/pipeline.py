@@ -165,9 +165,6 @@ class UniViGUPipeline(WanPipeline):
         keyword that the task or the text flow does not use is a ValueError.
     output_type: "np", "pt", "pil" or "latent", as in diffusers.
     callback_on_step_end: see :data:`StepEndCallback`.
-
-    Raises:
-        ValueError: the transformer is a plain Wan one, which has no text stream.
     """
 
     _transformer_config: Mapping[str, Any] = MappingProxyType({})
@@ -211,13 +208,12 @@ class UniViGUPipeline(WanPipeline):
 
         With ``transformer=None``, which encodes prompts in little memory, the folder still gives the conventions.
         """
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        folder = str(pretrained_model_name_or_path)
+        pipe = super().from_pretrained(folder, **kwargs)
         if "transformer" in kwargs and pipe.transformer is None and pipe.transformer_2 is None:
             names = kwargs.keys() & {"cache_dir", "revision", "token", "local_files_only"}
             options = {name: kwargs[name] for name in names}
-            config = UniViGUTransformer3DModel.load_config(
-                pretrained_model_name_or_path, subfolder="transformer", **options
-            )
+            config = UniViGUTransformer3DModel.load_config(folder, subfolder="transformer", **options)
             pipe._transformer_config = config
         return pipe
 
