@@ -1,4 +1,4 @@
-"""Writes the texts of the embedded world: a brief prompt and a detailed caption for each scene."""
+"""Writes the texts of the embedded world: for each scene a brief prompt, a detailed caption, and questions."""
 
 from __future__ import annotations
 
@@ -52,3 +52,47 @@ def region_of(center: tuple[float, float]) -> str:
     """Name of the ninth of the frame that contains a point (x, y) in canvas pixels, such as "upper left"."""
     column, row = (min(max(int(3 * value / CANVAS), 0), 2) for value in center)
     return f"{('upper', 'middle', 'lower')[row]} {('left', 'center', 'right')[column]}"
+
+
+def questions_of(scene: Scene) -> list[dict[str, str]]:
+    """Questions about a scene with their answers, as ``{"kind", "question", "answer"}``.
+
+    The kinds: count, background, relation, and of each object color, shape, size, motion, start and end. One of two
+    objects is named by properties that are not asked for; where that name fits both, the question is left out.
+    """
+    count = "two objects." if len(scene.objects) == 2 else "one object."
+    asked: list[tuple[str, str, str]] = [
+        ("count", "how many objects are there?", count),
+        ("background", "what color is the background?", f"{scene.background}."),
+    ]
+    for obj in scene.objects:
+        motion = "it stays still." if obj.motion == "still" else f"it moves {obj.motion} {obj.speed}."
+        if name := _unique_name(obj, scene, "size", "shape"):
+            asked.append(("color", f"what color is {name}?", f"{obj.color}."))
+        if name := _unique_name(obj, scene, "size", "color"):
+            asked.append(("shape", f"what shape is {name}?", f"a {obj.shape}."))
+        if name := _unique_name(obj, scene, "color", "shape"):
+            asked += [
+                ("size", f"how large is {name}?", f"{obj.size}."),
+                ("motion", f"how does {name} move?", motion),
+                ("start", f"where is {name} when the clip begins?", f"{region_of(obj.center(0))}."),
+                ("end", f"where is {name} when the clip ends?", f"{region_of(obj.center(NUM_FRAMES - 1))}."),
+            ]
+    if scene.relation:
+        first, second = (_unique_name(obj, scene, "color", "shape") for obj in scene.objects)
+        side, opposite = {"left of": ("left.", "right."), "above": ("above.", "below.")}[scene.relation]
+        if first and second:
+            asked.append(("relation", f"where is {first}, seen from {second}?", side))
+            asked.append(("relation", f"where is {second}, seen from {first}?", opposite))
+    return [{"kind": kind, "question": question, "answer": answer} for kind, question, answer in asked]
+
+
+def _unique_name(obj: Object, scene: Scene, *properties: str) -> str | None:
+    """An object's name by two of its properties, such as "the red circle"; None if it fits the other object, too."""
+    if len(scene.objects) == 1:
+        return "the object"
+    named = [[getattr(candidate, name) for name in properties] for candidate in scene.objects]
+    if named[0] == named[1]:
+        return None
+    noun = [] if "shape" in properties else ["object"]
+    return " ".join(["the", *(getattr(obj, name) for name in properties), *noun])

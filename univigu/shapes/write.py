@@ -23,7 +23,7 @@ def world_fingerprint() -> str:
     digest = hashlib.sha256(ENCODING)
     for seed in range(8):
         scene = scenes.sample_scene(seed)
-        digest.update(json.dumps([scene.to_dict(), texts.prompt_of(scene), texts.caption_of(scene)]).encode())
+        digest.update(json.dumps(_described(scene)).encode())
         digest.update(renderer.render(scene).numpy().tobytes())
     return digest.hexdigest()[:8]
 
@@ -57,8 +57,13 @@ def write_shapes(
 
 def _write(split: scenes.Split, size: dict[str, int], path: Path, seeds: range) -> ShardInfo:
     def members(scene: scenes.Scene) -> dict[str, bytes]:
-        described = {"prompt": texts.prompt_of(scene), "caption": texts.caption_of(scene), "scene": scene.to_dict()}
         video = encode_mp4(renderer.render(scene, **size), fps=scenes.FPS)
-        return {"mp4": video, "json": json.dumps(described).encode()}
+        return {"mp4": video, "json": json.dumps(_described(scene)).encode()}
 
     return write_shard(path, ((f"{seed:08d}", members(scenes.sample_scene(seed, split))) for seed in seeds))
+
+
+def _described(scene: scenes.Scene) -> dict[str, Any]:
+    """The json member of a clip."""
+    described = {"prompt": texts.prompt_of(scene), "caption": texts.caption_of(scene), "scene": scene.to_dict()}
+    return {**described, "qa": texts.questions_of(scene)}
