@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ from univigu.data.sample import questions_of
 from univigu.data.shards import write_shard
 from univigu.data.video import encode_mp4
 from univigu.evaluation.held_out import EvaluationOptions
-from univigu.flow.objective import TaskMixture
+from univigu.flow.objective import ConditionDropout, TaskMixture
+from univigu.models.tokens import detokenize, tokenize
 from univigu.pipeline import TaskRunner
 from univigu.sampling.options import SamplingOptions
+from univigu.shapes import texts as shapes_texts
+from univigu.shapes.scenes import sample_scene
 from univigu.training.callbacks import FinalReport, StageSwitch
 from univigu.training.module import UniViGU
+from univigu.training.questions import ask_questions
 from univigu.training.stages import Stage
 
 QA = [{"question": "a red circle", "answer": "moving left."}, {"question": "a green circle", "answer": "large."}]
@@ -135,3 +140,52 @@ def test_a_batch_of_captions_has_no_questions() -> None:
     assert questions_of({"question": [None, None]}) is None and questions_of({}) is None
     assert questions_of({"question": ["a", "b"]}) == ["a", "b"]
     assert questions_of({"question": ["a", None]}) is None
+
+
+def test_a_share_of_the_understand_samples_answers_questions(folder: Path) -> None:
+    """Their condition is the question, which is never dropped, and their target the answer; the others stay."""
+    module, trainer = run(folder, "validate", "qa")
+    batch = next(iter(trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
+    batch["qa"][1] = [{"question": "a red circle", "answer": "moving left."}]
+    before = module.prepare(batch)
+    after = ask_questions(before, batch, [1], module.tasks, random.Random(0))
+    tokenizer, slot = module.foundation.tokenizer, batch["prompt_ids"].shape[1]
+    question, _ = module.tasks.encode_ids(tokenize(tokenizer, ["a red circle"], slot))
+    assert torch.equal(after.prompt_embeds[0], before.prompt_embeds[0])
+    torch.testing.assert_close(after.prompt_embeds[1:], question)
+    assert torch.equal(after.text_ids[0], before.text_ids[0])
+    assert detokenize(tokenizer, after.text_ids)[1] == "moving left." and after.is_question.tolist() == [False, True]
+
+    shown: list[torch.Tensor] = []
+
+    def model(video: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor, *text: Any) -> Any:
+        shown.append(embeds)
+        return module.transformer(video, timestep, embeds, *text)
+
+    model.config, model.token_table = module.transformer.config, module.transformer.token_table
+    module.objective(model, after, (0, 2, 0), ConditionDropout(1.0, 1.0, 1.0))
+    assert torch.equal(shown[0][0], after.null_embeds[0]) and torch.equal(shown[0][1], after.prompt_embeds[1])
+
+
+def test_a_sample_without_a_fitting_question_keeps_its_caption(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module, trainer = run(folder, "validate", "qa")
+    batch = next(iter(trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
+    batch["qa"] = [[], [{"question": "a circle " * 99, "answer": "large."}]]
+    before = module.prepare(batch)
+    assert ask_questions(before, batch, [0, 1], module.tasks, random.Random(0)) is before
+    assert "skipped a question of sample 'clip': question has" in caplog.text
+
+
+def test_questions_of_the_embedded_world_are_answered_by_the_scene() -> None:
+    for seed in range(300):
+        scene = sample_scene(seed)
+        asked = shapes_texts.questions_of(scene)
+        assert {pair["kind"] for pair in asked} >= {"count", "background"}
+        assert len({pair["question"] for pair in asked}) == len(asked), asked  # each has one answer
+        for pair in asked:
+            if pair["kind"] == "color":
+                shape = pair["question"].removesuffix("?").rpartition(" ")[2]
+                right = [obj.color for obj in scene.objects if shape in (obj.shape, "object")]
+                assert pair["answer"].removesuffix(".") in right
+            if pair["kind"] == "relation" and pair["answer"] in ("left.", "right."):
+                assert scene.relation == "left of"

@@ -20,7 +20,7 @@ from univigu.flow.objective import (
     sample_positions,
 )
 from univigu.flow.random import make_generator
-from univigu.flow.text import make_text_flow
+from univigu.flow.text import EMBEDDING_TIME_POWER, make_text_flow
 
 VOCAB, FLOWS = 11, ("embedding", "uniform", "mask")
 
@@ -231,7 +231,7 @@ def test_self_conditioning_feeds_back_the_own_prediction(
 
 def test_embedding_times_are_warped(models: dict[str, Any]) -> None:
     even, warped = (measure(models[name], make_batch(), (2, 2, 0), name).text_times for name in ("mask", "embedding"))
-    torch.testing.assert_close(warped, even**3)
+    torch.testing.assert_close(warped, even**EMBEDDING_TIME_POWER)
 
 
 def test_time_options_are_used(models: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from univigu.flow.discrete import cross_entropy
-from univigu.flow.text import EmbeddingFlow, MaskFlow, TextFlow, UniformFlow, make_text_flow
+from univigu.flow.text import EMBEDDING_TIME_POWER, EmbeddingFlow, MaskFlow, TextFlow, UniformFlow, make_text_flow
 
 V, D = 7, 16
 
@@ -96,9 +96,7 @@ def test_flows_are_built_by_name() -> None:
     assert make_text_flow("embedding", V, top_p=0.5) == EmbeddingFlow(V, top_p=0.5)
     assert make_text_flow("uniform", V, temperature=0.5) == UniformFlow(V, 0.5)
     assert make_text_flow("mask", V, order="confidence") == MaskFlow(V, order="confidence")
-    config = SimpleNamespace(embedding_self_conditioning=False)
-    bound = EmbeddingFlow(V).bind(SimpleNamespace(token_table=lambda: TABLE, config=config))
-    assert bound.table is TABLE and EmbeddingFlow(V).self_conditioning and not bound.self_conditioning
+    assert EmbeddingFlow(V).bind(SimpleNamespace(token_table=lambda: TABLE)).table is TABLE
     assert MaskFlow(V).bind(None) == MaskFlow(V)
 
 
@@ -135,7 +133,7 @@ def test_embedding_sampler_with_the_true_posterior_gives_the_data() -> None:
     prior = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.04, 0.0])
     z, steps = EMBEDDING.initial(1, 5000, seeded(0)), 60
     times = [EMBEDDING.warp(k / steps) for k in range(steps + 1)]
-    assert times[30] == pytest.approx(0.125) and times[-1] == 1.0
+    assert times[30] == pytest.approx(0.5**EMBEDDING_TIME_POWER) and times[-1] == 1.0
     for t, t_next in pairwise(times):  # by Bayes: z_t is normal around t E[x_1] with deviation 1 - t
         squares = (z[..., None, :] - t * TABLE).square().sum(-1)
         z = EMBEDDING.step(z, prior.log() - squares / (2 * (1 - t) ** 2), t, t_next)

@@ -30,7 +30,8 @@ from univigu.evaluation.caption_metrics import CaptionScores
 from univigu.flow.random import randn
 from univigu.flow.time import shift_sigma, time_from_sigma, to_timestep
 from univigu.flow.video import flow_matching_loss, interpolate
-from univigu.shapes.metrics import ShapesAgreement, ShapesTextAccuracy, ShapesVideoAccuracy
+from univigu.shapes.metrics import AttributeAccuracy, ShapesAgreement, ShapesTextAccuracy, ShapesVideoAccuracy
+from univigu.shapes.text_checker import normalize_text
 
 CLIP_FRAMES = 8
 """Frames of a video that CLIPScore averages over."""
@@ -76,6 +77,7 @@ class HeldOutEvaluation(nn.Module):
         self.options, self.foundation = options, foundation
         metrics: dict[str, nn.Module] = {
             "caption/properties": ShapesTextAccuracy(kind),
+            "answer/properties": AttributeAccuracy(),
             "caption/scores": CaptionScores(),
             "caption/tokens": MeanMetric(),
             "vae/psnr": PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3, 4)),
@@ -117,15 +119,21 @@ class HeldOutEvaluation(nn.Module):
             true_ids = inputs.text_ids[:, :size]
             real = true_ids != module.foundation.pad_token_id  # the text's end counts, its padding does not
             self.add("caption/tokens", len(seeds), (samples.tokens[:, :size] == true_ids)[real].float())
-            if not questions:  # an answer does not describe the scene
-                self.add("caption/properties", len(known), texts, batch["scene"])
             truth = batch[module.stage.target]
+            if questions:  # an answer does not describe the scene
+                right = [normalize_text(text) == normalize_text(true) for text, true in zip(texts, truth, strict=True)]
+                by_kind = [{kind or "other": value} for kind, value in zip(batch["kind"], right, strict=True)]
+                self.add("answer/properties", len(right), by_kind)
+            else:
+                self.add("caption/properties", len(known), texts, batch["scene"])
             if pairs := [(text, [true]) for text, true in zip(texts, truth, strict=True) if true.strip()]:
                 self.add("caption/scores", len(pairs), *zip(*pairs, strict=True))
         if "video" in batch:
             self._true_videos(module, batch["video"].to(inputs.latents.device), inputs.latents, texts)
+        if questions:  # no video is denoised or generated from a question
+            return
         self._flow(module, inputs, seeds)
-        if not self.options.generation or questions:  # no video is generated from a question
+        if not self.options.generation:
             return
         samples = tasks.sample("generate", batch["prompt"], length, shape=shape, generator=module.generators(seeds))
         frames = self._made("generate", module, samples, batch["prompt"])

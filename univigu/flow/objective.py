@@ -96,6 +96,8 @@ class UniFlowBatch:
     """The encoded empty prompt [1, S, text_dim]."""
     text_ids: torch.Tensor | None = None
     """Target tokens [B, L]; None where no text is learned."""
+    is_question: torch.Tensor | None = None
+    """bool [B]; samples whose condition is a question, which is never dropped. None: no sample."""
 
 
 @dataclass
@@ -214,6 +216,8 @@ class UniFlowObjective:
         # 1. Conditions
         rates = [dropout.joint] * joint + [dropout.understand] * understand + [dropout.generate] * generate
         dropped = rand((size,), generator, device) < torch.tensor(rates, device=device)
+        if batch.is_question is not None:
+            dropped &= ~batch.is_question
         embeds = torch.where(dropped[:, None, None], batch.null_embeds, batch.prompt_embeds)
 
         # 2. Both modalities with noise; clean video keeps t = 1, where the interpolation is the data itself

@@ -25,10 +25,10 @@ from univigu.flow.video import interpolate
 
 Order = Literal["random", "confidence"]
 Time = TypeVar("Time", float, torch.Tensor)
-EMBEDDING_TIME_POWER = 3
-"""Times of the embedding flow are ``u ** 3`` of an even u, because most tokens are decided at small t."""
-EMBEDDING_INPUT_SCALE = 0.1
-"""Factor of z_t where it enters the network; it gives z_t the size of the position embeddings."""
+EMBEDDING_TIME_POWER = 4
+"""Times of the embedding flow are ``u ** 4`` of an even u, because most tokens are decided at small t."""
+EMBEDDING_INPUT_SCALE = 0.05
+"""Factor of z_t where it enters the network; noise of full size would drown the position embeddings."""
 
 
 class CorruptedText(NamedTuple):
@@ -104,13 +104,12 @@ class EmbeddingFlow(TextFlow):
     """
 
     name: ClassVar[str] = "embedding"
-    self_conditioning: bool = True
-    """Whether the network is given its previous prediction of the data (Chen et al., 2022, arXiv:2208.04202)."""
+    self_conditioning = True  # Chen et al., 2022, arXiv:2208.04202
     table: torch.Tensor | None = None
     """E, float32 [V, D]; :meth:`bind` sets it."""
 
     def bind(self, model: Any) -> Self:
-        return replace(self, table=model.token_table(), self_conditioning=model.config.embedding_self_conditioning)
+        return replace(self, table=model.token_table())
 
     def warp(self, u: Time) -> Time:
         """Sampling at even u takes the quantiles of the training times."""

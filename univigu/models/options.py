@@ -38,8 +38,6 @@ class ArchitectureOptions:
     that captioning computes them once."""
     clean_video_timestep: float = 0.0
     """Conditioning timestep for clean video beside text, in [0, 1000)."""
-    embedding_self_conditioning: bool = True
-    """Whether the ``embedding`` flow gives the network its previous prediction of the data; others ignore it."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:

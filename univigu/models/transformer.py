@@ -66,7 +66,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
     Args (besides :class:`~diffusers.WanTransformer3DModel`'s):
         vocab_size: number of tokens V of the text tokenizer, at least 1. The ``mask`` flow has one more embedding,
             id V, for the mask state.
-        text_flow to embedding_self_conditioning: see :class:`univigu.models.options.ArchitectureOptions`.
+        text_flow to clean_video_timestep: see :class:`univigu.models.options.ArchitectureOptions`.
         text_length: number of text tokens of the last training stage; sampling uses it.
         latents_normalized, null_condition, prompt_padding: see :class:`univigu.models.conventions.Conventions`.
     """
@@ -112,7 +112,6 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         separate_text_ffn: bool = True,
         clean_video_reads_text: bool = True,
         clean_video_timestep: float = 0.0,
-        embedding_self_conditioning: bool = True,
         text_length: int = 256,
         latents_normalized: bool = True,
         null_condition: NullCondition = "encoded",
@@ -151,7 +150,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         self.scale_shift_table_t = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.text_head = TextHead(dim, vocab_size)
         self.text_endpoint_proj: nn.Linear | None = None
-        if text_flow == "embedding" and embedding_self_conditioning:
+        if text_flow == "embedding":
             self.text_endpoint_proj = nn.Linear(dim, dim, bias=False)
             nn.init.zeros_(self.text_endpoint_proj.weight)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +40,7 @@ from univigu.sampling.options import SamplingOptions
 from univigu.training.optim import OptimizerOptions, freeze_by_rate, make_optimizer, parameter_groups
 from univigu.training.parallel import ShardedStrategy, build_sharded, is_sharded, trained_weights_changed
 from univigu.training.prediction import Prediction, predict_batch
+from univigu.training.questions import ask_questions
 from univigu.training.stages import Stage
 
 
@@ -46,7 +48,7 @@ class UniViGU(EvaluatedModule):
     """A unified video generator and captioner in training.
 
     A training batch is a dict of ``key`` (names), ``latents`` or ``video`` (uint8 [B, F, C, H, W]), ``prompt_ids`` and
-    ``caption_ids`` (tokens), and optionally ``prompt_embeds`` with ``null_embeds``.
+    ``caption_ids`` (tokens), ``qa`` (questions and answers), and optionally ``prompt_embeds`` with ``null_embeds``.
 
     Args:
         foundation: folder of the pretrained generator in WanPipeline layout.
@@ -207,10 +209,17 @@ class UniViGU(EvaluatedModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         stage, size = self.stage, len(batch["key"])
         step = self.trainer.fit_loop.total_batch_idx
+        joint, understand, _ = counts = stage.tasks.counts(size, step)
+        inputs = self.prepare(batch)
+        if stage.question_share and understand:
+            draw = random.Random(f"{self.seed}, {self.global_rank}, {step}")
+            number = int(understand * stage.question_share + draw.random())  # right on average
+            rows = range(joint + understand - number, joint + understand)
+            inputs = ask_questions(inputs, batch, rows, self.tasks, draw)
         losses = self.objective(
             self._model,
-            self.prepare(batch),
-            counts=stage.tasks.counts(size, step),
+            inputs,
+            counts,
             dropout=stage.condition_dropout,
             generator=self._generator(step),
             text_share=self.text_share,

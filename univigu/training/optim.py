@@ -20,6 +20,8 @@ MOMENTUM = 0.95
 """Muon's (Nesterov) momentum."""
 WEIGHT_DECAY = {"muon": 0.1, "adamw": 0.01}
 """Decoupled weight decay of the text stream's matrices. Pretrained weights are not decayed."""
+SMALL = 2**20
+"""Most elements of a matrix that Muon processes together with others on a GPU."""
 MUON_RATE = 4.0
 """Muon's learning rate relative to AdamW's, both measured by the size of an update (``match_rms_adamw``)."""
 
@@ -93,9 +95,9 @@ def orthogonalize(
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024) and AdamW as one optimizer with one list of groups and one state.
 
-    On a CPU matrices of one shape are orthogonalised together, in float32. torch's Muon, used elsewhere and for
-    sharded matrices, processes one after the other in bfloat16, which takes fifteen times as long on a CPU without
-    instructions for that type.
+    On a CPU, and if they are small, matrices of one shape are orthogonalised together, in float32. torch's Muon, used
+    elsewhere and for sharded matrices, processes one after the other in bfloat16, which takes fifteen times as long on
+    a CPU without instructions for that type, and on a GPU launches thousands of kernels a step.
 
     Args:
         muon_groups: groups of matrices, with the options of :class:`torch.optim.Muon`.
@@ -121,7 +123,7 @@ class MuonAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         matrices = [p for group in self.muon.param_groups for p in group["params"]]
-        if all(type(p.data) is torch.Tensor and p.device.type == "cpu" for p in matrices):
+        if all(type(p.data) is torch.Tensor and (p.device.type == "cpu" or p.numel() <= SMALL) for p in matrices):
             self._batched_muon()
         else:
             self.muon.step()

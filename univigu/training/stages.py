@@ -37,6 +37,9 @@ class Stage:
     """Training draws the text's flow time as ``u ** text_time_power``, u uniform; above 1 favours noisy text."""
     tasks: TaskMixture = field(default_factory=lambda: TaskMixture(0.125, 0.625, 0.25))
     """Share of a batch for each task."""
+    question_share: float = 0.0
+    """Share of the ``understand`` samples that learn to answer a question about the clip (one of the sample's ``qa``)
+    instead of the target text."""
     condition_dropout: ConditionDropout = field(default_factory=lambda: ConditionDropout(0.5, 0.9, 0.1))
     """Probability, by task, that the prompt is replaced by the encoded empty prompt."""
     learning_rate: float | None = None
@@ -60,6 +63,7 @@ class Stage:
         check("target", self.target in ("prompt", "caption"), "'prompt' or 'caption'")
         check("text_length", self.text_length >= 2, "at least 2")
         check("text_share", 0.0 < self.text_share <= 1.0, "over 0, at most 1")
+        check("question_share", 0.0 <= self.question_share <= 1.0, "a number in [0, 1]")
         check("text_time_power", self.text_time_power > 0, "over 0")
         check("teacher_weight", self.teacher_weight >= 0, "at least 0")
         check("warmup_steps", self.warmup_steps >= 0, "at least 0")

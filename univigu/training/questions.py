@@ -1,0 +1,55 @@
+"""Question answering as a share of a training batch: the condition is a question, the target its answer."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from univigu.flow.objective import UniFlowBatch
+from univigu.models.tokens import TextTooLongError, tokenize
+from univigu.pipeline import TaskRunner
+
+log = logging.getLogger(__name__)
+
+
+def ask_questions(
+    inputs: UniFlowBatch,
+    batch: dict[str, Any],
+    rows: Sequence[int],
+    tasks: TaskRunner,
+    generator: random.Random,
+) -> UniFlowBatch:
+    """Replace the conditions and targets of some samples by a question about each and its answer.
+
+    Args:
+        inputs: the encoded batch, with target tokens.
+        batch: as from the loader; its ``qa`` holds each sample's pairs ``{question, answer}``, of which one is drawn.
+        rows: the samples to ask about. One without questions, or whose question or answer is too long, stays as it is.
+    """
+    assert inputs.text_ids is not None
+    slot, length = inputs.prompt_embeds.shape[1], inputs.text_ids.shape[1]
+    tokenizer, asked = tasks.components.tokenizer, {}
+    for row in rows:
+        if pairs := batch["qa"][row]:
+            pair = generator.choice(pairs)
+            try:
+                question = tokenize(tokenizer, [pair["question"]], slot, "question")
+                asked[row] = question, tokenize(tokenizer, [pair["answer"]], length, "answer")
+            except TextTooLongError as error:
+                log.warning("skipped a question of sample %r: %s", batch["key"][row], error)
+    if not asked:
+        return inputs
+    where = torch.tensor(list(asked), device=inputs.text_ids.device)
+    questions, answers = (torch.cat(ids) for ids in zip(*asked.values(), strict=True))
+    embeds, _ = tasks.encode_ids(questions)
+    return replace(
+        inputs,
+        prompt_embeds=inputs.prompt_embeds.index_copy(0, where, embeds.to(inputs.prompt_embeds)),
+        text_ids=inputs.text_ids.index_copy(0, where, answers.to(inputs.text_ids)),
+        is_question=torch.zeros(len(batch["key"]), dtype=torch.bool, device=where.device).index_fill(0, where, True),
+    )
