@@ -22,7 +22,7 @@ def test_bounds_are_inclusive() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"min_caption": -1}, "min_caption=-1"), ({"max_caption": 5}, "max_caption=5: expected at least min_caption=128")],
+    [({"min_caption": -1}, "min_caption=-1"), ({"max_caption": 5}, "max_caption=5: expected at least 128")],
 )
 def test_impossible_bounds_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from univigu.data.options import check_least
 from univigu.data.sample import LATENTS_SUFFIX, DataError, SampleRef
 from univigu.data.video import VideoError, probe_video
 
@@ -23,9 +23,7 @@ class Bucket:
     """4k+1 for Wan's VAE."""
 
     def __post_init__(self) -> None:
-        for name, least in (("height", 2), ("width", 2), ("num_frames", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"data.buckets: {name}={getattr(self, name)}: expected at least {least}")
+        check_least(self, "data.buckets: ", height=2, width=2, num_frames=1)
 
     def __str__(self) -> str:
         return f"{self.height}x{self.width}x{self.num_frames}"
@@ -56,11 +54,6 @@ def best_bucket(buckets: Sequence[Bucket], height: int, width: int, num_frames: 
     return keys.index(min(keys))
 
 
-def size_parameters(buckets: Sequence[Bucket]) -> dict[str, Any]:
-    """The sizes as a manifest of latents records them."""
-    return asdict(buckets[0]) if len(buckets) == 1 else {"buckets": [str(bucket) for bucket in buckets]}
-
-
 def latents_shape(bucket: Bucket, temporal: int, spatial: int) -> tuple[int, int, int]:
     """(T, H, W) of a bucket's latents under a VAE of that compression."""
     return (bucket.num_frames - 1) // temporal + 1, bucket.height // spatial, bucket.width // spatial
@@ -74,7 +67,7 @@ class Grid:
     """Frames a latent frame; the first latent frame stands for one."""
     spatial: int
     """Pixels a latent, in height and width."""
-    patch: tuple[int, int, int] = (1, 2, 2)
+    patch: tuple[int, int, int]
     """Latents a token: frames, height, width."""
 
     @classmethod
@@ -82,13 +75,12 @@ class Grid:
         """The grid of a WanPipeline folder, or DataError; the patches are Wan's if it has no transformer config."""
         path = Path(foundation) / "transformer" / "config.json"
         try:
-            patch = cls.patch
-            if path.exists():
-                frames, down, across = map(int, json.loads(path.read_text()).get("patch_size", patch))
-                patch = frames, down, across
+            config = json.loads(path.read_text()) if path.exists() else {}
+            frames, down, across = map(int, config.get("patch_size", (1, 2, 2)))
             path = Path(foundation) / "vae" / "config.json"
             vae = json.loads(path.read_text())
-            return cls(int(vae.get("scale_factor_temporal", 4)), int(vae.get("scale_factor_spatial", 8)), patch)
+            scales = int(vae.get("scale_factor_temporal", 4)), int(vae.get("scale_factor_spatial", 8))
+            return cls(*scales, (frames, down, across))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"foundation={str(foundation)!r}: no sizes in {path} ({error})") from error
 

@@ -20,6 +20,7 @@ from univigu.data.filters import LengthFilter
 from univigu.data.index import list_shards
 from univigu.data.inputs import PredictionInputs, PredictTask, find_inputs
 from univigu.data.loader import ErrorLog, SampleLoader, TrainLoader, VideoTextDataset
+from univigu.data.options import check_least
 from univigu.data.order import TrainOrder, eval_batches
 from univigu.data.processes import SpawnPool, this_device
 from univigu.data.sample import DataError, SampleError, SampleRef
@@ -106,10 +107,8 @@ class VideoTextDataModule(LightningDataModule):
         self.length_filter, self.texts = length_filter, texts
         self.precompute, self.strict, self.seed = precompute, strict, seed
         self.videos, self.prompts, self.pairs, self.predict_task = videos, prompts, pairs, predict_task
-        positive = ("batch_size", "num_frames", "prompt_length", "caption_length", "num_train_clips", "num_val_clips")
-        for name, least in {**dict.fromkeys(positive, 1), "num_workers": 0, "height": 2, "width": 2}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"data.{name}={getattr(self, name)}: expected at least {least}")
+        check_least(self, "data.", batch_size=1, num_workers=0, height=2, width=2, num_frames=1)
+        check_least(self, "data.", prompt_length=1, caption_length=1, num_train_clips=1, num_val_clips=1)
         self.buckets = buckets or [Bucket(height, width, num_frames)]
         """Sizes that videos are brought to."""
         for bucket in self.buckets:
@@ -134,7 +133,7 @@ class VideoTextDataModule(LightningDataModule):
         folders = self._folders()
         for folder in folders:
             for split in splits:
-                folder.fetch(split, optional=split != "train")
+                folder.fetch(split)
         with SpawnPool() as pool, SpawnPool(1) as single:
             if self.sources is None:
                 size = {"height": self.height, "width": self.width, "num_frames": self.num_frames}

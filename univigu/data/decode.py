@@ -56,14 +56,16 @@ def nearest(times: np.ndarray, num_frames: int) -> np.ndarray:
 
 def read(file: Any, num_frames: int, height: int, width: int) -> np.ndarray:
     """Frames as displayed, scaled to cover the size and cropped at the centre: uint8 [F, H, W, 3]."""
-    frames, packets = np.empty((num_frames, height, width, 3), np.uint8), []
+    packets = []
     with _open(file) as (kind, stream):
         aspect = float(stream.sample_aspect_ratio or 1)
         if kind not in PILLOW_FORMATS:
             packets = [(packet.pts, packet.is_keyframe, packet.is_discard) for packet in _demux(stream)]
-    if not _read_by_packets(file, packets, _Filler(frames, aspect)):
-        _read_by_frames(file, sum(not hidden for *_, hidden in packets), _Filler(frames, aspect))
-    return frames
+    fill = _Filler(np.empty((num_frames, height, width, 3), np.uint8), aspect)
+    if not _read_by_packets(file, packets, fill):
+        fill.missing = num_frames
+        _read_by_frames(file, sum(not hidden for *_, hidden in packets), fill)
+    return fill.frames
 
 
 def probe(file: Any) -> tuple[int, int, int]:
@@ -118,18 +120,16 @@ def _read_by_frames(file: Any, expected: int, fill: _Filler) -> None:
     pts = [frame.pts for frame in _decode(file)]
     if not pts or 2 * len(pts) < expected:
         raise DecodeError(f"only {len(pts)} of {expected} frames can be decoded" if pts else "holds no video frame")
-    chosen = nearest(np.arange(len(pts)), len(fill.frames))
-    if None not in pts:
-        times = np.array(pts)
-        if (np.diff(times) > 0).all():
-            chosen = nearest(times, len(fill.frames))
-        else:
-            # avi and asf give times in the order of decoding, a few frames off, but frames come in the order of
-            # presentation: choose by time among the frames next to the choice by order.
-            instants = np.linspace(times[0], times[-1], len(fill.frames))
-            by_time = [len(pts) - 1 - np.abs(times[::-1] - instant).argmin() for instant in instants]
-            order = np.linspace(0, len(pts) - 1, len(fill.frames))
-            chosen = np.clip(by_time, np.floor(order + 0.5) - 1, np.ceil(order - 0.5) + 1)
+    times = np.arange(len(pts)) if None in pts else np.array(pts)
+    if (np.diff(times) > 0).all():
+        chosen = nearest(times, len(fill.frames))
+    else:
+        # avi and asf give times in the order of decoding, a few frames off, but frames come in the order of
+        # presentation: choose by time among the frames next to the choice by order.
+        instants = np.linspace(times[0], times[-1], len(fill.frames))
+        by_time = [len(pts) - 1 - np.abs(times[::-1] - instant).argmin() for instant in instants]
+        order = np.linspace(0, len(pts) - 1, len(fill.frames))
+        chosen = np.clip(by_time, np.floor(order + 0.5) - 1, np.ceil(order - 0.5) + 1)
     for number, frame in enumerate(_decode(file)):
         if fill(frame, chosen == number):
             return
@@ -277,10 +277,9 @@ def _reason(error: Exception) -> str:
         return str(error)
     if isinstance(error, MemoryError):
         return f"needs more than {MAX_MEMORY >> 30} GiB of memory"
+    text = getattr(error, "strerror", None) or repr(error)
     if isinstance(error, OSError) and error.filename and not isinstance(error, av.FFmpegError):
-        return error.strerror or str(error)
-    known = isinstance(error, av.FFmpegError | OSError)
-    text = (getattr(error, "strerror", None) if known else repr(error)) or str(error)
+        return text
     return f"not a readable video ({text.splitlines()[0][-160:]})"
 
 

@@ -9,7 +9,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from univigu.data.buckets import Bucket, choose_bucket, size_parameters
+from univigu.data.buckets import Bucket, choose_bucket
 from univigu.data.index import Scan, list_shards, plain_files, scan_shard
 from univigu.data.options import check_dtype
 from univigu.data.parts import build_folder
@@ -38,15 +38,16 @@ MAX_PROMPT = 512
 """Most tokens of Wan's text encoder; samples with longer prompts are left out."""
 
 
-def vae_parameters(foundation_path: str | Path) -> dict[str, Any]:
-    """What identifies the latents of a foundation's VAE: its fingerprint and their normalisation."""
+def latents_parameters(foundation_path: str | Path, buckets: Sequence[Bucket]) -> dict[str, Any]:
+    """What identifies latents: the fingerprint of the VAE, their normalisation, and their sizes."""
     folder = Path(foundation_path) / "vae"
     try:
         config = json.loads((folder / "config.json").read_text())
         normalization = {"mean": config["latents_mean"], "std": config["latents_std"], "of": "mode"}
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise DataError(f"foundation={str(foundation_path)!r}: no readable vae/config.json ({error!r})") from error
-    return {"vae": folder_fingerprint(folder), "normalization": normalization}
+    sizes = asdict(buckets[0]) if len(buckets) == 1 else {"buckets": [str(bucket) for bucket in buckets]}
+    return {"vae": folder_fingerprint(folder), "normalization": normalization, **sizes}
 
 
 def prompt_parameters(foundation_path: str | Path) -> dict[str, Any]:
@@ -106,8 +107,8 @@ def encode_shards(
     """
     source = Path(source)
     check_dtype(dtype)
-    parameters = {**vae_parameters(foundation_path), "dtype": dtype, "source": source_parameters(source)}
-    parameters |= size_parameters(buckets)
+    parameters = latents_parameters(foundation_path, buckets)
+    parameters |= {"dtype": dtype, "source": source_parameters(source)}
     if prompts:
         parameters |= prompt_parameters(foundation_path)
     jobs = {name: job for path in list_shards(source) for name, job in _jobs(source, path)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from univigu.data.options import check_least
+
 
 @dataclass(frozen=True)
 class LengthFilter:
@@ -20,10 +22,7 @@ class LengthFilter:
     """Most tokens of a caption."""
 
     def __post_init__(self) -> None:
-        for name, least in (("max_prompt", 0), ("min_caption", 0), ("max_caption", self.min_caption)):
-            if getattr(self, name) < least:
-                bound = f"min_caption={least}" if name == "max_caption" else least
-                raise ValueError(f"length_filter.{name}={getattr(self, name)}: expected at least {bound}")
+        check_least(self, "length_filter.", max_prompt=0, min_caption=0, max_caption=self.min_caption)
 
     def reason(self, prompt_tokens: int, caption_tokens: int) -> str | None:
         """Why a sample with texts of these lengths is dropped, or None if it is kept; the prompt is checked first."""

@@ -1,8 +1,4 @@
-"""Loads batches in a deterministic order (:mod:`univigu.data.order`) that can be resumed anywhere.
-
-Which samples make up a batch is a function of its position in the endless sequence of training batches, so the state
-of a training loader is a position.
-"""
+"""Loads batches in a deterministic order (:mod:`univigu.data.order`) that can be resumed anywhere."""
 
 from __future__ import annotations
 
@@ -55,19 +51,15 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
 
     def __getitem__(self, numbers: list[int]) -> tuple[dict[str, Any], list[SampleError]]:
         """The samples of these numbers (see :func:`collate`; empty if none can be read), and errors of the others."""
-        items: list[dict[str, Any]] = []
-        errors: list[SampleError] = []
+        items, errors = list[dict[str, Any]](), list[SampleError]()
         for number in numbers:
             last_chance = not items and number == numbers[-1]
-            candidates = self._candidates(number, items) if self.replace or last_chance else [number]
-            for candidate in candidates:
+            for candidate in self._candidates(number, items) if self.replace or last_chance else [number]:
                 try:
-                    item = self.load(self.refs[candidate])
+                    items.append({**self.load(self.refs[candidate]), "number": candidate})
+                    break
                 except SampleError as error:
                     errors.append(copy(error))  # without the traceback, which keeps decoded frames in memory
-                    continue
-                items.append({**item, "number": candidate})
-                break
         return collate(items), errors
 
     def _candidates(self, number: int, items: list[dict[str, Any]]) -> Iterator[int]:
@@ -200,12 +192,6 @@ class SampleLoader:
         self._loader._iterator = value
 
 
-def _identity(ref: SampleRef) -> str:
-    """A sample's name, with what else the order of samples depends on."""
-    parts = (("?", ref.question), ("@", ref.source or None), ("#", ref.bucket or None))
-    return f"{ref.shard.rpartition('/')[2]}/{ref.key}" + "".join(f"{s}{n}" for s, n in parts if n is not None)
-
-
 class TrainLoader(SampleLoader):
     """An endless sequence of training batches; each pass gives ``len(self)`` of them, an epoch's worth.
 
@@ -215,11 +201,15 @@ class TrainLoader(SampleLoader):
     """
 
     def __init__(self, dataset: VideoTextDataset, order: TrainOrder, errors: ErrorLog, num_workers: int = 0) -> None:
-        self.order = order
-        self.position = 0
+        self.order, self.position = order, 0
         self.waited = 0.0
         """Seconds that the training loop has waited for batches so far."""
-        names = [_identity(ref) for ref in dataset.refs] + ([] if order.weights is None else [str(order.weights)])
+        names = []
+        for ref in dataset.refs:
+            parts = (("?", ref.question), ("@", ref.source or None), ("#", ref.bucket or None))
+            more = "".join(f"{mark}{number}" for mark, number in parts if number is not None)
+            names.append(f"{ref.shard.rpartition('/')[2]}/{ref.key}{more}")
+        names += [] if order.weights is None else [str(order.weights)]
         self._fingerprint = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
         super().__init__(dataset, _Upcoming(self), errors, num_workers)
 
@@ -241,13 +231,9 @@ class TrainLoader(SampleLoader):
     def state_dict(self) -> dict[str, Any]:
         """The position in samples of all ranks, and what it refers to."""
         epoch, number = divmod(self.position, len(self))
-        return {
-            "epoch": epoch,
-            "samples": number * self.order.global_batch,
-            "global_batch": self.order.global_batch,
-            "seed": self.order.seed,
-            "dataset": self._fingerprint,
-        }
+        order, samples = self.order, number * self.order.global_batch
+        state = {"epoch": epoch, "samples": samples, "global_batch": order.global_batch}
+        return {**state, "seed": order.seed, "dataset": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position; one in other samples, weights or buckets, or of another seed, is a DataError.

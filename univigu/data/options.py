@@ -14,7 +14,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_options(parser: Any, options: Any, without: tuple[str, ...] = ()) -> None:
-    """Add ``--field-name`` to a parser or group for every other field; defaults and help are those of the dataclass."""
+    """Add ``--field-name`` to a parser for every other field, with the dataclass's default and description."""
     parsed = [docstring_parser.parse_from_object(kind) for kind in reversed(type(options).__mro__[:-1])]
     descriptions = {item.arg_name: item.description or "" for doc in parsed for item in doc.params}
     for name, kind in get_type_hints(type(options)).items():
@@ -37,12 +37,12 @@ def read_options(kind: type[Options], namespace: argparse.Namespace, **more: Any
     return kind(**given | more)
 
 
-def check_least(options: Any, **least: float) -> None:
-    """Raise ValueError for a field that is below its least value."""
+def check_least(options: Any, group: str = "", **least: float) -> None:
+    """Raise ValueError for a field, of a group of options, that is below its least value."""
     for name, bound in least.items():
         value = getattr(options, name)
         if value is not None and value < bound:
-            raise ValueError(f"{name}={value}: expected at least {bound}")
+            raise ValueError(f"{group}{name}={value}: expected at least {bound}")
 
 
 def check_dtype(name: str, option: str = "dtype") -> torch.dtype:

@@ -96,8 +96,7 @@ def run_jobs(
     """Do this process's share of the jobs that have no record or one that is not done.
 
     ``make`` gives the results of a batch of jobs, ``merge`` the files, by name, that are written once all jobs have a
-    record.  A folder with results of other ``parameters`` is a DataError.  Returns all records, or None while other
-    processes have jobs left.
+    record.  A folder of other ``parameters`` is a DataError.  Returns all records, or None while some are missing.
     """
     parts = Parts(folder, share.rank)
     with locked(folder, f"{share.rank:05d}"), progress or progress_bar() as bar:

@@ -74,7 +74,7 @@ class Texts:
     """Pairs {"question", "answer"} about the clip."""
 
     def question(self, number: int | None) -> Texts:
-        """Texts with that question as the prompt and its answer as the caption; None returns the texts unchanged."""
+        """With that question as the prompt and its answer as the caption; None returns the texts unchanged."""
         if number is None or self.qa is None:
             return self
         pair = self.qa[number]

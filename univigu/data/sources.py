@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from univigu.data.buckets import Bucket, size_parameters
-from univigu.data.encode import encode_shards, prompt_parameters, source_parameters, vae_parameters
+from univigu.data.buckets import Bucket
+from univigu.data.encode import encode_shards, latents_parameters, prompt_parameters, source_parameters
 from univigu.data.index import Scan, find_split, index_folder
 from univigu.data.processes import SpawnPool
-from univigu.data.sample import LATENTS_SUFFIX, DataError, SampleError
+from univigu.data.sample import LATENTS_SUFFIX, DataError
 from univigu.data.shards import MANIFEST, Manifest, replacing, sha256_of
 
 log = logging.getLogger(__name__)
@@ -37,12 +37,9 @@ class Source:
 
 def source_weights(sources: Sequence[Source]) -> list[float] | None:
     """The sources' weights, None if none has one; raises ValueError if only some have, or a source is there twice."""
-    paths = [source.path for source in sources]
-    if not paths:
-        raise ValueError("data.shards=[]: expected at least one source")
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"data.shards: {max(paths, key=paths.count)!r} is there twice; give it a higher weight")
-    weights = [source.weight for source in sources if source.weight is not None]
+    paths, weights = [source.path for source in sources], [s.weight for s in sources if s.weight is not None]
+    if not paths or len(set(paths)) < len(paths):
+        raise ValueError(f"data.shards={paths}: expected at least one source, each of them once")
     if weights and len(weights) < len(sources):
         missing = next(source.path for source in sources if source.weight is None)
         raise ValueError(f"data.shards: {missing!r} has no weight, but others have; give all of them one, or none")
@@ -50,25 +47,19 @@ def source_weights(sources: Sequence[Source]) -> list[float] | None:
 
 
 class SourceFolder:
-    """A source on this machine, with the latents computed from it beside it.
-
-    Args:
-        path: folder with train/, val/ and test/, or its URL (s3://bucket/data, https://host/data, ...).
-        root: folder for copies of URLs.
-    """
+    """A source on this machine (``base``), copied to ``root`` if it is a URL, with the latents computed from it."""
 
     def __init__(self, path: str, root: str, foundation: str, buckets: Sequence[Bucket], precompute: bool) -> None:
         self.url = path.rstrip("/") if "://" in path else None
         self.base = Path(path)
-        """The local folder."""
         if self.url is not None:
             self.base = Path(root) / "remote" / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self.foundation, self.buckets, self.precompute = foundation, tuple(buckets), precompute
 
-    def fetch(self, split: Split, optional: bool) -> None:
-        """Copy a remote split to this machine; an optional one may be missing there."""
+    def fetch(self, split: Split) -> None:
+        """Copy a remote split to this machine; all but train may be missing there."""
         if self.url is not None:
-            fetch_shards(f"{self.url}/{split}", self.base / split, optional)
+            fetch_shards(f"{self.url}/{split}", self.base / split, optional=split != "train")
 
     def videos(self, split: Split) -> Path:
         """The original shards: a folder, or a list of paths."""
@@ -80,8 +71,8 @@ class SourceFolder:
         manifest = Manifest.load(videos)
         if not self.precompute or (manifest is not None and manifest.kind == "latents"):
             return videos
-        encoders = vae_parameters(self.foundation)["vae"], prompt_parameters(self.foundation)["text_encoder"]
-        sizes = str(self.buckets[0])
+        vae = latents_parameters(self.foundation, self.buckets)["vae"]
+        encoders, sizes = (vae, prompt_parameters(self.foundation)["text_encoder"]), str(self.buckets[0])
         if len(self.buckets) > 1:
             digest = hashlib.sha256(" ".join(map(str, self.buckets)).encode()).hexdigest()[:8]
             sizes = f"{len(self.buckets)}buckets-{digest}"
@@ -96,21 +87,17 @@ class SourceFolder:
     def index(self, split: Split) -> Scan:
         """The split's samples, and errors of the others; a DataError for latents of other encoders, sizes or videos."""
         folder, videos = self.folder(split), self.videos(split)
-        manifest, skipped = Manifest.load(folder), list[SampleError]()
-        if manifest is not None and manifest.kind == "latents":
-            self._check_latents(folder, videos, manifest)
-            skipped = manifest.skipped(videos)
-        elif folder != videos:
-            raise DataError(f"{folder}: has not been encoded; run prepare_data first")
-        refs, errors = index_folder(folder)
-        if manifest is None and any(LATENTS_SUFFIX in ref.members for ref in refs):
-            raise DataError(f"{folder}: holds latents but no manifest.json, so nothing says which VAE made them")
-        return refs, skipped + errors
-
-    def _check_latents(self, folder: Path, videos: Path, manifest: Manifest) -> None:
-        if not manifest.complete:
+        manifest = Manifest.load(folder)
+        if manifest is None or manifest.kind == "video":
+            if folder != videos:
+                raise DataError(f"{folder}: has not been encoded; run prepare_data first")
+            refs, errors = index_folder(folder)
+            if any(LATENTS_SUFFIX in ref.members for ref in refs):
+                raise DataError(f"{folder}: holds latents but no manifest.json, so nothing says which VAE made them")
+            return refs, errors
+        if not manifest.complete or manifest.check_files(folder):
             raise DataError(f"{folder}: only partly encoded; let data.precompute finish it")
-        expected = {**vae_parameters(self.foundation), **size_parameters(self.buckets)}
+        expected = latents_parameters(self.foundation, self.buckets)
         if "text_encoder" in manifest.parameters:  # else prompts are encoded during training
             expected |= prompt_parameters(self.foundation)
         if folder != videos:
@@ -119,9 +106,9 @@ class SourceFolder:
             found = manifest.parameters.get(name)
             if found != value:
                 was = f"{folder}: latents were encoded with {name}={found!r}, this run has {name}={value!r}"
-                raise DataError(
-                    f"{was}; set data.shards to the videos and data.precompute to true to encode them again"
-                )
+                raise DataError(f"{was}; set data.shards to the videos and data.precompute, to encode them again")
+        refs, errors = index_folder(folder)
+        return refs, manifest.skipped(videos) + errors
 
 
 def fetch_shards(url: str, folder: Path, optional: bool = False) -> None:

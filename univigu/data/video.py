@@ -28,7 +28,7 @@ Source = str | PathLike[str] | bytes
 
 
 class VideoError(ValueError):
-    """A file that is not a readable video; the message names the file and the reason."""
+    """A file that is not a readable video."""
 
 
 def even_indices(num_available: int, num_frames: int) -> list[int]:
