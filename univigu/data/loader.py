@@ -105,7 +105,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """One batch: tensors are stacked along a new first dimension, everything else becomes a list.
 
     ``key``, ``prompt``, ``caption``: list[str]; ``scene``: list[dict | None]; ``source``, ``bucket``: list[int];
-    ``number``: list[int], the samples' numbers in the split; ``qa``: list[list[dict[str, str]]], each sample's questions
+    ``number``: list[int], the samples' numbers in the split; ``qa``: list[list[dict[str, str]]], their questions
     and answers; ``question``: list[str | None], equal to the prompts where the captions are answers, and ``kind``:
     list[str | None], the questions'; ``prompt_ids``, ``caption_ids``: int64 [B, L]; either ``latents``: float32
     [B, C, T, H, W] or ``video``: uint8 [B, F, C, H, W] (in memory [B, F, H, W, C]); with precomputed prompts
