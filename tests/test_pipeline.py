@@ -273,7 +273,7 @@ def test_a_clips_latents_do_not_depend_on_the_entry_point(foundation: str) -> No
     frames = torch.stack([render(sample_scene(seed), 64, 64, 9) for seed in range(5)])
     batch = module.latents_of({"video": frames})
     for i in range(5):
-        assert torch.equal(module.encode_frames(frames[i : i + 1])[0], batch[i])
+        assert torch.equal(module.latents_of({"video": frames[i : i + 1]})[0], batch[i])
     floats = frames.float() / 255
     by_pipeline = pipe._runner().encode_video(pipe._pixels(floats, None, None))
     single = pipe._runner().encode_video(pipe._pixels(floats[3:4], None, None))

@@ -30,7 +30,7 @@ from univigu.models import UniViGUTransformer3DModel
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.sampler import Sampler
 from univigu.training.optim import freeze_by_rate
-from univigu.training.plan import UMT5_VOCAB_SIZE, WAN21, Workload, step_flops
+from univigu.training.plan import UMT5_VOCAB_SIZE, WAN21, Workload, count_step
 from univigu.training.stages import Stage
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -164,7 +164,7 @@ class Report:
             seconds = self.seconds(lambda: step(counts))
             stage = Stage(text_length=self.size.text_length, learning_rate=rates["video"], tasks=TaskMixture(*counts))
             work = Workload(self.config(recipe), self.size.latents, self.size.prompt_length, stage)
-            rate = step_flops(work, False) / seconds / 1e12
+            rate = count_step(work, False)[0] / seconds / 1e12
             return {"seconds": round(seconds, 4), "tflops": round(rate, 3), "mfu": round(rate / NOMINAL_TFLOPS, 4)}
 
         for task, counts in tasks.items():

@@ -12,42 +12,37 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
 
 from univigu.cli import exit_code
-from univigu.training.plan import Plan, Workload, added_parameters, make_plan, step_flops, workloads_of
-from univigu.training.stages import FULL_TEXT_FROM
+from univigu.training.plan import Workload, added_parameters, make_plan, workloads_of
 
 # Dense bfloat16 operations a second, by the makers' data sheets.
 DEVICES = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
 
 
-def show_plan(work: Workload, plan: Plan, options: argparse.Namespace, console: Console) -> None:
+def show_plan(name: str, work: Workload, options: argparse.Namespace, console: Console) -> None:
     """Print one stage's numbers."""
-    gigabyte, stage = 1e9, work.stage
-    title = f"stage {work.stage_name}, batch {work.batch_size} on each of {options.world_size}"
+    plan, checkpointed = (make_plan(work, options.world_size, checkpointing) for checkpointing in (False, True))
+    gigabyte = 1e9
+    title = f"stage {name}, batch {work.batch_size} on each of {options.world_size}"
     table = Table("", "", title=title, show_header=False)
     rows = [
         ("parameters", f"{plan.parameters:,} ({plan.wan_parameters:,} of them Wan's)"),
         ("trained in this stage", f"{plan.trained_parameters:,}"),
         ("video tokens a clip", f"{plan.video_tokens:,}"),
-        ("operations a step and process", f"{plan.flops / 1e12:,.3f} T ({plan.flops_checkpointed / 1e12:,.3f} T with"
+        ("operations a step and process", f"{plan.flops / 1e12:,.3f} T ({checkpointed.flops / 1e12:,.3f} T with"
          " checkpointing)"),
         ("weights (float32 share)", f"{plan.weights / gigabyte:.3f} GB"),
         ("gathered at once", f"{plan.gathered / gigabyte:.3f} GB"),
         ("gradients", f"{plan.gradients / gigabyte:.3f} GB"),
         ("optimizer", f"{plan.optimizer / gigabyte:.3f} GB"),
         ("activations", f"{plan.activations / gigabyte:.3f} GB"),
-        ("activations, checkpointed", f"{plan.activations_checkpointed / gigabyte:.3f} GB"),
-        ("together", f"{plan.total(False) / gigabyte:.3f} GB, checkpointed {plan.total(True) / gigabyte:.3f} GB"),
+        ("activations, checkpointed", f"{checkpointed.activations / gigabyte:.3f} GB"),
+        ("together", f"{plan.total / gigabyte:.3f} GB, checkpointed {checkpointed.total / gigabyte:.3f} GB"),
     ]  # fmt: skip
-    if stage.text_share < 1:
-        part = step_flops(replace(work, text_share=stage.text_share), False) / 1e12
-        steps = f"up to step {round(FULL_TEXT_FROM * stage.steps):,}"
-        rows.insert(4, (f"{stage.text_share:.0%} of the text, {steps}", f"{part:,.3f} T"))
     for label, value in rows:
         table.add_row(label, value)
     if options.device:
@@ -60,11 +55,11 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     console = Console(width=100)
     if not 0 < options.utilisation <= 1:
         raise ValueError(f"--utilisation {options.utilisation}: expected a share over 0 and at most 1")
-    for work in workloads_of(rest):
+    for name, work in workloads_of(rest).items():
         if options.modules:
-            show_modules(f"stage {work.stage_name}" + (", LoRA" if work.lora else ""), work, console)
+            show_modules(f"stage {name}" + (", LoRA" if work.lora else ""), work, console)
         else:
-            show_plan(work, make_plan(work, options.world_size), options, console)
+            show_plan(name, work, options, console)
     if not options.modules:
         console.print("Not counted: the frozen text encoder and VAE, the libraries' own memory, fragmentation.")
 

@@ -7,7 +7,7 @@ text = pipe.caption(frames).text[0]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
@@ -101,9 +101,14 @@ class TaskRunner:
         embeds = encode_prompts(encoder, every, tokenizer.pad_token_id, zeros).to(self.device).float()
         return embeds[:-1], self.conventions.null(embeds[-1:])
 
-    def texts(self, samples: Samples) -> list[str] | None:
-        """The sampled texts; None if the task makes none."""
-        return None if samples.tokens is None else detokenize(self.components.tokenizer, samples.tokens)
+    def texts(self, samples: Samples) -> list[str]:
+        """The texts of samples of a task that makes texts."""
+        assert samples.tokens is not None
+        return detokenize(self.components.tokenizer, samples.tokens)
+
+    def generators(self, seeds: Iterable[int]) -> list[torch.Generator]:
+        """One generator for each sample, so that a sample does not depend on its batch."""
+        return [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 
     def latents_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
         """Latents' (C, T, H, W) of a video of that size; a ValueError if it is not a whole number of patches."""
@@ -305,7 +310,7 @@ class UniViGUPipeline(WanPipeline):
         frames = None if output_type is None else samples.latents
         if frames is not None and output_type != "latent":
             frames = self.video_processor.postprocess_video(runner.decode(frames), output_type=output_type)
-        text = runner.texts(samples)
+        text = None if samples.tokens is None else runner.texts(samples)
         self.maybe_free_model_hooks()
         return UniViGUOutput(frames=frames, text=text, tokens=samples.tokens)
 

@@ -318,7 +318,7 @@ def test_frames_go_through_the_same_latents(folder: Path, imported: Path) -> Non
     theirs, ours = (UniViGU(str(folder), init_from=path) for path in (str(imported), None))
     theirs.configure_model()
     frames = torch.randint(256, (1, 5, 3, 32, 32), dtype=torch.uint8)
-    raw, normalized = theirs.encode_frames(frames), ours.encode_frames(frames)
+    raw, normalized = (module.latents_of({"video": frames}) for module in (theirs, ours))
     torch.testing.assert_close(raw, denormalize_latents(normalized, ours.foundation.vae))
     decoded = [m.tasks.conventions.decode(m.foundation.vae, z) for m, z in ((theirs, raw), (ours, normalized))]
     torch.testing.assert_close(*decoded, rtol=1e-4, atol=1e-4)

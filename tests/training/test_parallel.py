@@ -345,7 +345,6 @@ def test_the_shipped_overlay_runs_with_its_callbacks(small_data: list[str], tmp_
         "--trainer.val_check_interval=2",
         "--trainer.callbacks+=univigu.training.callbacks.WeightEMA",
         "--monitor.every_n_steps=2",
-        "--monitor.peak_flops=1e12",
         "--data.batch_size=2",
         "--model.sampling.num_inference_steps=2",
         "--model.sampling.caption_steps=2",

@@ -12,6 +12,7 @@ docs/EVALUATION.md lists every name that is logged.
 from __future__ import annotations
 
 import zlib
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
@@ -22,19 +23,22 @@ from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from univigu.data.sample import questions_of
+from univigu.data.video import to_frames
 from univigu.evaluation.caption_metrics import CaptionScores
+from univigu.evaluation.video_metrics import ClipEncoder, FrechetVideoDistance, VideoCLIPScore, VideoFeatures
+from univigu.flow.objective import UniFlowBatch
 from univigu.flow.random import randn
 from univigu.flow.time import shift_sigma, time_from_sigma, to_timestep
 from univigu.flow.video import flow_matching_loss, interpolate
+from univigu.pipeline import TaskRunner
+from univigu.sampling.sampler import Samples
 from univigu.shapes.metrics import AttributeAccuracy, ShapesAgreement, ShapesTextAccuracy, ShapesVideoAccuracy
 from univigu.shapes.text_checker import normalize_text
-
-CLIP_FRAMES = 8
-"""Frames of a video that CLIPScore averages over."""
 
 
 @dataclass
@@ -51,14 +55,11 @@ class EvaluationOptions:
 
     def refuse_latents(self, writes_text: bool) -> None:
         """Raise a MisconfigurationException if an option needs the true videos, which batches of latents lack."""
-        for name, needing, needed in (
-            ("clip", "caption/clip compares captions with", writes_text),
-            ("video_features", "Frechet distances compare with", self.generation),
-        ):
+        for name, needed in (("clip", writes_text), ("video_features", self.generation)):
             if needed and getattr(self, name) is not None:
                 raise MisconfigurationException(
-                    f"model.evaluation.{name}={getattr(self, name)!r}: {needing} the true videos, and the data are "
-                    "latents; use shards of videos with --data.precompute false"
+                    f"model.evaluation.{name}={getattr(self, name)!r}: needs true videos, but the data are latents; "
+                    "use shards of videos with --data.precompute false"
                 )
 
 
@@ -68,15 +69,18 @@ class HeldOutEvaluation(nn.Module):
     Clips of the embedded world are checked property by property as well; all are compared by what papers report.
 
     Args:
-        kind: which text the model was last trained to write, "prompt" or "caption".
+        target: which text the model was last trained to write, "prompt" or "caption".
+        shift: of the timesteps.
         foundation: the generator before training, for comparison.
     """
 
-    def __init__(self, kind: str, foundation: WanTransformer3DModel, options: EvaluationOptions) -> None:
+    def __init__(
+        self, target: str, shift: float, foundation: WanTransformer3DModel, options: EvaluationOptions
+    ) -> None:
         super().__init__()
-        self.options, self.foundation = options, foundation
+        self.target, self.shift, self.foundation, self.options = target, shift, foundation, options
         metrics: dict[str, nn.Module] = {
-            "caption/properties": ShapesTextAccuracy(kind),
+            "caption/properties": ShapesTextAccuracy(target),
             "answer/properties": AttributeAccuracy(),
             "caption/scores": CaptionScores(),
             "caption/tokens": MeanMetric(),
@@ -85,10 +89,17 @@ class HeldOutEvaluation(nn.Module):
             "flow/loss": MeanMetric(),
             "flow/foundation": MeanMetric(),
         }
+        tasks = ("generate", "joint") if options.generation else ()
         if options.generation:
-            metrics["generate/properties"] = ShapesVideoAccuracy(positions=False)
-            metrics["joint/properties"] = ShapesAgreement()
-        self.metrics: Any = nn.ModuleDict(metrics | _model_metrics(options))
+            metrics |= {"generate/properties": ShapesVideoAccuracy(positions=False)}
+            metrics |= {"joint/properties": ShapesAgreement()}
+        if options.clip is not None:
+            clip = ClipEncoder(options.clip)
+            metrics |= {f"{task}/clip": VideoCLIPScore(clip) for task in ("caption", *tasks)}
+        if options.video_features is not None:
+            features = VideoFeatures(options.video_features)
+            metrics |= {f"{task}/fvd": FrechetVideoDistance(features) for task in tasks}
+        self.metrics: Any = nn.ModuleDict(metrics)
         self.seen = dict.fromkeys(self.metrics, 0)
         """Samples of each metric on this rank."""
         self.counted = set[int]()
@@ -100,77 +111,89 @@ class HeldOutEvaluation(nn.Module):
             self.seen[name] += number
 
     @torch.no_grad()
-    def update(self, module: Any, batch: Mapping[str, Any]) -> None:
-        """Add a batch of the test loader."""
+    def update(self, tasks: TaskRunner, inputs: UniFlowBatch, batch: Mapping[str, Any]) -> None:
+        """Add a batch of the test loader; ``inputs`` is the same batch encoded, with texts if the stage trains any."""
         if "video" not in batch:  # before anything is sampled
-            self.options.refuse_latents(module.stage.writes_text)
-        inputs, tasks, questions = module.prepare(batch), module.tasks, questions_of(batch)
-        length, shape = batch["prompt_ids"].shape[1], tuple(inputs.latents.shape[1:])
+            self.options.refuse_latents(inputs.text_ids is not None)
+        questions, length, shape = questions_of(batch), batch["prompt_ids"].shape[1], tuple(inputs.latents.shape[1:])
         known = [i for i, scene in enumerate(batch["scene"]) if scene is not None]  # of the embedded world
         # A sample's seed comes from its key: the same whatever the batch size or the number of ranks.
         names = batch["key"] if questions is None else map("".join, zip(batch["key"], questions, strict=True))
         seeds = [zlib.crc32(name.encode()) for name in names]
-        texts: list[str] | None = None
-        if inputs.text_ids is not None:  # the stage trains text
-            generators = module.generators(seeds)
-            samples = tasks.sample("caption", questions, length, latents=inputs.latents, generator=generators)
-            texts = tasks.texts(samples)
-            size = min(samples.tokens.shape[1], inputs.text_ids.shape[1])
-            true_ids = inputs.text_ids[:, :size]
-            real = true_ids != module.foundation.pad_token_id  # the text's end counts, its padding does not
-            self.add("caption/tokens", len(seeds), (samples.tokens[:, :size] == true_ids)[real].float())
-            truth = batch[module.stage.target]
+        captions: list[str] | None = None
+        if inputs.text_ids is not None:
+            generator = tasks.generators(seeds)
+            samples = tasks.sample("caption", questions, length, latents=inputs.latents, generator=generator)
+            captions = self._captions(tasks, samples, inputs.text_ids, batch)
             if questions:  # an answer does not describe the scene
-                right = [normalize_text(text) == normalize_text(true) for text, true in zip(texts, truth, strict=True)]
-                by_kind = [{kind or "other": value} for kind, value in zip(batch["kind"], right, strict=True)]
-                self.add("answer/properties", len(right), by_kind)
+                self._answers(captions, batch)
             else:
-                self.add("caption/properties", len(known), texts, batch["scene"])
-            if pairs := [(text, [true]) for text, true in zip(texts, truth, strict=True) if true.strip()]:
-                self.add("caption/scores", len(pairs), *zip(*pairs, strict=True))
+                self.add("caption/properties", len(known), captions, batch["scene"])
         if "video" in batch:
-            self._true_videos(module, batch["video"].to(inputs.latents.device), inputs.latents, texts)
+            self._true_videos(tasks, batch["video"].to(inputs.latents.device), inputs.latents, captions)
         if questions:  # no video is denoised or generated from a question
             return
-        self._flow(module, inputs, seeds)
+        self._flow(tasks, inputs, seeds)
         if not self.options.generation:
             return
-        samples = tasks.sample("generate", batch["prompt"], length, shape=shape, generator=module.generators(seeds))
-        frames = self._made("generate", module, samples, batch["prompt"])
-        self.add("generate/properties", len(known), frames, batch["scene"])
-        if texts is not None:
-            samples = tasks.sample("joint", batch["prompt"], length, shape=shape, generator=module.generators(seeds))
+        prompts = batch["prompt"]
+        samples = tasks.sample("generate", prompts, length, shape=shape, generator=tasks.generators(seeds))
+        self.add("generate/properties", len(known), self._made("generate", tasks, samples, prompts), batch["scene"])
+        if captions is not None:
+            samples = tasks.sample("joint", prompts, length, shape=shape, generator=tasks.generators(seeds))
             texts = tasks.texts(samples)
-            frames = self._made("joint", module, samples, texts)
+            frames = self._made("joint", tasks, samples, texts)
             if known:
                 self.add("joint/properties", len(known), [texts[i] for i in known], frames[known])
 
-    def _true_videos(self, module: Any, videos: torch.Tensor, latents: torch.Tensor, texts: list[str] | None) -> None:
+    def _captions(
+        self, tasks: TaskRunner, samples: Samples, true_ids: torch.Tensor, batch: Mapping[str, Any]
+    ) -> list[str]:
+        """Compare captions with the truth; returns them."""
+        captions, ids = tasks.texts(samples), samples.tokens
+        assert ids is not None
+        size = min(ids.shape[1], true_ids.shape[1])
+        true_ids = true_ids[:, :size]
+        real = true_ids != tasks.components.tokenizer.pad_token_id  # the text's end counts, its padding does not
+        self.add("caption/tokens", len(captions), (ids[:, :size] == true_ids)[real].float())
+        if pairs := [(text, [true]) for text, true in zip(captions, batch[self.target], strict=True) if true.strip()]:
+            self.add("caption/scores", len(pairs), *zip(*pairs, strict=True))
+        return captions
+
+    def _answers(self, answers: list[str], batch: Mapping[str, Any]) -> None:
+        truth = batch[self.target]
+        right = [normalize_text(text) == normalize_text(true) for text, true in zip(answers, truth, strict=True)]
+        by_kind = [{kind or "other": value} for kind, value in zip(batch["kind"], right, strict=True)]
+        self.add("answer/properties", len(right), by_kind)
+
+    def _true_videos(
+        self, tasks: TaskRunner, videos: torch.Tensor, latents: torch.Tensor, captions: list[str] | None
+    ) -> None:
         """The VAE's reconstruction, the captions of the clips, and the features of true videos."""
-        decoded, true = module.decode(latents).float() / 255, videos.float() / 255
+        decoded, true = to_frames(tasks.decode(latents)).float() / 255, videos.float() / 255
         self.add("vae/psnr", len(videos), decoded, true)
         self.add("vae/ssim", len(videos), decoded.flatten(0, 1), true.flatten(0, 1))
-        if texts is not None:
-            self.add("caption/clip", len(videos), videos, texts)
+        if captions is not None:
+            self.add("caption/clip", len(videos), videos, captions)
         for task in ("generate", "joint"):
             self.add(f"{task}/fvd", 0, videos, real=True)
 
-    def _made(self, task: str, module: Any, samples: Any, texts: list[str]) -> torch.Tensor:
+    def _made(self, task: str, tasks: TaskRunner, samples: Samples, texts: list[str]) -> torch.Tensor:
         """Compare generated videos with their texts and, as a set, with the true ones; returns the frames."""
-        frames = module.decode(samples.latents)
+        frames = to_frames(tasks.decode(samples.latents))
         self.add(f"{task}/clip", len(texts), frames, texts)
         self.add(f"{task}/fvd", len(texts), frames, real=False)
         return frames.cpu()
 
-    def _flow(self, module: Any, inputs: Any, seeds: list[int]) -> None:
+    def _flow(self, tasks: TaskRunner, inputs: UniFlowBatch, seeds: list[int]) -> None:
         """Both models' losses on the same noise, at eight times spread evenly over the (shifted) schedule."""
         latents, device = inputs.latents, inputs.latents.device
-        noise = randn(latents.shape, [torch.Generator(device).manual_seed(seed) for seed in seeds], device)
-        models = {"flow/loss": module.transformer}
-        if module.tasks.conventions.latents_normalized:  # else the foundation expects other latents
+        noise = randn(latents.shape, tasks.generators(seeds), device)
+        models: dict[str, nn.Module] = {"flow/loss": tasks.transformer}
+        if tasks.conventions.latents_normalized:  # else the foundation expects other latents
             models["flow/foundation"] = self.foundation
         for i in range(8):
-            times = time_from_sigma(shift_sigma((i + 0.5) / 8, module.shift)).to(device).expand(len(latents))
+            times = time_from_sigma(shift_sigma((i + 0.5) / 8, self.shift)).to(device).expand(len(latents))
             noisy = interpolate(noise, latents, times)
             for name, model in models.items():
                 prediction = model(noisy, to_timestep(times), inputs.prompt_embeds, return_dict=False)[0]
@@ -192,20 +215,6 @@ class HeldOutEvaluation(nn.Module):
         if "flow/foundation" in results:
             results["flow/ratio"] = results["flow/loss"] / results["flow/foundation"]
         return results
-
-
-def _model_metrics(options: EvaluationOptions) -> dict[str, nn.Module]:
-    from univigu.evaluation.video_metrics import ClipEncoder, FrechetVideoDistance, VideoCLIPScore, VideoFeatures
-
-    tasks = ("generate", "joint") if options.generation else ()
-    metrics: dict[str, nn.Module] = {}
-    if options.clip is not None:
-        clip = ClipEncoder(options.clip)
-        metrics |= {f"{task}/clip": VideoCLIPScore(clip, CLIP_FRAMES) for task in ("caption", *tasks)}
-    if options.video_features is not None:
-        features = VideoFeatures(options.video_features)
-        metrics |= {f"{task}/fvd": FrechetVideoDistance(features) for task in tasks}
-    return metrics
 
 
 def own_samples(batch: Mapping[str, Any], own: Set[int] | None, seen: set[int]) -> dict[str, Any] | None:
@@ -239,22 +248,26 @@ class EvaluatedModule(LightningModule):
     Validation during ``fit`` only computes held-out losses.
     """
 
-    evaluation_options: EvaluationOptions
     _evaluation: tuple[HeldOutEvaluation] | tuple[()] = ()
     """In a tuple, to keep it out of the module tree and of checkpoints."""
 
-    def _start_evaluation(self) -> None:
-        this: Any = self
-        if getattr(getattr(self.trainer, "datamodule", None), "precompute", False):  # else the first batch shows
-            self.evaluation_options.refuse_latents(this.stage.writes_text)
-        foundation = WanTransformer3DModel.from_pretrained(this.foundation.path / "transformer")
-        evaluation = HeldOutEvaluation(this.stage.target, foundation, self.evaluation_options)
-        self._evaluation = (evaluation.to(self.device).eval(),)
+    @property
+    @abstractmethod
+    def tasks(self) -> TaskRunner:
+        """The task runner over the current weights."""
 
-    def _evaluate(self, batch: Mapping[str, Any], loader: Any) -> None:
+    @abstractmethod
+    def prepare(self, batch: dict[str, Any]) -> UniFlowBatch:
+        """Encode a batch."""
+
+    @abstractmethod
+    def make_evaluation(self) -> HeldOutEvaluation:
+        """New metrics; raises a MisconfigurationException if they cannot be computed from the data."""
+
+    def _evaluate(self, batch: dict[str, Any], loader: DataLoader[Any] | None) -> None:
         for evaluation in self._evaluation:
             if counted := own_samples(batch, getattr(loader, "own", None), evaluation.counted):
-                evaluation.update(self, counted)
+                evaluation.update(self.tasks, self.prepare(counted), counted)
 
     def _log_evaluation(self, prefix: str) -> None:
         for evaluation in self._evaluation:
@@ -263,7 +276,7 @@ class EvaluatedModule(LightningModule):
         self._evaluation = ()
 
     def on_test_start(self) -> None:
-        self._start_evaluation()
+        self._evaluation = (self.make_evaluation(),)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._evaluate(batch, self.trainer.test_dataloaders)
@@ -275,9 +288,11 @@ class EvaluatedModule(LightningModule):
         # Samples end at different steps on different processes, which a sharded model does not support.
         sharded = self.device_mesh is not None and self.trainer.world_size > 1
         if self.trainer.state.fn == TrainerFn.VALIDATING and not sharded:
-            self._start_evaluation()
+            self._evaluation = (self.make_evaluation(),)
 
-    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_validation_batch_end(
+        self, outputs: Any, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         self._evaluate(batch, self.trainer.val_dataloaders)
 
     def on_validation_epoch_end(self) -> None:

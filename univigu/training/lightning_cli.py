@@ -49,6 +49,10 @@ CALLBACK_OPTIONS = {
     "report": FinalReport,
 }
 """Callbacks of every fit that have options on the command line, such as ``--media.every_n_steps 100``."""
+REMOVED = (
+    *("clip_frames", "prompt_slots", "muon_rate", "fused", "video_weight", "text_weight", "text_loss", "video_times"),
+    *("whole_text_from", "full_text_from"),
+)
 REPLACED = {
     "overrides": "stages (fields of a stage by its name), checkpoint, media and report (callback options)",
     "StageSwitch": "the top-level 'stages' and 'run'; the command line adds this callback itself",
@@ -56,19 +60,15 @@ REPLACED = {
     "joint_dropout": "stages.NAME.condition_dropout.joint",
     "guidance_dropout": "stages.NAME.condition_dropout.generate",
     "condition_dropout": "a mapping by task: condition_dropout: {joint: , understand: , generate: }",
-    **dict.fromkeys(("whole_text_from", "full_text_from"), "nothing: it is a constant, 0.6"),
     "random_init": "model.init_from: random",
     "vae_slicing": "model.vae_tiling",
     "text_times": "stages.NAME.text_time_power",
-    **{name: f"model.architecture.{successor}" for name, successor in TRANSFORMER_REPLACED.items()},
-    **{name: f"model.architecture.{name}" for name in vars(ArchitectureOptions()) if name != "embedding"},
-    **dict.fromkeys(("video_weight", "text_weight"), "nothing: both losses have weight 1"),
-    "text_loss": "nothing: the loss is the cross-entropy",
     "flow": "stages.NAME.text_time_power; the video's shift is the one of the foundation's scheduler",
     "parallel": "trainer.strategy.init_args.compute_dtype of ShardedStrategy",
     "compute": "model.compile_blocks and model.vae_tiling",
-    "video_times": "nothing: the shift is the one of the foundation's scheduler",
-    **dict.fromkeys(("clip_frames", "prompt_slots", "muon_rate", "fused"), "nothing: it was removed"),
+    **{name: f"model.architecture.{successor}" for name, successor in TRANSFORMER_REPLACED.items()},
+    **{name: f"model.architecture.{name}" for name in vars(ArchitectureOptions()) if name != "embedding"},
+    **dict.fromkeys(REMOVED, "nothing: it was removed"),
 }
 """Keys of former configurations and their successors."""
 

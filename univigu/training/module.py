@@ -17,8 +17,8 @@ from torch import Tensor
 from univigu.checkpoint import check_resumed, config_differences, load_weights, take_for_use, take_sharded
 from univigu.data.inputs import PredictTask
 from univigu.data.sample import questions_of
-from univigu.data.video import to_frames, to_model_range
-from univigu.evaluation.held_out import EvaluatedModule, EvaluationOptions
+from univigu.data.video import to_model_range
+from univigu.evaluation.held_out import EvaluatedModule, EvaluationOptions, HeldOutEvaluation
 from univigu.flow.objective import (
     ConditionDropout,
     UniFlowBatch,
@@ -121,16 +121,6 @@ class UniViGU(EvaluatedModule):
         config = self.foundation.scheduler().config
         return float(config.get("flow_shift", config.get("shift", 1.0)))
 
-    @property
-    def text_share(self) -> float:
-        """Share of the target's positions in use at the present training step."""
-        return self.stage.text_share_at(self.stage_step)
-
-    @property
-    def learning_rates(self) -> dict[str, float]:
-        """Peak learning rates of the parameter groups in the present stage."""
-        return self.optimizer_options.rates(self.stage)
-
     # ---------------------------------------------------------------- building
 
     def setup(self, stage: str) -> None:
@@ -191,7 +181,7 @@ class UniViGU(EvaluatedModule):
 
     def _apply_stage(self) -> None:
         self._model.register_to_config(text_length=self.stage.text_length)
-        freeze_by_rate(self._model, self.lora, self.learning_rates)
+        freeze_by_rate(self._model, self.lora, self.optimizer_options.rates(self.stage))
         trained_weights_changed(self._model)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -222,7 +212,7 @@ class UniViGU(EvaluatedModule):
             counts,
             dropout=stage.condition_dropout,
             generator=self._generator(step),
-            text_share=self.text_share,
+            text_share=stage.text_share_at(self.stage_step),
             step=step,
             teacher=self._teacher[0] if stage.teacher_weight and stage.tasks.generate else None,
         )
@@ -262,7 +252,7 @@ class UniViGU(EvaluatedModule):
     def latents_of(self, batch: dict[str, Any]) -> Tensor:
         """Latents of a batch on the module's device, as the transformer expects them; encodes videos."""
         if "latents" not in batch:
-            return self.encode_frames(batch["video"])
+            return self.tasks.encode_video(to_model_range(batch["video"].to(self.device)))
         latents, conventions = batch["latents"].to(self.device), self.tasks.conventions
         # Shards store normalised latents; the VAE is loaded only for a model that expects others.
         return latents if conventions.latents_normalized else conventions.from_normalized(latents, self.foundation.vae)
@@ -304,29 +294,12 @@ class UniViGU(EvaluatedModule):
                 if values.numel():
                     self.log(f"val/{modality}_loss", values.mean(), prog_bar=True, batch_size=size, sync_dist=True)
 
-    # ---------------------------------------------------------------- samples
-
-    def encode_frames(self, frames: Tensor) -> Tensor:
-        """Frames uint8 [B, F, C, H, W] -> latents [B, C, T, H, W] as the transformer expects them."""
-        return self.tasks.encode_video(to_model_range(frames.to(self.device)))
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, T, H, W] of the transformer -> frames uint8 [B, F, C, H, W]."""
-        return to_frames(self.tasks.decode(latents))
-
-    def generators(self, seeds: list[int]) -> list[torch.Generator]:
-        """One generator for each sample, so that a sample does not depend on its batch."""
-        return [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
-
-    def caption(
-        self, latents: Tensor, prompt_length: int, seeds: list[int], prompts: list[str] | None = None
-    ) -> list[str]:
-        """Captions of clean latents [B, C, T, H, W]; ``prompts`` is a condition for each clip, None is none."""
-        tasks = self.tasks
-        samples = tasks.sample("caption", prompts, prompt_length, latents=latents, generator=self.generators(seeds))
-        texts = tasks.texts(samples)
-        assert texts is not None
-        return texts
+    def make_evaluation(self) -> HeldOutEvaluation:
+        options, foundation = self.evaluation_options, self.foundation.path / "transformer"
+        if getattr(getattr(self.trainer, "datamodule", None), "precompute", False):  # else the first batch shows
+            options.refuse_latents(self.stage.writes_text)
+        generator = WanTransformer3DModel.from_pretrained(foundation)
+        return HeldOutEvaluation(self.stage.target, self.shift, generator, options).to(self.device).eval()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
         return predict_batch(self, batch, self.trainer.datamodule)  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from univigu.data.buckets import Bucket, latents_shape
-from univigu.flow.objective import UniFlowBatch, UniFlowObjective, num_positions
+from univigu.flow.objective import UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
 from univigu.models.lora import LoraOptions, add_lora, is_lora_parameter
 from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
@@ -46,7 +46,6 @@ class Workload:
     """(C, T, H, W) of a clip."""
     prompt_length: int
     stage: Stage
-    stage_name: str = ""
     batch_size: int = 1  # of a process
     lora: LoraOptions | None = None
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
@@ -54,8 +53,6 @@ class Workload:
     """Dtype of the weights in use and of the activations."""
     averaged: bool = False
     """Whether a running mean of the weights is kept."""
-    text_share: float = 1.0
-    """Share of the text's positions that the step uses."""
 
     def model(self) -> UniViGUTransformer3DModel:
         """The transformer on the meta device, frozen as in the stage."""
@@ -71,13 +68,9 @@ class Workload:
         patch = self.transformer.get("patch_size", (1, 2, 2))
         return prod(n // p for n, p in zip(self.latents[1:], patch, strict=True))
 
-    @property
-    def text_tokens(self) -> int:
-        return num_positions(self.stage.text_length, self.text_share)
 
-
-def workloads_of(args: list[str]) -> list[Workload]:
-    """The workload of each stage that ``lightning fit`` with these arguments would train.
+def workloads_of(args: list[str]) -> dict[str, Workload]:
+    """The workload of each stage, by its name, that ``lightning fit`` with these arguments would train.
 
     Raises:
         FileNotFoundError: the foundation does not exist, and its name is none of Wan2.1's.
@@ -93,13 +86,12 @@ def workloads_of(args: list[str]) -> list[Workload]:
     transformer, vocab_size, (channels, temporal, spatial) = _sizes(Path(model.foundation_path))
     transformer |= asdict(model.architecture) | {"vocab_size": vocab_size}
     shape = latents_shape(Bucket(data.height, data.width, data.num_frames), temporal, spatial)
-    return [
-        Workload(
+    return {
+        name: Workload(
             known_options(UniViGUTransformer3DModel, transformer),
             (channels, *shape),
             data.prompt_length,
             stage,
-            name,
             data.batch_size,
             model.lora,
             model.optimizer_options,
@@ -107,7 +99,7 @@ def workloads_of(args: list[str]) -> list[Workload]:
             averaged,
         )
         for name, stage in cli.stages.items()
-    ]
+    }
 
 
 def _sizes(foundation: Path) -> tuple[dict[str, Any], int, tuple[int, int, int]]:
@@ -158,11 +150,6 @@ def count_step(work: Workload, checkpointing: bool) -> tuple[float, int]:
     return total, counter.peak_bytes
 
 
-def step_flops(work: Workload, checkpointing: bool) -> float:
-    """The operations of :func:`count_step`."""
-    return count_step(work, checkpointing)[0]
-
-
 def _loss(work: Workload, model: UniViGUTransformer3DModel, task: str, batch_size: int) -> torch.Tensor:
     """The loss of a batch of one task, as training computes it."""
     flow = make_text_flow(model.config.text_flow, model.config.vocab_size)
@@ -175,7 +162,7 @@ def _loss(work: Workload, model: UniViGUTransformer3DModel, task: str, batch_siz
         None if task == "generate" else ids,
     )
     counts = [batch_size * (name == task) for name in TASKS]
-    losses = UniFlowObjective(flow)(model, batch, counts, text_share=work.text_share)
+    losses = UniFlowObjective(flow)(model, batch, counts)
     return losses.total(batch_size)
 
 
@@ -250,8 +237,7 @@ class Plan:
     trained_parameters: int
     video_tokens: int
     flops: float
-    """Of a step, without recomputation."""
-    flops_checkpointed: float
+    """Of a step."""
     weights: int
     """Its float32 shard, and that of a running mean if there is one."""
     gathered: int
@@ -259,16 +245,15 @@ class Plan:
     gradients: int
     optimizer: int
     activations: int
-    activations_checkpointed: int
 
-    def total(self, checkpointing: bool) -> int:
+    @property
+    def total(self) -> int:
         """Everything but the frozen text encoder and VAE."""
-        rest = self.activations_checkpointed if checkpointing else self.activations
-        return self.weights + self.gathered + self.gradients + self.optimizer + rest
+        return self.weights + self.gathered + self.gradients + self.optimizer + self.activations
 
 
-def make_plan(work: Workload, world_size: int = 1) -> Plan:
-    """Count for one of ``world_size`` processes that shard the transformer."""
+def make_plan(work: Workload, world_size: int = 1, checkpointing: bool = False) -> Plan:
+    """Count for one of ``world_size`` processes that shard the transformer, with activations recomputed or kept."""
     if world_size < 1:
         raise ValueError(f"world_size={world_size}: expected at least 1")
     model = work.model()
@@ -276,20 +261,18 @@ def make_plan(work: Workload, world_size: int = 1) -> Plan:
     total, added, trained = (sum(row[i] for row in modules) for i in range(3))
     width = torch.empty(0, dtype=work.compute_dtype).element_size()
     sharded = world_size > 1 or width < 4
-    (flops, activations), (flops_checkpointed, activations_checkpointed) = (count_step(work, c) for c in (False, True))
+    flops, activations = count_step(work, checkpointing)
     return Plan(
         parameters=total,
         wan_parameters=total - added,
         trained_parameters=trained,
         video_tokens=work.video_tokens,
         flops=flops,
-        flops_checkpointed=flops_checkpointed,
         weights=4 * total * (2 if work.averaged else 1) // world_size,
         gathered=width * _gathered_numbers(model) if sharded else 0,
         gradients=4 * trained // world_size,
         optimizer=_optimizer_bytes(model, work) // world_size,
         activations=activations,
-        activations_checkpointed=activations_checkpointed,
     )
 
 

@@ -9,28 +9,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning import LightningDataModule
 
+from univigu.data.video import to_frames
+
 if TYPE_CHECKING:
     from univigu.training.module import UniViGU
+
+INPUTS = {
+    "caption": ("video",),
+    "qa": ("video", "question"),
+    "edit": ("source", "prompt", "strength"),
+    "generate": ("prompt",),
+    "joint": ("prompt",),
+}
+"""Fields of a result's row that describe its input: the video or prompt, the text about the video, the strength."""
+OUTPUTS = {"caption": ("caption",), "qa": ("answer",), "edit": ("video",)}
+"""Fields with the results; of other tasks they are the video and the caption."""
 
 
 @dataclass
 class Prediction:
-    """One predicted item: its input, and the text, the video, or the error."""
+    """One predicted item."""
 
     index: int
     """Position in the list of inputs."""
-    source: str
-    """Path of the video, or the prompt."""
-    condition: str | None = None
-    """Prompt of an edit, or a question."""
-    strength: float | None = None
-    """Noise level at which an edit started."""
-    text: str | None = None
+    row: dict[str, Any]
+    """What the list of results holds: input, results, error, seconds and seed. The writer adds the video's path."""
     video: torch.Tensor | None = None
     """uint8 [F, C, H, W]."""
-    error: str | None = None
-    seconds: float = 0.0
-    seed: int = 0
 
 
 def predict_batch(module: UniViGU, batch: dict[str, Any], data: LightningDataModule) -> list[Prediction]:
@@ -41,35 +46,37 @@ def predict_batch(module: UniViGU, batch: dict[str, Any], data: LightningDataMod
         batch: of :class:`univigu.data.inputs.PredictionInputs`.
         data: has the ``prompt_length`` and, for made videos, their ``num_frames``, ``height`` and ``width``.
     """
-    start = time.perf_counter()
-    sources = batch["path"] if "path" in batch else batch["prompt"]
-    nothing = [None] * len(sources)
-    columns = batch["index"], sources, batch.get("text", nothing), batch.get("strength", nothing), batch["error"]
-    results = [
-        Prediction(index, source, condition, strength, error=error, seed=module.seed + index)
-        for index, source, condition, strength, error in zip(*columns, strict=True)
-    ]
-    valid = [result for result in results if result.error is None]
-    for strength in dict.fromkeys(result.strength for result in valid):  # each strength has its own start time
-        rows = [i for i, result in enumerate(valid) if result.strength == strength]
+    start, task, count = time.perf_counter(), module.predict_task, len(batch["index"])
+    columns = [batch["path"] if "path" in batch else batch["prompt"]]
+    columns += [batch.get(name, [None] * count) for name in ("text", "strength")]
+    results, outputs = [], dict.fromkeys(OUTPUTS.get(task, ("video", "caption")))
+    for index, error, *values in zip(batch["index"], batch["error"], *columns, strict=True):
+        given = dict(zip(INPUTS[task], values, strict=False))
+        row = {**given, **outputs, "error": error, "seconds": 0.0, "seed": module.seed + index}
+        results.append(Prediction(index, row))
+    valid = [result for result in results if result.row["error"] is None]
+    strengths = [result.row.get("strength") for result in valid]
+    for strength in dict.fromkeys(strengths):  # each strength has its own start time
+        rows = [i for i, value in enumerate(strengths) if value == strength]
         _predict(module, [valid[i] for i in rows], data, batch["video"][rows] if "video" in batch else None)
     for result in valid:
-        result.seconds = (time.perf_counter() - start) / len(valid)
+        result.row["seconds"] = round((time.perf_counter() - start) / len(valid), 4)
     return results
 
 
 def _predict(module: UniViGU, items: list[Prediction], data: Any, video: torch.Tensor | None) -> None:
     """Run the task on items that need the same options."""
-    tasks, task = module.tasks, module.predict_task
-    prompts = None if task == "caption" else [i.source if i.condition is None else i.condition for i in items]
-    inputs: dict[str, Any] = {"strength": items[0].strength, "generator": module.generators([i.seed for i in items])}
+    tasks, task, rows = module.tasks, module.predict_task, [item.row for item in items]
+    prompts = None if task == "caption" else [row["question" if task == "qa" else "prompt"] for row in rows]
+    inputs: dict[str, Any] = {"generator": tasks.generators(row["seed"] for row in rows)}
     if video is None:
         inputs["shape"] = tasks.latents_shape(data.height, data.width, data.num_frames)
     else:
-        inputs["latents"] = module.encode_frames(video)
+        inputs |= {"latents": module.latents_of({"video": video}), "strength": rows[0].get("strength")}
     samples = tasks.sample("caption" if task == "qa" else task, prompts, data.prompt_length, **inputs)
-    frames = None if task in ("caption", "qa") else module.decode(samples.latents).cpu()
-    texts = tasks.texts(samples)
-    for i, item in enumerate(items):
-        item.text = None if texts is None else texts[i]
-        item.video = None if frames is None else frames[i]
+    if samples.tokens is not None:
+        for row, text in zip(rows, tasks.texts(samples), strict=True):
+            row["answer" if task == "qa" else "caption"] = text
+    if task not in ("caption", "qa"):
+        for item, frames in zip(items, to_frames(tasks.decode(samples.latents)).cpu(), strict=True):
+            item.video = frames

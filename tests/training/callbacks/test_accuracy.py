@@ -54,8 +54,14 @@ class Copier(UniViGU):
     def latents_of(self, samples: dict[str, Any]) -> torch.Tensor:
         return torch.zeros(len(samples["key"]), 1)
 
-    def caption(self, latents: torch.Tensor, length: int, seeds: list[int], prompts: list[str] | None) -> list[str]:
-        assert len(latents) == len(seeds) <= 3
+    @property
+    def tasks(self) -> Any:
+        return SimpleNamespace(generators=list, sample=self.sample, texts=list)
+
+    def sample(
+        self, task: str, prompts: list[str] | None, length: int, latents: torch.Tensor, generator: list[int]
+    ) -> list[str]:
+        assert task == "caption" and len(latents) == len(generator) <= 3
         return prompts or [""] * len(latents)
 
 

@@ -27,9 +27,7 @@ from univigu.cli import main
 from univigu.training.callbacks import FinalReport, LastCheckpoint, MediaLogger, StageSwitch, TrainingMonitor
 from univigu.training.callbacks.held_out import HeldOutCallback
 from univigu.training.callbacks.media import add_video, caption_table
-from univigu.training.callbacks.monitor import workload
 from univigu.training.module import UniViGU
-from univigu.training.plan import step_flops
 
 CALLBACKS = """
 stages: {recall: {steps: 3, warmup_steps: 1}}
@@ -173,28 +171,25 @@ class CountingLoader(DataLoader):
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_throughput_is_consistent(in_tmp: Path, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates agree with each other and with the counted operations; other callbacks' time is no waiting for data."""
-    works = []
+    """Rates agree with each other; other callbacks' time is no waiting for data."""
     monkeypatch.setattr("univigu.training.stages.FULL_TEXT_FROM", 1.0)
 
     class Busy(Callback):
         def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, index: int) -> None:
-            works.append(workload(trainer, pl_module, batch))
             time.sleep(0.1)
 
     refine = replace(stages.REFINE, text_share=share)
-    callbacks = [StageSwitch({"refine": refine}), TrainingMonitor(2, peak_flops=1e9), Busy()]
+    callbacks = [StageSwitch({"refine": refine}), TrainingMonitor(2), Busy()]
     trainer = fit_tiny(callbacks, CountingLoader, logger=CSVLogger("."), log_every_n_steps=1)
     values = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("throughput/")}
     speeds = {name.removeprefix("throughput/"): value for name, value in values.items()}
-    assert works[-1].video_tokens == 2 * 2 * 2 and works[-1].stage is refine
     seconds = speeds.pop("seconds_per_batch")
     assert seconds > 0 and 0.1 < speeds.pop("memory_gb") < 50
     assert speeds.pop("data_wait_share") == pytest.approx(0.01 / seconds, rel=1e-3)
     clips = stages.BATCH / seconds
     assert speeds.pop("samples_per_second") == pytest.approx(clips, rel=1e-3)
     assert speeds.pop("tokens_per_second") == pytest.approx(clips * (8 + 12 * share), rel=1e-3)
-    assert speeds == {"utilisation": pytest.approx(step_flops(works[-1], False) / (seconds * 1e9), rel=1e-3)}
+    assert not speeds
 
 
 def fit_tiny(callbacks: list[Callback], loader: Any = DataLoader, **options: Any) -> Trainer:
@@ -214,8 +209,6 @@ def fit_tiny(callbacks: list[Callback], loader: Any = DataLoader, **options: Any
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match="every_n_steps=0"):
         TrainingMonitor(every_n_steps=0)
-    with pytest.raises(ValueError, match=r"peak_flops=0\.0"):
-        TrainingMonitor(peak_flops=0.0)
     with pytest.raises(ValueError, match="num_samples=0"):
         MediaLogger(num_samples=0)
 
@@ -241,7 +234,7 @@ def test_frames_stay_what_they_are(tmp_path: Path) -> None:
     for i in range(3):
         frames[0, i], frames[1, i] = 60 * i, 255 - 60 * i
     writer = SummaryWriter(str(tmp_path))
-    add_video(writer, "clip", frames, 0, fps=8, scale=1)
+    add_video(writer, "clip", frames, 0)
     writer.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
@@ -249,4 +242,4 @@ def test_frames_stay_what_they_are(tmp_path: Path) -> None:
     for i in range(3):
         image.seek(i)
         picture = image.convert("L")
-        assert abs(picture.getpixel((3, 3)) - 60 * i) < 4 and abs(picture.getpixel((11, 3)) - (255 - 60 * i)) < 4
+        assert abs(picture.getpixel((6, 6)) - 60 * i) < 4 and abs(picture.getpixel((22, 6)) - (255 - 60 * i)) < 4

@@ -33,7 +33,7 @@ class Painter(LightningModule):
             raise RuntimeError("killed")
         makes = self.predict_task not in ("caption", "qa")
         return [
-            Prediction(i, source, text="text", video=_clip(i) if makes else None)
+            Prediction(i, {"prompt": source, "video": None, "error": None}, _clip(i) if makes else None)
             for i, source in zip(batch["index"], sources, strict=True)
         ]
 

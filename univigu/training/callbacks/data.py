@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from univigu.data.loader import TrainLoader
 
@@ -14,9 +12,9 @@ from univigu.data.loader import TrainLoader
 class DataStatistics(Callback):
     """Logs at the end of every epoch its samples on all ranks, and counts of the samples that are left out.
 
-    ``data/epoch/*``: numbers of samples, of those that were not new in the epoch, and of each source and bucket; in
-    TensorBoard also histograms of the texts' lengths and of the buckets. ``data/filtered/*``: samples of the training
-    split that the filters and the index leave out; ``data/unusable/*``: unusable samples of all splits so far.
+    ``data/epoch/*``: numbers of samples, of those that were not new in the epoch, and of each source and bucket.
+    ``data/filtered/*``: samples of the training split that the filters and the index leave out; ``data/unusable/*``:
+    unusable samples of all splits so far.
 
     It needs no state: the samples of an epoch follow from the loader's position. An unreadable sample counts itself,
     not its replacement. With loaders of another kind nothing is logged.
@@ -28,16 +26,14 @@ class DataStatistics(Callback):
         if not isinstance(loader, TrainLoader) or not done or not trainer.is_global_zero:
             return
         refs = loader.samples(loader.position - done, loader.position)
-        histograms = {f"{name}_tokens": [ref.tokens[i] for ref in refs] for i, name in enumerate(("prompt", "caption"))}
-        counts = {"samples": len(refs)}
-        counts["repeated"] = len(refs) - len({(ref.source, ref.shard, ref.key, ref.question) for ref in refs})
+        repeated = len(refs) - len({(ref.source, ref.shard, ref.key, ref.question) for ref in refs})
+        counts = {"samples": len(refs), "repeated": repeated}
         num_sources = 1 + max(ref.source for ref in loader.dataset.refs)
         if num_sources > 1:
             sources = Counter(ref.source for ref in refs)
             counts |= {f"source_{number}": sources[number] for number in range(num_sources)}
         if len(loader.dataset.buckets) > 1:
-            histograms["buckets"] = [ref.bucket for ref in refs]
-            buckets = Counter(histograms["buckets"])
+            buckets = Counter(ref.bucket for ref in refs)
             counts |= {f"bucket_{bucket}": buckets[number] for number, bucket in enumerate(loader.dataset.buckets)}
         filtered = getattr(getattr(trainer, "datamodule", None), "filter_counts", {}).get("train", {})
         dropped = {name: count for name, count in filtered.items() if name != "kept"}
@@ -45,6 +41,3 @@ class DataStatistics(Callback):
         metrics = {f"data/{group}/{name}": float(n) for group, part in groups.items() for name, n in part.items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-            if isinstance(logger, TensorBoardLogger):
-                for name, values in histograms.items():
-                    logger.experiment.add_histogram(f"data/epoch/{name}", torch.tensor(values), trainer.global_step)

@@ -12,17 +12,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from univigu.data.sample import questions_of
+from univigu.pipeline import TaskRunner
 from univigu.shapes.metrics import ShapesTextAccuracy
 from univigu.training.module import UniViGU
-from univigu.training.parallel import is_sharded
 
 log = logging.getLogger(__name__)
 
 
 class HeldOutCallback(Callback):
-    """Calls :meth:`evaluate` every few optimizer steps (0: never), in evaluation mode, on rank 0.
+    """Calls :meth:`evaluate` every few optimizer steps (0: never), in evaluation mode.
 
-    The processes of a sharded model all call it, on the clips of rank 0. The clips are the same ones every time.
+    All processes call it, on the clips of rank 0, because a sharded model needs them all; rank 0 writes. The clips are
+    the same ones every time.
     """
 
     def __init__(self, every_n_steps: int, num_samples: int) -> None:
@@ -38,8 +39,7 @@ class HeldOutCallback(Callback):
         assert isinstance(pl_module, UniViGU)
         step = trainer.global_step
         # With gradient accumulation a step stays the same for several batches.
-        due = self.every_n_steps and step != self._last_step and step % self.every_n_steps == 0
-        if due and _takes_part(trainer):
+        if self.every_n_steps and step != self._last_step and step % self.every_n_steps == 0:
             self._last_step = step
             pl_module.eval()
             try:
@@ -53,24 +53,14 @@ class HeldOutCallback(Callback):
         raise NotImplementedError
 
     def samples(self, trainer: Trainer) -> dict[str, Any]:
-        """The clips of rank 0, read once."""
+        """The clips of rank 0, read once: the first of the validation split, of one size. May be empty."""
         if self._samples is None:
-            samples = held_out_samples(trainer, self.num_samples) if trainer.is_global_zero else {}
-            self._samples = trainer.strategy.broadcast(samples) if _is_sharded(trainer) else samples
+            samples = _held_out_samples(trainer, self.num_samples) if trainer.is_global_zero else {}
+            self._samples = trainer.strategy.broadcast(samples)
         return self._samples
 
 
-def _is_sharded(trainer: Trainer) -> bool:
-    transformer: Any = trainer.lightning_module.transformer
-    return transformer is not None and is_sharded(transformer)
-
-
-def _takes_part(trainer: Trainer) -> bool:
-    return trainer.is_global_zero or _is_sharded(trainer)
-
-
-def held_out_samples(trainer: Trainer, count: int) -> dict[str, Any]:
-    """The first ``count`` samples of the validation split (of its first size) as one batch; may be empty."""
+def _held_out_samples(trainer: Trainer, count: int) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     data = getattr(trainer, "datamodule", None)
     for batch in data.val_dataloader() if data is not None else ():
@@ -86,14 +76,14 @@ def held_out_samples(trainer: Trainer, count: int) -> dict[str, Any]:
 
 
 def caption_samples(
-    pl_module: UniViGU, samples: dict[str, Any], latents: torch.Tensor, prompts: list[str] | None, batch_size: int = 16
+    tasks: TaskRunner, samples: dict[str, Any], latents: torch.Tensor, prompts: list[str] | None, batch_size: int = 16
 ) -> list[str]:
-    """Captions of samples with clean latents [B, C, T, H, W], ``batch_size`` at a time; see ``UniViGU.caption``."""
-    seeds, length = list(range(len(samples["key"]))), samples["prompt_ids"].shape[1]
-    captions = []
-    for start in range(0, len(seeds), batch_size):
-        part = slice(start, start + batch_size)
-        captions += pl_module.caption(latents[part], length, seeds[part], None if prompts is None else prompts[part])
+    """Captions of clean latents [B, C, T, H, W], ``batch_size`` at a time; ``prompts``: a condition for each clip."""
+    captions, length = [], samples["prompt_ids"].shape[1]
+    for numbers in torch.arange(len(latents)).split(batch_size):
+        part, generators = slice(numbers[0], numbers[-1] + 1), tasks.generators(numbers.tolist())
+        given = None if prompts is None else prompts[part]
+        captions += tasks.texts(tasks.sample("caption", given, length, latents=latents[part], generator=generators))
     return captions
 
 
@@ -133,7 +123,7 @@ class CaptionAccuracy(HeldOutCallback):
         conditions = {"": None, "_with_prompt": prompts, "_with_other_prompt": prompts[1:] + prompts[:1]}
         results: dict[str, float] = {}
         for suffix, given in conditions.items():
-            captions = caption_samples(pl_module, samples, latents, given, self.batch_size)
+            captions = caption_samples(pl_module.tasks, samples, latents, given, self.batch_size)
             accuracy = attribute_accuracy(captions, samples, pl_module.stage.target)
             names = accuracy if given is None else accuracy.keys() & {"mean"}
             results |= {f"val/caption{suffix}/{name}": accuracy[name] for name in names}
@@ -155,15 +145,15 @@ class FinalReport(HeldOutCallback):
     @torch.no_grad()
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, UniViGU)
-        if trainer.fast_dev_run or not _takes_part(trainer):  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        console = Console(quiet=not trainer.is_global_zero)
+        console, curves = Console(quiet=not trainer.is_global_zero), trainer.log_dir  # which all processes ask for
         if pl_module.stage.writes_text:
             try:
                 self._captions(trainer, pl_module, console)
             except Exception:  # the on_train_end hooks of other callbacks must still run
                 log.exception("the held-out clips could not be captioned; the training itself is complete")
-        if trainer.log_dir:
+        if curves:
             console.print(f"curves, captions, videos: tensorboard --logdir {trainer.default_root_dir}", soft_wrap=True)
         if path := getattr(trainer.checkpoint_callback, "last_model_path", ""):
             console.print(f"checkpoint: {path}", soft_wrap=True, highlight=False)
@@ -172,7 +162,7 @@ class FinalReport(HeldOutCallback):
         samples = self.samples(trainer)
         pl_module.eval()
         questions, target = questions_of(samples), pl_module.stage.target
-        captions = caption_samples(pl_module, samples, pl_module.latents_of(samples), questions)
+        captions = caption_samples(pl_module.tasks, samples, pl_module.latents_of(samples), questions)
         title = "held-out clips and questions" if questions else "held-out clips, captioned from the video alone"
         table = Table("clip", "truth", "model", title=title, show_lines=True)
         for row in list(zip(samples["key"], samples[target], captions, strict=True))[: self.num_shown]:

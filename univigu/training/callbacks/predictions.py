@@ -72,12 +72,11 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         for item in prediction:
-            path = None
             if item.video is not None:
                 name = f"videos/{item.index:05d}.mp4"
                 self._parts.write(name, encode_mp4(item.video, self.fps))
-                path = str(self._parts.folder / name)
-            self._parts.add(item.index, _row(pl_module, item, path))
+                item.row["video"] = str(self._parts.folder / name)
+            self._parts.add(item.index, item.row)
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         trainer.strategy.barrier("predictions written")
@@ -88,16 +87,3 @@ class PredictionWriter(BasePredictionWriter):
             failed = sum(row["error"] is not None for row in rows)
             text = f"wrote {self._parts.folder / self._list}: {len(rows)} rows, {failed} of them errors"
             Console().print(text, soft_wrap=True, highlight=False)
-
-
-def _row(pl_module: Any, item: Any, path: str | None) -> dict[str, Any]:
-    """The row of the list for a prediction."""
-    rest = {"error": item.error, "seconds": round(item.seconds, 4), "seed": item.seed}
-    if pl_module.predict_task == "caption":
-        return {"video": item.source, "caption": item.text, **rest}
-    if pl_module.predict_task == "qa":
-        return {"video": item.source, "question": item.condition, "answer": item.text, **rest}
-    if pl_module.predict_task == "edit":
-        source = {"source": item.source, "prompt": item.condition, "strength": item.strength}
-        return {**source, "video": path, **rest}
-    return {"prompt": item.source, "video": path, "caption": item.text, **rest}

@@ -69,7 +69,7 @@ class StageSwitch(Callback):
             self._enter(index, pl_module)
         pl_module.stage_step = step
         factor = self.stages[index].learning_rate_factor(step)
-        rates = pl_module.learning_rates
+        rates = pl_module.optimizer_options.rates(self.stages[index])
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rates[group["name"]] * group["rate"] * factor
