@@ -80,11 +80,11 @@ def test_scalars(run: tuple[EventAccumulator, str]) -> None:
         "val/video_loss",
         "lr/video",
         "lr/text",
-        "data/train/kept",
+        "data/epoch/samples",
     } <= tags
     assert any(tag.startswith("train/text_loss_t0.") for tag in tags)
     assert any(tag.startswith("train/video_loss_t0.") for tag in tags)
-    assert run[0].Scalars("data/train/kept")[0].value == 8
+    assert run[0].Scalars("data/epoch/samples")[0].value == 8
     # A first prediction of uniform logits costs log V a masked token; the mean is over half of them, roughly.
     assert 0 < run[0].Scalars("train/text_loss")[0].value < 10
 
