@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 # Before anything that reads them is imported: no test asks the network; each worker of pytest-xdist has one core and
 # one thread, as have the processes that it starts (several workers on the same cores wait for each other, and a pool of
@@ -21,10 +21,12 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 
 import pytest
 import torch
+from torch.multiprocessing import start_processes
 
 from univigu.data.processes import SpawnPool
 
 REPO = Path(__file__).resolve().parents[1]
+SMALL = {"num_train_clips": 8, "num_val_clips": 4, "batch_size": 4, "num_workers": 0}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,30 +48,44 @@ def foundation() -> str:
     return os.environ.get("UNIVIGU_FOUNDATION", EMBEDDED_FOUNDATION)
 
 
-@pytest.fixture(scope="session")
-def pool() -> Iterator[SpawnPool]:
-    """A process that renders and encodes; starting one takes seconds."""
-    with SpawnPool(1) as processes:
-        yield processes
+class RealPool(SpawnPool):
+    """A pool that does start processes, see :func:`_jobs_are_done_here`."""
+
+    submit = SpawnPool.submit
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _jobs_are_done_here() -> Iterator[None]:
+    """Pools do their jobs in this process: a new one takes six seconds to import what it needs."""
+
+    def submit(pool: SpawnPool, function: Callable[..., Any], *args: Any, **options: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*args, **options))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SpawnPool, "submit", submit)
+        yield
 
 
 @pytest.fixture(scope="session")
-def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shapes_root(tmp_path_factory: pytest.TempPathFactory, foundation: str) -> Path:
     """Where the embedded world's shards lie, rendered and encoded once for all tests."""
-    return tmp_path_factory.mktemp("shapes")
+    from univigu.data.datamodule import VideoTextDataModule
+
+    root = tmp_path_factory.mktemp("shapes")
+    VideoTextDataModule(foundation, str(root), **SMALL).prepare_data()
+    return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small_data(shapes_root: Path, foundation: str) -> list[str]:
     """Arguments that make any configuration run on a handful of clips."""
-    return [
-        f"--model.foundation={foundation}",
-        f"--data.root={shapes_root}",
-        "--data.num_train_clips=8",
-        "--data.num_val_clips=4",
-        "--data.batch_size=4",
-        "--data.num_workers=0",
-    ]
+    sizes = [f"--data.{name}={value}" for name, value in SMALL.items()]
+    return [f"--model.foundation={foundation}", f"--data.root={shapes_root}", *sizes]
 
 
 @pytest.fixture
@@ -96,14 +112,25 @@ def failing(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
     return run
 
 
-def run_processes(script: Path, args: list[str], processes: int = 2) -> None:
-    """Run a file as a script in several processes that know each other by torch.distributed, on the CPU."""
+def run_ranks(function: Callable[..., object], *args: Any, processes: int = 2) -> None:
+    """Call a function in several processes that know each other by torch.distributed, on the CPU, as torchrun would.
+
+    They are forks, which import nothing anew, unless this process has used a GPU.
+    """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
-    result = subprocess.run(
-        [sys.executable, *launcher, str(script), *args], capture_output=True, text=True, check=False, cwd=REPO,
-        env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    method = "spawn" if torch.cuda.is_initialized() else "fork"
+    start_processes(_as_rank, (processes, port, function, args), processes, start_method=method)
+
+
+def _as_rank(rank: int, processes: int, port: int, function: Callable[..., object], args: tuple[Any, ...]) -> None:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    os.environ.update(zip(names, map(str, (rank, rank, processes, processes)), strict=True))
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
+    torch.set_num_threads(1)
+    try:
+        function(*args)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -51,7 +51,7 @@ class Model(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path) -> Model:
+def model(tmp_path_factory: pytest.TempPathFactory, small_data: list[str]) -> Model:
     """A model after one step of training, as a checkpoint and as a pipeline folder."""
     folder = tmp_path_factory.mktemp("model")
     cli.main(
@@ -60,10 +60,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path) -> Model:
             *(f"--config={REPO}/configs/{name}.yaml" for name in ("recall", "frozen")),
             f"--trainer.default_root_dir={folder}",
             "--stages.recall.steps=1",
-            f"--data.root={shapes_root}",
-            "--data.num_train_clips=8",
-            "--data.num_val_clips=4",
-            "--data.batch_size=4",
+            *small_data,
             "--report.num_samples=1",
             "--trainer.logger=false",
         ]

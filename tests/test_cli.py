@@ -36,15 +36,13 @@ QUICK = ["--model.sampling.num_inference_steps=2", "--model.sampling.caption_ste
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path, foundation: str) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, small_data: list[str]) -> Path:
     """A recall checkpoint, two steps old."""
     folder = tmp_path_factory.mktemp("recall")
-    sizes = ["--data.num_train_clips=8", "--data.num_val_clips=4", "--data.batch_size=4", "--data.num_workers=0"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         (folder / "configs").symlink_to(REPO / "configs")
-        data = [f"--model.foundation={foundation}", f"--data.root={shapes_root}", *sizes]
-        main(["fit", *RECALL, *data, "--trainer.max_steps=2", *QUICK])
+        main(["fit", *RECALL, *small_data, "--trainer.max_steps=2", *QUICK])
     path = folder / "runs/recall/checkpoints/last.ckpt"
     assert torch.load(path, weights_only=True)["global_step"] == 2  # the end is saved, not the last multiple of n
     return path

@@ -24,7 +24,6 @@ from lightning import Callback, Trainer
 from tests.conftest import REPO
 from tools import encode, synthesize
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.processes import SpawnPool
 from univigu.shapes.scenes import sample_scene
 from univigu.shapes.texts import prompt_of
 from univigu.shapes.write import write_shapes
@@ -60,9 +59,9 @@ def killed(command: list[str], progress: Callable[[], int], until: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["synthesize", "encode"])
-def test_killed_data_jobs_write_the_same_files(job: str, tmp_path: Path, pool: SpawnPool) -> None:
+def test_killed_data_jobs_write_the_same_files(job: str, tmp_path: Path) -> None:
     if job == "encode":
-        write_shapes(tmp_path / "videos", "train", 8, shard_size=2, pool=pool)
+        write_shapes(tmp_path / "videos", "train", 8, shard_size=2)
         main, arguments = encode.main, ["--source", str(tmp_path / "videos"), "--workers=1", "--device=cpu"]
     else:
         prompts = [prompt_of(sample_scene(seed)) for seed in range(4)]

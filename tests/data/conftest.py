@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +12,13 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.damage import good_sample, write_raw
-from univigu.data import datamodule
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.processes import SpawnPool
 
 SIZES = {"num_train_clips": 13, "num_val_clips": 5}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_pool(pool: SpawnPool) -> Iterator[None]:
-    """Data modules of this folder's tests take the session's processes instead of starting their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datamodule, "SpawnPool", lambda workers=None: nullcontext(pool))
-        yield
-
-
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory, foundation: str, one_pool: None) -> dict[str, Any]:
+def world(tmp_path_factory: pytest.TempPathFactory, foundation: str) -> dict[str, Any]:
     """Arguments of a data module whose data have been prepared."""
     root = str(tmp_path_factory.mktemp("world"))
     arguments: dict[str, Any] = {"foundation": foundation, "root": root, "batch_size": 2, "prompt_length": 64, **SIZES}

@@ -21,7 +21,6 @@ from univigu.data.buckets import Bucket, best_bucket, choose_bucket
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.encode import encode_shards
 from univigu.data.index import index_folder
-from univigu.data.processes import SpawnPool
 from univigu.data.sample import DataError, SampleError
 from univigu.data.shards import Manifest, write_shard
 from univigu.data.video import encode_mp4, read_video
@@ -57,10 +56,10 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def encoded(mixed: Path, tmp_path_factory: pytest.TempPathFactory, pool: SpawnPool) -> Path:
+def encoded(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoded")
     for split in ("train", "val"):
-        encode_shards(mixed / split, folder / split, EMBEDDED_FOUNDATION, buckets=tuple(SIZES), pool=pool)
+        encode_shards(mixed / split, folder / split, EMBEDDED_FOUNDATION, buckets=tuple(SIZES))
     return folder
 
 

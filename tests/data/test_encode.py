@@ -16,7 +16,6 @@ from tests.conftest import REPO
 from tests.damage import is_intact
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.index import index_folder
-from univigu.data.processes import SpawnPool
 from univigu.data.sample import DataError, SampleError, SampleRef
 from univigu.data.shards import Manifest
 from univigu.shapes.write import write_shapes
@@ -27,10 +26,10 @@ main = runpy.run_path(str(REPO / "tools" / "encode.py"))["main"]
 
 
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory, pool: SpawnPool) -> Path:
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("videos")
     for split, count in (("train", 3), ("val", 3)):
-        write_shapes(folder / split, split, count, shard_size=2, pool=pool)  # type: ignore[arg-type]
+        write_shapes(folder / split, split, count, shard_size=2)  # type: ignore[arg-type]
     return folder
 
 

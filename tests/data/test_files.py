@@ -18,7 +18,6 @@ from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.encode import encode_shards
 from univigu.data.filters import LengthFilter
 from univigu.data.index import find_split, index_folder
-from univigu.data.processes import SpawnPool
 from univigu.data.sample import DataError
 from univigu.data.shards import Manifest
 from univigu.models.foundation import EMBEDDED_FOUNDATION
@@ -105,10 +104,10 @@ def test_the_samples_are_those_of_a_shard(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def from_shard(tmp_path_factory: pytest.TempPathFactory, pool: SpawnPool) -> dict[str, dict[str, Any]]:
+def from_shard(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The samples with the latents made of a shard."""
     folder = tmp_path_factory.mktemp("encoded")
-    encode_shards(tar(folder / "shards") / "val", folder / "encoded" / "val", EMBEDDED_FOUNDATION, pool=pool)
+    encode_shards(tar(folder / "shards") / "val", folder / "encoded" / "val", EMBEDDED_FOUNDATION)
     return batches(folder / "encoded")
 
 
@@ -118,12 +117,11 @@ def test_latents_are_those_of_a_shard(
     from_shard: dict[str, dict[str, Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    pool: SpawnPool,
 ) -> None:
     monkeypatch.setattr(encoding, "SAMPLES_PER_SHARD", 2)
     WRITERS[kind](tmp_path / "mine")
     source, target = find_split(tmp_path / "mine", "val"), tmp_path / "encoded" / "val"
-    encode_shards(source, target, EMBEDDED_FOUNDATION, pool=pool)
+    encode_shards(source, target, EMBEDDED_FOUNDATION)
     manifest = Manifest.load(tmp_path / "encoded" / "val")
     assert manifest is not None and manifest.complete and [shard.num_samples for shard in manifest.shards] == [2, 2, 1]
     found = batches(tmp_path / "encoded")

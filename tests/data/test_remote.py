@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.processes import SpawnPool
 from univigu.data.sample import DataError
 from univigu.data.sources import Source, SourceFolder, fetch_shards
 from univigu.shapes.write import write_shapes
@@ -34,11 +33,11 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def served(tmp_path: Path, pool: SpawnPool) -> Iterator[tuple[Path, str]]:
+def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     """A folder of shards and the URL it is served under."""
     folder = tmp_path / "served"
     for split, count in (("train", 4), ("val", 2), ("test", 1)):
-        write_shapes(folder / split, split, count, shard_size=2, pool=pool)  # type: ignore[arg-type]
+        write_shapes(folder / split, split, count, shard_size=2)  # type: ignore[arg-type]
     Handler.asked = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -11,20 +11,19 @@ import pytest
 from tests.data.conftest import fit, ranked
 from univigu.data import encode
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.processes import SpawnPool
 from univigu.data.sample import DataError
 from univigu.data.sources import Source
 from univigu.shapes.write import write_shapes
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, foundation: str, pool: SpawnPool) -> list[Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory, foundation: str) -> list[Path]:
     """Sources of 12, 8 and 4 clips, encoded; the last has training clips alone, and all have the same names."""
     made = [tmp_path_factory.mktemp(name) for name in ("a", "b", "c")]
     for number, (folder, count) in enumerate(zip(made, (12, 8, 4), strict=True)):
         for split in ("train", "val", "test") if number < 2 else ("train",):
             clips = count if split == "train" else 2
-            write_shapes(folder / split, split, clips, 100 * number, shard_size=3, pool=pool)  # type: ignore[arg-type]
+            write_shapes(folder / split, split, clips, 100 * number, shard_size=3)  # type: ignore[arg-type]
     sources = [Source(str(folder)) for folder in made]
     VideoTextDataModule(foundation=foundation, shards=sources, prompt_length=64).prepare_data()
     return made

@@ -1,13 +1,9 @@
-"""``test`` and ``validate`` on a data set that is not the embedded world, by one process and by two.
-
-Processes run this file as a script.
-"""
+"""``test`` and ``validate`` on a data set that is not the embedded world, by one process and by two."""
 
 from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from tests import tiny
-from tests.conftest import REPO, run_processes
+from tests.conftest import REPO, run_ranks
 from tests.tiny_clip import write_clip, write_detector
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.filters import LengthFilter
@@ -169,10 +165,15 @@ def test_two_processes_measure_as_one(
 
     Batched otherwise a sample comes out with other rounding errors, which can turn a pixel or a word.
     """
-    run_processes(Path(__file__), [str(folder), str(tmp_path), str(batch_size)])
+    run_ranks(evaluate_share, folder, tmp_path, batch_size)
     for rank in (0, 1):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found == pytest.approx(alone, rel=tolerance, abs=1e-6)
+
+
+def evaluate_share(folder: Path, output: Path, batch_size: int) -> None:
+    found = evaluate(folder, batch_size=batch_size, devices=2, strategy="ddp")
+    (output / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
 
 
 def test_samples_that_are_repeated_count_once() -> None:
@@ -241,14 +242,3 @@ def test_the_page_lists_every_name(folder: Path, alone: dict[str, float]) -> Non
         listed |= {group + name for group in groups for name in names if name not in groups}
     assert logged <= listed, sorted(logged - listed)
     assert single <= logged, sorted(single - logged)
-
-
-def main() -> None:
-    folder, output, batch_size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    found = evaluate(folder, batch_size=batch_size, devices=2, strategy="ddp")
-    rank = torch.distributed.get_rank()
-    (output / f"{rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import run_processes
+from tests.conftest import run_ranks
 from tests.evaluation.test_caption_metrics import CAPTIONS, REFERENCES, results
 from tests.evaluation.test_video_metrics import TEXTS, clip_score, videos
 from tests.tiny_clip import write_clip, write_detector
@@ -35,23 +34,18 @@ def test_two_processes_score_as_one(tmp_path: Path) -> None:
     write_detector(tmp_path / "detector.pt")
     expected = scores(tmp_path, slice(None), slice(None), slice(None))
     assert expected["fvd"] > 1e-3 and expected["bleu4"] > 0.1
-    run_processes(Path(__file__), [str(tmp_path)])
+    run_ranks(score_share, tmp_path)
     for rank in (0, 1):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found == [pytest.approx(expected, rel=1e-5)] * 2
 
 
-def main() -> None:
+def score_share(folder: Path) -> None:
     torch.distributed.init_process_group("gloo")
-    rank, folder = torch.distributed.get_rank(), Path(sys.argv[1])
+    rank = torch.distributed.get_rank()
     all_or_nothing = slice(None) if rank == 0 else slice(0)
     clips = slice(4, None) if rank == 0 else slice(4)
     found = []
     for captions in (slice(33) if rank == 0 else slice(33, None), all_or_nothing):
         found.append(scores(folder, captions, clips, all_or_nothing))
     (folder / f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,8 @@
-"""Plain data parallelism (what Lightning takes for several devices): stages freeze and unfreeze weights under it.
-
-Processes run this file as a script.
-"""
+"""Plain data parallelism (what Lightning takes for several devices): stages freeze and unfreeze weights under it."""
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +12,7 @@ import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader, Subset
 
-from tests.conftest import run_processes
+from tests.conftest import run_ranks
 from tests.training import test_parallel as parts
 from univigu.flow import objective
 from univigu.training.callbacks import StageSwitch
@@ -52,7 +48,7 @@ def train(folder: str, processes: int) -> tuple[Any, dict[str, float]]:
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     parts.tiny.make_pipeline().save_pretrained(tmp_path / "foundation")
-    run_processes(Path(__file__), [str(tmp_path / "foundation"), str(tmp_path)])
+    run_ranks(train_share, str(tmp_path / "foundation"), tmp_path)
     diary, weights = train(str(tmp_path / "foundation"), 1)
     steps = sum(stage.steps for stage in STAGES.values())
     assert sorted(diary.losses) == list(range(steps))
@@ -66,12 +62,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     assert [diary.moved[step] for step in range(1, steps)] == [False] * 3 + [True] * 4
 
 
-def main() -> None:
-    folder, output = sys.argv[1:]
+def train_share(folder: str, output: Path) -> None:
     diary, weights = train(folder, 2)
     rank = torch.distributed.get_rank()
-    (Path(output) / f"{rank}.json").write_text(json.dumps({"losses": diary.losses, "weights": weights}))
-
-
-if __name__ == "__main__":
-    main()
+    (output / f"{rank}.json").write_text(json.dumps({"losses": diary.losses, "weights": weights}))

@@ -1,15 +1,9 @@
-"""Sharded training: two processes on the CPU do what one does, and either takes up what the other left.
-
-The processes run this file as a script (``python -m torch.distributed.run``), each with a list of jobs.
-"""
+"""Sharded training: two processes on the CPU do what one does, and either takes up what the other left."""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +17,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from tests import tiny
+from tests.conftest import REPO, run_ranks
 from univigu.checkpoint import load_weights, read_checkpoint
+from univigu.cli import main
 from univigu.flow import objective
 from univigu.flow.objective import TaskMixture
 from univigu.flow.random import make_generator
@@ -34,8 +30,6 @@ from univigu.training.module import UniViGU
 from univigu.training.optim import OptimizerOptions
 from univigu.training.parallel import ShardedStrategy
 from univigu.training.stages import Stage
-
-REPO = Path(__file__).resolve().parents[2]
 
 BATCH, EPOCH = 4, 2  # samples a process and step, steps an epoch
 ADAMW = OptimizerOptions(name="adamw")
@@ -184,23 +178,10 @@ def average(folder: str, root: str, *, processes: int, distributed: bool) -> Dia
 
 
 def launch(processes: int, folder: Path, *jobs: dict[str, Any]) -> list[list[Diary]]:
-    """Run jobs in new processes; the diaries of each, by process."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    """Run jobs in other processes; the diaries of each, by process."""
     root = Path(jobs[0]["root"])
     root.mkdir(parents=True, exist_ok=True)
-    (root / "jobs.json").write_text(json.dumps([{"folder": str(folder), **job} for job in jobs]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port"]
-    result = subprocess.run(
-        [*command, str(port), __file__, str(root / "jobs.json")],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=REPO,
-        env={"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    run_ranks(run_jobs, root, [{"folder": str(folder), **job} for job in jobs], processes=processes)
     return [
         [
             SimpleNamespace(**{name: {int(k): v for k, v in value.items()} for name, value in page.items()})  # type: ignore[misc]
@@ -210,16 +191,13 @@ def launch(processes: int, folder: Path, *jobs: dict[str, Any]) -> list[list[Dia
     ]
 
 
-def main() -> None:
+def run_jobs(root: Path, jobs: list[dict[str, Any]]) -> None:
     """What each of the processes does."""
     warnings.filterwarnings("error", message="FSDP2-wrapped module")  # of outputs that are views
-    path = Path(sys.argv[1])
     processes = int(os.environ["WORLD_SIZE"])
-    diaries = [
-        (average if "distributed" in job else train)(processes=processes, **job) for job in json.loads(path.read_text())
-    ]
+    diaries = [(average if "distributed" in job else train)(processes=processes, **job) for job in jobs]
     pages = [{"losses": diary.losses, "moved": diary.moved} for diary in diaries]
-    (path.parent / f"diary-{torch.distributed.get_rank()}.json").write_text(json.dumps(pages))
+    (root / f"diary-{os.environ['RANK']}.json").write_text(json.dumps(pages))
 
 
 @pytest.fixture(scope="module")
@@ -245,9 +223,10 @@ def two(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespa
         {"root": str(root), "saves": 4},
         {"root": str(root / "embedding"), "text_flow": "embedding", "steps": 5},
         {"root": str(root / "bfloat16"), "compute_dtype": "bfloat16", "steps": 12, "separate_text_ffn": False},
-        {"root": str(root / "compiled"), "compile_backend": "aot_eager", "steps": 12},
         {"root": str(root / "folder"), "distributed": True},
         {"root": str(root / "file"), "distributed": False},
+        {"root": str(root / "compiled"), "compile_backend": "aot_eager", "steps": 2},
+        {"root": str(root / "switch"), "compile_backend": "eager", "steps": 12, "ckpt_path": f"{root}/step=8.ckpt"},
     )
     return SimpleNamespace(diaries=launch(2, folder, *jobs), root=root)
 
@@ -288,7 +267,9 @@ def test_bfloat16_trains_past_a_stage_that_freezes_whole_blocks(two: SimpleNames
 
 @pytest.mark.slow
 def test_compiled_blocks_train_as_others(plain: SimpleNamespace, two: SimpleNamespace) -> None:
-    assert_losses([diaries[3] for diaries in two.diaries], plain, range(12), 1e-4)
+    """With their own backward pass; and from an uncompiled checkpoint on, past the switch of stages."""
+    assert_losses([diaries[5] for diaries in two.diaries], plain, range(2), 1e-4)
+    assert_losses([diaries[6] for diaries in two.diaries], plain, range(8, 12), 1e-4)
 
 
 @pytest.mark.slow
@@ -329,7 +310,9 @@ def test_a_sharded_model_is_evaluated_on_the_mean(two: SimpleNamespace) -> None:
 
 
 @pytest.mark.slow
-def test_the_shipped_overlay_runs_with_its_callbacks(small_data: list[str], tmp_path: Path) -> None:
+def test_the_shipped_overlay_runs_with_its_callbacks(
+    small_data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Recall, sharded over two processes: held-out samples, the mean of the weights, the report, the checkpoint."""
     configs = [f"--config={REPO}/configs/{name}.yaml" for name in ("recall", "frozen", "fsdp")]
     args = [
@@ -349,19 +332,11 @@ def test_the_shipped_overlay_runs_with_its_callbacks(small_data: list[str], tmp_
         "--model.sampling.num_inference_steps=2",
         "--model.sampling.caption_steps=2",
     ]
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    result = subprocess.run(
-        [sys.executable, *launcher, "-m", "univigu.cli", *args],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
-    )
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert result.returncode == 0, (errors, result.stdout[-2000:], result.stderr[-4000:])
-    assert "FSDP2-wrapped module" not in result.stderr
-    assert result.stdout.count("captioned from the video alone") == 1  # rank 0 alone prints
+    monkeypatch.chdir(tmp_path)
+    run_ranks(main, args)
+    printed = capfd.readouterr()
+    assert "FSDP2-wrapped module" not in printed.err
+    assert printed.out.count("captioned from the video alone") == 1  # rank 0 alone prints
     path = tmp_path / "runs/recall/checkpoints/last.ckpt"
     assert path.is_dir() and [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
     model = load_weights(path)
@@ -371,7 +346,3 @@ def test_the_shipped_overlay_runs_with_its_callbacks(small_data: list[str], tmp_
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match=r"strategy\.compute_dtype='float16'"):
         ShardedStrategy(compute_dtype="float16")  # type: ignore[arg-type]
-
-
-if __name__ == "__main__":
-    main()

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from univigu.data.buckets import Bucket
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.filters import LengthFilter
-from univigu.data.processes import SpawnPool
 from univigu.data.sources import Source
 from univigu.shapes.write import write_shapes
 from univigu.training.callbacks import DataStatistics
@@ -40,12 +39,12 @@ class Seen(LightningModule):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, pool: SpawnPool) -> list[Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """One source of 9 wide clips, one of 5 square ones."""
     made = [tmp_path_factory.mktemp(name) for name in ("wide", "square")]
     for folder, count, width in ((made[0], 9, 64), (made[1], 5, 32)):
-        write_shapes(folder / "train", "train", count, pool=pool, height=32, width=width, num_frames=5)
-        write_shapes(folder / "val", "val", 6, pool=pool, height=32, width=width, num_frames=5)
+        write_shapes(folder / "train", "train", count, height=32, width=width, num_frames=5)
+        write_shapes(folder / "val", "val", 6, height=32, width=width, num_frames=5)
     return made
 
 

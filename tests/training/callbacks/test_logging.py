@@ -37,7 +37,7 @@ report: {num_samples: 3}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path, foundation: str) -> tuple[EventAccumulator, str]:
+def run(tmp_path_factory: pytest.TempPathFactory, small_data: list[str]) -> tuple[EventAccumulator, str]:
     """The events and the printed end of a run of three steps."""
     import contextlib
 
@@ -51,12 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path, foundation:
                 "fit",
                 f"--config={REPO}/configs/recall.yaml",
                 "--config=callbacks.yaml",
-                f"--model.foundation={foundation}",
-                f"--data.root={shapes_root}",
-                "--data.num_train_clips=8",
-                "--data.num_val_clips=4",
-                "--data.batch_size=4",
-                "--data.num_workers=0",
+                *small_data,
                 "--model.sampling.num_inference_steps=2",
                 "--model.sampling.caption_steps=2",
                 "--trainer.log_every_n_steps=1",

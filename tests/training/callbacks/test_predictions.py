@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from lightning import LightningModule, Trainer
 
-from tests.conftest import run_processes
+from tests.conftest import run_ranks
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.inputs import PredictTask
 from univigu.data.sample import DataError
@@ -42,7 +41,8 @@ def _clip(number: int) -> torch.Tensor:
     return torch.full((5, 3, 16, 16), 40 * number, dtype=torch.uint8)
 
 
-def predict(folder: Path, module: Painter, devices: int = 1, **inputs: Any) -> None:
+def predict(folder: Path, module: Painter, devices: int = 1, prompts: Any = None, **inputs: Any) -> None:
+    inputs["prompts"] = prompts
     data = VideoTextDataModule(batch_size=1, num_workers=0, predict_task=module.predict_task, **inputs)
     trainer = Trainer(
         accelerator="cpu",
@@ -129,14 +129,9 @@ def test_what_is_to_be_read_is_not_removed(tmp_path: Path) -> None:
     assert names(tmp_path / "other") == {"manifest.jsonl", *numbered(1)}
 
 
-@pytest.mark.slow
 def test_several_processes_clear_the_folder_once(tmp_path: Path) -> None:
     predict(tmp_path, Painter(), prompts=[f"{i}" for i in range(7)])
-    run_processes(Path(__file__), [str(tmp_path)])
+    run_ranks(predict, tmp_path, Painter(), 2, list("abcd"))
     assert names(tmp_path) == {"manifest.jsonl", *numbered(4)}
     rows = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == list("abcd")
-
-
-if __name__ == "__main__":
-    predict(Path(sys.argv[1]), Painter(), devices=2, prompts=list("abcd"))
