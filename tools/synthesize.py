@@ -28,9 +28,7 @@ from univigu.models.foundation import EMBEDDED_FOUNDATION
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--output", type=Path, required=True, help="folder of the shards")
-    top.add_argument(
-        "--prompts", required=True, help="file of prompts: .txt (one a line), .jsonl or .parquet (field prompt)"
-    )
+    top.add_argument("--prompts", required=True, help=".txt (one a line), .jsonl, .json, .csv or .parquet (prompt)")
     top.add_argument("--pipeline", default=EMBEDDED_FOUNDATION, help="folder of a diffusers text-to-video pipeline")
     top.add_argument("--captioner", default="template", help="none, template, or the folder of a transformers model")
     top.add_argument("--tokenizer", help="folder of the tokenizer that counts lengths; default: the pipeline's")

@@ -17,7 +17,7 @@ from univigu.data.buckets import Bucket
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.encode import encode_shards
 from univigu.data.filters import LengthFilter
-from univigu.data.index import find_split, index_folder
+from univigu.data.index import find_split, index_folder, scan_shard
 from univigu.data.sample import DataError
 from univigu.data.shards import Manifest
 from univigu.models.foundation import EMBEDDED_FOUNDATION
@@ -221,6 +221,8 @@ def test_names_with_dots_and_tars_in_folders_below(tmp_path: Path) -> None:
     write_raw(tmp_path / "val" / "below" / "a.TAR", [("0", good_sample(1)), ("1", good_sample(2))])
     (tmp_path / "val" / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "val" / "below" / "a.TAR").read_bytes()))
     assert counts(tmp_path) == {"kept": 4, "duplicate_member": 1, "damaged_shard": 1}
+    (error,) = scan_shard(tmp_path / "val" / "b.tar.gz")[1]
+    assert "b.tar.gz: damaged_shard: a compressed tar; decompress it" in str(error)
     manifest = encode_shards(tmp_path / "val", tmp_path / "encoded", EMBEDDED_FOUNDATION)
     assert manifest.counts == {"kept": 4, "duplicate_member": 1, "damaged_shard": 1}
     assert [shard.name for shard in manifest.shards] == [
@@ -228,6 +230,32 @@ def test_names_with_dots_and_tars_in_folders_below(tmp_path: Path) -> None:
         "below--a.TAR-000000.tar",
         "files-000000.tar",
     ]
+
+
+def test_a_tar_within_a_tar_is_named(tmp_path: Path) -> None:
+    write_raw(tmp_path / "val" / "in.tar", [("0", good_sample(0))])
+    inner = (tmp_path / "val" / "in.tar").read_bytes()
+    write_raw(tmp_path / "val" / "in.tar", [("0", good_sample(0)), ("nested", {"tar": inner})])
+    assert counts(tmp_path) == {"kept": 1, "missing_field": 1}
+
+
+def test_an_open_quote_is_an_error_of_the_list(tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").write_bytes(good_sample(0)["mp4"])
+    rows = [f'clip.mp4,{i},"{texts(i)["caption"]}"' for i in range(3)]
+    rows[1] = rows[1].removesuffix('"')
+    (tmp_path / "val.csv").write_text("\n".join(["video,prompt,caption", *rows]))
+    refs, (error,) = index_folder(tmp_path / "val.csv")
+    assert len(refs) == 1 and "after 1 rows" in str(error) and "val.csv:3: a quote is not closed" in str(error)
+
+
+def test_empty_texts_are_the_same_in_every_list(tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").write_bytes(good_sample(0)["mp4"])
+    row = {"video": "clip.mp4", "prompt": "", "caption": texts(0)["caption"]}
+    (tmp_path / "val.csv").write_text(f'video,prompt,caption\nclip.mp4,,"{row["caption"]}"\n')
+    assert batches(tmp_path).keys() == {""}
+    (tmp_path / "val.csv").unlink()
+    (tmp_path / "val.jsonl").write_text(json.dumps(row))
+    assert batches(tmp_path).keys() == {""}
 
 
 def test_a_list_beside_its_videos_says_which_are_taken(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,12 @@ from lightning import LightningModule, Trainer
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.inputs import PredictionInput, find_videos, read_pairs, read_prompts
 from univigu.data.sample import DataError
+from univigu.data.synthesis.run import Synthesis
+from univigu.data.synthesis.sources import VideoOptions
 from univigu.data.video import encode_mp4, read_video
+from univigu.evaluation.exports import ExportOptions
+from univigu.evaluation.vbench import plan
+from univigu.models.tokens import MAX_CHARACTERS, TextTooLongError, token_count, tokenize
 from univigu.shapes import renderer, scenes
 
 
@@ -104,6 +110,67 @@ def test_where_prompts_come_from(tmp_path: Path) -> None:
     for value in values:
         with pytest.raises(DataError, match=r"data\.prompts="):
             read_prompts(value)
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.JSON", "p.csv", "P.CSV", "p.parquet"])
+def test_what_looks_like_a_path_is_never_a_prompt(name: str, tmp_path: Path, foundation: str) -> None:
+    rows = [{"prompt": "a cat"}, {"prompt": " "}, {"prompt": "x" * (MAX_CHARACTERS + 1)}]
+    path, kind = tmp_path / name, name.lower().rpartition(".")[2]
+    missing = [str(tmp_path / f"none.{kind}"), f"none.{kind.upper()}", str(tmp_path)]
+    if kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        prompts = [row["prompt"] for row in rows]
+        lines = {"txt": prompts, "csv": ["prompt", *(f'"{p}"' for p in prompts)], "jsonl": map(json.dumps, rows)}
+        path.write_text(json.dumps(rows) if kind == "json" else "\n".join(lines[kind]))
+    errors = [None, *([] if kind == "txt" else ["an empty prompt"]), "characters, over 65536"]
+    synthesis = Synthesis(str(path), foundation, VideoOptions())
+    videos = plan(str(path), None, ExportOptions(videos_per_prompt=1))
+    for found in (read_prompts(str(path)), read_prompts([str(path)]), synthesis.rows):
+        assert found[0] == ("a cat", None) and len(found) == len(errors)
+        for (_, error), expected in zip(found[1:], errors[1:], strict=True):
+            assert error is not None and error.endswith(str(expected))
+    assert [row["error"] is None for row in videos] == [error is None for error in errors]
+    for value in missing:
+        readers = (read_prompts, lambda v: read_prompts(["a", v]), lambda v: Synthesis(v, foundation, VideoOptions()))
+        for read in (*readers, lambda v: plan(v, None, ExportOptions())):
+            with pytest.raises(DataError, match=rf"prompts='{value}': (cannot be read|expected a file)"):
+                read(value)
+
+
+def test_huge_texts_are_not_tokenised(foundation: str) -> None:
+    tokenizer = VideoTextDataModule(foundation).tokenizer
+    huge = "red " * 25_000_000
+    start = time.perf_counter()
+    with pytest.raises(TextTooLongError, match="caption has 100000000 characters, over 65536: 'red red"):
+        tokenize(tokenizer, ["a", huge], 64, "caption")
+    assert token_count(tokenizer, huge) == MAX_CHARACTERS // 4 + 1
+    assert time.perf_counter() - start < 30  # minutes, and 8 GB, if they were
+
+
+def test_names_and_hidden_files_mean_the_same_in_prediction_and_training(
+    tmp_path: Path, clips: list[dict[str, bytes]], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "val" / "raw [1080p] 100%: {a}"
+    names = ["a: b.mp4", "[x]*.mp4", "below/c?.MP4"]
+    (tmp_path / "elsewhere").mkdir()
+    for path in (*(folder / name for name in names), tmp_path / "elsewhere" / "d.mp4", folder / ".hidden.mp4"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(clips[0]["mp4"])
+        path.with_suffix(".json").write_bytes(clips[0]["json"])
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "loop").symlink_to(folder)
+    found = [str(Path(path).relative_to(folder)) for path in find_videos(str(folder))]
+    assert found == sorted(["link/d.mp4", *names])
+    data = VideoTextDataModule(shards=str(tmp_path), num_workers=0, batch_size=2, precompute=False)
+    data.setup("validate")
+    keys = [key for batch in data.val_dataloader() for key in batch["key"]]
+    assert sorted(keys) == sorted(f"{folder.name}/{name.rpartition('.')[0]}" for name in found)
+    assert caplog.text.count("1 hidden videos, shards or lists are left out") == 2  # of either folder
+    assert find_videos(f"{folder}/*.mp4") == sorted(f"{folder}/{name}" for name in names[:2])
+    assert find_videos(f"{folder}/**/*.[mM][pP]4") == [f"{folder}/{name}" for name in found]
+    assert find_videos(f"{folder}/[[]x[]]*.mp4") == [f"{folder}/[x]*.mp4"] == find_videos(f"{folder}/[x]*.mp4")
 
 
 @pytest.mark.parametrize("options", [{}, {"videos": "a.mp4", "prompts": "a"}, {"prompts": "a", "pairs": []}])

@@ -190,7 +190,7 @@ def test_processes_share_the_work_and_end_with_the_same_bytes(tool: Tool, tmp_pa
     ("args", "message"),
     [
         (["--prompts", "gone.txt"], "--prompts='gone.txt': cannot be read"),
-        (["--prompts", "prompts.csv"], "--prompts='prompts.csv': expected a .txt, .jsonl or .parquet file"),
+        (["--prompts", "a cat"], "--prompts='a cat': expected a file of .jsonl, .json, .csv, .parquet, .txt"),
         (["--prompts", "p.txt", "--pipeline", "gone"], "--pipeline='gone': no folder of a diffusers pipeline"),
         (["--prompts", "p.txt", "--captioner", "gone"], "--captioner='gone': expected 'none', 'template', or"),
         (["--prompts", "p.txt", "--tokenizer", "gone"], "--tokenizer='gone': cannot be loaded"),

@@ -150,7 +150,7 @@ def test_processes_and_batches_give_the_same(
     ("change", "message"),
     [
         ("--annotations=/nowhere.jsonl", "--annotations='/nowhere.jsonl': cannot be read"),
-        ("--annotations={clips}/1.mp4", "1.mp4': cannot be read as .jsonl or .json"),
+        ("--annotations={clips}/1.mp4", "1.mp4': expected a file of .jsonl, .json, "),
         ("--annotations={clips}/vid.jsonl", 'expected rows with an object "text"'),
         ("--videos=/nowhere", "data.videos='/nowhere': no such file or folder"),
         ("--model=/nowhere", "--model='/nowhere': no folder of a diffusers pipeline"),

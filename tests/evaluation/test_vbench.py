@@ -145,7 +145,7 @@ def test_names_are_files(prompt: str, tmp_path: Path) -> None:
     [
         (["--model=/nowhere"], "--model='/nowhere': no folder of a diffusers pipeline"),
         (["--prompts=/nowhere.txt"], "--prompts='/nowhere.txt': cannot be read"),
-        (["--prompts=a cat"], "--prompts='a cat': expected a .txt, .jsonl, .json or .parquet file"),
+        (["--prompts=a cat"], "--prompts='a cat': expected a file of .jsonl, .json, .csv, .parquet, .txt"),
         (["--videos-per-prompt=0"], "videos_per_prompt=0: expected at least 1"),
         (["--dtype=int8"], "dtype='int8'"),
         (["--height=40"], "`height` and `width` have to be divisible by 16"),

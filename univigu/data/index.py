@@ -123,6 +123,8 @@ def _scan_tar(shard: str) -> Scan:
             ref.members.setdefault(suffix, (shard, offset, size))
             last = key
     except tarfile.ReadError as error:
+        if not shard.lower().endswith(".tar"):
+            error = tarfile.ReadError("a compressed tar; decompress it, since samples are read at their offsets")
         errors[None] = SampleError("damaged_shard", shard, None, None, str(error))
     return [ref for key, ref in refs.items() if key not in errors], list(errors.values())
 

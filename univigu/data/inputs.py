@@ -22,7 +22,7 @@ from univigu.data.index import walk
 from univigu.data.rows import READERS, Row, make_row, read_rows
 from univigu.data.sample import VIDEO_SUFFIXES, DataError, is_unicode, is_video
 from univigu.data.video import VideoError, read_video
-from univigu.models.tokens import TextTooLongError, tokenize
+from univigu.models.tokens import MAX_CHARACTERS, TextTooLongError, tokenize
 
 PredictTask = Literal["caption", "generate", "joint", "edit", "qa"]
 INPUTS = dict(caption="videos", generate="prompts", joint="prompts", edit="pairs", qa="pairs")
@@ -78,7 +78,7 @@ def find_videos(value: str | list[str]) -> list[str]:
         elif path.is_file():
             found = [item]
         else:
-            found = sorted(name for name in _matches(path) if Path(name).is_file())
+            found = _matches(path)
             if not found:
                 raise DataError(f"data.videos={item!r}: no such file or folder, and nothing matches it as a pattern")
         paths.update(dict.fromkeys(found))
@@ -86,10 +86,13 @@ def find_videos(value: str | list[str]) -> list[str]:
 
 
 def _matches(pattern: Path) -> list[str]:
-    """What matches a pattern; existing folders that it begins with, such as "raw [1080p]", mean themselves."""
+    """Files that match a pattern; existing folders that it begins with, such as "raw [1080p]", mean themselves."""
     folder = next(parent for parent in pattern.parents if parent.is_dir())
     names = glob.glob(str(pattern.relative_to(folder)), root_dir=folder, recursive=True)
-    return [str(folder / name) for name in names]
+    files: dict[str, str] = {}
+    for name in sorted(names, key=len):  # links to folders above them give the same files many times
+        files.setdefault(os.path.realpath(folder / name), str(folder / name))
+    return sorted(path for path in files.values() if Path(path).is_file())
 
 
 def read_prompts(value: str | list[str], name: str = "data.prompts") -> list[tuple[str, str | None]]:
@@ -104,7 +107,7 @@ def read_prompts(value: str | list[str], name: str = "data.prompts") -> list[tup
         rows += read_list(item, name) if is_path else [Row(name, {"prompt": item})]
     if not rows:
         raise DataError(f"{name}={value!r}: holds no prompt")
-    return [_text_of(row, "prompt") for row in rows]
+    return [text_of(row, "prompt") for row in rows]
 
 
 def read_list(path: str, name: str) -> list[Row]:
@@ -138,11 +141,13 @@ def read_pairs(
     return pairs
 
 
-def _text_of(row: Row, field: str) -> tuple[str, str | None]:
+def text_of(row: Row, field: str) -> tuple[str, str | None]:
     """The text, and why it cannot be used."""
     text = row.fields.get(field)
     if row.error is not None or not isinstance(text, str):
-        return "", row.error or f"{row.where}: expected a string {field!r}, got {text!r}"
+        return "", row.error or f"{row.where}: expected a string {field!r}, got {text!r:.80}"
+    if len(text) > MAX_CHARACTERS:
+        return text[:80], f"{row.where}: a {field} of {len(text)} characters, over {MAX_CHARACTERS}"
     if not text.strip():
         return text, f"{row.where}: an empty {field}"
     return text, None if is_unicode(text) else f"{row.where}: {field!r} is no valid Unicode: {text!r}"
@@ -150,7 +155,7 @@ def _text_of(row: Row, field: str) -> tuple[str, str | None]:
 
 def _pairs_of(row: Row, field: TextField) -> list[PredictionInput]:
     """The pairs of one row, one for each video that it names."""
-    (video, video_error), (text, text_error) = _text_of(row, "video"), _text_of(row, field)
+    (video, video_error), (text, text_error) = text_of(row, "video"), text_of(row, field)
     pair = PredictionInput(video, text)
     if error := video_error or text_error:
         return [replace(pair, error=error)]

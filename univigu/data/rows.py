@@ -41,8 +41,8 @@ def make_row(where: str, value: Any) -> Row:
 def read_rows(path: str | Path) -> Iterator[Row]:
     """Rows of a file, without blank lines; a row that is no object comes as a row with an error.
 
-    A .csv file has a header.  Lines of a .txt file and strings in a .json file are values of the field ``prompt``.  A
-    file that cannot be read, or is not of its kind, is a DataError.
+    A .csv file has a header; if that is one column, commas need no quotes.  Lines of a .txt file and strings in a .json
+    file are values of the field ``prompt``.  A file that cannot be read, or is not of its kind, is a DataError.
     """
     path = Path(path)
     read = READERS.get(path.suffix.lower())
@@ -77,18 +77,24 @@ def _read_json(path: Path) -> Iterator[Row]:
 def _read_csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(MAX_FIELD)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader, header, where = csv.reader(file, strict=True), list[str](), f"{path}:1"
-        try:
-            for cells in reader:
-                if not header:
-                    header = cells
-                elif cells and len(cells) != len(header):
-                    yield Row(where, {}, f"{where}: {len(cells)} fields, the header has {len(header)}")
-                elif cells:
-                    yield Row(where, dict(zip(header, cells, strict=True)))
-                where = f"{path}:{reader.line_num + 1}"
-        except csv.Error as error:
-            raise DataError(f"{where}: a quote is not closed, or a field is too long ({error})") from error
+        reader, header, cells = csv.reader(file, strict=True), list[str](), list[str]()
+        while True:
+            where = f"{path}:{reader.line_num + 1}"
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                problem = f"a quote is not closed, or a field is too long ({error})"
+                raise DataError(f"{where}: {problem}") from error
+            if cells and not header:
+                header = cells
+            elif cells and len(header) == 1:  # commas separate nothing
+                yield Row(where, {header[0]: ",".join(cells)})
+            elif cells and len(cells) == len(header):
+                yield Row(where, dict(zip(header, cells, strict=True)))
+            elif cells:
+                yield Row(where, {}, f"{where}: {len(cells)} fields, the header has {len(header)}")
 
 
 def _read_txt(path: Path) -> Iterator[Row]:

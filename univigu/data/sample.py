@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ class SampleError(DataError):
 
 def is_unicode(text: str) -> bool:
     """Whether a string is valid Unicode: JSON may hold half of a surrogate pair, which no tokenizer accepts."""
-    return not any("\ud800" <= mark <= "\udfff" for mark in text)
+    return re.search("[\ud800-\udfff]", text) is None
 
 
 def is_video(path: Path) -> bool:

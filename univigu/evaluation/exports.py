@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from univigu.data.inputs import read_list
 from univigu.data.options import check_least
 from univigu.data.parts import Record, Result, run_jobs
 from univigu.data.processes import Share
-from univigu.data.rows import make_row, read_rows
 from univigu.data.sample import DataError
 from univigu.data.synthesis.sources import VideoOptions, load_pipeline
 from univigu.models.fingerprint import folder_fingerprint
@@ -92,23 +91,13 @@ def read_listing(path: str, fields: tuple[str, ...], option: str) -> tuple[list[
     Args:
         fields: the first that a row has holds the name; rows of aurora's list are ``{name: questions}``.
     """
-    option = f"{option}={path!r}"
-    try:
-        if path.endswith(".jsonl"):
-            rows = list(read_rows(path))
-        else:
-            values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-            rows = [make_row(f"{path}:{number}", value) for number, value in enumerate(values, 1)]
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{option}: cannot be read as .jsonl or .json ({error})") from error
-    names = []
+    rows, names = read_list(path, option), []
     for row in rows:
         cells = row.fields
         only = next(iter(cells)) if len(cells) == 1 and isinstance(next(iter(cells.values())), list) else None
         name = next((cells[field] for field in fields if cells.get(field) not in (None, "")), only)
         if name is None:
-            raise DataError(f"{option}: {row.error or f'{row.where} has none of the fields {list(fields)}'}")
+            problem = row.error or f"{row.where} has none of the fields {list(fields)}"
+            raise DataError(f"{option}={path!r}: {problem}")
         names.append(str(name))
-    if not names:
-        raise DataError(f"{option}: holds no rows")
     return [row.fields for row in rows], names

@@ -13,14 +13,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from univigu.data.inputs import read_prompts
+from univigu.data.inputs import read_list, text_of
 from univigu.data.parts import Record
 from univigu.data.processes import ONLY, Share
 from univigu.data.rows import to_json, to_line
-from univigu.data.sample import DataError, is_unicode
+from univigu.data.sample import DataError
 from univigu.data.synthesis.sources import generate_clips, pipeline_class
 from univigu.data.video import encode_mp4
-from univigu.evaluation.exports import ExportOptions, export_rows, read_listing
+from univigu.evaluation.exports import ExportOptions, export_rows
 
 MAX_NAME = 255  # bytes of a file name on the usual file systems
 
@@ -41,18 +41,8 @@ def video_name(prompt: str, index: int) -> str:
 
 
 def _read_prompts(path: str, option: str) -> list[tuple[str, str | None]]:
-    """(prompt, error) of each row of a .txt, .jsonl or .parquet file, or of VBench's own ``VBench_full_info.json``."""
-    if path.endswith(".json"):
-        return [(prompt, _prompt_error(prompt)) for prompt in read_listing(path, ("prompt_en",), option)[1]]
-    if not path.endswith((".txt", ".jsonl", ".parquet")):
-        raise DataError(f"{option}={path!r}: expected a .txt, .jsonl, .json or .parquet file")
-    return [(prompt, error or _prompt_error(prompt)) for prompt, error in read_prompts(path, option)]
-
-
-def _prompt_error(prompt: str) -> str | None:
-    if not is_unicode(prompt):
-        return "a prompt that is no valid Unicode"
-    return None if prompt.strip() else "an empty prompt"
+    """(prompt, error) of each row of a list, which may be VBench's own ``VBench_full_info.json``."""
+    return [text_of(row, "prompt_en" if "prompt_en" in row.fields else "prompt") for row in read_list(path, option)]
 
 
 def plan(prompts: str, augmented: str | None, options: ExportOptions) -> list[Record]:

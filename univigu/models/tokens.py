@@ -16,6 +16,10 @@ def clean_text(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+MAX_CHARACTERS = 2**16
+"""Longer texts are not tokenised: they have more tokens than any slot, and a tokenizer takes memory for each."""
+
+
 class TextTooLongError(ValueError):
     """A text with more tokens than allowed; texts are never cut silently."""
 
@@ -26,6 +30,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int, 
     Raises:
         TextTooLongError: a text needs more than ``length`` tokens, its end-of-sequence token counted.
     """
+    for text in texts:
+        if len(text) > MAX_CHARACTERS:
+            raise TextTooLongError(f"{name} has {len(text)} characters, over {MAX_CHARACTERS}: {text[:60]!r}...")
     cleaned = [clean_text(text) for text in texts]
     rows = tokenizer(cleaned, padding="max_length", max_length=length, truncation=False)["input_ids"]
     for text, ids in zip(texts, rows, strict=True):
@@ -49,8 +56,8 @@ def fit_slot(ids: torch.Tensor, length: int, pad_token_id: int, name: str) -> to
 
 
 def token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    """Number of tokens of a text, its end-of-sequence token counted."""
-    return len(tokenizer(clean_text(text))["input_ids"])
+    """Number of tokens of a text, or of its first :data:`MAX_CHARACTERS`; its end-of-sequence token counts."""
+    return len(tokenizer(clean_text(text[:MAX_CHARACTERS]))["input_ids"])
 
 
 def detokenize(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:

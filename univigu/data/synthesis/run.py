@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from univigu.data.filters import LengthFilter
-from univigu.data.inputs import read_prompts
+from univigu.data.inputs import read_list, text_of
 from univigu.data.parts import build_folder
 from univigu.data.processes import ONLY, Share, progress_bar
 from univigu.data.sample import DataError
@@ -34,7 +34,7 @@ class Synthesis:
     """
 
     prompts: str
-    """File: .txt, .jsonl or .parquet."""
+    """File: .txt, .jsonl, .json, .csv or .parquet."""
     folder: str
     """Folder of the pipeline that generates the clips."""
     options: VideoOptions
@@ -45,9 +45,7 @@ class Synthesis:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if not self.prompts.endswith((".txt", ".jsonl", ".parquet")):
-            raise DataError(f"--prompts={self.prompts!r}: expected a .txt, .jsonl or .parquet file")
-        self.rows = read_prompts(self.prompts, "--prompts")
+        self.rows = [text_of(row, "prompt") for row in read_list(self.prompts, "--prompts")]
         pipeline_class(self.folder)
         tokenizer = self.tokenizer_folder or f"{self.folder}/tokenizer"
         try:
