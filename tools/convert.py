@@ -55,7 +55,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def convert(options: argparse.Namespace) -> None:
-    """Do what the options say."""
+    """Do what the options say; a ValueError if the output folder holds anything, which could be part of a model."""
+    if options.output.is_dir() and any(options.output.iterdir()):
+        raise ValueError(f"--output {options.output}: this folder is not empty; delete it or choose another")
     if options.command == "foundation":
         export_foundation(options.checkpoint, options.source, options.output)
     elif options.command == "pipeline":

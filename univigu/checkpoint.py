@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.distributed.checkpoint import FileSystemReader, load
-from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, not an Exception
+from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import distribute_tensor
 
@@ -25,8 +24,9 @@ from univigu.models.conventions import CONVENTIONS
 from univigu.models.foundation import Foundation
 from univigu.models.lora import LoraOptions, is_lora_parameter, lora_differences, lora_options, merge_lora
 from univigu.models.options import check_replaced
+from univigu.models.sharded import sharded_reader
 from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
-from univigu.models.weights import CheckpointError, known_options, load_strictly, unreadable
+from univigu.models.weights import CheckpointError, check_files, known_options, load_strictly, reading, unreadable
 from univigu.training.parallel import reshard
 
 PREFIX = "transformer."
@@ -37,14 +37,19 @@ FREE = ("clean_video_reads_text", "clean_video_timestep", "text_length", *CONVEN
 
 
 def check_checkpoint_file(path: Path) -> None:
-    """Refuse what cannot be a checkpoint, without reading it; a missing one with the command that makes it."""
+    """Refuse a file or folder that is no checkpoint, or is damaged, or could run code.
+
+    The error for a missing one names the command that makes it.
+    """
     if not path.exists():
         stage = next((name for name in ("foundation", "recall", "refine") if name in path.parts), "recall")
         raise CheckpointError(f"{path}: no such checkpoint; make it with: lightning fit --config configs/{stage}.yaml")
-    if path.is_dir() and not (path / ".metadata").is_file():
-        raise CheckpointError(f"{path}: not a readable checkpoint (the folder has no .metadata file)")
-    if path.is_file() and not zipfile.is_zipfile(path):  # what torch.save writes
-        raise CheckpointError(f"{path}: not a readable checkpoint (empty, cut off, or of another format)")
+    if path.is_dir():
+        sharded_reader(path)
+        return
+    if not zipfile.is_zipfile(path):  # what torch.save writes
+        raise unreadable(path, zipfile.BadZipFile("empty, cut off, or of another format than torch.save's"))
+    check_files(path)
 
 
 def _read_file(path: Path) -> Any:
@@ -53,7 +58,7 @@ def _read_file(path: Path) -> Any:
 
 def _read_sharded(path: Path) -> dict[str, Any]:
     """The full weights of a sharded checkpoint and its other entries, without the optimizer's state."""
-    reader = FileSystemReader(path)
+    reader = sharded_reader(path)
     state = {
         name.removeprefix(SHARDED_PREFIX): torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
@@ -71,10 +76,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     check_checkpoint_file(path)
-    try:
+    with reading(path):
         checkpoint = (_read_sharded if path.is_dir() else _read_file)(path)
-    except (Exception, CheckpointException) as error:  # of many types, from pickle, zip and torch
-        raise unreadable(path, error) from error
     if not isinstance(checkpoint, dict) or not {"univigu", "state_dict"} <= checkpoint.keys():
         raise CheckpointError(f"{path}: not a checkpoint of this project (it holds no 'univigu' entry)")
     return checkpoint
@@ -90,7 +93,8 @@ def load_weights(path: str | Path, like: UniViGUTransformer3DModel | None = None
     """
     folder = Path(path)
     if (folder / "config.json").is_file():
-        saved = UniViGUTransformer3DModel.from_pretrained(folder)
+        with reading(folder):
+            saved = UniViGUTransformer3DModel.from_pretrained(folder)
         if like is None:
             return saved
         config, state = dict(saved.config), saved.state_dict()
@@ -136,7 +140,7 @@ def saved_names(path: Path) -> set[str]:
     """Names of the weights in a checkpoint of either kind, such as "transformer.proj_out.bias"; reads none of them."""
     if not path.is_dir():
         return set(_read_file(path)["state_dict"])
-    names = FileSystemReader(path).read_metadata().state_dict_metadata
+    names = sharded_reader(path).read_metadata().state_dict_metadata
     return {name.removeprefix(SHARDED_PREFIX) for name in names if name.startswith(SHARDED_PREFIX)}
 
 
@@ -196,7 +200,7 @@ def take_sharded(model: torch.nn.Module, checkpoint: Mapping[str, Any], path: Pa
     weights = dict(model.named_parameters())
     if path.is_dir():
         targets = {EMA_PREFIX + name: weight.detach() for name, weight in weights.items()}  # read into the weights
-        load({"state_dict": targets}, checkpoint_id=path)
+        load({"state_dict": targets}, storage_reader=sharded_reader(path))
         return
     means = _read_file(path)["state_dict"]
     for name, weight in weights.items():

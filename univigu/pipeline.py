@@ -30,7 +30,7 @@ from univigu.models.foundation import Foundation, set_conv_layout
 from univigu.models.frames import to_frames
 from univigu.models.tokens import clean_text, detokenize, tokenize
 from univigu.models.transformer import UniViGUTransformer3DModel
-from univigu.models.weights import compute_device
+from univigu.models.weights import check_files, compute_device
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.sampler import Sampler, Samples, StepCallback, StepState
 
@@ -214,6 +214,8 @@ class UniViGUPipeline(WanPipeline):
         With ``transformer=None``, which encodes prompts in little memory, the folder still gives the conventions.
         """
         folder = str(pretrained_model_name_or_path)
+        for part in Path(folder).glob("*/"):
+            check_files(part)
         pipe = super().from_pretrained(folder, **kwargs)
         if "transformer" in kwargs and pipe.transformer is None and pipe.transformer_2 is None:
             names = kwargs.keys() & {"cache_dir", "revision", "token", "local_files_only"}

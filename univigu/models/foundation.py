@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from univigu.models.weights import compute_device
+from univigu.models.weights import CheckpointError, check_complete, check_files, compute_device, reading
 
 EMBEDDED_FOUNDATION = str(Path(__file__).resolve().parents[1] / "assets" / "foundation")
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
@@ -78,19 +78,29 @@ class Foundation:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.path / "tokenizer")
+        with reading(self.path / "tokenizer"):
+            return AutoTokenizer.from_pretrained(self.path / "tokenizer", trust_remote_code=False)
 
     @cached_property
     def text_encoder(self) -> UMT5EncoderModel:
         # Straight to its device: with many processes a node, as many copies would not fit into the host's memory.
         place = {} if self._device.type == "cpu" else {"device_map": {"": self._device}}
         folder = self.path / "text_encoder"
-        model = UMT5EncoderModel.from_pretrained(folder, dtype=self._text_encoder_dtype, **place)
+        check_files(folder)
+        with reading(folder):
+            options = {"dtype": self._text_encoder_dtype, "output_loading_info": True, **place}
+            model, info = UMT5EncoderModel.from_pretrained(folder, **options)
+            if missing := sorted(info["missing_keys"]):
+                raise CheckpointError(f"{folder}: weights do not fit: missing keys {missing}")
         return model.requires_grad_(False).eval()
 
     @cached_property
     def vae(self) -> AutoencoderKLWan:
-        model = AutoencoderKLWan.from_pretrained(self.path / "vae", torch_dtype=torch.float32)
+        check_files(self.path / "vae")
+        with reading(self.path / "vae"):
+            options = {"torch_dtype": torch.float32, "output_loading_info": True}
+            model, info = AutoencoderKLWan.from_pretrained(self.path / "vae", **options)
+            check_complete(self.path / "vae", info)
         if self._vae_tiling:
             model.enable_slicing()
             model.enable_tiling()
@@ -103,8 +113,10 @@ class Foundation:
 
     def scheduler(self) -> Any:
         """A fresh scheduler of the class and configuration the folder names (schedulers carry state)."""
-        config = json.loads((self.path / "scheduler" / "scheduler_config.json").read_text())
-        return getattr(diffusers, config["_class_name"]).from_config(config)
+        file = self.path / "scheduler" / "scheduler_config.json"
+        with reading(file):
+            config = json.loads(file.read_text())
+            return getattr(diffusers, config["_class_name"]).from_config(config)
 
     @property
     def pad_token_id(self) -> int:

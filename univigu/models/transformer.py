@@ -36,9 +36,11 @@ from univigu.models.text import TextHead, TextTimeEmbedding, check_text, text_ro
 from univigu.models.weights import (
     cast_like,
     check_complete,
+    check_files,
     embedding_rows,
     known_options,
     load_strictly,
+    reading,
     transformer_folder,
 )
 
@@ -303,7 +305,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         cls,
         wan: str | Path | WanTransformer3DModel,
         vocab_size: int,
-        options: ArchitectureOptions | None = None,
+        architecture: ArchitectureOptions | None = None,
         torch_dtype: torch.dtype = torch.float32,
     ) -> Self:
         """Start from a pretrained Wan2.1 transformer; the text stream's FFNs and time embedding are copies of Wan's.
@@ -313,9 +315,12 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         """
         if not isinstance(wan, WanTransformer3DModel):
             folder = transformer_folder(wan)
-            wan, info = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch_dtype, output_loading_info=True)
-            check_complete(folder, info)
-        config = known_options(WanTransformer3DModel, wan.config) | asdict(options or ArchitectureOptions())
+            options = {"torch_dtype": torch_dtype, "output_loading_info": True}
+            check_files(folder)
+            with reading(folder):
+                wan, info = WanTransformer3DModel.from_pretrained(folder, **options)
+                check_complete(folder, info)
+        config = known_options(WanTransformer3DModel, wan.config) | asdict(architecture or ArchitectureOptions())
         model = cls(**(config | {"vocab_size": vocab_size}))
         cast_like(model, wan)
         names = {name: name for name in model.state_dict() if not is_text_parameter(name)}
@@ -345,6 +350,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """As in diffusers, but a missing or unexpected key is a ValueError; Wan folders belong to :meth:`from_wan`."""
         wants_info = kwargs.pop("output_loading_info", False)
+        check_files(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         check_complete(pretrained_model_name_or_path, info)
         return (model, info) if wants_info else model

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, not an Exception
 from torch.distributed.tensor import DTensor, Partial
 
 from univigu.models.internals import execution_device
@@ -23,32 +30,86 @@ class CheckpointError(ValueError):
 
 
 def unreadable(path: str | Path, error: BaseException) -> CheckpointError:
-    """The error for a file that cannot be read, with the first line of its cause."""
+    """The error for a file or folder that cannot be read, with the first line of its cause."""
     reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    if isinstance(error, pickle.UnpicklingError):  # torch's message advises to run whatever the file holds
+        reason = "damaged, of another format than torch.save's, or with objects that are not tensors and could run code"
+    if Path(path).suffix.lower() == ".gguf":
+        reason = "GGUF is not read; use the model's .safetensors or its folder in diffusers' layout"
     return CheckpointError(f"{path}: not a readable checkpoint ({reason})")
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turn any error of reading a file, or a folder of a model, into a CheckpointError of one line."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (Exception, CheckpointException) as error:  # of many types, from pickle, zip, json and safetensors
+        raise unreadable(path, error) from error
+
+
+def check_files(path: Path) -> None:
+    """Check a file of weights, or a folder's: checksums (safetensors have none), and what its indices name.
+
+    Raises:
+        CheckpointError: a checksum does not match, or a file or key is not there that an index names.
+    """
+    for file in sorted(path.glob("*.bin")) if path.is_dir() else [path]:
+        with reading(file):
+            if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):
+                raise CheckpointError(f"{file}: damaged: the checksum of {damaged} does not match")
+    for index in sorted(path.glob("*.index*.json")):
+        found: set[str] = set()
+        with reading(index):
+            names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        if missing := sorted({file for file in names.values() if not (path / file).is_file()}):
+            raise CheckpointError(f"{index}: files that are not there: {missing}")
+        if ".safetensors." not in index.name:
+            continue
+        for file in {path / file for file in names.values()}:
+            with reading(file), safe_open(file, "pt") as content:
+                found |= set(content.keys())
+        if missing := sorted(names.keys() - found):
+            raise CheckpointError(f"{index}: keys that no file has: {missing}")
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:
     """The dict in a .safetensors file, a folder of such files, or a file of ``torch.save``; nothing in it is run.
 
     Raises:
-        CheckpointError: no such file, or not one of these.
+        CheckpointError: no such file, not one of these, or not all files and keys that the folder's index names.
     """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint")
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files:
-        raise CheckpointError(f"{path}: no .safetensors file in this folder")
-    try:
-        if files[0].suffix == ".safetensors":
-            return {key: value for file in files for key, value in load_file(file).items()}
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many types, from pickle, zip and safetensors
-        raise unreadable(path, error) from error
+    check_files(path)
+    if path.is_dir():
+        return _read_folder(path)
+    with reading(path):
+        is_safetensors = path.suffix == ".safetensors"
+        content = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a dict, found {type(content).__name__}")
     return content
+
+
+def _read_folder(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of all .safetensors files of a folder."""
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    counts = {match[1] for name in files if (match := re.search(r"-of-(\d+)\.safetensors$", name))}
+    if not files or (counts and counts != {f"{len(files):05d}"}):  # also where there is no index
+        expected = " or ".join(sorted(counts)) or "some"
+        raise CheckpointError(f"{folder}: {len(files)} .safetensors files in this folder, expected {expected}")
+    state: dict[str, torch.Tensor] = {}
+    for name in files:
+        with reading(folder / name):
+            part = load_file(folder / name)
+        if twice := sorted(part.keys() & state.keys()):
+            raise CheckpointError(f"{folder / name}: keys that another file has, too: {twice}")
+        state |= part
+    return state
 
 
 def load_strictly(
