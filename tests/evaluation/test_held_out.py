@@ -72,7 +72,7 @@ def evaluate(
         trainer: devices and strategy.
     """
     torch.set_num_threads(1)
-    everything = {"clip": str(folder / "clip"), "video_features": str(folder / "detector.pt")}
+    everything = {"clip": str(folder / "clip"), "video_features": f"trusted:{folder / 'detector.pt'}"}
     evaluation = EvaluationOptions(**(everything if options is None else options))
     module = UniViGU(
         str(folder / "foundation"),
@@ -204,8 +204,13 @@ class Begun(Callback):
 
 @pytest.mark.parametrize("option", ["clip", "video_features"])
 def test_what_needs_the_videos_is_refused_before_anything_is_drawn(folder: Path, option: str) -> None:
+    trusted = "trusted:" if option == "video_features" else ""
     batches, models = Begun(), {"clip": "clip", "video_features": "detector.pt"}
-    asked = {"data": {"precompute": True}, "options": {option: str(folder / models[option])}, "callbacks": (batches,)}
+    asked = {
+        "data": {"precompute": True},
+        "options": {option: trusted + str(folder / models[option])},
+        "callbacks": (batches,),
+    }
     message = rf"model\.evaluation\.{option}='.*{models[option]}': .*videos.*--data.precompute false"
     with pytest.raises(MisconfigurationException, match=message):
         evaluate(folder, devices=1, **asked)

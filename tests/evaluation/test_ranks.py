@@ -16,7 +16,7 @@ from univigu.evaluation.video_metrics import FrechetVideoDistance, VideoFeatures
 
 
 def distance(folder: Path, part: slice) -> float:
-    metric = FrechetVideoDistance(VideoFeatures(folder / "detector.pt"))
+    metric = FrechetVideoDistance(VideoFeatures(f"trusted:{folder / 'detector.pt'}"))
     real, made = videos(1, 24)[part], videos(2, 24)[part] // 2
     if len(real):
         metric.update(real, real=True)

@@ -75,13 +75,14 @@ def test_frechet_distance_by_numpy(folder: Path, name: str) -> None:
     eigenvalues = np.linalg.eigvals(covariances[0] @ covariances[1])
     expected = ((first.mean(0) - second.mean(0)) ** 2).sum() + sum(np.trace(c) for c in covariances)
     expected -= 2 * np.sqrt(eigenvalues.astype(complex)).real.sum()
-    metric = FrechetVideoDistance(VideoFeatures(folder / name))
+    path = f"trusted:{folder / name}" if name == "detector.pt" else folder / name
+    metric = FrechetVideoDistance(VideoFeatures(path))
     for start in range(0, 24, 10):
         metric.update(real[start : start + 10], real=True)
         metric.update(made[start : start + 10], real=False)
     assert expected > 1e-3
     assert float(metric.compute()) == pytest.approx(expected, rel=1e-3)
-    same = FrechetVideoDistance(VideoFeatures(folder / name))
+    same = FrechetVideoDistance(VideoFeatures(path))
     same.update(real, real=True)
     same.update(real, real=False)
     assert float(same.compute()) == pytest.approx(0, abs=1e-3 * expected)
@@ -100,3 +101,8 @@ def test_wrong_model_folders_are_named(folder: Path, tmp_path: Path, kind: type,
     with pytest.raises(ValueError, match=r"^evaluation\.(clip|video_features)='.*': ") as error:
         kind(path)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_of_code_must_be_trusted(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"video_features='.*detector\.pt': a file of code; .* write 'trusted:"):
+        VideoFeatures(folder / "detector.pt")

@@ -206,7 +206,7 @@ class VideoTextDataModule(LightningDataModule):
         folder = Path(self.foundation) / "tokenizer"
         if not folder.is_dir():
             raise DataError(f"foundation={self.foundation!r}: it holds no tokenizer folder")
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
     @property
     def _slots(self) -> dict[str, int]:

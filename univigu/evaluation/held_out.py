@@ -50,8 +50,8 @@ class EvaluationOptions:
     clip: str | None = None
     """Folder of a transformers CLIP; with it come CLIPScores (``*/clip``)."""
     video_features: str | None = None
-    """TorchScript file of a detector (I3D as StyleGAN-V ships it) or folder of a transformers video encoder (VideoMAE);
-    with it come Frechet video distances (``*/fvd``)."""
+    """Folder of a transformers video encoder (VideoMAE), or "trusted:" and a TorchScript file (I3D as StyleGAN-V ships
+    it), which is code; with it come Frechet video distances (``*/fvd``)."""
 
     def refuse_latents(self, writes_text: bool) -> None:
         """Raise a MisconfigurationException if an option needs the true videos, which batches of latents lack."""

@@ -96,8 +96,9 @@ class VideoCLIPScore(Metric):
 class VideoFeatures(nn.Module):
     """A network that maps videos to feature vectors.
 
-    * A TorchScript file, called like StyleGAN-V's ``i3d_torchscript.pt``, which papers use for FVD:
-      ``(video [B, C, F, H, W] in 0..255, rescale=True, resize=True, return_features=True)``.
+    * "trusted:" and the path of a TorchScript file, called like StyleGAN-V's ``i3d_torchscript.pt``, which papers use
+      for FVD: ``(video [B, C, F, H, W] in 0..255, rescale=True, resize=True, return_features=True)``. Such a file is
+      code; the prefix says that it may run.
     * The folder of a transformers video encoder whose forward takes ``pixel_values`` [B, F, C, H, W], such as VideoMAE:
       the mean of its last hidden states.  ``num_frames`` evenly spaced frames are resized to ``image_size`` and
       normalised with ImageNet's mean and standard deviation.
@@ -108,12 +109,18 @@ class VideoFeatures(nn.Module):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
-        self.scripted = Path(path).is_file()
+        path, self.scripted = str(path).removeprefix("trusted:"), str(path).startswith("trusted:")
+        if Path(path).is_file() and not self.scripted:
+            raise ValueError(f"evaluation.video_features={path!r}: a file of code; to trust it, write 'trusted:{path}'")
         network = _load(
             "video_features",
             path,
             "a TorchScript file or a transformers folder",
-            lambda: torch.jit.load(path, map_location="cpu") if self.scripted else AutoModel.from_pretrained(path),
+            lambda: (
+                torch.jit.load(path, map_location="cpu")
+                if self.scripted
+                else AutoModel.from_pretrained(path, trust_remote_code=False)
+            ),
         )
         self.network = network.eval()
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)

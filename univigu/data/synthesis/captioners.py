@@ -104,10 +104,11 @@ class CaptionModel:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         try:
-            processor = AutoProcessor.from_pretrained(self.folder)
+            processor = AutoProcessor.from_pretrained(self.folder, trust_remote_code=False)
             if getattr(processor, "chat_template", None) is None:
                 raise ValueError("its processor has no chat template")
-            model = AutoModelForImageTextToText.from_pretrained(self.folder, dtype=check_dtype(self.dtype))
+            options = {"dtype": check_dtype(self.dtype), "trust_remote_code": False}
+            model = AutoModelForImageTextToText.from_pretrained(self.folder, **options)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise DataError(f"--captioner={str(self.folder)!r}: cannot be loaded ({error})") from error
         return model.requires_grad_(False).eval().to(self.device), processor

@@ -49,7 +49,7 @@ class Synthesis:
         pipeline_class(self.folder)
         tokenizer = self.tokenizer_folder or f"{self.folder}/tokenizer"
         try:
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tokenizer)
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise DataError(f"--tokenizer={tokenizer!r}: cannot be loaded ({error})") from error
         self.progress = progress_bar()
