@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -67,8 +69,13 @@ def exit_code(run: Callable[[], object]) -> int:
     """Run a command: 0, or 2 after a user's mistake, which is printed in one line on standard error.
 
     Mistakes are OSError, ValueError and Lightning's MisconfigurationException; other errors keep their traceback.
+
+    Raises:
+        SystemExit: after SIGTERM (143) or SIGINT (130).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    in_main = threading.current_thread() is threading.main_thread()  # others cannot set handlers
+    earlier = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGINT) if in_main}
     try:
         run()
     except Exception as error:
@@ -78,7 +85,15 @@ def exit_code(run: Callable[[], object]) -> int:
             raise
         print(f"error: {error}\n(UNIVIGU_DEBUG=1 shows where)", file=sys.stderr)
         return 2
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
     return 0
+
+
+def _exit(signum: int, frame: object) -> None:
+    """End in order: pools and workers end too."""
+    raise SystemExit(128 + signum)
 
 
 def _quiet_known_warnings() -> None:

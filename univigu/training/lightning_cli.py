@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -27,6 +28,8 @@ from univigu.training.callbacks import (
     StageSwitch,
     TrainingMonitor,
 )
+from univigu.training.callbacks.checkpoint import FOLDER, find_last
+from univigu.training.checkpoint_io import SafeCheckpointIO
 from univigu.training.module import UniViGU
 from univigu.training.parallel import ShardedStrategy
 from univigu.training.stages import Stage, select_stages
@@ -131,13 +134,19 @@ class UniViGUCLI(LightningCLI):
         if subcommand is None:
             return
         config = self.config[subcommand]
+        root = config.trainer.default_root_dir
+        last = find_last(Path(config.checkpoint.dirpath or Path(root or ".") / FOLDER))
         given = [str(arg).partition("=")[0] for arg in (sys.argv[1:] if args is None else args)]
         named = config.ckpt_path or ("--model.init_from" in given and config.model.init_from)
-        if subcommand in ("validate", "test") and not named and config.trainer.default_root_dir:
-            # By default evaluate what the configuration trained.
-            config.ckpt_path = str(Path(config.trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+        if subcommand in ("validate", "test") and not named and root:
+            config.ckpt_path = "last"  # by default evaluate what the configuration trained
+        if config.ckpt_path == "best":
+            raise ValueError("ckpt_path='best': no checkpoint is chosen by a metric; use 'last' or a path")
+        if config.ckpt_path == "last":  # Lightning would look before it knows the folder
+            starts = subcommand == "fit" and not last.exists()
+            config.ckpt_path = None if starts else str(last)
         if config.ckpt_path:
-            if config.ckpt_path not in ("best", "last", "hpc") and "://" not in str(config.ckpt_path):
+            if config.ckpt_path != "hpc" and "://" not in str(config.ckpt_path):
                 check_checkpoint_file(Path(config.ckpt_path))
             config.model.init_from = None  # the checkpoint has all weights
 
@@ -146,6 +155,9 @@ class UniViGUCLI(LightningCLI):
         config = self._options()
         trainer, own = config.trainer, config.trainer.callbacks or []
         callbacks: list[Callback] = list(own) if isinstance(own, list) else [own]
+        plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, SafeCheckpointIO()]
         if self.subcommand == "predict":
             if not any(isinstance(callback, PredictionWriter) for callback in callbacks):
                 callbacks.append(PredictionWriter())

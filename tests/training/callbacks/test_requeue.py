@@ -1,4 +1,4 @@
-"""SLURM's signal in the middle of a step: saved is what its end left, so that training goes on exactly."""
+"""Signals in the middle of a step: saved is what its end left, so that training goes on exactly."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch.utils.data import DataLoader
 
 from tests.training import test_stages as stages
+from univigu.cli import exit_code
 from univigu.training.callbacks import LastCheckpoint, StageSwitch
 from univigu.training.module import UniViGU
 
 
 class Preempted(Callback):
-    """Sends the signal from within the second step, and notes the weights after every step."""
+    """Sends signals from within a step, and notes the weights after every step."""
 
-    def __init__(self) -> None:
+    def __init__(self, *signals: int, step: int = 2) -> None:
+        self.signals, self.step = signals, step
         self.weights: list[dict[str, torch.Tensor]] = []
 
     def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.global_step == 1:
-            os.kill(os.getpid(), signal.SIGUSR1)
+        if trainer.global_step == self.step - 1:
+            for number in self.signals:
+                os.kill(os.getpid(), number)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.weights.append({name: value.clone() for name, value in pl_module.state_dict().items()})
@@ -49,7 +52,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal")
 def test_the_signal_waits_for_the_steps_end(folder: Path, tmp_path: Path, slurm: Path) -> None:
     before = signal.getsignal(signal.SIGUSR1)
-    noted = Preempted()
+    noted = Preempted(signal.SIGUSR1)
     trainer = Trainer(
         default_root_dir=tmp_path,
         accelerator="cpu",
@@ -68,6 +71,41 @@ def test_the_signal_waits_for_the_steps_end(folder: Path, tmp_path: Path, slurm:
     assert all(torch.equal(value, noted.weights[1][name]) for name, value in saved["state_dict"].items())
     assert not all(torch.equal(value, noted.weights[0][name]) for name, value in saved["state_dict"].items())
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def fit(folder: Path, root: Path, *more: Callback, **options: Any) -> None:
+    """A run by which the command line would answer signals."""
+    trainer = Trainer(
+        default_root_dir=root,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[StageSwitch(stages.STAGES), LastCheckpoint(), *more],
+    )
+    loader = DataLoader(stages.Clips(), batch_size=stages.BATCH)
+    trainer.fit(UniViGU(str(folder), seed=3), loader, weights_only=True, **options)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_training_after_its_step(folder: Path, tmp_path: Path, number: int, code: int) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended:
+        exit_code(lambda: fit(folder, tmp_path / "cut", Preempted(number, step=stages.EPOCH)))
+    assert ended.value.code == code and signal.getsignal(number) == before
+    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == stages.EPOCH
+    whole, resumed = Preempted(), Preempted()
+    fit(folder, tmp_path / "whole", whole)
+    fit(folder, tmp_path / "cut", resumed, ckpt_path=last)
+    assert len(resumed.weights) == len(whole.weights) - stages.EPOCH
+    assert all(torch.equal(value, resumed.weights[-1][name]) for name, value in whole.weights[-1].items())
+
+
+def test_a_second_signal_ends_training_at_once(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        exit_code(lambda: fit(folder, tmp_path, Preempted(signal.SIGINT, signal.SIGTERM)))
+    assert ended.value.code == 143 and not (tmp_path / "checkpoints").exists()
 
 
 @pytest.fixture

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import shutil
 import signal
-from collections.abc import Callable
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
@@ -17,14 +18,21 @@ from univigu.training.parallel import is_sharded
 
 log = logging.getLogger(__name__)
 
+REQUEUE = getattr(signal, "SIGUSR1", signal.SIGTERM)
+"""The signal that Lightning answers under SLURM."""
+FOLDER, LAST, OLD = "checkpoints", "last.ckpt", ".old"
+
 
 class LastCheckpoint(Checkpoint):
     """Keeps ``last.ckpt`` up to date: every n optimizer steps, and when training ends.
 
+    SIGTERM and SIGINT end the training after the optimizer step, whose checkpoint is saved; the exit code is that of
+    the signal (143, 130). A second signal ends it at once.
+
     Under SLURM Lightning answers SIGUSR1 (save, then requeue the job) at once: within a step, whose batch would then be
     skipped, or in a validation, which would save averaged weights as trained ones, and on each process at another
-    time, where those of a sharded model would wait for each other for ever. This callback postpones it to the end of
-    the optimizer step, at which the processes agree on the signal.
+    time, where those of a sharded model would wait for each other for ever. This signal waits for the end of the step,
+    too. There the processes agree on the signals of all of them.
 
     Args:
         dirpath: folder; None is ``checkpoints`` in ``trainer.default_root_dir``.
@@ -35,28 +43,48 @@ class LastCheckpoint(Checkpoint):
         if every_n_train_steps < 1:
             raise ValueError(f"every_n_train_steps={every_n_train_steps}: expected at least 1")
         self.dirpath, self.every_n_train_steps = dirpath, every_n_train_steps
-        self.last_model_path = ""
-        self._requeue: Callable[[int, FrameType | None], Any] | None = None  # Lightning's handler
-        self._signaled = False
+        self.last_model_path = self.best_model_path = ""  # read by Lightning
+        self._earlier: dict[int, Any] = {}  # handlers by signal
+        self._signal = 0
         self._step = self._saved_step = 0
 
-    # ---------------------------------------------------------------- SLURM's signal
+    # ---------------------------------------------------------------- signals
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = self._saved_step = trainer.global_step
-        handler = signal.getsignal(signal.SIGUSR1) if hasattr(signal, "SIGUSR1") else None
-        if callable(handler) and type(handler).__module__.startswith("lightning."):
-            self._requeue, self._signaled = handler, False
-            signal.signal(signal.SIGUSR1, self._on_signal)
+        self._signal = 0
+        if threading.current_thread() is not threading.main_thread():
+            return
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if type(signal.getsignal(REQUEUE)).__module__.startswith("lightning."):
+            numbers.append(REQUEUE)
+        self._earlier = {number: signal.signal(number, self._on_signal) for number in numbers}
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        log.info("signal %d: a checkpoint will be written when the step is done", signum)
-        self._signaled = True
+        if self._signal in (signal.SIGTERM, signal.SIGINT):
+            raise SystemExit(128 + signum)
+        log.warning("signal %d: a checkpoint will be written when the step is done", signum)
+        self._signal = signum
+
+    def _answer_signals(self, trainer: Trainer) -> None:
+        number = self._signal
+        if trainer.world_size > 1:
+            device = trainer.strategy.root_device
+            number = int(trainer.strategy.reduce(torch.tensor(number, device=device), reduce_op="max"))
+        self._signal = 0
+        if number == REQUEUE:
+            self._earlier[number](number, None)
+        elif number:
+            self._save(trainer)
+            log.warning("signal %d: training ends after step %d", number, trainer.global_step)
+            # Lightning's launcher takes another code than 0 of one of its processes for a crash, and kills them all.
+            raise SystemExit(128 + number if trainer.is_global_zero else 0)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._requeue is not None and signal.getsignal(signal.SIGUSR1) == self._on_signal:
-            signal.signal(signal.SIGUSR1, self._requeue)  # unless Lightning has restored the handler before it
-        self._requeue = None
+        for number, handler in self._earlier.items():
+            if signal.getsignal(number) == self._on_signal:  # unless Lightning has restored the handler before it
+                signal.signal(number, handler)
+        self._earlier = {}
 
     # ---------------------------------------------------------------- saving
 
@@ -69,9 +97,7 @@ class LastCheckpoint(Checkpoint):
         self._step = step
         if step % self.every_n_train_steps == 0:
             self._save(trainer)
-        if self._requeue is not None and trainer.strategy.reduce_boolean_decision(self._signaled, all=False):
-            self._signaled = False
-            self._requeue(signal.SIGUSR1, None)
+        self._answer_signals(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
@@ -81,12 +107,12 @@ class LastCheckpoint(Checkpoint):
         if trainer.fast_dev_run or self._saved_step == trainer.global_step:  # type: ignore[attr-defined]
             return
         self._saved_step = trainer.global_step
-        target = Path(self.dirpath or Path(trainer.default_root_dir) / "checkpoints") / "last.ckpt"
+        target = Path(self.dirpath or Path(trainer.default_root_dir) / FOLDER) / LAST
         self.last_model_path = str(target)
         if not is_sharded(trainer.lightning_module.transformer):  # type: ignore[arg-type]
             trainer.save_checkpoint(target)
             return
-        part, old = (target.with_suffix(suffix) for suffix in (".part", ".old"))
+        part, old = (target.with_suffix(suffix) for suffix in (".part", OLD))
         if trainer.is_global_zero:
             _remove(part)
         trainer.save_checkpoint(part)
@@ -98,6 +124,12 @@ class LastCheckpoint(Checkpoint):
             part.replace(target)
             _remove(old)
         trainer.strategy.barrier("checkpoint in place")
+
+
+def find_last(folder: Path) -> Path:
+    """Where the last checkpoint of a folder is, or will be; a kill while a sharded one is replaced leaves the old."""
+    last = folder / LAST
+    return next((path for path in (last, last.with_suffix(OLD)) if path.exists()), last)
 
 
 def _remove(path: Path) -> None:
