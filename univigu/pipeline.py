@@ -27,7 +27,7 @@ from univigu.flow.time import NUM_TRAIN_TIMESTEPS
 from univigu.models.conventions import Conventions
 from univigu.models.encode import encode_prompts
 from univigu.models.foundation import Foundation, set_conv_layout
-from univigu.models.frames import to_frames
+from univigu.models.frames import crop, to_frames
 from univigu.models.tokens import clean_text, detokenize, tokenize
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import check_files, compute_device
@@ -193,7 +193,8 @@ class UniViGUPipeline(WanPipeline):
         super().__init__(
             tokenizer, text_encoder, vae, scheduler, transformer, transformer_2, boundary_ratio, expand_timesteps
         )
-        set_conv_layout(self.vae)
+        if self.vae is not None:
+            set_conv_layout(self.vae)
 
     @property
     def conventions(self) -> Conventions:
@@ -204,27 +205,21 @@ class UniViGUPipeline(WanPipeline):
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As in diffusers; the VAE's kernels get the memory format of the device."""
         super().to(*args, **kwargs)
-        set_conv_layout(self.vae)
+        if self.vae is not None:
+            set_conv_layout(self.vae)
         return self
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """As in diffusers; weights of the transformer that do not fit are a ValueError that names the keys.
-
-        With ``transformer=None``, which encodes prompts in little memory, the folder still gives the conventions.
-        """
+        """As in diffusers. Prompts encoded with ``transformer=None`` follow the folder's conventions, too."""
         folder = str(pretrained_model_name_or_path)
         for part in Path(folder).glob("*/"):
             check_files(part)
         pipe = super().from_pretrained(folder, **kwargs)
         if "transformer" in kwargs and pipe.transformer is None and pipe.transformer_2 is None:
-            names = kwargs.keys() & {"cache_dir", "revision", "token", "local_files_only"}
-            options = {name: kwargs[name] for name in names}
-            config = UniViGUTransformer3DModel.load_config(folder, subfolder="transformer", **options)
-            pipe._transformer_config = config
+            options = {name: kwargs[name] for name in ("cache_dir", "revision", "token") if name in kwargs}
+            pipe._transformer_config = WanTransformer3DModel.load_config(folder, subfolder="transformer", **options)
         return pipe
-
-    # ---------------------------------------------------------------------- tasks
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -318,11 +313,15 @@ class UniViGUPipeline(WanPipeline):
 
     # ---------------------------------------------------------------------- encoding, as in WanPipeline
 
-    def encode_prompt(self, prompt: Any, negative_prompt: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """WanPipeline's, where no negative prompt is the null condition that the model was trained with."""
-        given = kwargs.get("negative_prompt_embeds") is not None or negative_prompt
-        embeds, negative = super().encode_prompt(prompt, negative_prompt, *args, **kwargs)
-        return embeds, negative if given or negative is None else self.conventions.null(negative)
+        given = signature(WanPipeline.encode_prompt).bind(self, *args, **kwargs).arguments
+        prompt_embeds, negative_prompt_embeds = super().encode_prompt(*args, **kwargs)
+        if negative_prompt_embeds is not given.get("negative_prompt_embeds") and not given.get("negative_prompt"):
+            negative_prompt_embeds = self.conventions.null(negative_prompt_embeds)
+        return prompt_embeds, negative_prompt_embeds
+
+    encode_prompt.__signature__ = signature(WanPipeline.encode_prompt)  # type: ignore[attr-defined]
 
     def _get_t5_prompt_embeds(
         self,
@@ -341,8 +340,6 @@ class UniViGUPipeline(WanPipeline):
         embeds = embeds.to(device or self._execution_device, dtype or self.text_encoder.dtype)
         return embeds.repeat_interleave(num_videos_per_prompt, dim=0)
 
-    # ---------------------------------------------------------------------- helpers
-
     def _runner(self, options: SamplingOptions | None = None) -> TaskRunner:
         assert self.transformer is not None
         return TaskRunner(self, self.transformer, lambda: self.scheduler, options, self._execution_device)
@@ -360,13 +357,8 @@ class UniViGUPipeline(WanPipeline):
     def _pixels(self, video: Any, height: int | None, width: int | None) -> Tensor:
         """A video in any form as [B, C, F, H, W] in [-1, 1], cropped to 4k+1 frames of whole patches."""
         pixels = self.video_processor.preprocess_video(to_frames(video), height, width)
-        step = self.vae_scale_factor_temporal
-        frames = (pixels.shape[2] - 1) // step * step + 1
         _, down, right = (self.vae_scale_factor_spatial * size for size in self.transformer.config.patch_size)
-        rows, columns = pixels.shape[3] // down * down, pixels.shape[4] // right * right
-        if not rows or not columns:
-            raise ValueError(f"video: {pixels.shape[3]} x {pixels.shape[4]} pixels, expected at least {down} x {right}")
-        return pixels[:, :, :frames, :rows, :columns]
+        return crop(pixels, self.vae_scale_factor_temporal, down, right)
 
     def _on_step(self, callback: StepEndCallback | None) -> StepCallback:
         bar = None

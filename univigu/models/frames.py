@@ -45,6 +45,14 @@ def to_frames(video: Any) -> torch.Tensor | list[list[Image.Image]]:
     return frames if frames.shape[2] == 3 else frames.expand(-1, -1, 3, -1, -1)
 
 
+def crop(pixels: torch.Tensor, temporal: int, down: int, right: int) -> torch.Tensor:
+    """Videos [B, C, F, H, W] cropped to 1 + n * ``temporal`` frames and multiples of ``down`` and ``right`` pixels."""
+    frames, height, width = pixels.shape[2:]
+    if height < down or width < right:
+        raise ValueError(f"video: {height} x {width} pixels, expected at least {down} x {right}")
+    return pixels[:, :, : (frames - 1) // temporal * temporal + 1, : height // down * down, : width // right * right]
+
+
 def _stacked(video: Any) -> Any:
     """Lists of arrays as one array; lists of PIL images as a list for each video."""
     if isinstance(video, np.ndarray | torch.Tensor):
