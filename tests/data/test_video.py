@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 
 from tests.conftest import REPO
 from tools import video_matrix
+from univigu.data import decode as decoding
 from univigu.data import video
 from univigu.data.decode import nearest
 from univigu.data.video import VideoError, encode_mp4, even_indices, probe_video, read_video
@@ -106,6 +107,25 @@ def test_frames_are_those_that_players_show(codec: str, containers: list[str]) -
     found = list(video_matrix.cells([codec], containers))
     assert len(found) == 3 * len(containers) * len(video_matrix.CODECS[codec][2])
     assert [cell for cell in found if cell[-1] != "right"] == []
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg4"])
+def test_frames_that_are_wrongly_marked_as_key_frames(codec: str) -> None:
+    """Without its list of key frames an mp4 file says that every frame is one."""
+    data = video_matrix.remux(*video_matrix.encode(codec, video_matrix.CLOSED), "mp4", "whole")
+    for content in (data, data.replace(b"stss", b"free")):
+        frames = read_video(content, 7, 96, 160).permute(0, 2, 3, 1).numpy()
+        assert [video_matrix.number_of(frame) for frame in frames] == even_indices(60, 7)
+
+
+def test_of_key_frames_only_the_chosen_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = video_matrix.remux(*video_matrix.encode("libx264", video_matrix.INTRA), "mp4", "whole")
+    decoded: list[int] = []
+    original = decoding._frames
+    monkeypatch.setattr(decoding, "_frames", lambda *args: decoded.append(1) or original(*args))
+    frames = decoding.read(io.BytesIO(data), 3, 96, 160)
+    assert [video_matrix.number_of(frame) for frame in frames] == [0, 30, 59]
+    assert len(decoded) < 10
 
 
 def test_an_edit_list_hides_frames() -> None:
@@ -375,6 +395,16 @@ def test_written_colours_are_named_and_read_back(size: tuple[int, int]) -> None:
     inside = (inside >= 2) & (inside < width // 8 - 2)  # chroma has half the resolution
     for found in (read_video(data, 2, height, width), decode(data)):
         assert (found.float() - frames.float())[..., inside].abs().max() <= 3
+
+
+@pytest.mark.parametrize("size", [(160, 256), (480, 832), (1080, 1920)])
+def test_written_gradients_lose_what_420_in_8_bits_loses(size: tuple[int, int]) -> None:
+    height, width = size
+    across, down = torch.linspace(0, 255, width).expand(height, width), torch.linspace(0, 255, height)[:, None]
+    frames = torch.stack([across, down.expand(height, width), 255 - across]).round().to(torch.uint8)[None]
+    for crf, most, mean in ((0, 4, 0.5), (12, 6, 0.7)):  # exact arithmetic on such samples: 2 to 3, and 0.35
+        error = (read_video(encode_mp4(frames, crf=crf), 1, height, width).float() - frames.float()).abs()
+        assert error.max() <= most and error.mean() < mean, (crf, error.max(), error.mean())
 
 
 def decode(data: bytes) -> torch.Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 import av
 import numpy as np
 from av.sidedata.sidedata import Type as SideData
+from av.video.frame import PictureType
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 MAX_PIXELS = 8192 * 4320
@@ -31,6 +32,9 @@ PILLOW_FORMATS = ("jpeg_pipe", "webp_pipe")
 """Images that Pillow reads: FFmpeg has no animated WebP, and PyAV does not give mirrored EXIF orientations."""
 INDEXED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 """Containers in which a packet is a frame and key frames are marked reliably."""
+QUICK_PIXELS = 128**2
+"""Frames up to this size, in their own size, are converted by FFmpeg's quick method, as the shipped models' were."""
+ACCURATE = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 UNKNOWN_MATRIX = 2
 """FFmpeg's number of a colour matrix that a file does not name."""
 
@@ -88,11 +92,14 @@ def _read_by_packets(file: Any, packets: list[tuple[int, bool, bool]], fill: _Fi
     times = [pts for pts, _, hidden in packets if not hidden]
     if not times or None in times or len(set(times)) < len(times):
         return False
+    all_keys = all(key for _, key, _ in packets)
     ordered = np.sort(times)
     wanted = ordered[nearest(ordered, len(fill.frames))]
     last = None
     for frame in _decode(file, _needed(packets, set(wanted.tolist()))):
         if frame.pts is None or (last is not None and frame.pts <= last):
+            return False
+        if all_keys and frame.pict_type != PictureType.I:  # the file marks every frame as a key frame, but not all are
             return False
         last = frame.pts
         if fill(frame, wanted == last):
@@ -102,7 +109,7 @@ def _read_by_packets(file: Any, packets: list[tuple[int, bool, bool]], fill: _Fi
 
 def _needed(packets: list[tuple[int, bool, bool]], wanted: set[int]) -> np.ndarray | None:
     """Which packets to decode for the frames at these times: each from the key frame before it; None for all."""
-    if any(hidden for *_, hidden in packets) or all(key for _, key, _ in packets):  # some files mark every frame
+    if any(hidden for *_, hidden in packets):
         return None
     needed, keys = np.zeros(len(packets), bool), []
     for number, (pts, key, _) in enumerate(packets):
@@ -240,10 +247,9 @@ class _Filler:
         scale = max(least[0] / shown[0], least[1] / shown[1])
         size = max(least[0], round(shown[0] * scale)), max(least[1], round(shown[1] * scale))
         _check_size(*size)
-        hd, flags, matrix = is_hd(frame.height, frame.width), Interpolation.BILINEAR, None
-        if hd or size != (frame.height, frame.width):  # FFmpeg's quick conversion is for small frames in their size
-            flags |= Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-        if hd and frame.colorspace == UNKNOWN_MATRIX and not frame.format.is_rgb:
+        quick = size == (frame.height, frame.width) and frame.height * frame.width <= QUICK_PIXELS
+        flags, matrix = Interpolation.BILINEAR if quick else ACCURATE, None
+        if is_hd(frame.height, frame.width) and frame.colorspace == UNKNOWN_MATRIX and not frame.format.is_rgb:
             matrix = Colorspace.ITU709
         rgb = self.reformatter.reformat(
             frame, size[1], size[0], "rgb24", src_colorspace=matrix, interpolation=flags, threads=1
