@@ -11,6 +11,7 @@ import torch
 
 from tests import tiny
 from univigu.flow.objective import (
+    ANSWER_LENGTH,
     ConditionDropout,
     TaskMixture,
     UniFlowBatch,
@@ -318,3 +319,16 @@ def test_one_batch_can_be_learned(flow: str) -> None:
     video_after, text_after = losses()
     assert video_after < 0.9 * video_before
     assert text_after < 0.85 * text_before
+
+
+def test_a_question_is_shown_and_its_answer_weighs_as_in_a_short_slot(models: dict[str, Any]) -> None:
+    batch, counts, always = make_batch(length=48), (0, 4, 0), ConditionDropout(1.0, 1.0, 1.0)
+    asked = replace(batch, is_question=torch.tensor([False, True, False, True]))
+    watch = Watch(models["mask"])
+    plain, losses = measure(watch, batch, counts, dropout=always), measure(watch, asked, counts, dropout=always)
+    for row, question in enumerate(asked.is_question.tolist()):
+        shown = batch.prompt_embeds if question else batch.null_embeds.expand(4, -1, -1)
+        assert torch.equal(watch.calls[1][2][row], shown[row])
+    shown_anyway = measure(models["mask"], batch, counts)  # the same draws, nothing dropped
+    torch.testing.assert_close(losses.text[1::2], shown_anyway.text[1::2] * 48 / ANSWER_LENGTH)
+    torch.testing.assert_close(losses.text[0::2], plain.text[0::2])

@@ -82,6 +82,9 @@ NO_DROPOUT = ConditionDropout(0.0, 0.0, 0.0)
 MAX_LOGITS = 2**21
 """Largest number of logits (tokens times vocabulary) held at once; a loss over more of them is computed in parts, and
 their logits twice."""
+ANSWER_LENGTH = 32
+"""The loss of an answer is averaged over so many tokens, however long the batch's slot is: the rest is padding, which
+says nothing about the video."""
 
 
 @dataclass
@@ -97,7 +100,8 @@ class UniFlowBatch:
     text_ids: torch.Tensor | None = None
     """Target tokens [B, L]; None where no text is learned."""
     is_question: torch.Tensor | None = None
-    """bool [B]; samples whose condition is a question, which is never dropped. None: no sample."""
+    """bool [B]; samples whose condition is a question, which is never dropped, and whose target is its answer. None: no
+    sample."""
 
 
 @dataclass
@@ -108,7 +112,7 @@ class UniFlowLosses:
     """Video flow-matching loss a sample [Bv]."""
     video_times: torch.Tensor
     text: torch.Tensor
-    """Text loss a sample, mean over its tokens [Bt]."""
+    """Text loss a sample, mean over its tokens (of an answer: over ``ANSWER_LENGTH``) [Bt]."""
     text_times: torch.Tensor
     teacher: torch.Tensor | None = None
     """Mean squared distance to the teacher's prediction a sample [Bg]; None without a teacher."""
@@ -243,7 +247,11 @@ class UniFlowObjective:
                 if texts.flow.self_conditioning and twice:
                     shown = texts.self_conditioned(model, inputs, shown)
                 output = model(*inputs, shown)
-                text.append(output.text.mean(dim=1))
+                loss = output.text.mean(dim=1)
+                if batch.is_question is not None:
+                    longer = max(1.0, output.text.shape[1] / ANSWER_LENGTH)
+                    loss = torch.where(batch.is_question[rows], longer * loss, loss)
+                text.append(loss)
             if task == "generate" and teacher is not None:
                 with torch.no_grad():
                     (target,) = teacher(*inputs, return_dict=False)
