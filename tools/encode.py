@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 
 from univigu.cli import exit_code
-from univigu.data.index import find_split
+from univigu.data.buckets import Bucket, Grid
+from univigu.data.index import TARS, find_split
 from univigu.data.options import add_share
 from univigu.data.processes import Share, SpawnPool, this_device
 from univigu.models.foundation import EMBEDDED_FOUNDATION
@@ -46,15 +47,22 @@ def places(source: Path) -> list[tuple[str, Path]]:
     """What below the source holds samples, and where in the output it goes: train, val and test, or all (".")."""
     splits = {name: find_split(source, name) for name in ("train", "val", "test")}
     found = [(name, path) for name, path in splits.items() if path.exists()]
-    return found if found and not any(source.glob("*.tar")) else [(".", source)]
+    has_tars = source.is_dir() and any(path.name.lower().endswith(TARS) for path in source.iterdir())
+    return found if found and not has_tars else [(".", source)]
+
+
+def parse_bucket(text: str) -> Bucket:
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"bucket {text!r}: expected HEIGHTxWIDTHxFRAMES, such as 480x832x81")
+    return Bucket(*map(int, parts))
 
 
 def run(options: argparse.Namespace) -> None:
-    from univigu.data.buckets import Bucket, Grid
     from univigu.data.encode import encode_shards, has_large_encoder
 
     size = f"{options.height}x{options.width}x{options.num_frames}"
-    grid, buckets = Grid.of(options.foundation), [Bucket.parse(text) for text in options.buckets or [size]]
+    grid, buckets = Grid.of(options.foundation), [parse_bucket(text) for text in options.buckets or [size]]
     for bucket in buckets:
         grid.check(bucket, f"size {bucket}: ")
     share, device = Share.from_environment(options.rank, options.world_size), options.device or this_device()

@@ -67,7 +67,9 @@ def tars(asked: list[str]) -> list[str]:
     return [path for path in asked if path.endswith(".tar")]
 
 
-def test_only_what_is_missing_is_fetched(served: tuple[Path, str], tmp_path: Path) -> None:
+def test_only_what_is_missing_is_fetched(
+    served: tuple[Path, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder, url = served
     copy = SourceFolder(url, str(tmp_path / "root"), "", (), False).base / "train"
     fetch_shards(f"{url}/train", copy)
@@ -84,6 +86,11 @@ def test_only_what_is_missing_is_fetched(served: tuple[Path, str], tmp_path: Pat
     other = tmp_path / "other"
     fetch_shards(f"{url}/train", other)
     assert sorted(p.name for p in other.iterdir()) == ["train-000000.tar", "train-000001.tar"]
+    (folder / "train" / "below").mkdir()
+    (folder / "train" / "train-000001.tar").rename(folder / "train" / "last.TAR")
+    fetch_shards(f"{url}/train", tmp_path / "third")
+    assert sorted(p.name for p in (tmp_path / "third").iterdir()) == ["last.TAR", "train-000000.tar"]
+    assert "/train: 1 files and folders that are no shards are left out" in caplog.text
 
 
 def test_damage_on_the_way_and_wrong_places_are_named(served: tuple[Path, str], tmp_path: Path) -> None:

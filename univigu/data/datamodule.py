@@ -104,6 +104,7 @@ class VideoTextDataModule(LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.height, self.width, self.num_frames = height, width, num_frames
         self.prompt_length, self.caption_length = prompt_length, caption_length
+        self._slots = {"prompt": prompt_length, "caption": caption_length}
         self.length_filter, self.texts = length_filter, texts
         self.precompute, self.strict, self.seed = precompute, strict, seed
         self.videos, self.prompts, self.pairs, self.predict_task = videos, prompts, pairs, predict_task
@@ -207,10 +208,6 @@ class VideoTextDataModule(LightningDataModule):
         if not folder.is_dir():
             raise DataError(f"foundation={self.foundation!r}: it holds no tokenizer folder")
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-    @property
-    def _slots(self) -> dict[str, int]:
-        return {"prompt": self.prompt_length, "caption": self.caption_length}
 
     def _select(self, split: Split) -> list[SampleRef]:
         """The usable samples of all sources that pass the filter and fit their slots; counts them and the others."""

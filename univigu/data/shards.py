@@ -17,7 +17,6 @@ from typing import Any, Literal
 from univigu.data.sample import DataError, SampleError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
 
 
 @dataclass
@@ -104,7 +103,7 @@ class Manifest:
         for path in folder.glob(f".{MANIFEST}.*.tmp"):
             path.unlink(missing_ok=True)  # left by a killed process
         self.shards.sort(key=lambda shard: shard.name)
-        data = {**asdict(self), "format": FORMAT, "num_samples": self.num_samples, "counts": self.counts}
+        data = {**asdict(self), "num_samples": self.num_samples, "counts": self.counts}
         with replacing(folder / MANIFEST) as temporary:
             temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
 
@@ -119,11 +118,9 @@ class Manifest:
 
     @classmethod
     def parse(cls, text: bytes, where: str) -> Manifest:
-        """The manifest in a file's content; raises DataError if it is damaged or of an unknown format."""
+        """The manifest in a file's content; raises DataError if it is damaged."""
         try:
             data = json.loads(text)
-            if data["format"] != FORMAT:
-                raise DataError(f"{where}: format={data['format']!r}: this version reads format {FORMAT}")
             shards = [ShardInfo(**shard) for shard in data["shards"]]
             return cls(data["kind"], data["parameters"], shards, data["complete"])
         except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:

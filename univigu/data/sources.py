@@ -11,7 +11,7 @@ from typing import Literal
 
 from univigu.data.buckets import Bucket
 from univigu.data.encode import encode_shards, latents_parameters, prompt_parameters, source_parameters
-from univigu.data.index import Scan, find_split, index_folder
+from univigu.data.index import TARS, Scan, find_split, index_folder
 from univigu.data.processes import SpawnPool
 from univigu.data.sample import LATENTS_SUFFIX, DataError
 from univigu.data.shards import MANIFEST, Manifest, replacing, sha256_of
@@ -127,8 +127,10 @@ def fetch_shards(url: str, folder: Path, optional: bool = False) -> None:
         elif optional and not system.exists(path):
             return
         else:
-            names = (str(item).rstrip("/").rpartition("/")[2] for item in system.ls(path, detail=False))
-            sums = dict.fromkeys(sorted(name for name in names if name.endswith(".tar")), "")
+            names = {str(item).rstrip("/").rpartition("/")[2] for item in system.ls(path, detail=False)}
+            sums = dict.fromkeys(sorted(name for name in names if name.lower().endswith(TARS)), "")
+            if others := len(names) - len(sums):
+                log.warning("%s: %d files and folders that are no shards are left out", url, others)
         if not sums:
             raise DataError(f"{url}: holds no .tar shard")
         folder.mkdir(parents=True, exist_ok=True)
