@@ -12,7 +12,7 @@ import torch
 from lightning import Trainer
 
 from tests.damage import write_raw
-from tests.data.conftest import FAULTS
+from tests.data.conftest import FAULTS, fit
 from univigu.data import datamodule
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.filters import LengthFilter
@@ -235,6 +235,15 @@ def test_the_transformer_decides_what_a_token_is(world: dict[str, Any], tmp_path
     (other / "transformer" / "config.json").write_text(json.dumps({**config, "patch_size": 2}))
     with pytest.raises(DataError, match=r"foundation='.*': no sizes in .*config\.json"):
         make(arguments, "predict")
+
+
+def test_without_validation_no_validation_split_is_needed(tmp_path: Path, clips: list[dict[str, bytes]]) -> None:
+    write_raw(tmp_path / "train" / "a.tar", [(f"{i}", clips[i]) for i in range(4)])
+    data = VideoTextDataModule(shards=str(tmp_path), batch_size=2, num_workers=0)
+    assert len(fit(data, tmp_path / "run", 2, limit_val_batches=0).seen) == 2
+    assert list(data.val_dataloader()) == []
+    with pytest.raises(DataError, match="/val: no such folder of shards"):
+        fit(VideoTextDataModule(shards=str(tmp_path), batch_size=2, num_workers=0), tmp_path, 2, limit_val_batches=1)
 
 
 # --------------------------------------------------------------- questions

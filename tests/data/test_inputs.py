@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import LightningModule, Trainer
+from lightning import LightningDataModule, LightningModule, Trainer
 
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.inputs import PredictionInput, find_videos, read_pairs, read_prompts
@@ -19,6 +19,7 @@ from univigu.evaluation.exports import ExportOptions
 from univigu.evaluation.vbench import plan
 from univigu.models.tokens import MAX_CHARACTERS, TextTooLongError, token_count, tokenize
 from univigu.shapes import renderer, scenes
+from univigu.training.lightning_cli import DATA, Parser
 
 
 @pytest.fixture
@@ -137,6 +138,21 @@ def test_what_looks_like_a_path_is_never_a_prompt(name: str, tmp_path: Path, fou
         for read in (*readers, lambda v: plan(v, None, ExportOptions())):
             with pytest.raises(DataError, match=rf"prompts='{value}': (cannot be read|expected a file)"):
                 read(value)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: b.mp4", "close-up: a cat", "raw [1080p]", "[1080p] raw", "x:\ny", "12:30", 'say: "x"']
+)
+def test_texts_with_colons_and_brackets_reach_the_data(text: str) -> None:
+    """YAML would take some of them for mappings; a list of one is the same as one."""
+    parser = Parser()
+    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+    parser.set_defaults({"data": DATA})
+    for name in ("prompts", "videos"):
+        for args in ([f"--data.{name}={text}"], [f"--data.{name}", text]):
+            given = getattr(parser.parse_args(args).data.init_args, name)
+            assert given in (text, [text])
+    assert parser.parse_args(['--data.prompts=["a: b", "c"]']).data.init_args.prompts == ["a: b", "c"]
 
 
 def test_huge_texts_are_not_tokenised(foundation: str) -> None:

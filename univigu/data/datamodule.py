@@ -128,6 +128,7 @@ class VideoTextDataModule(LightningDataModule):
         """Write the embedded world and encode the shards, if that has not been done yet (one process a node)."""
         fn = None if self.trainer is None else self.trainer.state.fn
         splits: tuple[Split, ...] = ("train", "val", "test") if fn is None else SPLITS[fn]
+        splits = tuple(split for split in splits if not self._is_unneeded(split))
         if not splits:
             return
         self._latents_shapes()  # checks the sizes
@@ -150,6 +151,12 @@ class VideoTextDataModule(LightningDataModule):
             encoders = single if device != "cpu" or has_large_encoder(self.foundation) else pool
             for folder, split in jobs:
                 folder.encode(split, self.strict, encoders, device)
+
+    def _is_unneeded(self, split: Split) -> bool:
+        """Whether a validation split is missing that is not used."""
+        if split != "val" or self.sources is None or self.trainer is None or self.trainer.limit_val_batches != 0:
+            return False
+        return not any(folder.videos(split).exists() for folder in self._folders())
 
     def _encoding_device(self) -> str:
         """The trainer's GPU, or else the CPU; without a trainer this process's GPU, if there is one."""
@@ -196,7 +203,7 @@ class VideoTextDataModule(LightningDataModule):
             self._inputs = PredictionInputs(inputs, size, self.tokenizer, self.prompt_length)
             return
         for split in SPLITS[stage]:
-            if split not in self._refs:
+            if split not in self._refs and not self._is_unneeded(split):
                 self._refs[split] = self._select(split)
 
     @cached_property
@@ -286,7 +293,7 @@ class VideoTextDataModule(LightningDataModule):
         return self._eval_dataloader("test")
 
     def _eval_dataloader(self, split: Split) -> SampleLoader:
-        refs = self._refs[split]
+        refs = self._refs.get(split, [])
         batches, own = eval_batches(len(refs), self.batch_size, buckets=[ref.bucket for ref in refs], **self._ranks())
         return SampleLoader(self._dataset(split, refs), batches, self.errors, self.num_workers, own)
 

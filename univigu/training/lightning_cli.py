@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
@@ -76,8 +77,22 @@ REPLACED = {
 """Keys of former configurations and their successors."""
 
 
+TEXT = re.compile(r"(?!\s*[\[{\"'-]).*:\s.*", re.DOTALL)
+"""A prompt or a name with a colon, which YAML would take for a mapping."""
+
+
 class Parser(LightningArgumentParser):
-    """Names the successor of a key that was replaced."""
+    """Takes prompts and names with a colon for texts, as lists of one; names the successor of a replaced key."""
+
+    def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
+        quoted, option = [], ""
+        for arg in sys.argv[1:] if args is None else args:
+            name, equals, value = arg.partition("=") if arg.startswith("--data.") else (option, "", arg)
+            if name in ("--data.prompts", "--data.videos") and TEXT.fullmatch(value):
+                arg = (name + equals if equals else "") + json.dumps([value])
+            quoted.append(arg)
+            option = arg
+        return super().parse_args(quoted, *more, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         for key, successor in REPLACED.items():
