@@ -38,7 +38,7 @@ from univigu.models import UniViGUTransformer3DModel
 from univigu.models.cache import AttentionCache
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 from univigu.sampling.options import SamplingOptions
-from univigu.sampling.sampler import Sampler
+from univigu.sampling.sampler import SampleInputs, Sampler
 from univigu.shapes.write import world_fingerprint, write_shapes
 
 
@@ -119,7 +119,8 @@ def caption(options: argparse.Namespace) -> dict[str, float]:
     def sample(name: str, sampled: Any) -> None:
         sampler = Sampler(sampled, FlowMatchEulerDiscreteScheduler(), sampling)
         generator = torch.Generator(device).manual_seed(1)
-        made = sampler.caption(latents, embeds, embeds[:1], options.text_tokens, generator).tokens
+        inputs = SampleInputs(embeds, embeds[:1], latents, text_length=options.text_tokens, generator=generator)
+        made = sampler.sample("caption", inputs).tokens
         assert made is not None
         tokens[name] = made
 

@@ -28,7 +28,7 @@ from univigu.flow.objective import TaskMixture, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
 from univigu.models import UniViGUTransformer3DModel
 from univigu.sampling.options import SamplingOptions
-from univigu.sampling.sampler import Sampler
+from univigu.sampling.sampler import SampleInputs, Sampler
 from univigu.training.optim import freeze_by_rate
 from univigu.training.plan import UMT5_VOCAB_SIZE, WAN21, Workload, count_step
 from univigu.training.stages import Stage
@@ -178,14 +178,16 @@ class Report:
         """Seconds of a caption; a single repeat of many steps has no warm-up."""
         (latents, _, null), sampler = self.inputs(), self.sampler(model, caption_steps=steps, caption_refresh=refresh)
         warmup = 0 if repeats == 1 and steps == self.size.steps[0] else 1
-        seconds = self.seconds(lambda: sampler.caption(latents, null, null, self.size.text_length), repeats, warmup)
+        inputs = SampleInputs(null, null, latents, text_length=self.size.text_length)
+        seconds = self.seconds(lambda: sampler.sample("caption", inputs), repeats, warmup)
         return {"seconds": round(seconds, 4), "steps": steps}
 
     def video(self, model: UniViGUTransformer3DModel, steps: int) -> Row:
         """Seconds of a video's denoising under guidance (two passes a step), without decoding."""
         sampler = self.sampler(model, num_inference_steps=steps, guidance_scale=5.0)
         _, embeds, null = self.inputs()
-        seconds = self.seconds(lambda: sampler.generate(embeds, null, self.size.latents), 1, 0)
+        inputs = SampleInputs(embeds, null, shape=self.size.latents)
+        seconds = self.seconds(lambda: sampler.sample("generate", inputs), 1, 0)
         return {"seconds": round(seconds, 3), "steps": steps}
 
     def samples(self) -> None:

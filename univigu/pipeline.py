@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
@@ -32,9 +32,8 @@ from univigu.models.tokens import clean_text, detokenize, tokenize
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import check_files, compute_device
 from univigu.sampling.options import SamplingOptions
-from univigu.sampling.sampler import Sampler, Samples, StepCallback, StepState
+from univigu.sampling.sampler import SampleInputs, Sampler, Samples, StepCallback, StepState, Task
 
-Task = Literal["generate", "caption", "joint", "edit"]
 StepEndCallback = Callable[[Any, int, float, dict[str, Any]], Any]
 """``callback(pipeline, step, timestep, {"latents": ..., "text": ..., "state": StepState})``, as in diffusers; what it
 returns is not used.  The timestep is that of what is being denoised, the video where both are."""
@@ -122,36 +121,16 @@ class TaskRunner:
         return config.z_dim, *latents_shape(Bucket(height, width, num_frames), temporal, spatial)
 
     @torch.no_grad()
-    def sample(
-        self,
-        task: Task,
-        prompts: list[str] | None,
-        prompt_length: int,
-        *,
-        latents: Tensor | None = None,
-        shape: tuple[int, ...] = (),
-        strength: float = 1.0,
-        generator: Generators = None,
-        on_step: StepCallback | None = None,
-    ) -> Samples:
+    def sample(self, task: Task, prompts: list[str] | None, prompt_length: int, **start: Any) -> Samples:
         """Samples of a task for each prompt; without prompts, captions under the null condition.
 
-        "caption" and "edit" (to ``strength`` in (0, 1]) start from clean ``latents`` [B, C, T, H, W]; "generate" and
-        "joint" sample latents of the ``shape`` (C, T, H, W).
+        ``start`` has the other fields of :class:`univigu.sampling.sampler.SampleInputs` that the task needs.
         """
         embeds, null = self.encode_prompts(prompts or [], prompt_length)
-        tokenizer, text_length = self.components.tokenizer, self.transformer.config.text_length
+        text_length, tokenizer = self.transformer.config.text_length, self.components.tokenizer
+        inputs = SampleInputs(embeds if prompts else null, null, text_length=text_length, **start)
         ends = tokenizer.eos_token_id, tokenizer.pad_token_id
-        sampler = Sampler(self.transformer, self.scheduler(), self.sampling, *ends)
-        calls: Any = {"generator": generator, "on_step": on_step}
-        if task == "generate":
-            return sampler.generate(embeds, null, shape, **calls)
-        if task == "joint":
-            return sampler.joint(embeds, null, shape, text_length, **calls)
-        assert latents is not None
-        if task == "edit":
-            return sampler.edit(latents, strength, embeds, null, **calls)
-        return sampler.caption(latents, embeds if prompts else null, null, text_length, **calls)
+        return Sampler(self.transformer, self.scheduler(), self.sampling, *ends).sample(task, inputs)
 
 
 class UniViGUPipeline(WanPipeline):

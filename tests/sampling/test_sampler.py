@@ -9,11 +9,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
 from tests import tiny
+from tests.tasks import Tasks
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.encode import encode_prompts
 from univigu.models.tokens import tokenize
 from univigu.sampling.options import SamplingOptions
-from univigu.sampling.sampler import Sampler, StepState
+from univigu.sampling.sampler import StepState
 
 VOCAB, LENGTH, FLOWS = 11, 6, ("embedding", "uniform", "mask")
 SHAPE = (tiny.CHANNELS, 2, 4, 6)  # latents of 5 frames of 32 x 48
@@ -47,11 +48,11 @@ class Watch:
         return self.model(*args, **kwargs)
 
 
-def make_sampler(flow: str = "mask", reads_text: bool = True, **options: Any) -> Sampler:
+def make_sampler(flow: str = "mask", reads_text: bool = True, **options: Any) -> Tasks:
     model = tiny.make_unified(tiny.make_wan(), VOCAB, text_flow=flow, clean_video_reads_text=reads_text)
     defaults = {"num_inference_steps": 3, "caption_steps": 4, "joint_lag": 0, "text_order": "random"}
     sampling = SamplingOptions(**(defaults | options))
-    return Sampler(
+    return Tasks(
         Watch(model),
         tiny.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         sampling,
@@ -80,7 +81,7 @@ def test_generate_is_wan_pipeline(pipeline: WanPipeline, scheduler: str, guidanc
         prompts = encode_prompts(pipeline.text_encoder, ids, pipeline.tokenizer.pad_token_id)
     model = UniViGUTransformer3DModel.from_wan(pipeline.transformer, VOCAB).eval()
     options = SamplingOptions(num_inference_steps=4, guidance_scale=guidance, joint_lag=0)
-    sampler = Sampler(model, schedulers[scheduler], options)
+    sampler = Tasks(model, schedulers[scheduler], options)
     ours = sampler.generate(prompts[:-1], prompts[-1:], SHAPE, generators(1, 2, 3)).latents
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     wrong = sampler.generate(prompts[:-1].roll(1, 0), prompts[-1:], SHAPE, generators(1, 2, 3)).latents
@@ -243,7 +244,7 @@ def text_only(calls: list[Any]) -> list[bool]:
     return [args[0] is None for args, _ in calls]
 
 
-def without_cache(sampler: Sampler) -> Sampler:
+def without_cache(sampler: Tasks) -> Tasks:
     """The same sampler, every step of which computes everything."""
     model = sampler.model.model
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.tasks import Tasks
 from univigu.data.video import to_model_range
 from univigu.flow.inputs import TextInputs
 from univigu.models import UniViGUTransformer3DModel
 from univigu.models.foundation import Foundation, decode_latents, encode_video
 from univigu.sampling.options import SamplingOptions
-from univigu.sampling.sampler import Sampler
 from univigu.shapes.renderer import render
 from univigu.shapes.scenes import sample_scene
 from univigu.training.module import UniViGU
@@ -49,7 +49,7 @@ def test_training_and_sampling_are_the_same() -> None:
         model.zero_grad(set_to_none=True)
         for steps in (3, 4):
             options = SamplingOptions(caption_steps=steps, num_inference_steps=2, guidance_scale=2.0)
-            sampler = Sampler(model, tiny.make_pipeline().scheduler, options)
+            sampler = Tasks(model, tiny.make_pipeline().scheduler, options)
             generator = torch.Generator().manual_seed(1)
             found[f"caption {steps}"] = sampler.caption(latents, prompt, prompt[:1], 7, generator).tokens
             joint = sampler.joint(prompt, prompt[:1], latents.shape[1:], 7, generator)

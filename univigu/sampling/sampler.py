@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +24,8 @@ from univigu.flow.video import interpolate
 from univigu.models.cache import AttentionCache
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.solvers import VideoSolver, make_video_solver
+
+Task = Literal["generate", "edit", "caption", "joint"]
 
 
 @dataclass
@@ -49,6 +51,33 @@ StepCallback = Callable[[StepState], bool | None]
 
 
 @dataclass
+class SampleInputs:
+    """What samples are made of. A task needs those that it names."""
+
+    prompt_embeds: torch.Tensor
+    """Encoded prompts [B, S, text_dim]. Of a caption the condition, [B or 1, ...]: the encoded empty prompt, a brief
+    prompt, or a question, whose answer the text then is."""
+    null_embeds: torch.Tensor
+    """The encoded empty prompt [1, S, text_dim]."""
+    latents: torch.Tensor | None = None
+    """The clean video, normalised [B, C, T, H, W]: of "caption" and "edit"."""
+    shape: Sequence[int] = ()
+    """(C, T, H, W) of a sample: of "generate" and "joint"."""
+    text_length: int = 0
+    """Number of text tokens: of "caption" and "joint"."""
+    strength: float = 1.0
+    """Noise level that "edit" starts at, in (0, 1]; 1 keeps nothing of the video. The sampler's last level that is at
+    least as noisy is taken."""
+    generator: Generators = None
+    """One generator, or one a sample (then a sample does not depend on its batch)."""
+    on_step: StepCallback | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength={self.strength!r}: expected over 0, at most 1")
+
+
+@dataclass
 class Samples:
     """Results of a task: latents [B, C, T, H, W] (for ``caption`` those given), and tokens [B, L] if there is text."""
 
@@ -64,13 +93,13 @@ class VideoRun:
         model: Any,
         solver: VideoSolver,
         state: torch.Tensor,
-        prompt_embeds: torch.Tensor,
-        null_embeds: torch.Tensor,
+        inputs: SampleInputs,
         options: SamplingOptions,
         together: bool,
     ) -> None:
         self.model, self.solver, self.state, self.options, self.together = model, solver, state, options, together
-        prompt, null = prompt_embeds.to(model.dtype), null_embeds.expand(len(state), -1, -1).to(model.dtype)
+        prompt = inputs.prompt_embeds.to(model.dtype)
+        null = inputs.null_embeds.expand(len(state), -1, -1).to(model.dtype)
         self.conditions = {"prompt": prompt, "null": null}
         if together:
             self.conditions["both"] = torch.cat([prompt, null])
@@ -151,15 +180,6 @@ class Sampler:
         scheduler: a diffusers scheduler for the video; its class and config are used as a template.
         eos_token_id, pad_token_id: of the tokenizer. With both, sampling with the ``mask`` flow stops once the end of
             every text and everything before it is revealed; what follows the end is padding.
-
-    Arguments of the tasks:
-        prompt_embeds: encoded prompts [B, S, text_dim].
-        null_embeds: the encoded empty prompt [1, S, text_dim].
-        latents: the clean video, normalised [B, C, T, H, W].
-        latents_shape: (C, T, H, W) of a sample.
-        text_length: number of text tokens.
-        generator: one generator, or one a sample (then a sample does not depend on its batch).
-        on_step: see :data:`StepCallback`.
     """
 
     def __init__(
@@ -177,90 +197,33 @@ class Sampler:
         self.text_flow = self.options.make_text_flow(model.config)
         self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
 
-    # ---------------------------------------------------------------------- tasks
-
-    def generate(
-        self,
-        prompt_embeds: torch.Tensor,
-        null_embeds: torch.Tensor,
-        latents_shape: Sequence[int],
-        generator: Generators = None,
-        on_step: StepCallback | None = None,
-    ) -> Samples:
-        """Video from noise, given a prompt."""
-        video = _noise(prompt_embeds, latents_shape, generator)
-        return self._denoise(video, self._solver(), None, prompt_embeds, null_embeds, generator, on_step)
-
-    def edit(
-        self,
-        latents: torch.Tensor,
-        strength: float,
-        prompt_embeds: torch.Tensor,
-        null_embeds: torch.Tensor,
-        generator: Generators = None,
-        on_step: StepCallback | None = None,
-    ) -> Samples:
-        """A video regenerated under another prompt, from a mixture of itself and noise.
-
-        It starts at flow time 1 - strength, strength in (0, 1]; 1 keeps nothing of the video. The sampler's last level
-        that is at least as noisy is taken.
-        """
-        if not 0 < strength <= 1:
-            raise ValueError(f"strength={strength!r}: expected over 0, at most 1")
-        solver = self._solver(start=1.0 - strength)
-        begin = latents.new_full((latents.shape[0],), solver.times[0], dtype=torch.float32)
-        video = interpolate(_noise(latents, latents.shape[1:], generator), latents.float(), begin)
-        return self._denoise(video, solver, None, prompt_embeds, null_embeds, generator, on_step)
-
-    def caption(
-        self,
-        latents: torch.Tensor,
-        prompt_embeds: torch.Tensor,
-        null_embeds: torch.Tensor,
-        text_length: int,
-        generator: Generators = None,
-        on_step: StepCallback | None = None,
-    ) -> Samples:
-        """Text from noise, given clean video.
-
-        ``prompt_embeds`` [B or 1, S, text_dim] is the condition: the encoded empty prompt, a brief prompt, or a
-        question, whose answer the text then is.
-        """
-        text = self._start_text(latents, text_length, self.options.caption_steps, generator)
-        return self._denoise(latents, None, text, prompt_embeds, null_embeds, generator, on_step)
-
-    def joint(
-        self,
-        prompt_embeds: torch.Tensor,
-        null_embeds: torch.Tensor,
-        latents_shape: Sequence[int],
-        text_length: int,
-        generator: Generators = None,
-        on_step: StepCallback | None = None,
-    ) -> Samples:
-        """Video and text from noise, in parallel, each reading the other."""
-        video, solver = _noise(prompt_embeds, latents_shape, generator), self._solver()
-        text = self._start_text(video, text_length, len(solver.times) + self.options.joint_lag, generator)
-        return self._denoise(video, solver, text, prompt_embeds, null_embeds, generator, on_step)
-
-    # ---------------------------------------------------------------------- the loop of all tasks
-
     @torch.no_grad()
+    def sample(self, task: Task, inputs: SampleInputs) -> Samples:
+        """Samples of a task, which is a choice of where each modality starts."""
+        video, solver, text, generator = inputs.latents, None, None, inputs.generator
+        if task != "caption":
+            solver = self._solver(start=1.0 - inputs.strength)
+        if task == "edit":
+            assert video is not None and solver is not None
+            begin = video.new_full((len(video),), solver.times[0], dtype=torch.float32)
+            video = interpolate(_noise(video, video.shape[1:], generator), video.float(), begin)
+        elif video is None:
+            video = _noise(inputs.prompt_embeds, inputs.shape, generator)
+        if task in ("caption", "joint"):
+            steps = self.options.caption_steps if solver is None else len(solver.times) + self.options.joint_lag
+            flow = self.text_flow.bind(self.model)
+            state = flow.initial(len(video), inputs.text_length, generator, video.device)
+            text = TextRun(flow, state, [flow.warp(i / steps) for i in range(steps + 1)], generator)
+        return self._denoise(inputs, video, solver, text)
+
     def _denoise(
-        self,
-        video: torch.Tensor,
-        solver: VideoSolver | None,
-        text: TextRun | None,
-        prompt_embeds: torch.Tensor,
-        null_embeds: torch.Tensor,
-        generator: Generators,
-        on_step: StepCallback | None,
+        self, inputs: SampleInputs, video: torch.Tensor, solver: VideoSolver | None, text: TextRun | None
     ) -> Samples:
         """The solver's steps of the video, the text along with them if there is any; then the text's other steps."""
         run, contexts, logits = None, [], None
         if solver is not None:
             together = self.options.batch_guidance and text is None
-            run = VideoRun(self.model, solver, video, prompt_embeds, null_embeds, self.options, together)
+            run = VideoRun(self.model, solver, video, inputs, self.options, together)
         video_steps = 0 if solver is None else len(solver.times)
         num_steps = video_steps if text is None else len(text.times) - 1
         for i in range(num_steps):
@@ -270,7 +233,7 @@ class Sampler:
                 video, video_time = run.state, run.solver.next_time(i)
             else:
                 if i == video_steps:
-                    contexts = self._caption_contexts(video, prompt_embeds, null_embeds, generator)
+                    contexts = self._caption_contexts(video, inputs)
                 assert shown is not None
                 logits, *contrast = [context.logits(self.model, i - video_steps, shown) for context in contexts]
                 if contrast:
@@ -281,9 +244,9 @@ class Sampler:
                 if i >= video_steps and self.eos_token_id is not None and self.pad_token_id is not None:
                     text.state, ended = text.flow.close(text.state, self.eos_token_id, self.pad_token_id)
                     last = last or ended
-            if on_step is not None:
+            if inputs.on_step is not None:
                 tokens, text_time = (None, None) if text is None else (text.state, text.times[i + 1])
-                last = on_step(StepState(i, num_steps, video, video_time, tokens, text_time, last)) or last
+                last = inputs.on_step(StepState(i, num_steps, video, video_time, tokens, text_time, last)) or last
             if last:
                 break
         return Samples(video, None if text is None else self._tokens(text))
@@ -293,31 +256,23 @@ class Sampler:
         tokens = text.flow.tokens(text.state)
         return torch.where(tokens < text.flow.vocab_size, tokens, self.pad_token_id or 0)
 
-    def _caption_contexts(
-        self, latents: torch.Tensor, prompt_embeds: torch.Tensor, null_embeds: torch.Tensor, generator: Generators
-    ) -> list[VideoContext]:
+    def _caption_contexts(self, latents: torch.Tensor, inputs: SampleInputs) -> list[VideoContext]:
         """The clean video with its condition, and for guidance the video and condition to contrast it with.
 
         The noise of ``caption_guidance`` "video" reads text in every model, so caching it is always an approximation.
         """
         batch, options, dtype = latents.shape[0], self.options, self.model.dtype
-        embeds = prompt_embeds.expand(batch, -1, -1).to(dtype)
+        embeds = inputs.prompt_embeds.expand(batch, -1, -1).to(dtype)
         refresh = options.caption_refresh if self.model.config.clean_video_reads_text else None
         clean = VideoContext(latents.to(dtype), _timestep(1.0, latents), embeds, refresh)
         if options.caption_guidance_scale == 1:
             return [clean]
         if options.caption_guidance == "video":
-            noise = _noise(latents, latents.shape[1:], generator).to(dtype)
+            noise = _noise(latents, latents.shape[1:], inputs.generator).to(dtype)
             return [clean, VideoContext(noise, _timestep(0.0, latents), embeds, options.caption_refresh)]
-        return [clean, replace(clean, prompt_embeds=null_embeds.expand(batch, -1, -1).to(dtype))]
+        return [clean, replace(clean, prompt_embeds=inputs.null_embeds.expand(batch, -1, -1).to(dtype))]
 
-    def _start_text(self, like: torch.Tensor, length: int, num_steps: int, generator: Generators) -> TextRun:
-        """Text from noise for as many samples as ``like`` has."""
-        flow = self.text_flow.bind(self.model)
-        state = flow.initial(like.shape[0], length, generator, like.device)
-        return TextRun(flow, state, [flow.warp(i / num_steps) for i in range(num_steps + 1)], generator)
-
-    def _solver(self, start: float = 0.0) -> VideoSolver:
+    def _solver(self, start: float) -> VideoSolver:
         solver = self.scheduler if self.options.solver == "scheduler" else self.options.solver
         return make_video_solver(solver, self.options.num_inference_steps, self.shift, start)
 
