@@ -16,7 +16,7 @@ from PIL import Image
 from tests import tiny
 from tests.test_pipeline import QUICK, READ, SIZE, make_pipe, seeds
 from univigu.flow.inputs import TextInputs
-from univigu.models.frames import to_frames
+from univigu.models.frames import to_pixels
 from univigu.models.lora import LoraOptions, add_lora
 from univigu.pipeline import UniViGUPipeline
 
@@ -36,7 +36,7 @@ def folder(pipe: UniViGUPipeline, tmp_path_factory: pytest.TempPathFactory) -> P
 # ---------------------------------------------------------------------- forms of videos
 
 CLIP = np.random.default_rng(0).integers(0, 256, (5, 32, 48, 3), dtype=np.uint8)
-RGB = torch.from_numpy(CLIP).permute(0, 3, 1, 2).float()[None] / 255
+RGB = torch.from_numpy(CLIP).permute(3, 0, 1, 2).float()[None] / 127.5 - 1
 OPAQUE = np.concatenate([CLIP, np.full_like(CLIP[..., :1], 255)], axis=-1)
 
 
@@ -59,23 +59,24 @@ OPAQUE = np.concatenate([CLIP, np.full_like(CLIP[..., :1], 255)], axis=-1)
     ],
 )
 def test_every_form_of_a_video_is_the_same_video(video: Any) -> None:
-    torch.testing.assert_close(to_frames(video), RGB, rtol=0, atol=1e-6)
+    torch.testing.assert_close(to_pixels(video), RGB, rtol=0, atol=1e-6)
+    small = to_pixels(video, 16, 24)
+    assert small.shape == (1, 3, 5, 16, 24) and torch.equal(small, to_pixels(CLIP, 16, 24))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
-def test_images_are_brought_to_rgb(mode: str, pipe: UniViGUPipeline) -> None:
+def test_images_are_brought_to_rgb(mode: str) -> None:
     images = [Image.fromarray(frame).convert(mode) for frame in CLIP]
-    (frames,) = to_frames(images)
-    assert all(frame.mode == "RGB" and frame.size == (48, 32) for frame in frames)
-    assert to_frames([images, images])[1][0].mode == "RGB" and to_frames(images[0])[0][0].mode == "RGB"
-    if mode in ("RGB", "RGBA"):
-        torch.testing.assert_close(pipe._pixels(images, None, None), RGB.transpose(1, 2) * 2 - 1)
+    shown = to_pixels(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+    assert torch.equal(to_pixels(images), shown) and torch.equal(to_pixels([images, images])[1:], shown)
+    assert torch.equal(to_pixels(images[0]), shown[:, :, :1])  # an image is a video of one frame
+    assert mode in ("L", "P") or torch.equal(shown, to_pixels(CLIP))
 
 
 def test_grayscale_is_shown_in_all_channels() -> None:
-    gray = to_frames(CLIP[..., :1])
-    assert gray.shape == RGB.shape and torch.equal(gray[:, :, 0], gray[:, :, 2])
-    torch.testing.assert_close(gray[:, :, 0], RGB[:, :, 0])
+    gray = to_pixels(CLIP[..., :1])
+    assert gray.shape == RGB.shape and torch.equal(gray[:, 0], gray[:, 2])
+    torch.testing.assert_close(gray[:, 0], RGB[:, 0])
 
 
 def test_frames_of_bytes_and_floats_have_one_caption(pipe: UniViGUPipeline) -> None:

@@ -27,7 +27,7 @@ from univigu.flow.time import NUM_TRAIN_TIMESTEPS
 from univigu.models.conventions import Conventions
 from univigu.models.encode import encode_prompts
 from univigu.models.foundation import Foundation, set_conv_layout
-from univigu.models.frames import crop, to_frames
+from univigu.models.frames import crop, to_pixels
 from univigu.models.tokens import clean_text, detokenize, tokenize
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import check_files, compute_device
@@ -140,7 +140,7 @@ class UniViGUPipeline(WanPipeline):
     methods. Moving, offloading and saving work as in diffusers. Arguments of several tasks:
 
     video: a list of PIL images, or an array or tensor, uint8 or in [0, 1], or a batch of them, see
-        :func:`univigu.models.frames.to_frames`. It is cut to 4k+1 frames of whole patches.
+        :func:`univigu.models.frames.to_pixels`. It is cut to 4k+1 frames of whole patches.
     prompt: one prompt for all samples, or one each. A prompt over ``max_sequence_length`` tokens (its end included) is
         a TextTooLongError; only ``pipe(prompt)`` truncates it, as WanPipeline does.
     height, width: size in pixels; for a given video the size to scale it to, by default its own.
@@ -335,7 +335,7 @@ class UniViGUPipeline(WanPipeline):
 
     def _pixels(self, video: Any, height: int | None, width: int | None) -> Tensor:
         """A video in any form as [B, C, F, H, W] in [-1, 1], cropped to 4k+1 frames of whole patches."""
-        pixels = self.video_processor.preprocess_video(to_frames(video), height, width)
+        pixels = to_pixels(video, height, width)
         _, down, right = (self.vae_scale_factor_spatial * size for size in self.transformer.config.patch_size)
         return crop(pixels, self.vae_scale_factor_temporal, down, right)
 

@@ -13,9 +13,8 @@ from torch import nn
 
 from tests import tiny
 from univigu.flow import objective
-from univigu.flow.objective import UniFlowBatch, UniFlowObjective
+from univigu.flow.objective import PerToken, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import CorruptedText, make_text_flow
-from univigu.flow.text_loss import PerToken
 
 VOCAB = 11
 
@@ -92,7 +91,7 @@ PEAK = """
 import resource, sys, torch
 from univigu.flow.objective import MAX_LOGITS
 from univigu.flow.text import make_text_flow
-from univigu.flow.text_loss import PerToken
+from univigu.flow.objective import PerToken
 way, vocab, length, width = sys.argv[1], 256384, 256, 16
 torch.manual_seed(0)
 flow, linear = make_text_flow("uniform", vocab), torch.nn.Linear(width, vocab)

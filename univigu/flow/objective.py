@@ -8,15 +8,16 @@ generate    video at time t_v, no text stream              -> video loss
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from univigu.flow.inputs import TextInputs
 from univigu.flow.random import make_generator, rand, randn
 from univigu.flow.text import CorruptedText, TextFlow
-from univigu.flow.text_loss import PerToken
 from univigu.flow.time import sample_text_times, sample_video_times, to_timestep
 from univigu.flow.video import flow_matching_loss, interpolate
 
@@ -146,6 +147,38 @@ def sample_positions(
     """
     count = num_positions(length, share)
     return rand((batch, length), generator, device).topk(count, dim=1).indices.sort(dim=1).values
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """A function of each token's logits; a :data:`univigu.flow.inputs.TextReader`."""
+
+    function: Callable[[torch.Tensor, CorruptedText, torch.Tensor], torch.Tensor]
+    """Of logits [b, l, V], texts and times [b]; its result [b, l, ...] for a token depends on that token's only."""
+    corrupted: CorruptedText
+    t: torch.Tensor
+    """Flow times [B]."""
+    max_logits: int
+    """See :data:`MAX_LOGITS`."""
+
+    def __call__(self, hidden: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+        """The function's result [B, L, ...], given hidden states [B, L, D] and the linear layer D -> V."""
+        shape, vocab_size = self.corrupted.tokens.shape, linear.out_features
+        if shape.numel() * vocab_size <= self.max_logits:
+            return self.function(linear(hidden), self.corrupted, self.t)
+        hidden, times = hidden.flatten(0, 1), self.t[:, None].expand(shape).flatten()
+        flat = CorruptedText(*(x.flatten(0, 1) for x in self.corrupted))
+
+        def part(hidden: torch.Tensor, rows: slice) -> torch.Tensor:
+            """Each token as a text of its own."""
+            return self.function(linear(hidden)[:, None], CorruptedText(*(x[rows, None] for x in flat)), times[rows])
+
+        size = max(1, self.max_logits // vocab_size)
+        parts = [slice(start, start + size) for start in range(0, len(hidden), size)]
+        results = [
+            checkpoint(part, hidden[rows], rows, use_reentrant=False, preserve_rng_state=False) for rows in parts
+        ]
+        return torch.cat(results).squeeze(1).unflatten(0, shape)
 
 
 @dataclass

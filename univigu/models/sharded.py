@@ -13,23 +13,22 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from univigu.models.weights import CheckpointError, reading
 
-METADATA = "torch.distributed.checkpoint.metadata"
 CLASSES = {
-    *((METADATA, name) for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata")),
-    *((METADATA, name) for name in ("ChunkStorageMetadata", "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING")),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
-    ("collections", "OrderedDict"),
+    "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata "
+    "ChunkStorageMetadata TensorProperties StorageMeta _MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch.serialization": "_get_layout",
+    "torch": "Size",
+    "pathlib": "PosixPath WindowsPath",
+    "collections": "OrderedDict",
 }
-"""What a ``.metadata`` file consists of, besides torch's dtypes."""
+"""What a ``.metadata`` file consists of, besides torch's dtypes: names by module."""
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in CLASSES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in CLASSES.get(module, "").split():
             return super().find_class(module, name)
         raise CheckpointError(f"its .metadata refers to {module}.{name}, which could run code")
 
