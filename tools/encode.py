@@ -51,18 +51,11 @@ def places(source: Path) -> list[tuple[str, Path]]:
     return found if found and not has_tars else [(".", source)]
 
 
-def parse_bucket(text: str) -> Bucket:
-    parts = text.split("x")
-    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"bucket {text!r}: expected HEIGHTxWIDTHxFRAMES, such as 480x832x81")
-    return Bucket(*map(int, parts))
-
-
 def run(options: argparse.Namespace) -> None:
     from univigu.data.encode import encode_shards, has_large_encoder
 
     size = f"{options.height}x{options.width}x{options.num_frames}"
-    grid, buckets = Grid.of(options.foundation), [parse_bucket(text) for text in options.buckets or [size]]
+    grid, buckets = Grid.of(options.foundation), [Bucket.parse(text) for text in options.buckets or [size]]
     for bucket in buckets:
         grid.check(bucket, f"size {bucket}: ")
     share, device = Share.from_environment(options.rank, options.world_size), options.device or this_device()

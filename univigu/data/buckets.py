@@ -28,6 +28,14 @@ class Bucket:
     def __str__(self) -> str:
         return f"{self.height}x{self.width}x{self.num_frames}"
 
+    @classmethod
+    def parse(cls, text: str) -> Bucket:
+        """The inverse of ``str``: HEIGHTxWIDTHxFRAMES; raises ValueError."""
+        parts = text.split("x")
+        if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+            raise ValueError(f"bucket {text!r}: expected HEIGHTxWIDTHxFRAMES, such as 480x832x81")
+        return cls(*map(int, parts))
+
     def kept(self, height: int, width: int, num_frames: int) -> float:
         """Share of a clip's area that the crop keeps, times the share of its frames that are used.
 

@@ -32,9 +32,6 @@ PILLOW_FORMATS = ("jpeg_pipe", "webp_pipe")
 """Images that Pillow reads: FFmpeg has no animated WebP, and PyAV does not give mirrored EXIF orientations."""
 INDEXED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 """Containers in which a packet is a frame and key frames are marked reliably."""
-QUICK_PIXELS = 128**2
-"""Frames up to this size, in their own size, are converted by FFmpeg's quick method, as the shipped models' were."""
-ACCURATE = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 UNKNOWN_MATRIX = 2
 """FFmpeg's number of a colour matrix that a file does not name."""
 
@@ -247,9 +244,10 @@ class _Filler:
         scale = max(least[0] / shown[0], least[1] / shown[1])
         size = max(least[0], round(shown[0] * scale)), max(least[1], round(shown[1] * scale))
         _check_size(*size)
-        quick = size == (frame.height, frame.width) and frame.height * frame.width <= QUICK_PIXELS
-        flags, matrix = Interpolation.BILINEAR if quick else ACCURATE, None
-        if is_hd(frame.height, frame.width) and frame.colorspace == UNKNOWN_MATRIX and not frame.format.is_rgb:
+        hd, flags, matrix = is_hd(frame.height, frame.width), Interpolation.BILINEAR, None
+        if hd or size != (frame.height, frame.width):  # FFmpeg's quick conversion, ten times as fast, is for the others
+            flags |= Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+        if hd and frame.colorspace == UNKNOWN_MATRIX and not frame.format.is_rgb:
             matrix = Colorspace.ITU709
         rgb = self.reformatter.reformat(
             frame, size[1], size[0], "rgb24", src_colorspace=matrix, interpolation=flags, threads=1

@@ -151,7 +151,7 @@ def encode_mp4(frames: torch.Tensor, fps: int = 8, crf: int = 12) -> bytes:
     """
     import av  # quickly imported processes do not load it
 
-    from univigu.data.decode import ACCURATE, QUICK_PIXELS, is_hd
+    from univigu.data.decode import is_hd
 
     height, width = frames.shape[2:]
     buffer = io.BytesIO()
@@ -167,8 +167,6 @@ def encode_mp4(frames: torch.Tensor, fps: int = 8, crf: int = 12) -> bytes:
         for image in frames.permute(0, 2, 3, 1).contiguous().numpy():
             picture = av.VideoFrame.from_ndarray(image, format="rgb24")
             picture.colorspace = context.colorspace  # of the frame that is encoded
-            if height * width > QUICK_PIXELS:
-                picture = picture.reformat(format="yuv420p", interpolation=ACCURATE)
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return buffer.getvalue()
