@@ -147,6 +147,12 @@ def test_prompts_are_encoded_without_a_transformer(pipe: UniViGUPipeline, tmp_pa
         alone.caption(CLIP)
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer", "vae"])
+def test_a_task_names_the_component_that_it_lacks(pipe: UniViGUPipeline, part: str) -> None:
+    with pytest.raises(ValueError, match=f"{part}=None: joint needs one"):
+        UniViGUPipeline(**(pipe.components | {part: None})).joint("a red circle", **SIZE)
+
+
 def test_the_second_transformer_of_wan22_serves_alone(pipe: UniViGUPipeline) -> None:
     """A boundary of 1 leaves every step to ``transformer_2``."""
     parts = pipe.components | {"transformer": None, "transformer_2": pipe.transformer, "boundary_ratio": 1.0}

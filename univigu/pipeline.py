@@ -192,8 +192,7 @@ class UniViGUPipeline(WanPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """As in diffusers. Prompts encoded with ``transformer=None`` follow the folder's conventions, too."""
         folder = str(pretrained_model_name_or_path)
-        for part in Path(folder).glob("*/"):
-            check_files(part)
+        check_files(Path(folder))
         pipe = super().from_pretrained(folder, **kwargs)
         if "transformer" in kwargs and pipe.transformer is None and pipe.transformer_2 is None:
             options = {name: kwargs[name] for name in ("cache_dir", "revision", "token") if name in kwargs}
@@ -268,8 +267,10 @@ class UniViGUPipeline(WanPipeline):
         **overrides: Any,
     ) -> UniViGUOutput:
         """A task, from a video or on noise of that size."""
-        if self.transformer is None:
-            raise ValueError(f"transformer=None: {task} needs one; this pipeline can only encode prompts")
+        for name in ("transformer", "text_encoder", "tokenizer", "vae"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name}=None: {task} needs one")
+        assert self.transformer is not None
         self._interrupt = False
         options = options or SamplingOptions()
         options.check_keywords(overrides, task, self.transformer.config.text_flow)

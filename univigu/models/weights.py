@@ -51,24 +51,24 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def check_files(path: Path) -> None:
-    """Check a file of weights, or a folder's: checksums (safetensors have none), and what its indices name.
+    """Check a file of weights, or all of a folder: checksums (safetensors have none), and what indices name.
 
     Raises:
         CheckpointError: a checksum does not match, or a file or key is not there that an index names.
     """
-    for file in sorted(path.glob("*.bin")) if path.is_dir() else [path]:
+    for file in sorted(path.rglob("*.bin")) if path.is_dir() else [path]:
         with reading(file):
             if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):
                 raise CheckpointError(f"{file}: damaged: the checksum of {damaged} does not match")
-    for index in sorted(path.glob("*.index*.json")):
+    for index in sorted(path.rglob("*.index*.json")):
         found: set[str] = set()
         with reading(index):
             names: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        if missing := sorted({file for file in names.values() if not (path / file).is_file()}):
+        if missing := sorted({file for file in names.values() if not (index.parent / file).is_file()}):
             raise CheckpointError(f"{index}: files that are not there: {missing}")
         if ".safetensors." not in index.name:
             continue
-        for file in {path / file for file in names.values()}:
+        for file in {index.parent / file for file in names.values()}:
             with reading(file), safe_open(file, "pt") as content:
                 found |= set(content.keys())
         if missing := sorted(names.keys() - found):

@@ -103,7 +103,10 @@ class CaptionModel:
         """Model and processor."""
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
+        from univigu.models.weights import check_files
+
         try:
+            check_files(self.folder)
             processor = AutoProcessor.from_pretrained(self.folder, trust_remote_code=False)
             if getattr(processor, "chat_template", None) is None:
                 raise ValueError("its processor has no chat template")

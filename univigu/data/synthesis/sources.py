@@ -66,10 +66,12 @@ def load_pipeline(folder: str | Path, dtype: str, device: str, option: str = "--
     """The pipeline of a folder, ours or any of diffusers, without progress bars; DataError if it cannot be loaded."""
     from diffusers import DiffusionPipeline
 
+    from univigu.models.weights import check_files
     from univigu.pipeline import UniViGUPipeline
 
     kind = UniViGUPipeline if pipeline_class(folder, option) == "UniViGUPipeline" else DiffusionPipeline
     try:
+        check_files(Path(folder))
         pipe: Any = kind.from_pretrained(folder, torch_dtype=check_dtype(dtype)).to(device)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         raise DataError(f"{option}={str(folder)!r}: cannot be loaded ({error})") from error
