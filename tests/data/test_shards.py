@@ -13,6 +13,7 @@ import webdataset
 
 from tests.damage import is_intact, write_raw
 from tests.data.conftest import FAULTS
+from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.encode import encode_shards
 from univigu.data.index import index_folder, scan_shard
 from univigu.data.sample import DataError, SampleError, SampleRef
@@ -118,6 +119,24 @@ def test_names_with_folders_and_unsorted_members(tmp_path: Path, clips: list[dic
     write_raw(tmp_path / "b.tar", [("0", {"mp4": b""}), ("1", clips[1]), ("0", {"json": b"{}"})])
     refs, (error,) = scan_shard(tmp_path / "b.tar")
     assert [ref.key for ref in refs] == ["1"] and "sort the members of the tar by name" in str(error)
+
+
+def test_dotted_folders_in_names_cost_nothing_with_and_without_latents(
+    tmp_path: Path, foundation: str, clips: list[dict[str, bytes]]
+) -> None:
+    """As ``tar -C folder -cf 0.tar .`` writes them."""
+    keys = ["./0000", "./.hidden/1", "../x", "a.b/c", "/root/2"]
+    for split in ("train", "val", "test"):
+        write_raw(tmp_path / split / "0.tar", [(key, clips[i]) for i, key in enumerate(keys)])
+    found = []
+    for precompute in (False, True):
+        data = VideoTextDataModule(foundation, shards=str(tmp_path), num_workers=0, batch_size=5, precompute=precompute)
+        data.prepare_data()
+        data.setup("validate")
+        (batch,) = data.val_dataloader()
+        assert ("latents" in batch) == precompute and data.filter_counts["val"] == {"kept": 5}
+        found.append(batch["key"])
+    assert found[0] == found[1] == ["0000", "_hidden/1", "__/x", "a_b/c", "/root/2"]
 
 
 def _changed(**changes: Any) -> dict[str, Any]:
