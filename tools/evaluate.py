@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
 
     vbench = commands.add_parser("vbench", help="{prompt}-{index}.mp4 for every prompt")
-    vbench.add_argument("--prompts", required=True, help="VBench_full_info.json, or .txt, .jsonl, .json, .csv, .parquet")
+    vbench.add_argument("--prompts", required=True, help="VBench_full_info.json, .txt, .jsonl, .json, .csv or .parquet")
     vbench.add_argument("--augmented", help="file of as many longer prompts to make the videos of, in the same order")
     add_options(vbench, ExportOptions(), CAPTION_ONLY)
     for name, text in (("dream1k", "tarsier"), ("vdc", "aurora or lmms-eval")):
