@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +137,26 @@ def _as_rank(rank: int, processes: int, port: int, function: Callable[..., objec
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def in_fork(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function gives in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def added_memory(warm_up: Callable[[], object], work: Callable[[], object]) -> int:
+    """Bytes of resident memory that work adds at its peak to what is there before it; for a process of its own."""
+    torch.set_num_threads(1)
+    ctypes.CDLL(None).mallopt(-3, 16384)  # M_MMAP_THRESHOLD: freed memory goes back at once
+    warm_up()
+    gc.collect()
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    work()
+    return 1024 * (_status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))

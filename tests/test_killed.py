@@ -10,10 +10,9 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 
-from tests.conftest import REPO
 from tools import encode, synthesize
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.shapes.scenes import sample_scene
@@ -40,21 +38,20 @@ def files(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def killed(command: list[str], progress: Callable[[], int], until: int) -> int:
-    """Run a command until its progress reaches a number, then kill it and its children; gives the exit code."""
-    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    while process.poll() is None and progress() < until:
-        time.sleep(0.02)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    return process.wait()
+def killed(job: Callable[..., object], *args: Any, progress: Callable[[], int], until: int) -> None:
+    """Call a function in a fork until its progress reaches a number, then kill it and its children."""
+    process = get_context("fork").Process(target=_lead, args=(job, args))
+    process.start()
+    while process.is_alive() and progress() < until:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def _lead(job: Callable[..., object], args: tuple[Any, ...]) -> None:
+    os.setsid()
+    job(*args)
 
 
 @pytest.mark.slow
@@ -72,9 +69,8 @@ def test_killed_data_jobs_write_the_same_files(job: str, tmp_path: Path) -> None
     expected = files(tmp_path / "undisturbed")
     for kill in range(KILLS):
         output, until = tmp_path / f"killed-{kill}", random.Random(kill).randint(1, len(expected) - 2)
-        command = [f"{REPO}/tools/{job}.py", *arguments, "--output", str(output)]
-        code = killed(command, lambda: sum(path.is_file() for path in output.rglob("*")), until)  # noqa: B023
-        assert code == -signal.SIGKILL
+        progress = lambda: sum(path.is_file() for path in output.rglob("*"))  # noqa: B023, E731
+        killed(main, [*arguments, "--output", str(output)], progress=progress, until=until)
         assert main([*arguments, "--output", str(output)]) == 0
         assert files(output) == expected
 
@@ -132,12 +128,8 @@ def test_killed_training_continues_bit_for_bit(tmp_path: Path) -> None:
         folder = tmp_path / f"killed-{kill}"
         notes, until = folder / "steps.jsonl", random.Random(kill).randint(4, 8)
         progress = lambda: notes.read_text().count("\n") if notes.exists() else 0  # noqa: B023, E731
-        assert killed([__file__, str(folder)], progress, until) == -signal.SIGKILL
+        killed(fit, folder, progress=progress, until=until)
         fit(folder)
         resumed_steps, resumed_weights = outcome(folder)
         assert resumed_steps == steps
         assert all(torch.equal(value, weights[name]) for name, value in resumed_weights.items())
-
-
-if __name__ == "__main__":
-    fit(Path(sys.argv[1]))

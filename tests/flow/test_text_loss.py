@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -12,8 +10,9 @@ import torch
 from torch import nn
 
 from tests import tiny
+from tests.conftest import added_memory, in_fork
 from univigu.flow import objective
-from univigu.flow.objective import PerToken, UniFlowBatch, UniFlowObjective
+from univigu.flow.objective import MAX_LOGITS, PerToken, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import CorruptedText, make_text_flow
 
 VOCAB = 11
@@ -87,38 +86,22 @@ def test_bfloat16_and_autocast() -> None:
         assert (found - exact).norm() / exact.norm() < 0.02
 
 
-PEAK = """
-import resource, sys, torch
-from univigu.flow.objective import MAX_LOGITS
-from univigu.flow.text import make_text_flow
-from univigu.flow.objective import PerToken
-way, vocab, length, width = sys.argv[1], 256384, 256, 16
-torch.manual_seed(0)
-flow, linear = make_text_flow("uniform", vocab), torch.nn.Linear(width, vocab)
-hidden = torch.randn(1, length, width, requires_grad=True)
-tokens, t = torch.randint(vocab, (1, length)), torch.full((1,), 0.5)
-corrupted = flow.corrupt(tokens, t)
-limit = 10**12 if way == "plain" else MAX_LOGITS
-linear.weight.grad, linear.bias.grad = torch.zeros(vocab, width), torch.zeros(vocab)
-small = type(corrupted)(corrupted.x_t[:, :1], tokens[:, :1])
-PerToken(flow.loss, small, t, limit)(hidden[:, :1], linear).sum().backward()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-PerToken(flow.loss, corrupted, t, limit)(hidden, linear).sum().backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, hidden.grad.norm().item())
-"""
+def wans_loss(limit: int, length: int = 256) -> None:
+    """The loss at Wan's vocabulary, and its gradient."""
+    torch.manual_seed(0)
+    vocab, width = 256384, 16
+    flow, linear = make_text_flow("uniform", vocab), torch.nn.Linear(width, vocab)
+    hidden = torch.randn(1, length, width, requires_grad=True)
+    corrupted = flow.corrupt(torch.randint(vocab, (1, length)), torch.full((1,), 0.5))
+    linear.weight.grad, linear.bias.grad = torch.zeros(vocab, width), torch.zeros(vocab)
+    PerToken(flow.loss, corrupted, torch.full((1,), 0.5), limit)(hidden, linear).sum().backward()
 
 
 @pytest.mark.slow
 def test_peak_memory_at_wans_vocabulary() -> None:
-    """Resident memory that the loss and its backward add, in processes of their own: under an eighth."""
-
-    def run(way: str) -> tuple[float, float]:
-        command = [sys.executable, "-c", PEAK, way]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-        kilobytes, gradient = map(float, result.stdout.split())
-        return kilobytes, gradient
-
-    plain, parts = run("plain"), run("parts")
-    assert parts[0] < plain[0] / 8, (plain, parts)
-    assert parts[1] == pytest.approx(plain[1], rel=1e-5)
+    """Resident memory that the loss and its backward add: with the logits in parts under an eighth."""
+    weights = 2 * 4 * 256384 * (16 + 1)  # with their gradients
+    plain, parts = (
+        in_fork(added_memory, partial(wans_loss, limit, 1), partial(wans_loss, limit)) for limit in (10**12, MAX_LOGITS)
+    )
+    assert 0 < parts - weights < (plain - weights) / 8, (plain, parts)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import runpy
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +15,7 @@ from diffusers import WanTransformer3DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.conftest import REPO
+from tests.conftest import REPO, added_memory, in_fork
 from univigu.flow.objective import TaskMixture, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
 from univigu.models import UniViGUTransformer3DModel
@@ -206,36 +204,11 @@ def test_freezing_and_adapters_cost_less() -> None:
         make_plan(small(), 0)
 
 
-MEASURE = """
-import runpy, sys, torch
-from types import SimpleNamespace
-torch.set_num_threads(1)
-tests = SimpleNamespace(**runpy.run_path(sys.argv[1]))
-tiny = tests.replace(tests.small(), transformer=tests.SMALL | {"num_layers": 1}, latents=(16, 1, 4, 4))
-tests.real_step(tiny, sys.argv[2] == "True")
-def kib(field):  # not getrusage's ru_maxrss, which begins at the size of the process that started this one
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
-before = kib("VmRSS")
-tests.real_step(tests.small(), sys.argv[2] == "True")
-print(kib("VmHWM") - before)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_memory_is_what_a_run_takes(checkpointing: bool) -> None:
-    """Resident memory of a process of its own, within a tenth; freed memory goes back at once."""
-    planned = make_plan(small(), checkpointing=checkpointing).total
-    clean = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG")}
-    result = subprocess.run(
-        [sys.executable, "-c", MEASURE, __file__, str(checkpointing)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=REPO,
-        env=clean | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "16384"},
-    )
-    assert result.returncode == 0, result.stderr
-    measured = int(result.stdout.split()[-1]) * 1024
-    print(f"checkpointing {checkpointing}: planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
+    work = small(transformer=SMALL | {"num_layers": 3})
+    tiny = replace(work, transformer=SMALL | {"num_layers": 1}, latents=(16, 1, 4, 4))
+    planned = make_plan(work, checkpointing=checkpointing).total
+    measured = in_fork(added_memory, partial(real_step, tiny, checkpointing), partial(real_step, work, checkpointing))
     assert planned == pytest.approx(measured, rel=0.1)
