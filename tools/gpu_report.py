@@ -67,7 +67,7 @@ class Size:
 
 
 SMALL = {"num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024, "num_layers": 4, "text_dim": 64}
-TINY = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "num_layers": 2, "text_dim": 32}
+TINY = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "num_layers": 1, "text_dim": 32}
 SMALL_VAE = {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
 SIZES = {
     "1.3b": Size(WAN21["Wan2.1-T2V-1.3B"], UMT5_VOCAB_SIZE, (16, 21, 60, 104), 512, 256, (50, 8, 20), {}),

@@ -10,7 +10,6 @@ transformer is random.  ``tools/convert.py foundation`` writes a trained transfo
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -225,22 +224,22 @@ def vae_loss(vae: AutoencoderKLWan, video: torch.Tensor, kl_weight: float = 1e-3
 
 
 def train_vae(
-    vae: AutoencoderKLWan, steps: int, batch_size: int, num_clips: int, learning_rate: float, whole_from: float
+    vae: AutoencoderKLWan, steps: int, num_clips: int = 3000, batch_size: int = 4, num_measured: int = 512
 ) -> None:
     """Train in place, then record the latents' mean and standard deviation in the config.
 
-    The first steps use windows of 5 frames (two latent frames), which is cheap and enough for a frame's content.  From
-    the fraction ``whole_from`` of the steps on they use whole clips, which the later chunks of the causal VAE need.
+    The first 70% of the steps use windows of 5 frames (two latent frames), which is cheap and enough for a frame's
+    content; the others use whole clips, which the later chunks of the causal VAE need.
     """
     pool = clips(0, num_clips)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
     warmup = min(100, steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / steps)) + 1e-3
     )
     recent = []
     for step in track(range(steps), "training the VAE"):
-        window = 5 if step < whole_from * steps else scenes.NUM_FRAMES
+        window = 5 if step < 0.7 * steps else scenes.NUM_FRAMES
         start = int(torch.randint(0, scenes.NUM_FRAMES - window + 1, ()))
         video = pool[torch.randint(0, num_clips, (batch_size,)), :, start : start + window]
         loss, error = vae_loss(vae, video)
@@ -254,35 +253,13 @@ def train_vae(
             loss_mean, error_mean = torch.tensor(recent).mean(0).tolist()
             print(f"step {step + 1}: loss {loss_mean:.4f}, mean absolute error {error_mean:.4f}", flush=True)
             recent = []
-    record_latent_statistics(vae)
-
-
-def start_vae_from(vae: AutoencoderKLWan, folder: Path) -> None:
-    """Continue from another VAE: tensors of equal shape are copied, the others keep their random start.
-
-    Raises:
-        ValueError: the folder is no AutoencoderKLWan's, or its weights cannot be read.
-    """
-    config = folder / "config.json"
-    if not config.is_file():  # which diffusers would look for on the network
-        raise ValueError(f"--vae-from {folder}: no config.json there; expected the vae/ folder of a foundation")
-    try:
-        if (found := json.loads(config.read_text())["_class_name"]) != "AutoencoderKLWan":
-            raise ValueError(f"it holds a {found}, expected an AutoencoderKLWan")
-        theirs = AutoencoderKLWan.from_pretrained(folder).state_dict()
-    except Exception as error:  # many kinds, from json, safetensors and diffusers alike
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(f"--vae-from {folder}: not a readable VAE ({reason})") from error
-    ours = vae.state_dict()
-    taken = {name: value for name, value in theirs.items() if name in ours and value.shape == ours[name].shape}
-    vae.load_state_dict(taken, strict=False)
-    print(f"{folder}: took {len(taken)} of {len(ours)} tensors; new: {sorted(set(ours) - set(taken))}")
+    record_latent_statistics(vae, num_measured)
 
 
 @torch.no_grad()
-def record_latent_statistics(vae: AutoencoderKLWan) -> None:
+def record_latent_statistics(vae: AutoencoderKLWan, num_clips: int) -> None:
     """Measure the per-channel mean and standard deviation of the mode latents and store them in the config."""
-    latents = torch.cat([vae.encode(clips(10**6 + 32 * i, 32)).latent_dist.mode() for i in range(16)])
+    latents = torch.cat([vae.encode(clips(10**6 + i, 2)).latent_dist.mode() for i in range(0, num_clips, 2)])
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     held = clips(2 * 10**6, 16)
@@ -290,20 +267,11 @@ def record_latent_statistics(vae: AutoencoderKLWan) -> None:
     print(f"latents: mean {mean.tolist()}, std {std.tolist()}; held-out mean absolute error {error:.4f}")
 
 
-def check(options: argparse.Namespace) -> None:
-    """Raise a ValueError for a number out of its range, by its option."""
-    for name in ("text_steps", "vae_steps", "batch_size", "num_clips"):
+def run(options: argparse.Namespace) -> None:
+    """Make and train everything, write the folder."""
+    for name in ("text_steps", "vae_steps"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
-    if not 0 <= options.whole_from <= 1:
-        raise ValueError(f"--whole-from {options.whole_from}: expected a fraction of the steps, 0 to 1")
-    if not 0 < options.learning_rate < math.inf:
-        raise ValueError(f"--learning-rate {options.learning_rate}: expected a number over 0")
-
-
-def run(options: argparse.Namespace) -> None:
-    """Check the options, make and train everything, write the folder."""
-    check(options)
     torch.manual_seed(options.seed)
     tokenizer = make_tokenizer()
     vae = make_vae()
@@ -317,12 +285,10 @@ def run(options: argparse.Namespace) -> None:
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
         ),
     )
-    if options.vae_from is not None:
-        start_vae_from(vae, options.vae_from)
     pipeline.save_pretrained(options.output)  # fails now if the folder is not writable
     accuracies = train_text_encoder(text_encoder, tokenizer, options.text_steps)
     print("text encoder, held-out prompts:", {name: round(value, 3) for name, value in accuracies.items()})
-    train_vae(vae, options.vae_steps, options.batch_size, options.num_clips, options.learning_rate, options.whole_from)
+    train_vae(vae, options.vae_steps)
     pipeline.save_pretrained(options.output)
     print(f"wrote {options.output}")
 
@@ -332,11 +298,6 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder to write, in WanPipeline layout")
     parser.add_argument("--text-steps", type=int, default=600)
     parser.add_argument("--vae-steps", type=int, default=12000)
-    parser.add_argument("--vae-from", type=Path, help="vae/ folder to continue from")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--num-clips", type=int, default=3000, help="clips the VAE is trained on")
-    parser.add_argument("--whole-from", type=float, default=0.7, help="fraction of steps before whole clips are seen")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(args)
     return exit_code(lambda: run(options))

@@ -22,7 +22,7 @@ VOCAB = 11
 
 
 def make(compiled: bool) -> UniViGUTransformer3DModel:
-    model = tiny.make_unified(tiny.make_wan(), VOCAB, text_flow="mask", clean_video_reads_text=False)
+    model = tiny.make_unified(tiny.make_wan(num_layers=1), VOCAB, text_flow="mask", clean_video_reads_text=False)
     if compiled:
         for block in model.blocks:
             block.compile(backend="aot_eager")  # needs no C++ compiler
@@ -36,6 +36,7 @@ def inputs() -> tuple[torch.Tensor, ...]:
     return latents, prompt, torch.randint(VOCAB, (2, 7), generator=generator)
 
 
+@pytest.mark.slow
 def test_training_and_sampling_are_the_same() -> None:
     latents, prompt, text = inputs()
     results: list[dict[str, torch.Tensor]] = []
@@ -47,17 +48,16 @@ def test_training_and_sampling_are_the_same() -> None:
         (out.sample.square().mean() + out.text.square().mean()).backward()
         found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
         model.zero_grad(set_to_none=True)
-        for steps in (3, 4):
-            options = SamplingOptions(caption_steps=steps, num_inference_steps=2, guidance_scale=2.0)
-            sampler = Tasks(model, tiny.make_pipeline().scheduler, options)
-            generator = torch.Generator().manual_seed(1)
-            found[f"caption {steps}"] = sampler.caption(latents, prompt, prompt[:1], 7, generator).tokens
-            joint = sampler.joint(prompt, prompt[:1], latents.shape[1:], 7, generator)
-            found |= {f"joint {steps}": joint.tokens, f"video {steps}": joint.latents}
+        options = SamplingOptions(caption_steps=3, num_inference_steps=2, guidance_scale=2.0)
+        sampler = Tasks(model, tiny.make_pipeline().scheduler, options)
+        generator = torch.Generator().manual_seed(1)
+        found["caption"] = sampler.caption(latents, prompt, prompt[:1], 7, generator).tokens
+        joint = sampler.joint(prompt, prompt[:1], latents.shape[1:], 7, generator)
+        found |= {"joint": joint.tokens, "video": joint.latents}
         results.append({**found, "sample": out.sample, "text": out.text})
     assert compiled_calls == [False, True]
     plain, compiled_results = results
-    assert plain.keys() == compiled_results.keys() and len(plain) > 40
+    assert plain.keys() == compiled_results.keys() and len(plain) > 30
     for name, value in plain.items():
         torch.testing.assert_close(
             compiled_results[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
