@@ -148,9 +148,11 @@ def in_fork(function: Callable[..., Any], *args: Any) -> Any:
 def added_memory(warm_up: Callable[[], object], work: Callable[[], object]) -> int:
     """Bytes of resident memory that work adds at its peak to what is there before it; for a process of its own."""
     torch.set_num_threads(1)
-    ctypes.CDLL(None).mallopt(-3, 16384)  # M_MMAP_THRESHOLD: freed memory goes back at once
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 16384)  # M_MMAP_THRESHOLD: freed memory goes back at once
     warm_up()
     gc.collect()
+    libc.malloc_trim(0)  # also what the forked process had freed
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     work()

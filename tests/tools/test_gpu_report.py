@@ -23,7 +23,7 @@ def test_rows_may_be_chosen(tmp_path: Path) -> None:
     assert [row["name"] for row in rows] == [
         f"train step, paper, {task}" for task in ("joint", "understand", "generate")
     ]
-    assert all(row["seconds"] > 0 and row["tflops"] > 0 for row in rows)
+    assert all(row["seconds"] > 0 for row in rows)
 
 
 @pytest.mark.slow
