@@ -28,6 +28,8 @@ MAX_MEMORY = 8 << 30
 """Address space of the process in bytes."""
 OPTIONS = {"threads": "1", "protocol_whitelist": "none"}
 """Of FFmpeg; the second keeps playlists from opening other files and addresses."""
+METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+"""PyAV 19 has no strict decoding of metadata, and no option for it."""
 PILLOW_FORMATS = ("jpeg_pipe", "webp_pipe")
 """Images that Pillow reads: FFmpeg has no animated WebP, and PyAV does not give mirrored EXIF orientations."""
 INDEXED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
@@ -147,7 +149,7 @@ def _open(file: Any) -> Iterator[tuple[str, Any]]:
     file.seek(0)
     if not size:
         raise DecodeError("the file is empty")
-    with av.open(file, options=OPTIONS, metadata_errors="replace") as container:
+    with av.open(file, options=OPTIONS, **METADATA) as container:
         stream: Any = container.streams.best("video")
         if stream is None or stream.disposition & stream.disposition.attached_pic:
             raise DecodeError("holds no video")
