@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from tests import tiny
 from univigu.checkpoint import export_foundation, load_weights, read_checkpoint, saved_names, take_sharded, to_wan
-from univigu.models import UniViGUTransformer3DModel
 from univigu.models.lora import LoraOptions
+from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import CheckpointError
 
 VOCAB = 11

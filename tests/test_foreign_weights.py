@@ -20,10 +20,10 @@ from tests.models.test_official import official_state, original_wan
 from tests.test_checkpoint import plain_config, save
 from tools import convert
 from univigu.checkpoint import check_checkpoint_file, load_weights, read_checkpoint, saved_names
-from univigu.models import UniViGUTransformer3DModel
 from univigu.models.foundation import Foundation
 from univigu.models.official import import_official, import_wan
 from univigu.models.sharded import sharded_reader
+from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import CheckpointError, read_weights
 
 

@@ -9,8 +9,8 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from transformers import UMT5Config, UMT5EncoderModel
 
 from tools.make_foundation import make_tokenizer
-from univigu.models import UniViGUTransformer3DModel
 from univigu.models.options import ArchitectureOptions
+from univigu.models.transformer import UniViGUTransformer3DModel
 
 CHANNELS, TEXT_DIM, HEADS, HEAD_DIM = 4, 32, 2, 12
 

@@ -34,9 +34,9 @@ from univigu.data.loader import TrainLoader
 from univigu.data.processes import SpawnPool
 from univigu.data.sample import SampleRef
 from univigu.flow.text import make_text_flow
-from univigu.models import UniViGUTransformer3DModel
 from univigu.models.cache import AttentionCache
 from univigu.models.foundation import EMBEDDED_FOUNDATION
+from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.sampler import SampleInputs, Sampler
 from univigu.shapes.write import world_fingerprint, write_shapes

@@ -26,7 +26,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 
 from univigu.flow.objective import TaskMixture, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
-from univigu.models import UniViGUTransformer3DModel
+from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.sampler import SampleInputs, Sampler
 from univigu.training.optim import freeze_by_rate

@@ -9,8 +9,8 @@ import torch
 
 from tests import tiny
 from univigu.flow.inputs import TextInputs
-from univigu.models import UniViGUTransformer3DModel
 from univigu.models.cache import AttentionCache
+from univigu.models.transformer import UniViGUTransformer3DModel
 
 VOCAB, LENGTH, BATCH = 11, 7, 3
 

@@ -19,10 +19,9 @@ from tests.training import test_stages as stages
 from univigu.checkpoint import load_weights
 from univigu.evaluation.held_out import EvaluationOptions
 from univigu.flow.objective import TaskMixture
-from univigu.models import UniViGUTransformer3DModel
 from univigu.models.lora import LoraOptions, add_lora, is_lora_parameter, merge_lora
 from univigu.models.options import ArchitectureOptions
-from univigu.models.transformer import is_text_parameter
+from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
 from univigu.training.callbacks import StageSwitch
 from univigu.training.module import UniViGU
 from univigu.training.optim import OptimizerOptions, freeze_by_rate, parameter_groups

@@ -15,12 +15,12 @@ from tests import tiny
 from tests.models import test_transformer as formulas
 from tools import convert
 from univigu.checkpoint import load_weights
-from univigu.models import UniViGUTransformer3DModel
 from univigu.models.conventions import CONVENTIONS, OFFICIAL, Conventions
 from univigu.models.encode import encode_prompts
 from univigu.models.foundation import denormalize_latents
 from univigu.models.official import export_official, import_official, import_wan, official_differences
 from univigu.models.tokens import tokenize
+from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import CheckpointError
 from univigu.pipeline import UniViGUPipeline
 from univigu.training.module import UniViGU

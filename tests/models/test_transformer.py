@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tests import tiny
 from univigu.flow.inputs import TextInputs
-from univigu.models import UniViGUTransformer3DModel, UniViGUTransformerOutput
 from univigu.models.options import ArchitectureOptions, check_replaced
+from univigu.models.transformer import UniViGUTransformer3DModel, UniViGUTransformerOutput
 
 VOCAB = 11
 TEXT_KEYS = ("ffn_t.", "attn1_t.", "time_embedding_t.", "vocab_embed.", "text_head.", "scale_shift_table_t")

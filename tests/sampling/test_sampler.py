@@ -10,9 +10,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
 from tests import tiny
 from tests.tasks import Tasks
-from univigu.models import UniViGUTransformer3DModel
 from univigu.models.encode import encode_prompts
 from univigu.models.tokens import tokenize
+from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.sampler import StepState
 

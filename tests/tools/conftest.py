@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from univigu.models import UniViGUTransformer3DModel
 from univigu.models.foundation import Foundation
 from univigu.models.options import ArchitectureOptions
+from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.pipeline import UniViGUPipeline
 
 

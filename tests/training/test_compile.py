@@ -11,8 +11,8 @@ from tests import tiny
 from tests.tasks import Tasks
 from univigu.data.video import to_model_range
 from univigu.flow.inputs import TextInputs
-from univigu.models import UniViGUTransformer3DModel
 from univigu.models.foundation import Foundation, decode_latents, encode_video
+from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.sampling.options import SamplingOptions
 from univigu.shapes.renderer import render
 from univigu.shapes.scenes import sample_scene

@@ -23,8 +23,8 @@ from univigu.cli import main
 from univigu.flow import objective
 from univigu.flow.objective import TaskMixture
 from univigu.flow.random import make_generator
-from univigu.models import UniViGUTransformer3DModel
 from univigu.models.options import ArchitectureOptions
+from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.training.callbacks import LastCheckpoint, StageSwitch, WeightEMA
 from univigu.training.module import UniViGU
 from univigu.training.optim import OptimizerOptions

@@ -72,10 +72,6 @@ class SampleInputs:
     """One generator, or one a sample (then a sample does not depend on its batch)."""
     on_step: StepCallback | None = None
 
-    def __post_init__(self) -> None:
-        if not 0 < self.strength <= 1:
-            raise ValueError(f"strength={self.strength!r}: expected over 0, at most 1")
-
 
 @dataclass
 class Samples:
@@ -201,14 +197,15 @@ class Sampler:
     def sample(self, task: Task, inputs: SampleInputs) -> Samples:
         """Samples of a task, which is a choice of where each modality starts."""
         video, solver, text, generator = inputs.latents, None, None, inputs.generator
-        if task != "caption":
-            solver = self._solver(start=1.0 - inputs.strength)
+        if task in ("generate", "joint"):
+            video, solver = _noise(inputs.prompt_embeds, inputs.shape, generator), self._solver(start=0.0)
+        assert video is not None
         if task == "edit":
-            assert video is not None and solver is not None
+            if not 0 < inputs.strength <= 1:
+                raise ValueError(f"strength={inputs.strength!r}: expected over 0, at most 1")
+            solver = self._solver(start=1.0 - inputs.strength)
             begin = video.new_full((len(video),), solver.times[0], dtype=torch.float32)
             video = interpolate(_noise(video, video.shape[1:], generator), video.float(), begin)
-        elif video is None:
-            video = _noise(inputs.prompt_embeds, inputs.shape, generator)
         if task in ("caption", "joint"):
             steps = self.options.caption_steps if solver is None else len(solver.times) + self.options.joint_lag
             flow = self.text_flow.bind(self.model)
