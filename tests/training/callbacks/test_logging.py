@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
@@ -36,32 +37,44 @@ report: {num_samples: 3}
 """
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, small_data: list[str]) -> tuple[EventAccumulator, str]:
-    """The events and the printed end of a run of three steps."""
-    import contextlib
-
-    folder = tmp_path_factory.mktemp("logged")
+def fit(folder: Path, *args: str) -> EventAccumulator:
+    """The events of a run of three steps."""
     (folder / "callbacks.yaml").write_text(CALLBACKS)
-    printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         main(
             [
                 "fit",
                 f"--config={REPO}/configs/recall.yaml",
                 "--config=callbacks.yaml",
-                *small_data,
                 "--model.sampling.num_inference_steps=2",
                 "--model.sampling.caption_steps=2",
                 "--trainer.log_every_n_steps=1",
-                "--trainer.val_check_interval=2",
                 "--trainer.enable_checkpointing=false",
+                *args,
             ]
         )
     events = EventAccumulator(str(folder / "runs/recall/tensorboard"), size_guidance={"images": 0, "tensors": 0})
     events.Reload()
+    return events
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, small_data: list[str]) -> tuple[EventAccumulator, str]:
+    """The events and the printed end of a run with validation and media."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        events = fit(tmp_path_factory.mktemp("logged"), *small_data, "--trainer.val_check_interval=2")
     return events, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory, small_data: list[str]) -> list[float]:
+    """The losses of the same run without them."""
+    events = fit(
+        tmp_path_factory.mktemp("quiet"), *small_data, "--media.every_n_steps=0", "--trainer.limit_val_batches=0"
+    )
+    return [event.value for event in events.Scalars("train/loss")]
 
 
 def test_scalars(run: tuple[EventAccumulator, str]) -> None:
@@ -106,32 +119,10 @@ def test_the_end_shows_captions_and_where_to_look(run: tuple[EventAccumulator, s
     assert "tensorboard --logdir runs/recall" in run[1]
 
 
-def test_sampling_leaves_training_alone(in_tmp: Path, small_data: list[str]) -> None:
-    """The losses with media logged at every step are those without."""
-
-    def losses(media: int) -> list[float]:
-        Path("callbacks.yaml").write_text(CALLBACKS.replace("every_n_steps: 2", f"every_n_steps: {media}"))
-        root = f"runs/media{media}"
-        main(
-            [
-                "fit",
-                "--config=configs/recall.yaml",
-                "--config=callbacks.yaml",
-                *small_data,
-                "--model.sampling.num_inference_steps=2",
-                "--model.sampling.caption_steps=2",
-                "--trainer.log_every_n_steps=1",
-                "--trainer.enable_checkpointing=false",
-                f"--trainer.default_root_dir={root}",
-            ]
-        )
-        events = EventAccumulator(f"{root}/tensorboard")
-        events.Reload()
-        return [event.value for event in events.Scalars("train/loss")]
-
-    quiet = losses(0)
+def test_sampling_leaves_training_alone(run: tuple[EventAccumulator, str], quiet: list[float]) -> None:
+    """The losses with media, reports and validation are those without."""
     assert len(quiet) == 3
-    assert losses(1) == quiet
+    assert [event.value for event in run[0].Scalars("train/loss")] == quiet
 
 
 def test_a_report_that_fails_costs_no_training(in_tmp: Path, caplog: pytest.LogCaptureFixture) -> None:
