@@ -269,7 +269,7 @@ class Reference:
         patches = latents.reshape(batch, -1, grid[0], pt, grid[1], ph, grid[2], pw)
         patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, count, -1)
         video = patches @ self.w["patch_embedding.weight"].flatten(1).T + self.w["patch_embedding.bias"]
-        text = 0.1 * tokens if tokens.is_floating_point() else self.w["vocab_embed.weight"][tokens]
+        text = 0.05 * tokens if tokens.is_floating_point() else self.w["vocab_embed.weight"][tokens]
         x = torch.cat([video, text], dim=1)
 
         # Times and prompt

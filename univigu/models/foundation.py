@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from univigu.models.weights import CheckpointError, check_complete, check_files, compute_device, reading
+from univigu.models.weights import compute_device, load_model, reading
 
 EMBEDDED_FOUNDATION = str(Path(__file__).resolve().parents[1] / "assets" / "foundation")
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
@@ -85,22 +85,13 @@ class Foundation:
     def text_encoder(self) -> UMT5EncoderModel:
         # Straight to its device: with many processes a node, as many copies would not fit into the host's memory.
         place = {} if self._device.type == "cpu" else {"device_map": {"": self._device}}
-        folder = self.path / "text_encoder"
-        check_files(folder)
-        with reading(folder):
-            options = {"dtype": self._text_encoder_dtype, "output_loading_info": True, **place}
-            model, info = UMT5EncoderModel.from_pretrained(folder, **options)
-            if missing := sorted(info["missing_keys"]):
-                raise CheckpointError(f"{folder}: weights do not fit: missing keys {missing}")
+        options = {"dtype": self._text_encoder_dtype, **place}
+        model = load_model(UMT5EncoderModel, self.path / "text_encoder", allow_unexpected=True, **options)
         return model.requires_grad_(False).eval()
 
     @cached_property
     def vae(self) -> AutoencoderKLWan:
-        check_files(self.path / "vae")
-        with reading(self.path / "vae"):
-            options = {"torch_dtype": torch.float32, "output_loading_info": True}
-            model, info = AutoencoderKLWan.from_pretrained(self.path / "vae", **options)
-            check_complete(self.path / "vae", info)
+        model = load_model(AutoencoderKLWan, self.path / "vae", torch_dtype=torch.float32)
         if self._vae_tiling:
             model.enable_slicing()
             model.enable_tiling()

@@ -39,8 +39,8 @@ from univigu.models.weights import (
     check_files,
     embedding_rows,
     known_options,
+    load_model,
     load_strictly,
-    reading,
     transformer_folder,
 )
 
@@ -314,12 +314,8 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         FileNotFoundError without a transformer; a ValueError naming missing or unexpected keys.
         """
         if not isinstance(wan, WanTransformer3DModel):
-            folder = transformer_folder(wan)
-            options = {"torch_dtype": torch_dtype, "output_loading_info": True}
-            check_files(folder)
-            with reading(folder):
-                wan, info = WanTransformer3DModel.from_pretrained(folder, **options)
-                check_complete(folder, info)
+            wan = load_model(WanTransformer3DModel, transformer_folder(wan), torch_dtype=torch_dtype)
+        assert isinstance(wan, WanTransformer3DModel)
         config = known_options(WanTransformer3DModel, wan.config) | asdict(architecture or ArchitectureOptions())
         model = cls(**(config | {"vocab_size": vocab_size}))
         cast_like(model, wan)

@@ -142,11 +142,24 @@ def load_strictly(
     model.load_state_dict({ours: state[theirs] for ours, theirs in names.items()}, strict=False, assign=assign)
 
 
-def check_complete(path: Any, info: dict[str, Any]) -> None:
-    """Raise CheckpointError if diffusers' loading report names a missing, unexpected or mismatched key."""
-    problems = {name: info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[name]}
-    if problems:
+def check_complete(path: Any, info: Any, allow_unexpected: bool = False) -> None:
+    """Raise CheckpointError if a loading report names a missing, unexpected or mismatched key."""
+    names = ["missing_keys", "mismatched_keys"] + ["unexpected_keys"] * (not allow_unexpected)
+    if problems := {name: sorted(info[name]) for name in names if info[name]}:
         raise CheckpointError(f"{path}: weights do not fit: {problems}")
+
+
+def load_model(kind: Any, folder: Path, allow_unexpected: bool = False, **options: Any) -> Any:
+    """A model of diffusers or transformers from a folder; ``options`` are those of ``from_pretrained``.
+
+    Raises:
+        CheckpointError: unreadable or damaged, or keys that are missing, unexpected or of another shape.
+    """
+    check_files(folder)
+    with reading(folder):
+        model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+        check_complete(folder, info, allow_unexpected)
+    return model
 
 
 def known_options(model: type[WanTransformer3DModel], config: Mapping[str, Any]) -> dict[str, Any]:

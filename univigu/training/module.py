@@ -34,7 +34,7 @@ from univigu.models.lora import LoraOptions, add_lora
 from univigu.models.options import ArchitectureOptions, check_replaced
 from univigu.models.tokens import fit_slot
 from univigu.models.transformer import UniViGUTransformer3DModel
-from univigu.models.weights import known_options
+from univigu.models.weights import known_options, load_model
 from univigu.pipeline import TaskRunner
 from univigu.sampling.options import SamplingOptions
 from univigu.training.optim import OptimizerOptions, freeze_by_rate, make_optimizer, parameter_groups
@@ -233,7 +233,7 @@ class UniViGU(EvaluatedModule):
                 "one whose latents are not normalised; set it to 0"
             )
         folder = self.foundation.path / "transformer"
-        teacher = WanTransformer3DModel.from_pretrained(folder, torch_dtype=self._model.dtype)
+        teacher = load_model(WanTransformer3DModel, folder, torch_dtype=self._model.dtype)
         return (teacher.to(self.device).eval().requires_grad_(False),)
 
     def prepare(self, batch: dict[str, Any]) -> UniFlowBatch:
@@ -298,7 +298,7 @@ class UniViGU(EvaluatedModule):
         options, foundation = self.evaluation_options, self.foundation.path / "transformer"
         if getattr(getattr(self.trainer, "datamodule", None), "precompute", False):  # else the first batch shows
             options.refuse_latents(self.stage.writes_text)
-        generator = WanTransformer3DModel.from_pretrained(foundation)
+        generator = load_model(WanTransformer3DModel, foundation)
         return HeldOutEvaluation(self.stage.target, self.shift, generator, options).to(self.device).eval()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
