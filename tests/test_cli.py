@@ -22,7 +22,7 @@ from univigu.models.options import ArchitectureOptions
 from univigu.models.transformer import is_text_parameter
 from univigu.shapes.renderer import render
 from univigu.shapes.scenes import sample_scene
-from univigu.training.lightning_cli import REPLACED, ConfigOnlyCLI, TrainingConfig, UniViGUCLI, move_earlier_logs
+from univigu.training.lightning_cli import REPLACED, ConfigOnlyCLI, TrainingConfig, UniViGUCLI, lock_folder, move_earlier_logs
 from univigu.training.parallel import ShardedStrategy
 from univigu.training.prediction import predict_batch
 
@@ -220,6 +220,30 @@ def test_an_interrupted_run_continues_exactly(in_tmp: Path, small_data: list[str
         assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(moments[1][i][k])) for k, value in state.items())
 
 
+def test_last_is_found_before_training(
+    in_tmp: Path, small_data: list[str], checkpoint: Path, failing: Callable[[list[str]], str]
+) -> None:
+    """In the folder where it will be written; the first run starts anew."""
+    run = [*RECALL, *small_data, *QUICK, "--ckpt_path=last", "--trainer.max_steps=3"]
+    assert WithoutRun(["fit", *run]).config["fit"].ckpt_path is None
+    Path("runs/recall/checkpoints").mkdir(parents=True)
+    shutil.copy(checkpoint, "runs/recall/checkpoints/last.ckpt")
+    main(["fit", *run])  # one step more
+    last = torch.load("runs/recall/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 3 and last["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] == 3
+    shutil.move("runs/recall/checkpoints", "elsewhere")
+    assert WithoutRun(["fit", *run, "--checkpoint.dirpath=elsewhere"]).config["fit"].ckpt_path == "elsewhere/last.ckpt"
+    assert "lightning fit --config configs/recall.yaml" in failing(["test", *run[:-1]])
+    assert "use 'last' or a path" in failing(["fit", *RECALL, "--ckpt_path=best"])
+
+
+def test_a_folder_has_one_training(in_tmp: Path, small_data: list[str], failing: Callable[[list[str]], str]) -> None:
+    run = ["fit", *RECALL, *small_data, *QUICK, "--trainer.max_steps=1"]
+    with lock_folder(Path("runs/recall")):
+        assert "default_root_dir='runs/recall': another training writes" in failing(run)
+    main(run)
+
+
 class WithoutRun(UniViGUCLI):
     """Makes model, data and trainer, and runs nothing."""
 
@@ -242,10 +266,10 @@ def test_curves_and_configuration_of_a_training_stay_its_own(in_tmp: Path, small
 
     cli = WithoutRun(["test", *REFINE, *small_data, "--trainer.default_root_dir=runs/recall"])
     assert configuration_saved_by(cli, "test") == config
-    WithoutRun([*run, "--ckpt_path=runs/recall/checkpoints/last.ckpt"]).before_fit()
+    WithoutRun([*run, "--ckpt_path=runs/recall/checkpoints/last.ckpt"]).move_earlier_logs()
     assert events.exists() and not Path("runs/recall/earlier").exists()  # it continues: these are its own
     cli = WithoutRun(run)
-    cli.before_fit()
+    cli.move_earlier_logs()
     moved = Path("runs/recall/earlier/tensorboard-1")
     assert (moved / events.name).exists() and (moved / "config.yaml").read_text() == config
     assert "seed_everything: 0" in configuration_saved_by(cli, "fit")

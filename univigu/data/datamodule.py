@@ -177,10 +177,14 @@ class VideoTextDataModule(LightningDataModule):
         return [SourceFolder(path, self.root, self.foundation, self.buckets, self.precompute) for path in paths]
 
     def _folders_of(self, split: Split) -> list[tuple[int, SourceFolder]]:
-        """Numbers and folders of the sources of a split: all in training, else those that have it, or the first."""
+        """Numbers and folders of the sources of a split: all in training, else those that have it, or the first.
+
+        With ``limit_val_batches: 0`` no source needs validation samples.
+        """
         folders = list(enumerate(self._folders()))
         existing = [(number, folder) for number, folder in folders if folder.videos(split).exists()]
-        return folders if split == "train" else existing or folders[:1]
+        optional = split == "val" and getattr(self.trainer, "limit_val_batches", 1) == 0
+        return folders if split == "train" else existing or folders[: not optional]
 
     def _latents_shapes(self) -> list[tuple[int, int, int]]:
         """(T, H, W) of each bucket's latents; raises DataError for a size that is no whole number of tokens."""
@@ -277,7 +281,9 @@ class VideoTextDataModule(LightningDataModule):
             batches = map(order.global_numbers, range(min(wanted, len(order))))
             refs = [refs[number] for batch in batches for number in batch]
             order = self._train_order(refs, None)
-        return TrainLoader(self._dataset("train", refs), order, self.errors, self.num_workers)
+        loader = TrainLoader(self._dataset("train", refs), order, self.errors, self.num_workers)
+        loader.multiple = getattr(self.trainer, "accumulate_grad_batches", 1)
+        return loader
 
     def _train_order(self, refs: list[SampleRef], weights: list[float] | None) -> TrainOrder:
         sources, buckets = [ref.source for ref in refs], [ref.bucket for ref in refs]

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from univigu.data.buckets import Bucket
 from univigu.data.order import TrainOrder
+from univigu.data.processes import start_worker
 from univigu.data.sample import LATENTS_SUFFIX, PROMPT_SUFFIX, DataError, SampleError, SampleReason, SampleRef
 from univigu.models.tokens import TextTooLongError, tokenize
 
@@ -168,6 +169,7 @@ class SampleLoader:
             batch_size=None,  # the sampler gives whole batches
             sampler=batches,
             num_workers=num_workers,
+            worker_init_fn=start_worker,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
@@ -193,7 +195,7 @@ class SampleLoader:
 
 
 class TrainLoader(SampleLoader):
-    """An endless sequence of training batches; each pass gives ``len(self)`` of them, an epoch's worth.
+    """An endless sequence of training batches; each pass gives ``len(self)`` of them, at least an epoch's.
 
     A pass starts where the last one stopped, even in mid-epoch: after a resume Lightning takes the rest of its own
     epoch and then asks for a new pass.  The position counts batches given to the training loop, not those that workers
@@ -202,6 +204,8 @@ class TrainLoader(SampleLoader):
 
     def __init__(self, dataset: VideoTextDataset, order: TrainOrder, errors: ErrorLog, num_workers: int = 0) -> None:
         self.order, self.position = order, 0
+        self.multiple = 1
+        """Of what the number of batches of a pass is a multiple: Lightning takes a step at its end in any case."""
         self.waited = 0.0
         """Seconds that the training loop has waited for batches so far."""
         names = []
@@ -230,7 +234,7 @@ class TrainLoader(SampleLoader):
 
     def state_dict(self) -> dict[str, Any]:
         """The position in samples of all ranks, and what it refers to."""
-        epoch, number = divmod(self.position, len(self))
+        epoch, number = divmod(self.position, len(self.order))
         order, samples = self.order, number * self.order.global_batch
         state = {"epoch": epoch, "samples": samples, "global_batch": order.global_batch}
         return {**state, "seed": order.seed, "dataset": self._fingerprint}
@@ -249,7 +253,7 @@ class TrainLoader(SampleLoader):
             log.warning("resuming with another global batch and buckets: samples of this epoch may come twice or never")
         elif rest:
             log.warning("resuming with another global batch: %d samples of this epoch will be seen again", rest)
-        self.position = state["epoch"] * len(self) + min(number, len(self))
+        self.position = state["epoch"] * len(self.order) + min(number, len(self.order))
 
 
 class _Upcoming:
@@ -259,7 +263,7 @@ class _Upcoming:
         self.loader = loader
 
     def __len__(self) -> int:
-        return len(self.loader.order)
+        return -(-len(self.loader.order) // self.loader.multiple) * self.loader.multiple
 
     def __iter__(self) -> Iterator[list[int]]:
         return map(self.loader.order.batch, range(self.loader.position, self.loader.position + len(self)))

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,12 +26,35 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def start_worker(number: int = 0) -> None:
+    """Set up a worker process: one thread, and it ends with the process that started it, even if that is killed.
+
+    That process also ends it in order after a signal to all of them (Ctrl-C, a scheduler's SIGTERM), for which a worker
+    has a minute.
+    """
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 class SpawnPool(ProcessPoolExecutor):
     """Spawned processes of one torch thread each, started by the first job; by default one for every usable core."""
 
     def __init__(self, workers: int | None = None) -> None:
         self.workers = usable_cores() if workers is None else workers
-        super().__init__(self.workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+        super().__init__(self.workers, multiprocessing.get_context("spawn"), start_worker)
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        """Wait for the jobs that run; after an error or a signal not for those that have not begun."""
+        self.shutdown(cancel_futures=kind is not None)
 
 
 @dataclass(frozen=True)

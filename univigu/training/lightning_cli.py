@@ -6,9 +6,11 @@ import json
 import logging
 import re
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from jsonargparse import Namespace
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -40,6 +42,7 @@ log = logging.getLogger(__name__)
 TRAINER_DEFAULTS: dict[str, Any] = {
     "gradient_clip_val": 1.0,
     "log_every_n_steps": 10,
+    "max_epochs": -1,  # the stages' steps end the training
     "check_val_every_n_epoch": None,  # validation counts steps, not epochs
     "val_check_interval": 400,
     "num_sanity_val_steps": 0,
@@ -192,7 +195,13 @@ class UniViGUCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         _ = self.model.foundation  # raises if the folder is not a foundation
 
-    def before_fit(self) -> None:
+    def fit(self, **options: Any) -> None:
+        """Train, as the only training in ``trainer.default_root_dir``."""
+        with lock_folder(Path(self.trainer.default_root_dir)) or nullcontext():
+            self.move_earlier_logs()
+            self.trainer.fit(**options)
+
+    def move_earlier_logs(self) -> None:
         """Move the curves of an earlier training aside, unless this run continues it."""
         requeued = list(Path(self.trainer.default_root_dir).glob("hpc_ckpt_*")) and SLURMEnvironment.detect()
         if self._options().ckpt_path or requeued:
@@ -229,6 +238,17 @@ class ConfigOnlyCLI(UniViGUCLI):
 
     def after_instantiate_classes(self) -> None:
         """The foundation need not exist."""
+
+
+@rank_zero_only
+def lock_folder(folder: Path) -> AbstractContextManager[Any]:
+    """Lock the folder of a training; the lock of a killed process is released. ValueError if another one has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(folder / "training.lock").acquire(blocking=False)
+    except Timeout as error:
+        message = "another training writes to this folder; wait for its end or choose another"
+        raise ValueError(f"trainer.default_root_dir={str(folder)!r}: {message}") from error
 
 
 @rank_zero_only

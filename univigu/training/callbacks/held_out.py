@@ -160,6 +160,8 @@ class FinalReport(HeldOutCallback):
 
     def _captions(self, trainer: Trainer, pl_module: UniViGU, console: Console) -> None:
         samples = self.samples(trainer)
+        if not samples:
+            return
         pl_module.eval()
         questions, target = questions_of(samples), pl_module.stage.target
         captions = caption_samples(pl_module.tasks, samples, pl_module.latents_of(samples), questions)

@@ -21,7 +21,8 @@ class StageSwitch(Callback):
     """Switches stages by optimizer step and sets learning rates within them.
 
     The stage is a function of the global step, so a resumed run continues in the right stage at the right learning
-    rate. Training stops after the steps of the last stage. The command line always adds this callback.
+    rate. Training stops after the steps of the last stage, or earlier by the trainer's options. The command line always
+    adds this callback.
     """
 
     def __init__(self, stages: Mapping[str, Stage]) -> None:
@@ -55,11 +56,17 @@ class StageSwitch(Callback):
             trainer.fit_loop.epoch_loop.max_steps = self.total_steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Steps end the training, so enough epochs must be allowed (the progress bar shows their number).
-        batches = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
-        if math.isfinite(trainer.num_training_batches):
+        length, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
+        if not math.isfinite(length):
+            return
+        if length % accumulated:  # Lightning would take a step of fewer batches at the end of every epoch
+            raise MisconfigurationException(
+                f"trainer.accumulate_grad_batches={accumulated}: an epoch has {length} batches (as limited by "
+                "trainer.limit_train_batches), no multiple of it"
+            )
+        if trainer.max_epochs in (None, -1):  # steps end the training; the progress bar shows the number of epochs
             resumed = trainer.global_step > 0  # the interrupted epoch may be counted already
-            epochs = math.ceil(batches / trainer.num_training_batches) + resumed
+            epochs = math.ceil((trainer.max_steps - trainer.global_step) * accumulated / length) + resumed
             trainer.fit_loop.max_epochs = trainer.current_epoch + epochs
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
