@@ -22,7 +22,14 @@ from univigu.models.options import ArchitectureOptions
 from univigu.models.transformer import is_text_parameter
 from univigu.shapes.renderer import render
 from univigu.shapes.scenes import sample_scene
-from univigu.training.lightning_cli import REPLACED, ConfigOnlyCLI, TrainingConfig, UniViGUCLI, lock_folder, move_earlier_logs
+from univigu.training.lightning_cli import (
+    REPLACED,
+    ConfigOnlyCLI,
+    TrainingConfig,
+    UniViGUCLI,
+    lock_folder,
+    move_earlier_logs,
+)
 from univigu.training.parallel import ShardedStrategy
 from univigu.training.prediction import predict_batch
 

@@ -41,7 +41,10 @@ def run(options: argparse.Namespace) -> None:
         page = build(demo)
     except ModuleNotFoundError as error:
         raise ValueError(f'{error}; run pip install -e ".[demo]"') from error
-    page.launch(server_name=options.host, server_port=options.port, allowed_paths=[str(demo.folder)])
+    try:
+        page.launch(server_name=options.host, server_port=options.port, allowed_paths=[str(demo.folder)])
+    finally:
+        page.close()  # removes gradio's copies of videos
 
 
 def main(args: list[str] | None = None) -> int:

@@ -52,14 +52,16 @@ class Demo:
     Args:
         pipe: the model.
         options: see :class:`DemoOptions`.
-        folder: where videos are written; None makes a temporary one.
+        folder: where videos are written; None is a temporary one.
     """
 
     def __init__(
         self, pipe: UniViGUPipeline, options: DemoOptions | None = None, folder: str | Path | None = None
     ) -> None:
         self.pipe, self.options = pipe, options or DemoOptions()
-        self.folder = Path(folder or tempfile.mkdtemp(prefix="univigu-demo-"))
+        if folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="univigu-demo-")  # removed with this object
+        self.folder = Path(self._temporary.name if folder is None else folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.pipe.set_progress_bar_config(disable=True)
         self.count = 0
@@ -162,7 +164,7 @@ def build(demo: Demo) -> Any:
 
         return call
 
-    with gradio.Blocks(title="Uni-ViGU") as page:
+    with gradio.Blocks(title="Uni-ViGU", delete_cache=(3600, 3600)) as page:
         gradio.Markdown("# Uni-ViGU\nOne diffusion model that makes video and understands it.")
         for name, made in {"generate": "video", "caption": "text", "joint": "video text", "edit": "video"}.items():
             function = getattr(demo, name)

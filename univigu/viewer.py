@@ -72,7 +72,7 @@ class TrajectoryRecorder:
         """The page; it needs no network and no other file. Raises ValueError if nothing was recorded."""
         if not self.steps:
             raise ValueError("nothing was recorded; pass the recorder as callback_on_step_end first")
-        data = json.dumps({"title": title, "steps": self.steps}).replace("</", "<\\/")
+        data = json.dumps({"title": title, "steps": self.steps}).replace("<", "\\u003c")  # tags and comments in texts
         return files("univigu").joinpath(TEMPLATE).read_text(encoding="utf-8").replace("/*DATA*/null", data)
 
     def save(self, path: str | Path, title: str = "Uni-ViGU") -> Path:

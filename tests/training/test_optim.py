@@ -117,7 +117,7 @@ def test_groups() -> None:
     assert isinstance(optimizer, MuonAdamW)
     by_kind = [(g["name"], g["rate"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]
     # Pretrained weights are not decayed; of the text's, matrices are.
-    assert by_kind == [("video", 4.0, 0.0, 2), ("video", 1.0, 0.0, 2), ("video", 1.0, 0.0, 3)]
+    assert by_kind == [("video_muon", 4.0, 0.0, 2), ("video_matrix", 1.0, 0.0, 2), ("video", 1.0, 0.0, 3)]
     text = make_optimizer({"text": list(net.named_parameters())}, OptimizerOptions())
     assert [g["weight_decay"] for g in text.param_groups] == [0.1, 0.1, 0.0]
     plain = make_optimizer({"video": list(net.named_parameters())}, OptimizerOptions(name="adamw"))

@@ -169,7 +169,7 @@ class Diary(Callback):
             stage="recall" if pl_module.stage is RECALL else "refine",
             shown=set(self.shown),
             loss=outputs["loss"].item(),
-            rates={group["name"]: group["lr"] for group in trainer.optimizers[0].param_groups},
+            rates={group["name"].removesuffix("_matrix"): group["lr"] for group in trainer.optimizers[0].param_groups},
             target=pl_module.prepare(batch).text_ids,
             batch=batch,
             weights={name: value.clone() for name, value in pl_module.transformer.state_dict().items()},

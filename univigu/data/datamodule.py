@@ -177,14 +177,10 @@ class VideoTextDataModule(LightningDataModule):
         return [SourceFolder(path, self.root, self.foundation, self.buckets, self.precompute) for path in paths]
 
     def _folders_of(self, split: Split) -> list[tuple[int, SourceFolder]]:
-        """Numbers and folders of the sources of a split: all in training, else those that have it, or the first.
-
-        With ``limit_val_batches: 0`` no source needs validation samples.
-        """
+        """Numbers and folders of the sources of a split: all in training, else those that have it, or the first."""
         folders = list(enumerate(self._folders()))
         existing = [(number, folder) for number, folder in folders if folder.videos(split).exists()]
-        optional = split == "val" and getattr(self.trainer, "limit_val_batches", 1) == 0
-        return folders if split == "train" else existing or folders[: not optional]
+        return folders if split == "train" else existing or folders[:1]
 
     def _latents_shapes(self) -> list[tuple[int, int, int]]:
         """(T, H, W) of each bucket's latents; raises DataError for a size that is no whole number of tokens."""

@@ -119,20 +119,19 @@ class UniViGUCLI(LightningCLI):
     stages: dict[str, Stage]
     """The stages of the run, in order."""
 
-    def __init__(self, args: Any = None, run: bool = True) -> None:
-        super().__init__(
-            UniViGU,
-            LightningDataModule,
-            args=args,
-            run=run,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            parser_class=Parser,
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=0,
-            save_config_callback=TrainingConfig,
-            save_config_kwargs={"overwrite": True},
-        )
+    def __init__(self, args: Any = None, run: bool = True, **options: Any) -> None:
+        """``options`` are LightningCLI's, in place of ours."""
+        ours = {
+            "subclass_mode_data": True,
+            "auto_configure_optimizers": False,
+            "parser_class": Parser,
+            "trainer_defaults": TRAINER_DEFAULTS,
+            "seed_everything_default": 0,
+            "save_config_callback": TrainingConfig,
+            "save_config_kwargs": {"overwrite": True},
+        }
+        given = {"model_class": UniViGU, "datamodule_class": LightningDataModule, **ours, **options}
+        super().__init__(args=args, run=run, **given)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"data": {"class_path": DATA}})
@@ -181,8 +180,9 @@ class UniViGUCLI(LightningCLI):
                 callbacks.append(PredictionWriter())
             kwargs |= {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
         else:
-            self.stages = select_stages(config.stages, config.run)
-            common = [StageSwitch(self.stages), config.monitor, DataStatistics(), config.media, config.report]
+            self.stages = select_stages(config.stages, config.run) if config.run or self.subcommand else {}
+            common: list[Callback] = [StageSwitch(self.stages)] if self.stages else []
+            common += [config.monitor, DataStatistics(), config.media, config.report]
             if trainer.enable_checkpointing is not False:
                 common.append(config.checkpoint)
             callbacks = [*common, *callbacks]

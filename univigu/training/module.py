@@ -129,6 +129,15 @@ class UniViGU(EvaluatedModule):
                 f"lightning {stage}: samples end at different steps on different processes, but a sharded model needs "
                 "all of them; use one process, --trainer.strategy auto --trainer.devices 1 (see docs/CLUSTER.md)"
             )
+        precision = self.trainer.precision
+        if stage != "predict" and precision in ("bf16-true", "16-true", "64-true"):
+            raise MisconfigurationException(
+                f"trainer.precision={precision!r}: losses are computed with float32 weights; use 'bf16-mixed', or the "
+                "compute_dtype of ShardedStrategy"
+            )
+        if every := stage == "fit" and self.trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+            message = "expected 0, because a new loader would begin with the same samples"
+            raise MisconfigurationException(f"trainer.reload_dataloaders_every_n_epochs={every}: {message}")
         if stage == "fit" and isinstance(self.trainer.strategy, DDPStrategy):
             # Frozen weights change with the stages, and a small batch may lack a task.
             self.trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
@@ -321,18 +330,21 @@ class UniViGU(EvaluatedModule):
             checkpoint["univigu"]["lora"] = asdict(self.lora)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Evaluation and prediction take the checkpoint's architecture; a resumed fit must have the same."""
+        """Evaluation, prediction and plain loading take the checkpoint's architecture; a resumed fit must have it."""
+        fits = self._trainer is not None and self.trainer.state.fn == "fit"
         saved = checkpoint.get("univigu", {}).get("transformer_config")
         if saved is None:
             raise ValueError("ckpt_path: not a checkpoint of this project (it has no 'univigu' entry)")
-        path = Path(self.trainer.strategy.broadcast(self.trainer.ckpt_path or "ckpt_path"))
+        path = Path("ckpt_path")
+        if self._trainer is not None:
+            path = Path(self.trainer.strategy.broadcast(self.trainer.ckpt_path or path))
         check_replaced(saved, path)
         differing = config_differences(saved, self._model)
         for name in {"text_length", *CONVENTIONS} & differing.keys():  # no weight depends on these
             self._model.register_to_config(**{name: differing.pop(name)[0]})
-        if differing and (self.trainer.state.fn == "fit" or is_sharded(self._model)):
+        if differing and (fits or is_sharded(self._model)):
             raise MisconfigurationException(f"the checkpoint's model differs from the configuration: {differing}")
-        if self.trainer.state.fn == "fit":
+        if fits:
             check_resumed(checkpoint, path, self.lora, averages=hasattr(self, "ema"))
             return
         if hasattr(self, "ema"):  # of an earlier fit of this module; no callback updates it now

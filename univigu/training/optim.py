@@ -161,7 +161,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]], options: OptimizerOptions) -> Any:
-    """An optimizer whose groups have a "name", by which stages set their rates, and a "rate" that multiplies them.
+    """An optimizer whose groups have a "name", up to "_" that of a stage's rate, and a "rate" that multiplies it.
 
     ``groups`` has the named parameters by the name of their learning rate.
     """
@@ -173,11 +173,11 @@ def make_optimizer(groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]], opt
         decay = 0.0 if name == "video" else WEIGHT_DECAY[options.name]
         decayed, plain = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim != 2]
         if matrices:
-            group = {"params": matrices, "name": name, "rate": MUON_RATE, "momentum": MOMENTUM}
+            group = {"params": matrices, "name": f"{name}_muon", "rate": MUON_RATE, "momentum": MOMENTUM}
             muon.append(group | {"weight_decay": decay})
-        for weight_decay, params in ((decay, decayed), (0.0, plain)):
+        for suffix, weight_decay, params in (("_matrix", decay, decayed), ("", 0.0, plain)):
             if params:
-                group = {"params": params, "name": name, "rate": 1.0, "betas": BETAS}
+                group = {"params": params, "name": name + suffix, "rate": 1.0, "betas": BETAS}
                 adamw.append(group | {"weight_decay": weight_decay})
     return MuonAdamW(muon, adamw) if muon else torch.optim.AdamW(adamw, lr=0.0)
 

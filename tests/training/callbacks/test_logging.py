@@ -126,7 +126,11 @@ def test_sampling_leaves_training_alone(run: tuple[EventAccumulator, str], quiet
 
 
 def test_a_report_that_fails_costs_no_training(in_tmp: Path, caplog: pytest.LogCaptureFixture) -> None:
-    fit_tiny([StageSwitch({"recall": stages.RECALL}), FinalReport(), LastCheckpoint()])  # there are no held-out clips
+    class Failing(FinalReport):
+        def samples(self, trainer: Trainer) -> Any:
+            return {"key": ["a"]}
+
+    fit_tiny([StageSwitch({"recall": stages.RECALL}), Failing(), LastCheckpoint()])
     assert torch.load("checkpoints/last.ckpt", weights_only=True)["global_step"] == stages.RECALL.steps
     assert "could not be captioned; the training itself is complete" in caplog.text
 

@@ -52,7 +52,7 @@ class TrainingMonitor(Callback):
             norm = torch.stack(norms).norm()
             pl_module.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
         for group in optimizer.param_groups:
-            pl_module.log(f"lr/{group['name']}{'_muon' if 'momentum' in group else ''}", group["lr"])
+            pl_module.log(f"lr/{group['name']}", group["lr"])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

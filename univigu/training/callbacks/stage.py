@@ -79,7 +79,7 @@ class StageSwitch(Callback):
         rates = pl_module.optimizer_options.rates(self.stages[index])
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rates[group["name"]] * group["rate"] * factor
+                group["lr"] = rates[group["name"].partition("_")[0]] * group["rate"] * factor
 
     def _enter(self, index: int, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, UniViGU)
