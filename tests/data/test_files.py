@@ -169,9 +169,10 @@ def test_damaged_rows_are_counted(tmp_path: Path) -> None:
     assert counts(tmp_path) == {
         "kept": 2,
         "unreadable_video": 2,
-        "wrong_type": 5,
+        "wrong_type": 4,
         "missing_field": 1,
-        "corrupt_json": 4,
+        "corrupt_json": 1,
+        "corrupt_row": 4,
     }
     with pytest.raises(DataError, match=r"val\.jsonl: sample '0000000"):
         data = VideoTextDataModule(shards=str(tmp_path), num_workers=0, precompute=False, strict=True)
@@ -198,7 +199,12 @@ def test_damaged_tables_are_counted(tmp_path: Path) -> None:
     rows = [f"clip.mp4,red,{caption!r},", "clip.mp4,red,,", ",red,x,", "clip.mp4,red,x,[", "clip.mp4,a,b,,d,e"]
     path = tmp_path / "val.csv"
     path.write_text("\n".join(["video,prompt,caption,qa", rows[0].replace("'", '"'), *rows[1:]]))
-    assert counts(tmp_path) == {"kept": 1, "corrupt_json": 1, "wrong_type": 2}  # an empty caption is too short
+    assert counts(tmp_path) == {
+        "kept": 1,
+        "corrupt_json": 1,
+        "corrupt_row": 1,
+        "wrong_type": 1,
+    }  # an empty caption is too short
     path.write_bytes(path.read_bytes() + b"\nclip.mp4,\xff\xfe,x,\n")
     refs, errors = index_folder(path)
     assert len(refs) <= 2 and errors[-1].reason == "damaged_shard"

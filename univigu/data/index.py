@@ -188,7 +188,7 @@ def _scan_list(path: Path) -> Scan:
 def _row_members(ref: SampleRef, path: Path, row: Row) -> dict[str, Any]:
     """The video that a row names, relative to the list, and the row as json member."""
     if row.error is not None:
-        raise ref.error(row.reason, TEXT_SUFFIX, row.error)
+        raise ref.error("corrupt_row", TEXT_SUFFIX, row.error)
     fields = dict(row.fields)
     for name in ("qa", "scene"):  # JSON in the cells of a .csv file
         if isinstance(cell := fields.get(name), str):

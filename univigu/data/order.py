@@ -54,7 +54,8 @@ class TrainOrder:
                 raise DataError(f"{batch}: {size} training samples{of} do not fill one batch")
         self._epoch = lru_cache(maxsize=1)(self._draw)
 
-    def _make_cells(self, shares: list[float], sources: torch.Tensor) -> list[_Cell]:
+    def _make_cells(self, shares: list[float], sources: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
+        """The samples of each source and bucket in a fixed cyclic order, and how many of them an epoch takes next."""
         cells = []
         for source, share in enumerate(shares):
             of_source = sources == source
@@ -62,7 +63,8 @@ class TrainOrder:
                 numbers = (of_source & (self._buckets == bucket)).nonzero().flatten()
                 if len(numbers):
                     quota = max(1, round(share * self.num_samples * len(numbers) / int(of_source.sum())))
-                    cells.append(_Cell(numbers, quota, f"{self.seed}/source {source}/bucket {bucket}"))
+                    generator = _generator(f"{self.seed}/source {source}/bucket {bucket}")
+                    cells.append((numbers[torch.randperm(len(numbers), generator=generator)], quota))
         return cells
 
     @property
@@ -87,7 +89,7 @@ class TrainOrder:
         """The samples that an epoch draws from, with repetitions where sources are oversampled."""
         if not self._cells:
             return torch.arange(self.num_samples)
-        return torch.cat([cell.members(epoch) for cell in self._cells])
+        return torch.cat([n[(torch.arange(quota) + epoch * quota) % len(n)] for n, quota in self._cells])
 
     def _draw(self, epoch: int) -> torch.Tensor:
         """An epoch's global batches [len(self), G]."""
@@ -99,17 +101,6 @@ class TrainOrder:
         if len(parts) > 1:
             batches = batches[torch.randperm(len(batches), generator=generator)]
         return batches
-
-
-class _Cell:
-    """The samples of one source and bucket, of which every epoch takes the next ``quota`` in a fixed cyclic order."""
-
-    def __init__(self, numbers: torch.Tensor, quota: int, seed: str) -> None:
-        self.numbers = numbers[torch.randperm(len(numbers), generator=_generator(seed))]
-        self.quota = quota
-
-    def members(self, epoch: int) -> torch.Tensor:
-        return self.numbers[(torch.arange(self.quota) + epoch * self.quota) % len(self.numbers)]
 
 
 def _generator(seed: str) -> torch.Generator:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from univigu.data.sample import DataError, is_unicode
 
@@ -27,8 +27,6 @@ class Row:
     """Values by column; empty where there is an error."""
     error: str | None = None
     """Why the row cannot be used; starts with ``where``."""
-    reason: Literal["corrupt_json", "wrong_type"] = "wrong_type"
-    """Kind of the error."""
 
 
 def make_row(where: str, value: Any) -> Row:
@@ -63,7 +61,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 if text.strip():
                     yield make_row(where, json.loads(text))
             except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
-                yield Row(where, {}, f"{where}: not JSON ({error})", "corrupt_json")
+                yield Row(where, {}, f"{where}: not JSON ({error})")
 
 
 def _read_json(path: Path) -> Iterator[Row]:

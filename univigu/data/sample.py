@@ -25,6 +25,7 @@ SampleReason = Literal[
     "missing_field",  # a required member or json field is missing
     "wrong_type",  # a json field has another type than the format says
     "corrupt_json",  # the json member is not UTF-8 JSON
+    "corrupt_row",  # the row of a list is no JSON object, or has another number of fields than the header
     "unreadable_video",  # the video member does not decode to at least one frame
     "corrupt_latents",  # the latents member is not a safetensors file with a finite "latents" tensor
     "corrupt_embeds",  # the prompt member is not a safetensors file with finite "prompt" and "null" tensors
