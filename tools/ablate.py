@@ -195,13 +195,12 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--caption-steps", type=int, default=20, help="denoising steps per caption")
     parser.add_argument("--report", action="store_true", help="train nothing")
     options, options.overrides = parser.parse_known_args(args)
-    for name in ("seeds", "steps", "every", "caption_steps"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
     return options
 
 
 def sweep(options: argparse.Namespace) -> None:
+    if options.seeds < 1:  # fit itself checks the other numbers
+        raise ValueError(f"--seeds {options.seeds}: expected at least 1")
     # seed by seed, so that an interrupted sweep compares all variants
     names = [(name, seed) for seed in range(options.seeds) for name in options.only]
     runs = [Run(name, seed, (options.output / f"{name}-{seed}").resolve()) for name, seed in names]

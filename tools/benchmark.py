@@ -105,8 +105,6 @@ def caption(options: argparse.Namespace) -> dict[str, float]:
         .to(device, getattr(torch, options.dtype))
         .eval()
     )
-    for block in model.blocks if options.compile else ():
-        block.compile()
     torch.nn.init.normal_(model.text_head.linear.weight, std=0.2)  # it starts at zero, and draws would be all alike
     frames = options.video_tokens // 256
     if frames * 256 != options.video_tokens:
@@ -136,8 +134,6 @@ def caption(options: argparse.Namespace) -> dict[str, float]:
     ratio = seconds["uncached"] / seconds["cached"]
     print(f"cached: {ratio:.1f}x the uncached loop (by operations at most {bound:.1f}x)")
     print(f"same tokens from the same random numbers, cached and uncached: {same:.2%}")
-    if device.type == "cuda":
-        print(f"peak memory: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
     return {"ratio": ratio, "bound": bound, "same": same}
 
 
@@ -262,7 +258,7 @@ def _loader(shards: Path, options: argparse.Namespace, size: dict[str, int]) -> 
 CAPTION = {"text-tokens": 64, "video-tokens": 1280, "vocab-size": 4096, "width": 128, "ffn-dim": 512, "layers": 8}
 DATA = {"size": "480x832x33", "clips": 16, "batch-size": 1, "workers": 1, "repeats": 5}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "caption": CAPTION | {"steps": 50, "batch-size": 1, "dtype": "float32", "repeats": 3, "compile": False},
+    "caption": CAPTION | {"steps": 50, "batch-size": 1, "dtype": "float32", "repeats": 3},
     "sampler": {"vocab-size": 256384, "text-tokens": 256, "repeats": 3},
     "data": DATA | {"foundation": EMBEDDED_FOUNDATION, "folder": "runs/data/benchmark"},
 }
@@ -278,10 +274,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         command.add_argument("--threads", type=int, help="default: torch's, one per core")
         command.add_argument("--device", default="cpu")
         for option, default in OPTIONS[function.__name__].items():
-            if isinstance(default, bool):
-                command.add_argument(f"--{option}", action="store_true")
-            else:
-                command.add_argument(f"--{option}", type=type(default), default=default)
+            command.add_argument(f"--{option}", type=type(default), default=default)
     options = parser.parse_args(args)
     if options.threads is not None:
         torch.set_num_threads(options.threads)

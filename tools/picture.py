@@ -33,14 +33,12 @@ SIDE, LINES, MARGIN, FONT = 224, 19, 10, 12  # pixels of a video, lines of text 
 
 def record(pipe: UniViGUPipeline, prompt: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The steps of a joint sample, see :class:`TrajectoryRecorder`."""
-    size = {"height": options.height, "width": options.width, "num_frames": options.num_frames}
-    recorder = TrajectoryRecorder(pipe, every=options.every, scale=1)
+    recorder = TrajectoryRecorder(pipe, every=2, scale=1)
     generator = torch.Generator(pipe.device).manual_seed(seed)
-    drawn: dict[str, Any] = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
-    if pipe.transformer.config.text_flow == "mask":
-        drawn["text_order"] = "confidence"
-    drawn["joint_lag"] = options.lag
-    pipe.joint(prompt, **size, generator=generator, callback_on_step_end=recorder, **drawn)
+    order = "confidence" if pipe.transformer.config.text_flow == "mask" else "random"
+    drawn: dict[str, Any] = {"guidance_scale": options.guidance_scale, "joint_lag": options.lag, "text_order": order}
+    drawn["num_inference_steps"] = options.steps
+    pipe.joint(prompt, height=64, width=64, num_frames=9, generator=generator, callback_on_step_end=recorder, **drawn)
     return recorder.steps
 
 
@@ -79,7 +77,7 @@ def draw(samples: list[list[dict[str, Any]]]) -> list[Image.Image]:
 
 
 def run(options: argparse.Namespace) -> None:
-    pipe = UniViGUPipeline.from_pretrained(options.model).to(options.device)
+    pipe = UniViGUPipeline.from_pretrained(options.model)
     samples = [
         record(pipe, prompt, options.seed + number, options) for number, prompt in enumerate(options.prompt or PROMPTS)
     ]
@@ -94,15 +92,10 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True, help="UniViGUPipeline folder")
     parser.add_argument("--output", type=Path, required=True, help="the picture, a .gif file")
     parser.add_argument("--prompt", nargs="+", help="one a video; default: three of the embedded world")
-    parser.add_argument("--height", type=int, default=64)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--num-frames", type=int, default=9)
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--lag", type=int, default=10, help="further steps of the text, beside the finished video")
-    parser.add_argument("--every", type=int, default=2, help="show every so many of them")
     parser.add_argument("--guidance-scale", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0, help="of the first video; the next ones count on")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(args)
     return exit_code(lambda: run(options))
 

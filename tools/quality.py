@@ -24,6 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 from univigu.cli import exit_code
+from univigu.data.processes import this_device
 from univigu.data.video import to_uint8
 from univigu.pipeline import UniViGUPipeline
 from univigu.sampling.options import SamplingOptions
@@ -42,10 +43,6 @@ def batches(scenes: list[Scene], size: int) -> Iterator[tuple[list[Scene], torch
         part = scenes[start : start + size]
         generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
         yield part, torch.stack([render(scene) for scene in part]).float() / 255, generators
-
-
-def progress(rows: list[Any]) -> Any:
-    return track(rows, console=Console(stderr=True))
 
 
 def percents(*shares: float) -> list[str]:
@@ -80,7 +77,7 @@ def steps(options: argparse.Namespace, pipe: UniViGUPipeline, scenes: list[Scene
     """Caption accuracy by the number of denoising steps and the order in which tokens are revealed."""
     title = f"captions ({kind_of(pipe)})"
     table = Table("order", "steps allowed", "taken", "mean", "exact", "seconds a clip", title=title)
-    for order, count in progress([(order, count) for order in ("random", "confidence") for count in options.steps]):
+    for order, count in track([(order, count) for order in ("random", "confidence") for count in options.steps]):
         sampling = SamplingOptions(caption_steps=count, text_order=order)
         _, mean, exact, taken, seconds = captions(pipe, scenes, options.batch_size, sampling)
         table.add_row(order, str(count), f"{taken:.1f}", *percents(mean, exact), f"{seconds:.3f}")
@@ -94,7 +91,7 @@ def refresh(options: argparse.Namespace, pipe: UniViGUPipeline, scenes: list[Sce
     title = f"captions, {options.caption_steps} steps; clean video {cache}"
     table = Table("k", "tokens as with k = 1", "captions as with k = 1", "mean", "exact", "seconds a clip", title=title)
     pad, reference = pipe.tokenizer.pad_token_id, None
-    for k in progress([1, *options.refresh]):
+    for k in track([1, *options.refresh]):
         sampling = SamplingOptions(caption_steps=options.caption_steps, caption_refresh=k)
         ids, mean, exact, _, seconds = captions(pipe, scenes, options.batch_size, sampling)
         reference = ids if reference is None else reference
@@ -143,7 +140,7 @@ def edit(options: argparse.Namespace, pipe: UniViGUPipeline, scenes: list[Scene]
     """Edits of one attribute at a time."""
     title = f"edits of one attribute, guidance {options.guidance_scale}, {options.num_inference_steps} steps"
     table = Table("changed", "strength", "change shown", "others kept", "start kept", title=title)
-    for attribute, strength in progress([(name, strength) for strength in options.strength for name in EDITED]):
+    for attribute, strength in track([(name, strength) for strength in options.strength for name in EDITED]):
         shares = edit_row(pipe, scenes, attribute, strength, options)
         table.add_row(attribute, f"{strength:g}", *percents(*shares))
     return table
@@ -158,21 +155,19 @@ def parse(args: list[str] | None) -> argparse.Namespace:
         command.add_argument("--model", type=Path, required=True, help="UniViGUPipeline folder")
         command.add_argument("--clips", type=int, default=64)
         command.add_argument("--batch-size", type=int, default=32)
-        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        command.add_argument("--device", default=this_device())
     commands.choices["steps"].add_argument("--steps", type=int, nargs="+", default=[4, 6, 8, 10, 16, 50])
     commands.choices["refresh"].add_argument("--refresh", type=int, nargs="+", default=[2, 5, 10, 25, 50])
     commands.choices["refresh"].add_argument("--caption-steps", type=int, default=50)
     commands.choices["edit"].add_argument("--strength", type=float, nargs="+", default=[0.8, 0.9])
     commands.choices["edit"].add_argument("--num-inference-steps", type=int, default=20)
     commands.choices["edit"].add_argument("--guidance-scale", type=float, default=2.0)
-    options = parser.parse_args(args)
-    for name in ("clips", "batch_size"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
-    return options
+    return parser.parse_args(args)
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.clips < 1:
+        raise ValueError(f"--clips {options.clips}: expected at least 1")
     pipe = UniViGUPipeline.from_pretrained(options.model).to(options.device)
     pipe.set_progress_bar_config(disable=True)
     scenes = [sample_scene(seed, "test") for seed in range(options.clips)]
