@@ -139,6 +139,7 @@ def test_generation_writes_videos_and_a_manifest(name: str, in_tmp: Path, predic
     assert rows[2]["video"] is None and "no valid Unicode" in rows[2]["error"]
 
 
+@pytest.mark.slow
 def test_edits_write_videos_and_a_manifest(in_tmp: Path, predict: Predict, clips: Path) -> None:
     prompt = "a small red circle moving left slowly, on a black background"
     edits = [
@@ -258,6 +259,7 @@ class WithoutRun(UniViGUCLI):
         pass
 
 
+@pytest.mark.slow
 def test_curves_and_configuration_of_a_training_stay_its_own(in_tmp: Path, small_data: list[str]) -> None:
     """Another training in the same folder, and an evaluation with another configuration, overwrite neither."""
     run = ["fit", *RECALL, *small_data, *QUICK, "--trainer.max_steps=1"]
@@ -317,6 +319,7 @@ def test_earlier_curves_have_numbers_of_their_own(tmp_path: Path) -> None:
     assert (tmp_path / "other" / "notes.txt").exists()
 
 
+@pytest.mark.slow
 def test_held_out_evaluation(in_tmp: Path, small_data: list[str], checkpoint: Path) -> None:
     """Of the weights that the configuration trains, here those of another stage: only a resumed fit needs the same."""
     Path("runs/refine/checkpoints").mkdir(parents=True)
@@ -481,6 +484,7 @@ def test_former_keys_are_not_present_ones(in_tmp: Path) -> None:
     assert REPLACED.keys() & present == {"condition_dropout"}
 
 
+@pytest.mark.slow
 def test_missing_inputs_are_named(
     in_tmp: Path,
     small_data: list[str],

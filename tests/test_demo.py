@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import runpy
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +11,13 @@ import torch
 
 from tests import tiny
 from tests.browser import COMMAND, Browser
+from tools import demo as tool
 from univigu.data.video import encode_mp4, read_video
 from univigu.demo import Demo, DemoOptions, build
 from univigu.pipeline import UniViGUPipeline
 
 gradio_client = pytest.importorskip("gradio_client", reason="needs the extra univigu[demo]")
 ROOT = Path(__file__).resolve().parents[1]
-tool = SimpleNamespace(**runpy.run_path(str(ROOT / "tools" / "demo.py")))
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +55,7 @@ def path_of(video: Any) -> str:
     return video["video"] if isinstance(video, dict) else video
 
 
+@pytest.mark.slow
 def test_every_task(client: Any, clip: Any) -> None:
     video, page = client.predict("one", 2, 2.0, 0, api_name="/generate")
     assert read_video(path_of(video), 5, 48, 32).shape == (5, 3, 48, 32)
@@ -73,6 +72,7 @@ def test_every_task(client: Any, clip: Any) -> None:
     assert read_video(path_of(video), 5, 48, 32).shape == (5, 3, 48, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(COMMAND is None, reason="needs the command chromium")
 def test_a_visitor_drags_the_trajectorys_slider(client: Any, tmp_path: Path) -> None:
     """In a real browser: make both, then move the slider of the page inside the page."""

@@ -60,8 +60,7 @@ def offload_layers(pipe: UniViGUPipeline) -> None:
     assert pipe.vae.device.type == "meta" and compute_device(pipe.vae).type == "cpu"
 
 
-@pytest.mark.parametrize("flow", ["mask", "embedding"])
-@pytest.mark.parametrize("offload", [offload_whole, offload_layers])
+@pytest.mark.parametrize(("offload", "flow"), [(offload_whole, "mask"), (offload_layers, "embedding")])
 def test_every_task_is_the_same(offload: Any, flow: str) -> None:
     expected, pipe = every_task(make_pipe(flow)), make_pipe(flow)
     offload(pipe)

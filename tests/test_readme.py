@@ -41,7 +41,11 @@ def test_guide_pages_are_short_and_links_lead_somewhere() -> None:
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
-@pytest.mark.parametrize("where,line", commands(), ids=lambda value: value[:60])
+@pytest.mark.parametrize(
+    ("where", "line"),
+    [pytest.param(*found, marks=[] if found[0] == "README.md" else pytest.mark.slow) for found in commands()],
+    ids=lambda value: value[:60],
+)
 def test_commands_parse(where: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO)
     for part in line.split(" && "):

@@ -55,31 +55,31 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_vae() -> AutoencoderKLWan:
-    """8x8 spatial and 4x temporal compression, as Wan's, from 2x2 pixel patches to 8 channels."""
+def make_vae(base_dim: int = 16, channels: int = LATENT_CHANNELS) -> AutoencoderKLWan:
+    """8x8 spatial and 4x temporal compression, as Wan's, from 2x2 pixel patches."""
     return AutoencoderKLWan(
-        base_dim=16,
-        z_dim=LATENT_CHANNELS,
+        base_dim=base_dim,
+        z_dim=channels,
         dim_mult=[1, 2, 2],
         num_res_blocks=1,
         temperal_downsample=[True, True],
         in_channels=12,
         out_channels=12,
         patch_size=2,
-        latents_mean=[0.0] * LATENT_CHANNELS,
-        latents_std=[1.0] * LATENT_CHANNELS,
+        latents_mean=[0.0] * channels,
+        latents_std=[1.0] * channels,
     )
 
 
-def make_text_encoder(vocab_size: int) -> UMT5EncoderModel:
-    """Two UMT5 layers of width 64; see :func:`train_text_encoder`."""
+def make_text_encoder(vocab_size: int, width: int = 64, num_layers: int = 2) -> UMT5EncoderModel:
+    """UMT5's layers with four heads; see :func:`train_text_encoder`."""
     return UMT5EncoderModel(
         UMT5Config(
             vocab_size=vocab_size,
-            d_model=64,
-            d_kv=16,
-            d_ff=128,
-            num_layers=2,
+            d_model=width,
+            d_kv=width // 4,
+            d_ff=2 * width,
+            num_layers=num_layers,
             num_heads=4,
             relative_attention_num_buckets=32,
             relative_attention_max_distance=64,

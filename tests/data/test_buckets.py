@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import runpy
 import shutil
 from collections import Counter
 from functools import partial
@@ -15,8 +14,8 @@ import av
 import pytest
 import torch
 
-from tests.conftest import REPO
 from tests.data.conftest import ranked
+from tools.encode import main as encode_command
 from univigu.data.buckets import Bucket, best_bucket, choose_bucket
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.encode import encode_shards
@@ -26,8 +25,6 @@ from univigu.data.shards import Manifest, write_shard
 from univigu.data.video import encode_mp4, read_video
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 from univigu.shapes import renderer, scenes, texts
-
-encode_command = runpy.run_path(str(REPO / "tools" / "encode.py"))["main"]
 
 WIDE, TALL, LONG = Bucket(32, 64, 5), Bucket(64, 32, 5), Bucket(32, 64, 13)
 SIZES = {WIDE: (34, 66, 6), TALL: (80, 40, 5), LONG: (32, 64, 14)}

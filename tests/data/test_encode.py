@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import runpy
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,17 @@ import pytest
 import torch
 import webdataset
 
-from tests.conftest import REPO
+from tests.conftest import RealPool
 from tests.damage import is_intact
+from tools.encode import main
 from univigu.data.datamodule import VideoTextDataModule
+from univigu.data.encode import encode_shards
 from univigu.data.index import index_folder
 from univigu.data.sample import DataError, SampleError, SampleRef
 from univigu.data.shards import Manifest
 from univigu.shapes.write import write_shapes
 from univigu.training.module import UniViGU
 from univigu.training.stages import Stage
-
-main = runpy.run_path(str(REPO / "tools" / "encode.py"))["main"]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,19 @@ def encoded(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         found[dtype] = tmp_path_factory.mktemp(dtype)
         assert main(["--source", str(videos), "--output", str(found[dtype]), "--dtype", dtype, "--workers", "1"]) == 0
     return found
+
+
+@pytest.mark.slow
+def test_a_pools_processes_write_the_same(
+    videos: Path, encoded: dict[str, Path], foundation: str, tmp_path: Path
+) -> None:
+    with RealPool(1) as pool:
+        write_shapes(tmp_path / "videos", "train", 3, shard_size=2, pool=pool)
+        encode_shards(tmp_path / "videos", tmp_path / "latents", foundation, pool=pool)
+        assert pool.submit(os.getpid).result() != os.getpid()
+    for made, expected in (("videos", videos), ("latents", encoded["float32"])):
+        for path in (expected / "train").glob("*.tar"):
+            assert (tmp_path / made / path.name).read_bytes() == path.read_bytes()
 
 
 def data(shards: Path, **changes: Any) -> VideoTextDataModule:

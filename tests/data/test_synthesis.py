@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,9 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
 from transformers import AutoTokenizer
 
-from tests.conftest import REPO
 from tests.damage import is_intact
+from tests.tiny_captioner import write_captioner
+from tools.synthesize import main
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.filters import LengthFilter
 from univigu.data.index import index_folder
@@ -27,9 +27,6 @@ from univigu.data.synthesis.sources import VideoOptions
 from univigu.data.video import read_video
 from univigu.models.tokens import token_count
 from univigu.shapes import renderer, scenes, texts
-
-main = runpy.run_path(str(REPO / "tools" / "synthesize.py"))["main"]
-write_captioner = runpy.run_path(str(REPO / "tests" / "tiny_captioner.py"))["write_captioner"]
 
 PROMPTS = [texts.prompt_of(scenes.sample_scene(seed)) for seed in range(5)]
 FAST = ["--steps", "2", "--guidance-scale", "1", "--shard-size", "2", "--batch-size", "2"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.conftest import REPO
 from univigu import UniViGUPipeline
 from univigu.data.video import encode_mp4
 
@@ -43,4 +41,6 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def evaluate() -> Callable[[list[str]], int]:
     """The command."""
-    return runpy.run_path(str(REPO / "tools" / "evaluate.py"))["main"]  # type: ignore[no-any-return]
+    from tools.evaluate import main
+
+    return main

@@ -41,7 +41,9 @@ def test_a_short_sweep_trains_reports_and_is_not_repeated(
     assert "no_such_option" in capsys.readouterr().err and not Path("runs/other/ffn-0/done").exists()
 
 
-@pytest.mark.parametrize("variant", list(ablate.VARIANTS))
+@pytest.mark.parametrize(
+    "variant", ["recipe", *(pytest.param(name, marks=pytest.mark.slow) for name in ablate.VARIANTS if name != "recipe")]
+)
 def test_every_variant_is_an_option_of_fit(variant: str, tmp_path: Path) -> None:
     from univigu.training.lightning_cli import UniViGUCLI
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import runpy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import REPO, added_memory, in_fork
+from tools import plan as plan_tool
 from univigu.flow.objective import TaskMixture, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
 from univigu.models.conventions import CONVENTIONS
@@ -26,8 +25,6 @@ from univigu.models.weights import empty_model
 from univigu.training.optim import OptimizerOptions
 from univigu.training.plan import WAN21, Workload, added_parameters, count_step, make_plan, workloads_of
 from univigu.training.stages import Stage
-
-plan_tool = SimpleNamespace(**runpy.run_path(str(REPO / "tools" / "plan.py")))
 
 SIZES = {"1.3b": (1536, 12, 30, 8960), "14b": (5120, 40, 40, 13824)}  # width, heads, layers, FFN, as published
 
@@ -110,6 +107,7 @@ def test_a_foundation_that_is_nowhere(capsys: pytest.CaptureFixture[str]) -> Non
     assert "--utilisation 2.0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_prints_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
     refine, both = (
         [f"--config={REPO}/configs/{name}.yaml" for name in (stage, "frozen")] for stage in ("refine", "two_stage")

@@ -165,7 +165,15 @@ def assert_same(first: Any, second: Any, name: str) -> None:
         assert torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second, name
 
 
-@pytest.mark.parametrize("end", ["max_steps", "on_train_batch_end", "on_validation_end", "on_train_epoch_end"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        "max_steps",
+        "on_train_batch_end",
+        pytest.param("on_validation_end", marks=pytest.mark.slow),
+        pytest.param("on_train_epoch_end", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_ends_early_resumes_exactly(folder: Path, tmp_path: Path, end: str) -> None:
     """Its checkpoint holds the trained weights, to which the optimizer's state belongs, and the means."""
     whole = fit_to_last(folder, tmp_path / "whole", make_ema())
