@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.models.test_official import official_state, original_wan
 from tests.test_checkpoint import plain_config, save
+from tests.test_pipeline import make_pipe
 from tools import convert
 from univigu.checkpoint import check_checkpoint_file, load_weights, read_checkpoint, saved_names
 from univigu.models.foundation import Foundation
@@ -25,6 +26,7 @@ from univigu.models.official import import_official, import_wan
 from univigu.models.sharded import sharded_reader
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import CheckpointError, read_weights
+from univigu.pipeline import UniViGUPipeline
 
 
 def refused(call: Callable[[], Any]) -> str:
@@ -224,3 +226,10 @@ def test_a_sharded_folder_runs_no_code(sharded: Path, where: str, monkeypatch: p
     arguments = ["transformer", "--checkpoint", str(sharded), "--output", str(sharded.parent / "out")]
     assert convert.main(arguments) == 2
     assert not Path("executed").exists()
+
+
+def test_a_pipelines_folder_is_checked_in_all_its_parts(tmp_path: Path) -> None:
+    make_pipe().save_pretrained(tmp_path, max_shard_size="20KB")
+    UniViGUPipeline.from_pretrained(tmp_path)
+    sorted((tmp_path / "text_encoder").glob("*-of-*.safetensors"))[0].unlink()
+    assert "text_encoder" in refused(lambda: UniViGUPipeline.from_pretrained(tmp_path))

@@ -192,7 +192,7 @@ class UniViGUPipeline(WanPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """As in diffusers. Prompts encoded with ``transformer=None`` follow the folder's conventions, too."""
         folder = str(pretrained_model_name_or_path)
-        check_files(Path(folder))
+        check_files(Path(folder), subfolders=True)
         pipe = super().from_pretrained(folder, **kwargs)
         if "transformer" in kwargs and pipe.transformer is None and pipe.transformer_2 is None:
             options = {name: kwargs[name] for name in ("cache_dir", "revision", "token") if name in kwargs}

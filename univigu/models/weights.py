@@ -50,17 +50,18 @@ def reading(path: str | Path) -> Iterator[None]:
         raise unreadable(path, error) from error
 
 
-def check_files(path: Path) -> None:
-    """Check a file of weights, or all of a folder: checksums (safetensors have none), and what indices name.
+def check_files(path: Path, subfolders: bool = False) -> None:
+    """Check a file of weights, or a folder's: checksums (safetensors have none), and what indices name.
 
     Raises:
         CheckpointError: a checksum does not match, or a file or key is not there that an index names.
     """
-    for file in sorted(path.rglob("*.bin")) if path.is_dir() else [path]:
+    where = "**/" if subfolders else ""
+    for file in sorted(path.glob(f"{where}*.bin")) if path.is_dir() else [path]:
         with reading(file):
             if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):
                 raise CheckpointError(f"{file}: damaged: the checksum of {damaged} does not match")
-    for index in sorted(path.rglob("*.index*.json")):
+    for index in sorted(path.glob(f"{where}*.index*.json")):
         found: set[str] = set()
         with reading(index):
             names: dict[str, str] = json.loads(index.read_text())["weight_map"]

@@ -71,7 +71,7 @@ def load_pipeline(folder: str | Path, dtype: str, device: str, option: str = "--
 
     kind = UniViGUPipeline if pipeline_class(folder, option) == "UniViGUPipeline" else DiffusionPipeline
     try:
-        check_files(Path(folder))
+        check_files(Path(folder), subfolders=True)
         pipe: Any = kind.from_pretrained(folder, torch_dtype=check_dtype(dtype)).to(device)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         raise DataError(f"{option}={str(folder)!r}: cannot be loaded ({error})") from error
