@@ -37,6 +37,7 @@ def test_its_vae_keeps_what_matters(foundation: str) -> None:
     assert results["shape"] >= 0.9
 
 
+@pytest.mark.slow
 def test_diffusers_runs_it_and_samples_show_what_was_asked(foundation: str) -> None:
     """Held-out prompts through WanPipeline itself, with its default slot of 512 tokens."""
     pipeline = WanPipeline.from_pretrained(foundation)

@@ -80,6 +80,7 @@ def inputs(module: UniViGU, shards: Path, **changes: Any) -> list[dict[str, torc
     return [{name: t for name, t in vars(module.prepare(batch)).items() if t is not None} for batch in batches]
 
 
+@pytest.mark.slow
 def test_training_is_given_the_same_bits(module: UniViGU, videos: Path, encoded: dict[str, Path]) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)  # the command's processes have one each

@@ -323,6 +323,7 @@ def test_mutated_files_are_read_or_refused() -> None:
     assert read
 
 
+@pytest.mark.slow
 def test_a_decoder_that_hangs_or_dies_costs_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video, "DECODE_SECONDS", 1)
     data = encode_mp4(clip())

@@ -29,6 +29,7 @@ def scores(folder: Path, captions: slice, clips: slice, distances: slice) -> dic
     return found | {"clip": clip_score(folder, videos(0)[clips], TEXTS[clips]), "fvd": distance(folder, distances)}
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one(tmp_path: Path) -> None:
     write_clip(tmp_path / "clip")
     write_detector(tmp_path / "detector.pt")

@@ -62,6 +62,7 @@ def test_numbers_out_of_range_are_named(option: str, tmp_path: Path, capsys: pyt
     assert f"--{option} 0: expected" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_vae_learns_and_its_latents_are_measured() -> None:
     torch.manual_seed(0)
     vae = tool.make_vae()

@@ -10,6 +10,7 @@ from PIL import Image, ImageFont, ImageSequence
 from tools import picture
 
 
+@pytest.mark.slow
 def test_it_moves_and_shows_text(untrained_model: str, tmp_path: Path) -> None:
     output = tmp_path / "new" / "joint.gif"
     options = ["--model", untrained_model, "--output", str(output), "--steps", "4", "--lag", "4"]

@@ -29,6 +29,7 @@ def test_one_thing_changes_and_nothing_else() -> None:
             assert len(set(colors)) == len(colors)
 
 
+@pytest.mark.slow
 def test_it_runs(untrained_model: str, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--model", untrained_model, "--clips", "3", "--batch-size", "2"]
     assert quality.main(["steps", *common, "--steps", "2"]) == 0
