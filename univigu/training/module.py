@@ -176,7 +176,9 @@ class UniViGU(EvaluatedModule):
             model.enable_gradient_checkpointing()
         if self.compile_blocks:
             for block in model.blocks:  # diffusers would find them by their class, which sharding changes
-                block.compile(backend=self.compile_backend)
+                # Checkpointing recomputes with the code of the newest size, which must be the forward's, too.
+                dynamic = False if self.gradient_checkpointing else None
+                block.compile(backend=self.compile_backend, dynamic=dynamic)
         self.transformer = model
 
     def enter_stage(self, stage: Stage) -> None:
