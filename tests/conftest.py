@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -132,6 +133,7 @@ def _as_rank(rank: int, processes: int, port: int, function: Callable[..., objec
     os.environ.update(zip(names, map(str, (rank, rank, processes, processes)), strict=True))
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(300, exit=True)  # where ranks wait for each other for ever
     try:
         function(*args)
     finally:

@@ -310,11 +310,12 @@ def test_a_sharded_model_is_evaluated_on_the_mean(two: SimpleNamespace) -> None:
 
 
 @pytest.mark.slow
-def test_the_shipped_overlay_runs_with_its_callbacks(
-    small_data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("sharded", [True, False])
+def test_every_callback_runs_in_two_processes(
+    sharded: bool, small_data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    """Recall, sharded over two processes: held-out samples, the mean of the weights, the report, the checkpoint."""
-    configs = [f"--config={REPO}/configs/{name}.yaml" for name in ("recall", "frozen", "fsdp")]
+    """Held-out samples and accuracies, the mean of the weights, the report, the checkpoint; sharded or plain DDP."""
+    configs = [f"--config={REPO}/configs/{name}.yaml" for name in ("recall", "frozen", *(["fsdp"] * sharded))]
     args = [
         "fit",
         *configs,
@@ -327,6 +328,10 @@ def test_the_shipped_overlay_runs_with_its_callbacks(
         "--trainer.max_steps=3",
         "--trainer.val_check_interval=2",
         "--trainer.callbacks+=univigu.training.callbacks.WeightEMA",
+        "--trainer.callbacks+=univigu.training.callbacks.CaptionAccuracy",
+        "--trainer.callbacks.every_n_steps=2",
+        "--trainer.callbacks.num_clips=2",
+        *([] if sharded else ["--trainer.strategy=ddp"]),
         "--monitor.every_n_steps=2",
         "--data.batch_size=2",
         "--model.sampling.num_inference_steps=2",
@@ -338,7 +343,7 @@ def test_the_shipped_overlay_runs_with_its_callbacks(
     assert "FSDP2-wrapped module" not in printed.err
     assert printed.out.count("captioned from the video alone") == 1  # rank 0 alone prints
     path = tmp_path / "runs/recall/checkpoints/last.ckpt"
-    assert path.is_dir() and [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+    assert path.is_dir() == sharded and [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
     model = load_weights(path)
     assert model.config.text_length == 32 and model.text_head.linear.weight.abs().sum() > 0
 
