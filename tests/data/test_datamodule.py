@@ -18,7 +18,8 @@ from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.filters import LengthFilter
 from univigu.data.sample import DataError, SampleError
 from univigu.data.video import to_model_range
-from univigu.models.foundation import Foundation, encode_video
+from univigu.models.encode import encode_clips
+from univigu.models.foundation import Foundation
 from univigu.models.tokens import detokenize
 
 
@@ -55,7 +56,7 @@ def test_precomputed_latents_are_those_of_encoding_on_the_fly(world: dict[str, A
         assert latents["key"] == video["key"] and "latents" not in video
         assert video["video"].dtype == torch.uint8 and video["video"].shape[1:] == (9, 3, 64, 64)
         with torch.no_grad():
-            encoded = encode_video(vae, to_model_range(video["video"]))
+            encoded = encode_clips(vae, to_model_range(video["video"]))
         # another batch size sums in another order: 4e-7 in the VAE's units, divided by a deviation of 0.07
         torch.testing.assert_close(latents["latents"], encoded, atol=1e-5, rtol=0)
     assert 0.3 < torch.cat([b["latents"] for b in stored]).std() < 3  # normalised

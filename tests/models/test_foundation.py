@@ -11,14 +11,13 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 
 from tests import tiny
-from univigu.models.encode import encode_prompts
+from univigu.models.encode import encode_clips, encode_prompts
 from univigu.models.fingerprint import folder_fingerprint
 from univigu.models.foundation import (
     COMPONENTS,
     Foundation,
     decode_latents,
     denormalize_latents,
-    encode_video,
     normalize_latents,
 )
 from univigu.models.tokens import TextTooLongError, clean_text, detokenize, token_count, tokenize
@@ -87,7 +86,7 @@ def test_latents_are_normalised_as_wan_pipeline_does(pipeline: WanPipeline) -> N
 def test_videos_are_encoded_by_the_mode(pipeline: WanPipeline) -> None:
     video = torch.rand(2, 3, 5, 32, 48) * 2 - 1
     with torch.no_grad():
-        latents, again = (encode_video(pipeline.vae, video) for _ in range(2))
+        latents, again = (encode_clips(pipeline.vae, video) for _ in range(2))
         mean = pipeline.vae._encode(video).chunk(2, dim=1)[0]
     assert torch.equal(latents, again) and latents.dtype == torch.float32
     torch.testing.assert_close(latents, (mean - 0.1) / 1.5)

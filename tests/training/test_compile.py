@@ -12,7 +12,8 @@ from tests import tiny
 from tests.tasks import Tasks
 from univigu.data.video import to_model_range
 from univigu.flow.inputs import TextInputs
-from univigu.models.foundation import Foundation, decode_latents, encode_video
+from univigu.models.encode import encode_clips
+from univigu.models.foundation import Foundation, decode_latents
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.sampling.options import SamplingOptions
 from univigu.shapes.renderer import render
@@ -87,7 +88,7 @@ def test_the_vaes_options_reach_it(options: dict[str, Any], foundation: str) -> 
 def test_slices_are_exact_and_tiles_nearly(foundation: str) -> None:
     vae = Foundation(foundation).vae
     clips = torch.stack([render(sample_scene(seed), 96, 160, 5) for seed in range(2)])
-    latents = encode_video(vae, to_model_range(clips))
+    latents = encode_clips(vae, to_model_range(clips))
     whole = decode_latents(vae, latents)
     vae.enable_slicing()
     torch.testing.assert_close(decode_latents(vae, latents), whole, rtol=1e-4, atol=1e-4)

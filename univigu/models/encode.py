@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from transformers import UMT5EncoderModel
 
-from univigu.models.foundation import encode_video
+from univigu.models.foundation import normalize_latents
+from univigu.models.weights import compute_device
 
 MAX_CLIPS, MAX_PIXELS = 4, 2**18
 """Limits of a group of clips that is encoded in one call: clips, and pixels of all their frames."""
@@ -22,22 +23,23 @@ def group_size(num_frames: int, height: int, width: int) -> int:
 
 
 def encode_clips(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
-    """Video [B, C, F, H, W] in [-1, 1] -> normalised float32 latents [B, C, T, H, W].
+    """Video [B, C, F, H, W] in [-1, 1] -> normalised float32 latents [B, C, T, H, W], the mode and not a sample.
 
     Their rounding depends on the number of clips in a call, on the number of threads of a CPU, and on the memory format
     of the VAE's kernels (:func:`univigu.models.foundation.set_conv_layout`). So every call has one thread and the same
     number of clips; the last group is filled up with copies.
     """
-    size = group_size(*video.shape[2:])
+    size, device = group_size(*video.shape[2:]), compute_device(vae)
     filled = torch.cat([video, video[-1:].expand(-len(video) % size, *video.shape[1:])])
     threads = torch.get_num_threads()
-    if size > 1 and filled.device.type == "cpu":
+    if size > 1 and device.type == "cpu":
         torch.set_num_threads(1)
     try:
-        latents = torch.cat([encode_video(vae, clips) for clips in filled.split(size)])
+        groups = (clips.to(device, vae.dtype) for clips in filled.split(size))
+        latents = torch.cat([vae.encode(clips).latent_dist.mode() for clips in groups])
     finally:
         torch.set_num_threads(threads)
-    return latents[: len(video)]
+    return normalize_latents(latents[: len(video)].float(), vae)
 
 
 def encode_prompts(

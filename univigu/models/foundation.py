@@ -40,12 +40,6 @@ def denormalize_latents(latents: torch.Tensor, vae: AutoencoderKLWan) -> torch.T
     return latents / (1.0 / std) + mean
 
 
-def encode_video(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
-    """Video [B, C, F, H, W] in [-1, 1] -> normalised float32 latents [B, C, T, H, W], the mode and not a sample."""
-    latents = vae.encode(video.to(compute_device(vae), vae.dtype)).latent_dist.mode()
-    return normalize_latents(latents.float(), vae)
-
-
 def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     """Normalised latents [B, C, T, H, W] -> video [B, C, F, H, W], roughly in [-1, 1]."""
     latents = latents.to(compute_device(vae), vae.dtype)
