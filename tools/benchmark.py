@@ -1,7 +1,6 @@
-"""Measure speeds, side by side in one run.
+"""Measure speeds on the CPU, side by side in one run.
 
     python tools/benchmark.py caption     # a caption with and without the cache
-    python tools/benchmark.py sampler     # one step of the text sampler over a large vocabulary
     python tools/benchmark.py data        # the loader on videos and on latents, against decord itself
 
 Each prints a table of medians; the variants take turns.
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +31,6 @@ from univigu.data.index import index_folder
 from univigu.data.loader import TrainLoader
 from univigu.data.processes import SpawnPool
 from univigu.data.sample import SampleRef
-from univigu.flow.text import make_text_flow
 from univigu.models.cache import AttentionCache
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 from univigu.models.transformer import UniViGUTransformer3DModel
@@ -42,23 +39,16 @@ from univigu.sampling.sampler import SampleInputs, Sampler
 from univigu.shapes.write import world_fingerprint, write_shapes
 
 
-def race(ways: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
+def race(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each variant; they take turns, after one untimed round."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, way in ways.items():
-            _wait(device)
             start = time.perf_counter()
             way()
-            _wait(device)
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def show(title: str, seconds: dict[str, float], baseline: str, unit: float = 1.0, name: str = "seconds") -> None:
@@ -68,9 +58,7 @@ def show(title: str, seconds: dict[str, float], baseline: str, unit: float = 1.0
     Console(width=110).print(table)
 
 
-def where(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+def where() -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
@@ -86,51 +74,47 @@ def caption_flops(options: argparse.Namespace, prompt_length: int, tokens: int, 
 
 def caption(options: argparse.Namespace) -> dict[str, float]:
     """Captions by random weights: the cached sampler, and the same without its cache."""
-    device, prompt_length = torch.device(options.device), 64
+    prompt_length = 64
     torch.manual_seed(0)
-    model = (
-        UniViGUTransformer3DModel(
-            num_attention_heads=options.width // 32,
-            attention_head_dim=32,
-            in_channels=16,
-            out_channels=16,
-            text_dim=64,
-            freq_dim=64,
-            ffn_dim=options.ffn_dim,
-            num_layers=options.layers,
-            vocab_size=options.vocab_size,
-            text_flow="uniform",
-            clean_video_reads_text=False,
-        )
-        .to(device, getattr(torch, options.dtype))
-        .eval()
-    )
+    model = UniViGUTransformer3DModel(
+        num_attention_heads=options.width // 32,
+        attention_head_dim=32,
+        in_channels=16,
+        out_channels=16,
+        text_dim=64,
+        freq_dim=64,
+        ffn_dim=options.ffn_dim,
+        num_layers=options.layers,
+        vocab_size=options.vocab_size,
+        text_flow="uniform",
+        clean_video_reads_text=False,
+    ).eval()
     torch.nn.init.normal_(model.text_head.linear.weight, std=0.2)  # it starts at zero, and draws would be all alike
     frames = options.video_tokens // 256
     if frames * 256 != options.video_tokens:
         raise SystemExit(f"--video-tokens {options.video_tokens}: expected a multiple of 256")
-    latents = torch.randn(options.batch_size, 16, frames, 32, 32, device=device)
-    embeds = torch.randn(options.batch_size, prompt_length, 64, device=device)
+    latents = torch.randn(options.batch_size, 16, frames, 32, 32)
+    embeds = torch.randn(options.batch_size, prompt_length, 64)
     sampling = SamplingOptions(caption_steps=options.steps, temperature=1.0)
     tokens: dict[str, torch.Tensor] = {}
 
     def sample(name: str, sampled: Any) -> None:
         sampler = Sampler(sampled, FlowMatchEulerDiscreteScheduler(), sampling)
-        generator = torch.Generator(device).manual_seed(1)
+        generator = torch.Generator().manual_seed(1)
         inputs = SampleInputs(embeds, embeds[:1], latents, text_length=options.text_tokens, generator=generator)
         made = sampler.sample("caption", inputs).tokens
         assert made is not None
         tokens[name] = made
 
     ways = {"cached": lambda: sample("cached", model), "uncached": lambda: sample("uncached", Uncached(model))}
-    seconds = race(ways, options.repeats, device)
+    seconds = race(ways, options.repeats)
     both = options.video_tokens + options.text_tokens
     full = caption_flops(options, prompt_length, both, both)
     text = caption_flops(options, prompt_length, options.text_tokens, both)
     bound = options.steps * full / (full + (options.steps - 1) * text)
     same = (tokens["cached"] == tokens["uncached"]).float().mean().item()
     title = f"{options.steps} steps, {options.video_tokens} + {options.text_tokens} tokens, batch {options.batch_size}"
-    show(f"a batch of captions, {title}\n{where(device)}", seconds, "uncached")
+    show(f"a batch of captions, {title}\n{where()}", seconds, "uncached")
     ratio = seconds["uncached"] / seconds["cached"]
     print(f"cached: {ratio:.1f}x the uncached loop (by operations at most {bound:.1f}x)")
     print(f"same tokens from the same random numbers, cached and uncached: {same:.2%}")
@@ -148,49 +132,6 @@ class Uncached:
         if video[0] is not None:
             self._video = video
         return self.model(*self._video, **text)
-
-
-# ---------------------------------------------------------------------------- the text sampler
-
-
-def plain_step(x_t: torch.Tensor, logits: torch.Tensor, t: float, t_next: float) -> torch.Tensor:
-    """A mixture path's Euler step, from the formulas: float64 posterior, one-hot rates, two draws per token."""
-    vocab_size = logits.shape[-1]
-    x_hat = _categorical(torch.softmax(logits.double(), -1))
-    rates = F.one_hot(x_hat, vocab_size).double() / (1.0 - t)
-    rates = torch.where(F.one_hot(x_t, vocab_size).bool(), 0.0, rates)
-    jumps = torch.rand(x_t.shape, dtype=torch.float64, device=x_t.device)
-    jumps = jumps < 1 - torch.exp(-(t_next - t) * rates.sum(-1))
-    x_t = x_t.clone()
-    if bool(jumps.any()):
-        x_t[jumps] = _categorical(rates[jumps])
-    return x_t
-
-
-def _categorical(weights: torch.Tensor) -> torch.Tensor:
-    return torch.multinomial(weights.flatten(0, -2), 1).view(weights.shape[:-1])
-
-
-def sampler(options: argparse.Namespace) -> dict[str, float]:
-    """One sampling step over a large vocabulary, beyond the logits themselves."""
-    device = torch.device(options.device)
-    torch.manual_seed(0)
-    logits = torch.randn(1, options.text_tokens, options.vocab_size, device=device)
-    x_t = torch.randint(options.vocab_size, (1, options.text_tokens), device=device)
-    ways: dict[str, Callable[[], Any]] = {"plain": lambda: plain_step(x_t, logits, 0.5, 0.52)}
-    for name, flow in (
-        ("lean, temperature 0", make_text_flow("uniform", options.vocab_size, temperature=0.0)),
-        ("lean", make_text_flow("uniform", options.vocab_size)),
-        ("lean, top-p 0.9", make_text_flow("uniform", options.vocab_size, top_p=0.9)),
-    ):
-        ways[name] = lambda flow=flow: flow.step(x_t, logits, 0.5, 0.52)  # type: ignore[misc]
-    seconds = race(ways, options.repeats, device)
-    show(
-        f"one step, {options.text_tokens} tokens of {options.vocab_size}\n{where(device)}", seconds, "plain", 1e-3, "ms"
-    )
-    share = seconds["lean"] / seconds["plain"]
-    print(f"lean takes {share:.1%} of the plain step's time")
-    return {"share": share}
 
 
 # ---------------------------------------------------------------------------- data
@@ -220,9 +161,9 @@ def data(options: argparse.Namespace) -> dict[str, float]:
             assert sum(len(batch["key"]) for batch in loaders[name]) == options.clips
 
         ways = {"decord": plain, "loader, videos": lambda: drain("videos"), "loader, latents": lambda: drain("latents")}
-        seconds = race(ways, options.repeats, torch.device("cpu"))
+        seconds = race(ways, options.repeats)
     processes = f"{options.workers} process(es) of one thread, batch {options.batch_size}"
-    title = f"a clip of {bucket}, {options.clips} clips, {processes}\n{where(torch.device('cpu'))}"
+    title = f"a clip of {bucket}, {options.clips} clips, {processes}\n{where()}"
     show(title, seconds, "decord", options.clips * 1e-3, "ms")
     video_ratio = seconds["decord"] / seconds["loader, videos"]
     latents_ratio = seconds["loader, videos"] / seconds["loader, latents"]
@@ -258,8 +199,7 @@ def _loader(shards: Path, options: argparse.Namespace, size: dict[str, int]) -> 
 CAPTION = {"text-tokens": 64, "video-tokens": 1280, "vocab-size": 4096, "width": 128, "ffn-dim": 512, "layers": 8}
 DATA = {"size": "480x832x33", "clips": 16, "batch-size": 1, "workers": 1, "repeats": 5}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "caption": CAPTION | {"steps": 50, "batch-size": 1, "dtype": "float32", "repeats": 3},
-    "sampler": {"vocab-size": 256384, "text-tokens": 256, "repeats": 3},
+    "caption": CAPTION | {"steps": 50, "batch-size": 1, "repeats": 3},
     "data": DATA | {"foundation": EMBEDDED_FOUNDATION, "folder": "runs/data/benchmark"},
 }
 """Options of each command, with their defaults."""
@@ -268,11 +208,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def main(args: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for function in (caption, sampler, data):
+    for function in (caption, data):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(measure=function)
         command.add_argument("--threads", type=int, help="default: torch's, one per core")
-        command.add_argument("--device", default="cpu")
         for option, default in OPTIONS[function.__name__].items():
             command.add_argument(f"--{option}", type=type(default), default=default)
     options = parser.parse_args(args)

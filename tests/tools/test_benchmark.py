@@ -35,8 +35,3 @@ def test_captions_are_the_same_with_and_without_the_cache() -> None:
     size = "--vocab-size 50 --text-tokens 4 --video-tokens 256 --width 32 --ffn-dim 32 --layers 1 --steps 3 --repeats 1"
     found = tool.main(["caption", *size.split()])
     assert found["same"] == 1 and found["bound"] > 1
-
-
-def test_a_sampling_step_is_measured_beside_a_plain_one(capsys: pytest.CaptureFixture[str]) -> None:
-    found = tool.main(["sampler", "--vocab-size=50", "--text-tokens=4", "--repeats=1"])
-    assert found["share"] > 0 and "lean, top-p 0.9" in capsys.readouterr().out
