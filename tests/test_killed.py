@@ -10,6 +10,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -20,6 +22,7 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 
+from tests.conftest import REPO
 from tools import encode, synthesize
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.shapes.scenes import sample_scene
@@ -133,3 +136,83 @@ def test_killed_training_continues_bit_for_bit(tmp_path: Path) -> None:
         resumed_steps, resumed_weights = outcome(folder)
         assert resumed_steps == steps
         assert all(torch.equal(value, weights[name]) for name, value in resumed_weights.items())
+
+
+def start(*command: str) -> subprocess.Popen[str]:
+    """A command as the first process of a session of its own."""
+    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([sys.executable, *command], env=environment, start_new_session=True, text=True, **pipes)
+
+
+def wait_until(done: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not (reached := done()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return reached
+
+
+def processes_of(session: int) -> dict[int, str]:
+    """Commands of a session's processes, by their ids; in a line of /proc/PID/stat it stands fourth behind the name."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, number = path.read_text().rpartition(")")[2].split()[:4]
+            if int(number) == session and state != "Z":
+                found[int(path.parent.name)] = path.with_name("cmdline").read_text().replace("\0", " ")
+        except OSError:  # it has just ended
+            continue
+    return dict(sorted(found.items()))
+
+
+POOL = """
+import sys, time
+from univigu.cli import exit_code
+from univigu.data.processes import SpawnPool
+def run():
+    with SpawnPool(1) as pool:
+        jobs = [pool.submit(time.sleep, 0.1) for _ in range(10000)]
+        jobs[0].result()
+        print("begun", flush=True)
+        jobs[-1].result()
+if __name__ == "__main__":
+    sys.exit(exit_code(run))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_a_pool_ends_with_its_process(number: int, code: int, tmp_path: Path) -> None:
+    (tmp_path / "pool.py").write_text(POOL)
+    process = start(str(tmp_path / "pool.py"))
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    assert process.wait(timeout=30) == code
+    assert wait_until(lambda: not processes_of(process.pid), 20)  # the tracker of semaphores has ended, too
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize("to", ["all", "one"])
+def test_signals_to_two_ranks(to: str, in_tmp: Path, small_data: list[str]) -> None:
+    """SIGTERM to all ends with a checkpoint and its code; a rank that is killed ends the other, with a message."""
+    options = ["--media.every_n_steps=0", "--trainer.log_every_n_steps=1", "--data.num_workers=1"]
+    options += ["--trainer.devices=2", "--trainer.accelerator=cpu", "--trainer.strategy=ddp"]
+    process = start("-m", "univigu.cli", "fit", "--config=configs/recall.yaml", *small_data, *options)
+    curves = Path("runs/recall/tensorboard")
+    assert wait_until(lambda: sum(file.stat().st_size for file in curves.glob("events*")) > 4000, 150)
+    if to == "all":
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        ranks = [pid for pid, command in processes_of(process.pid).items() if "univigu.cli" in command]
+        os.kill(ranks[1], signal.SIGKILL)
+    printed, _ = process.communicate(timeout=60)
+    assert wait_until(lambda: not processes_of(process.pid), 20)
+    if to == "all":
+        step = torch.load("runs/recall/checkpoints/last.ckpt", weights_only=True)["global_step"]
+        assert process.returncode == 143 and f"training ends after step {step}" in printed
+    else:
+        # Either Lightning sees it first, or the other rank in a collective.
+        assert process.returncode in (1, -signal.SIGKILL)
+        assert "terminated with code -9" in printed or "RuntimeError" in printed
