@@ -90,8 +90,8 @@ class Report:
         if not name.startswith(self.only):
             return
         cuda = self.device.type == "cuda"
-        gc.collect()
         if cuda:
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
