@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,17 @@ def client(pipe: UniViGUPipeline, tmp_path_factory: pytest.TempPathFactory) -> I
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, allowed_paths=[str(folder)])
     yield gradio_client.Client(url, verbose=False, download_files=str(folder / "downloads"))
     page.close()
+    assert not list((folder / "gradio").rglob("*.mp4"))  # its copies of what it was given and made
     patch.undo()
+
+
+def test_its_own_folder_goes_with_it(pipe: UniViGUPipeline) -> None:
+    demo = Demo(pipe)
+    folder = demo.folder
+    assert folder.is_dir()
+    del demo
+    gc.collect()
+    assert not folder.exists()
 
 
 @pytest.fixture(scope="module")

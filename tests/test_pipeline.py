@@ -96,6 +96,17 @@ def test_questions_are_conditions(pipe: UniViGUPipeline, videos: np.ndarray) -> 
     assert torch.equal(answered.tokens, captioned.tokens) and len(answered.text) == 2
 
 
+def test_samples_are_the_same_in_any_batch(pipe: UniViGUPipeline) -> None:
+    """Up to rounding: texts are equal, frames differ by a level at most."""
+    prompts = ["a red circle", "two", "a blue ring"]
+    whole = pipe.joint(prompts, **SIZE, generator=seeds(1, 2, 3), output_type="pt", **QUICK)
+    single = [pipe.joint(p, **SIZE, generator=seeds(i), output_type="pt", **QUICK) for i, p in enumerate(prompts, 1)]
+    assert whole.text == [one.text[0] for one in single]
+    difference = whole.frames - torch.cat([one.frames for one in single])
+    assert difference.abs().max() < 1 / 255
+    assert (whole.frames[0] - whole.frames[1]).abs().max() > 0.1  # negative control: another sample
+
+
 @pytest.mark.parametrize("output_type", ["np", "pt", "pil", "latent"])
 def test_joint_makes_video_and_text(pipe: UniViGUPipeline, output_type: str) -> None:
     made = pipe.joint(["a red circle", "two"], **SIZE, generator=seeds(1, 2), output_type=output_type, **QUICK)
