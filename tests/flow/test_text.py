@@ -127,6 +127,7 @@ def test_embedding_step_follows_the_posterior_mean() -> None:
     sharp, first = (replace(EMBEDDING, temperature=0.5), replace(EMBEDDING, top_p=1e-6))
     torch.testing.assert_close(sharp.endpoint(logits), (2 * logits).softmax(-1) @ TABLE)
     torch.testing.assert_close(first.endpoint(logits), TABLE[logits.argmax(-1)])
+    torch.testing.assert_close(replace(EMBEDDING, temperature=0.0).endpoint(logits), TABLE[logits.argmax(-1)])
 
 
 def test_embedding_sampler_with_the_true_posterior_gives_the_data() -> None:

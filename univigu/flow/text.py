@@ -133,8 +133,13 @@ class EmbeddingFlow(TextFlow):
         return x_t + (t_next - t) / (1.0 - t) * (self.endpoint(logits) - x_t)
 
     def endpoint(self, logits: torch.Tensor) -> torch.Tensor:
-        """The posterior mean of the data, float32 [B, L, D]; temperature and nucleus change the posterior."""
-        p = torch.softmax(logits.float() / (self.temperature or 1.0), dim=-1)
+        """The posterior mean of the data, float32 [B, L, D]; temperature and nucleus change the posterior.
+
+        At temperature 0 it is the likeliest token's row.
+        """
+        if self.temperature == 0:
+            return F.embedding(logits.argmax(dim=-1), self._table)
+        p = torch.softmax(logits.float() / self.temperature, dim=-1)
         if self.top_p < 1.0:
             kept, order = nucleus(p, self.top_p)
             p = torch.zeros_like(p).scatter(-1, order, kept / kept.sum(dim=-1, keepdim=True))
