@@ -37,10 +37,7 @@ FREE = ("clean_video_reads_text", "clean_video_timestep", "text_length", *CONVEN
 
 
 def check_checkpoint_file(path: Path) -> None:
-    """Refuse a file or folder that is no checkpoint, or is damaged, or could run code.
-
-    The error for a missing one names the command that makes it.
-    """
+    """Refuse what is no checkpoint, or damaged, or could run code; a missing one with the command that makes it."""
     if not path.exists():
         stage = next((name for name in ("foundation", "recall", "refine") if name in path.parts), "recall")
         raise CheckpointError(f"{path}: no such checkpoint; make it with: lightning fit --config configs/{stage}.yaml")
@@ -69,10 +66,9 @@ def _read_sharded(path: Path) -> dict[str, Any]:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a training checkpoint: a ``.ckpt`` file or the folder of a sharded one, whose full weights are read.
+    """A training checkpoint: a ``.ckpt`` file or the folder of a sharded one, whose full weights are read.
 
-    Raises:
-        CheckpointError: there is none (says how to make it), or it is not one of this project's.
+    A CheckpointError if there is none (it says how to make it), or if it is not one of this project's.
     """
     path = Path(path)
     check_checkpoint_file(path)
@@ -86,10 +82,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def load_weights(path: str | Path, like: UniViGUTransformer3DModel | None = None) -> UniViGUTransformer3DModel:
     """A transformer with the weights of a training checkpoint or of a folder written by ``save_pretrained``.
 
-    The weights are loaded into ``like``, whose architecture they must fit, or into a model of the checkpoint's own.
-
-    Raises:
-        CheckpointError: missing, unreadable, or of another architecture; names the differing options or keys.
+    The weights are loaded into ``like``, whose architecture they must fit, or into a model of the checkpoint's own. A
+    CheckpointError if they are missing, unreadable, or of another architecture; it names the options or keys.
     """
     folder = Path(path)
     if (folder / "config.json").is_file():
@@ -152,9 +146,7 @@ def check_resumed(checkpoint: Mapping[str, Any], path: Path, lora: LoraOptions |
     """Refuse to resume a fit that trained adapters, or averaged weights, differently.
 
     ``checkpoint`` is as Lightning gives it to ``on_load_checkpoint``: without the weights if the model is sharded.
-
-    Raises:
-        MisconfigurationException: names the options, with the checkpoint's and the configuration's values.
+    A MisconfigurationException names the options, with the checkpoint's and the configuration's values.
     """
     differing = lora_differences(checkpoint["univigu"].get("lora"), lora)
     averaged = _has_means(checkpoint.get("state_dict") or saved_names(path))
@@ -187,8 +179,7 @@ def take_for_use(
 def take_sharded(model: torch.nn.Module, checkpoint: Mapping[str, Any], path: Path, lora: LoraOptions | None) -> None:
     """Replace a sharded model's loaded weights by the checkpoint's running means, if it has any; each rank its share.
 
-    Raises:
-        MisconfigurationException: the checkpoint's adapters have other options than ``lora``, which are named.
+    A MisconfigurationException names options of the checkpoint's adapters that differ from ``lora``.
     """
     if differing := lora_differences(checkpoint["univigu"].get("lora"), lora):
         raise MisconfigurationException(

@@ -34,11 +34,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def sharded_reader(folder: Path) -> FileSystemReader:
-    """torch's reader of a folder, once it is certain that reading the folder runs no code.
-
-    Raises:
-        CheckpointError: the folder is not readable, or it refers to code.
-    """
+    """torch's reader of a folder, after a check that reading runs no code; a CheckpointError if it would."""
     with reading(folder):
         metadata: Metadata = _Unpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
         for index, info in (metadata.storage_data or {}).items():

@@ -51,11 +51,8 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def check_files(path: Path, subfolders: bool = False) -> None:
-    """Check a file of weights, or a folder's: checksums (safetensors have none), and what indices name.
-
-    Raises:
-        CheckpointError: a checksum does not match, or a file or key is not there that an index names.
-    """
+    """Raise CheckpointError for a checksum that does not match (safetensors have none), or a file or key that an index
+    names and that is not there; of a file of weights, or of a folder."""
     where = "**/" if subfolders else ""
     for file in sorted(path.glob(f"{where}*.bin")) if path.is_dir() else [path]:
         with reading(file):
@@ -79,8 +76,7 @@ def check_files(path: Path, subfolders: bool = False) -> None:
 def read_weights(path: str | Path) -> dict[str, Any]:
     """The dict in a .safetensors file, a folder of such files, or a file of ``torch.save``; nothing in it is run.
 
-    Raises:
-        CheckpointError: no such file, not one of these, or not all files and keys that the folder's index names.
+    A CheckpointError if there is no such file, or as :func:`check_files`.
     """
     path = Path(path)
     if not path.exists():
@@ -153,8 +149,7 @@ def check_complete(path: Any, info: Any, allow_unexpected: bool = False) -> None
 def load_model(kind: Any, folder: Path, allow_unexpected: bool = False, **options: Any) -> Any:
     """A model of diffusers or transformers from a folder; ``options`` are those of ``from_pretrained``.
 
-    Raises:
-        CheckpointError: unreadable or damaged, or keys that are missing, unexpected or of another shape.
+    A CheckpointError for what is unreadable or damaged, and for keys that are missing, unexpected or of another shape.
     """
     check_files(folder)
     with reading(folder):
