@@ -18,6 +18,7 @@ import torch
 
 from univigu.models.weights import CheckpointError
 from univigu.training.checkpoint_io import SafeCheckpointIO
+from univigu.training.parallel import ShardedStrategy
 
 OLD = {"weight": torch.arange(1000)}
 
@@ -57,7 +58,7 @@ def test_a_full_disk_leaves_the_old_one(path: Path) -> None:
 def save_and_die(path: Path, at: str) -> None:
     """Save another checkpoint in a process that is killed when it calls a function of os."""
     setattr(os, at, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    SafeCheckpointIO().save_checkpoint({"weight": torch.zeros(100_000)}, path)
+    SafeCheckpointIO().save_checkpoint({"weight": torch.zeros(1000)}, path)  # no threads, which do not survive a fork
 
 
 @pytest.mark.parametrize("at", ["fsync", "replace"])
@@ -95,6 +96,10 @@ def test_no_code_is_run_from_a_file_or_url(tmp_path: Path, monkeypatch: pytest.M
                     SafeCheckpointIO().load_checkpoint(source, weights_only=weights_only)
                 assert "weights_only=False" not in str(error.value)
         server.shutdown()
+    (tmp_path / "sharded").mkdir()
+    (tmp_path / "sharded" / ".metadata").write_bytes(pickle.dumps(Code(ran)))
+    with pytest.raises(CheckpointError, match=r"\.metadata"):
+        ShardedStrategy().load_checkpoint(tmp_path / "sharded")
     assert not ran.exists()
     with pytest.raises(FileExistsError):  # the file does run a command if it is let
         ran.mkdir()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.utils._pytree import tree_map_only
 
+from univigu.models.sharded import sharded_reader
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import empty_model
 
@@ -169,13 +169,15 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """As Lightning's, with the optimizer state of exactly those weights that were saved with one."""
         path = Path(self.broadcast(checkpoint_path))
-        with self._only_with_state(path) if path.is_dir() and self.optimizers else nullcontext():
-            return super().load_checkpoint(path, weights_only)
+        saved = (
+            sharded_reader(path).read_metadata().state_dict_metadata if path.is_dir() else {}
+        )  # or a CheckpointError
+        with self._only_with_state(saved) if saved and self.optimizers else nullcontext():
+            return super().load_checkpoint(path, weights_only=True)
 
     @contextmanager
-    def _only_with_state(self, path: Path) -> Iterator[None]:
+    def _only_with_state(self, saved: Iterable[str]) -> Iterator[None]:
         assert self.model is not None
-        saved = FileSystemReader(path).read_metadata().state_dict_metadata
         stated = {key.rpartition(".")[0].split(".state.", 1)[1] for key in saved if ".state." in key}
         parameters = dict(self.model.named_parameters())
         before = {parameter: parameter.requires_grad for parameter in parameters.values()}
