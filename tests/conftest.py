@@ -122,6 +122,27 @@ def failing(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
     return run
 
 
+def parse_command(args: list[str]) -> None:
+    """Parse the arguments of ``lightning`` and instantiate nothing."""
+    from lightning.pytorch.cli import LightningCLI
+
+    from univigu.training.lightning_cli import UniViGUCLI
+
+    class Parsed(Exception):
+        pass
+
+    class OnlyParse(UniViGUCLI):
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {args[0]: LightningCLI.subcommands()[args[0]]}  # each of the others takes as long
+
+        def instantiate_classes(self) -> None:
+            raise Parsed
+
+    with pytest.raises(Parsed):
+        OnlyParse(args)
+
+
 def run_ranks(function: Callable[..., object], *args: Any, processes: int = 2) -> None:
     """Call a function in several processes that know each other by torch.distributed, on the CPU, as torchrun would.
 
