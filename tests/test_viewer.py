@@ -133,7 +133,13 @@ def test_a_model_that_knows_other_latents_is_shown_as_it_is_made() -> None:
     with torch.no_grad():
         wrong = pipe.video_processor.postprocess_video(Conventions().decode(pipe.vae, latents), output_type="np")
     # up to compression; WanPipeline's convention gives another picture
-    assert np.abs(shown - made.frames[0, 0]).mean() < 0.05 < np.abs(shown - wrong[0, 0]).mean()
+    assert distance(shown, made.frames[0, 0]) < 0.5 * distance(shown, wrong[0, 0])
+
+
+def distance(first: np.ndarray, second: np.ndarray) -> float:
+    """The mean difference of blocks of 8 x 8 pixels; within blocks compression changes what is nearly noise."""
+    blocks = np.abs((first - second).reshape(4, 8, 6, 8, 3).mean((1, 3)))
+    return float(blocks.mean())
 
 
 def seeded() -> torch.Generator:
@@ -154,7 +160,7 @@ def test_wan_pipelines_own_call_is_recorded(pipe: UniViGUPipeline) -> None:
     noise = [s["video_noise"] for s in recorder.steps]
     assert 1 > noise[0] > noise[1] > noise[2] == 0.0
     last = np.asarray(animation(recorder.steps[-1]["video"]).convert("RGB"), np.float32) / 255
-    assert np.abs(last - made.frames[0, 0]).mean() < 0.05
+    assert distance(last, made.frames[0, 0]) < 0.01
 
 
 def test_misuse_is_named(pipe: UniViGUPipeline, tmp_path: Path) -> None:
