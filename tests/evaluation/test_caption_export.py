@@ -14,8 +14,7 @@ import torch
 from univigu import UniViGUPipeline
 from univigu.data.sample import DataError
 from univigu.data.video import read_video
-from univigu.evaluation.caption_export import FAILED
-from univigu.evaluation.exports import read_listing
+from univigu.evaluation.caption_export import FAILED, read_listing
 
 Evaluate = Callable[[list[str]], int]
 Capture = pytest.CaptureFixture[str]

@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 import torch
 
-from univigu.data.inputs import find_videos
+from univigu.data.inputs import find_videos, read_list
 from univigu.data.parts import Record
 from univigu.data.processes import ONLY, Share
 from univigu.data.rows import to_json, to_line
 from univigu.data.sample import DataError, is_video
 from univigu.data.synthesis.sources import pipeline_class
 from univigu.data.video import VideoError, read_video
-from univigu.evaluation.exports import ExportOptions, export_rows, read_listing
+from univigu.evaluation.exports import ExportOptions, export_rows
 
 Benchmark = Literal["dream1k", "vdc"]
 Category = Literal["short", "background", "main_object", "camera", "detailed"]
@@ -119,6 +119,22 @@ def _read_list(
     if benchmark == "dream1k" and not all(isinstance(row.get("text"), dict) for row in rows):
         raise DataError(f'--annotations={annotations!r}: expected rows with an object "text", as tarsier\'s')
     return rows, names
+
+
+def read_listing(path: str, fields: tuple[str, ...], option: str) -> tuple[list[Record], list[str]]:
+    """Rows of a benchmark's list, and the text of each that names its video: of the first of the fields that it has.
+
+    Rows of aurora's list are ``{name: questions}``.
+    """
+    rows, names = read_list(path, option), []
+    for row in rows:
+        only = next(iter(row.fields.items())) if len(row.fields) == 1 else ("", None)
+        name = next((row.fields[field] for field in fields if row.fields.get(field) not in (None, "")), None)
+        if name is None and not isinstance(only[1], list):
+            error = row.error or f"{row.where} has none of the fields {list(fields)}"
+            raise DataError(f"{option}={path!r}: {error}")
+        names.append(only[0] if name is None else str(name))
+    return [row.fields for row in rows], names
 
 
 def _locate(names: list[str], videos: str | list[str]) -> dict[str, str | None]:

@@ -9,11 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from univigu.data.inputs import read_list
 from univigu.data.options import check_least
 from univigu.data.parts import Record, Result, run_jobs
 from univigu.data.processes import Share
-from univigu.data.sample import DataError
 from univigu.data.synthesis.sources import VideoOptions, load_pipeline
 from univigu.models.fingerprint import folder_fingerprint
 from univigu.sampling.options import SamplingOptions
@@ -83,21 +81,3 @@ def export_rows(
             yield number, row, next(files) if rows[number]["error"] is None else {}
 
     return run_jobs(output, parameters, len(rows), make, merge, options.batch_size, share, output.name)
-
-
-def read_listing(path: str, fields: tuple[str, ...], option: str) -> tuple[list[Record], list[str]]:
-    """Rows of a benchmark's list, .jsonl or .json, and the text of each that names its input.
-
-    Args:
-        fields: the first that a row has holds the name; rows of aurora's list are ``{name: questions}``.
-    """
-    rows, names = read_list(path, option), []
-    for row in rows:
-        cells = row.fields
-        only = next(iter(cells)) if len(cells) == 1 and isinstance(next(iter(cells.values())), list) else None
-        name = next((cells[field] for field in fields if cells.get(field) not in (None, "")), only)
-        if name is None:
-            problem = row.error or f"{row.where} has none of the fields {list(fields)}"
-            raise DataError(f"{option}={path!r}: {problem}")
-        names.append(str(name))
-    return [row.fields for row in rows], names
