@@ -228,6 +228,7 @@ def test_an_interrupted_run_continues_exactly(in_tmp: Path, small_data: list[str
         assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(moments[1][i][k])) for k, value in state.items())
 
 
+@pytest.mark.slow
 def test_last_is_found_before_training(
     in_tmp: Path, small_data: list[str], checkpoint: Path, failing: Callable[[list[str]], str]
 ) -> None:

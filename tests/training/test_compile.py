@@ -97,6 +97,7 @@ def test_slices_are_exact_and_tiles_nearly(foundation: str) -> None:
     assert 1e-4 < difference < 0.1 * whole.abs().mean()
 
 
+@pytest.mark.slow
 def test_blocks_are_recomputed_with_the_code_of_their_size(tmp_path: Path) -> None:
     """A step's tasks differ in size; checkpointing recomputes them when all have run."""
     tiny.make_pipeline().save_pretrained(tmp_path)
