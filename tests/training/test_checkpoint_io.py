@@ -57,6 +57,7 @@ def test_a_full_disk_leaves_the_old_one(path: Path) -> None:
 
 def save_and_die(path: Path, at: str) -> None:
     """Save another checkpoint in a process that is killed when it calls a function of os."""
+    torch.set_num_threads(1)
     setattr(os, at, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     SafeCheckpointIO().save_checkpoint({"weight": torch.zeros(1000)}, path)  # no threads, which do not survive a fork
 
