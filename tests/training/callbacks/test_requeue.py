@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from tests.training import test_stages as stages
 from univigu.cli import exit_code
 from univigu.training.callbacks import LastCheckpoint, StageSwitch
+from univigu.training.callbacks.checkpoint import find_last
 from univigu.training.module import UniViGU
 
 
@@ -112,3 +113,17 @@ def test_a_second_signal_ends_training_at_once(folder: Path, tmp_path: Path) -> 
 def folder(tmp_path: Path) -> Path:
     stages.tiny.make_pipeline().save_pretrained(tmp_path / "foundation")
     return tmp_path / "foundation"
+
+
+def test_a_folder_is_replaced_and_an_old_one_found(folder: Path, tmp_path: Path) -> None:
+    """What a sharded run leaves, also where it was killed between two names."""
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.mkdir(parents=True)
+    (last / ".metadata").touch()
+    assert find_last(last.parent) == last
+    last.rename(last.with_suffix(".old"))
+    assert find_last(last.parent) == last.with_suffix(".old")
+    last.with_suffix(".old").rename(last)
+    fit(folder, tmp_path)
+    assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+    assert torch.load(find_last(last.parent), weights_only=True)["global_step"] == 6

@@ -103,13 +103,14 @@ class LastCheckpoint(Checkpoint):
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        """Save this step, once; a sharded checkpoint is a folder, named when every process has written its part."""
+        """Save this step, once; a folder (of a sharded model) is named when every process has written its part."""
         if trainer.fast_dev_run or self._saved_step == trainer.global_step:  # type: ignore[attr-defined]
             return
         self._saved_step = trainer.global_step
         target = Path(self.dirpath or Path(trainer.default_root_dir) / FOLDER) / LAST
         self.last_model_path = str(target)
-        if not is_sharded(trainer.lightning_module.transformer):  # type: ignore[arg-type]
+        sharded = is_sharded(trainer.lightning_module.transformer)  # type: ignore[arg-type]
+        if not sharded and not target.is_dir():
             trainer.save_checkpoint(target)
             return
         part, old = (target.with_suffix(suffix) for suffix in (".part", OLD))
@@ -118,8 +119,8 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(part)
         trainer.strategy.barrier("checkpoint written")
         if trainer.is_global_zero:
-            _remove(old)
-            if target.exists():
+            if target.exists():  # else the old one stays until the new one has its name
+                _remove(old)
                 target.replace(old)
             part.replace(target)
             _remove(old)
