@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from transformers import UMT5Config, UMT5EncoderModel
 
-from tools.make_foundation import make_text_encoder, make_tokenizer, make_vae
+from tools.make_foundation import make_tokenizer, make_vae
 from univigu.models.options import ArchitectureOptions
 from univigu.models.transformer import UniViGUTransformer3DModel
 
@@ -53,7 +54,20 @@ def make_pipeline() -> WanPipeline:
     """All the components of WanPipeline, random; 8x8 spatial and 4x temporal compression as Wan's."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    text_encoder = make_text_encoder(len(tokenizer), TEXT_DIM, num_layers=1)
+    text_encoder = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(tokenizer),
+            d_model=TEXT_DIM,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_heads=4,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=1,
+            feed_forward_proj="gated-gelu",
+        )
+    )
     vae = make_vae(8, CHANNELS)
     vae.register_to_config(latents_mean=[0.1] * CHANNELS, latents_std=[1.5] * CHANNELS)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)

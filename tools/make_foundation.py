@@ -71,15 +71,15 @@ def make_vae(base_dim: int = 16, channels: int = LATENT_CHANNELS) -> Autoencoder
     )
 
 
-def make_text_encoder(vocab_size: int, width: int = 64, num_layers: int = 2) -> UMT5EncoderModel:
-    """UMT5's layers with four heads; see :func:`train_text_encoder`."""
+def make_text_encoder(vocab_size: int) -> UMT5EncoderModel:
+    """Two UMT5 layers of width 64; see :func:`train_text_encoder`."""
     return UMT5EncoderModel(
         UMT5Config(
             vocab_size=vocab_size,
-            d_model=width,
-            d_kv=width // 4,
-            d_ff=2 * width,
-            num_layers=num_layers,
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
             num_heads=4,
             relative_attention_num_buckets=32,
             relative_attention_max_distance=64,
