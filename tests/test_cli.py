@@ -455,6 +455,7 @@ def test_a_data_module_of_ones_own(in_tmp: Path, foundation: str, capsys: pytest
         ("--overrides.stages.recall.steps=1", "use stages"),
         ("--model.trains=text", "learning_rate: 0"),
         ("--model.text_rotary=true", "model.architecture.text_positions"),
+        ("--model.architecture.text_rotary=true", "model.architecture.text_positions"),
         ("--model.text_flow=mask", "model.architecture.text_flow"),
         ("--model.prompt_slots=[1]", "removed"),
         ("--stages.recall.condition_dropout=0.9", "understand"),
@@ -469,6 +470,20 @@ def test_a_wrong_or_former_option_is_named(
     option: str, named: str, in_tmp: Path, failing: Callable[[list[str]], str]
 ) -> None:
     assert named in failing(["fit", *RECALL, option])
+
+
+@pytest.mark.parametrize(
+    ("option", "count"),
+    [
+        ("--model.architecture={text_flow: other}", 0),
+        ("--model.architecture.text_flow=other", 0),
+        ("--stages.recall.trains=text", 1),
+    ],
+)
+def test_a_former_option_is_named_once_and_a_wrong_value_is_no_former_option(
+    option: str, count: int, in_tmp: Path, failing: Callable[[list[str]], str]
+) -> None:
+    assert failing(["fit", *RECALL, option]).count("was replaced") == count
 
 
 def test_a_former_configuration_is_refused(in_tmp: Path, failing: Callable[[list[str]], str]) -> None:

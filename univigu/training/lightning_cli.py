@@ -99,9 +99,12 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         for key, successor in REPLACED.items():
-            if re.search(rf"(?<![\w/])(?<!architecture\.){key}(?!\w)(?!\.(joint|understand|generate))", message):
+            present = key in vars(ArchitectureOptions()) and "model.architecture" in message
+            if present or not re.search(rf"(?<![\w/]){key}(?!\w)(?!\.(joint|understand|generate))", message):
+                continue
+            if f"{key!r} was replaced" not in message:  # the parser of a part may have said so
                 message = f"{message}\n{key!r} was replaced; use {successor}"
-                break
+            break
         return super().error(message, ex)
 
 
@@ -187,7 +190,8 @@ class UniViGUCLI(LightningCLI):
                 common.append(config.checkpoint)
             callbacks = [*common, *callbacks]
             if trainer.logger in (None, True):
-                kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir or ".", name=None, version="tensorboard")
+                # An empty version, which the progress bar does not show.
+                kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir or ".", name="tensorboard", version="")
             if self.subcommand == "fit" and trainer.limit_val_batches is None:
                 kwargs["limit_val_batches"] = FIT_VALIDATION_BATCHES
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)

@@ -125,7 +125,9 @@ def test_sampling_leaves_training_alone(run: tuple[EventAccumulator, str], quiet
     assert [event.value for event in run[0].Scalars("train/loss")] == quiet
 
 
-def test_a_report_that_fails_costs_no_training(in_tmp: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_report_that_fails_costs_no_training(
+    in_tmp: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Failing(FinalReport):
         def samples(self, trainer: Trainer) -> Any:
             return {"key": ["a"]}
@@ -133,6 +135,8 @@ def test_a_report_that_fails_costs_no_training(in_tmp: Path, caplog: pytest.LogC
     fit_tiny([StageSwitch({"recall": stages.RECALL}), Failing(), LastCheckpoint()])
     assert torch.load("checkpoints/last.ckpt", weights_only=True)["global_step"] == stages.RECALL.steps
     assert "could not be captioned; the training itself is complete" in caplog.text
+    printed = capsys.readouterr().out  # before the checkpoint is written
+    assert re.search("checkpoint: .*last.ckpt", printed), printed
 
 
 def test_held_out_clips_are_looked_at_once_a_step(in_tmp: Path) -> None:

@@ -53,6 +53,8 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = self._saved_step = trainer.global_step
         self._signal = 0
+        # Already here: reports at the end of training name it, and Lightning calls this callback after them.
+        self.last_model_path = str(Path(self.dirpath or Path(trainer.default_root_dir) / FOLDER) / LAST)
         if threading.current_thread() is not threading.main_thread():
             return
         numbers = [signal.SIGTERM, signal.SIGINT]
@@ -107,16 +109,15 @@ class LastCheckpoint(Checkpoint):
         if trainer.fast_dev_run or self._saved_step == trainer.global_step:  # type: ignore[attr-defined]
             return
         self._saved_step = trainer.global_step
-        target = Path(self.dirpath or Path(trainer.default_root_dir) / FOLDER) / LAST
-        self.last_model_path = str(target)
+        target = Path(self.last_model_path)
         sharded = is_sharded(trainer.lightning_module.transformer)  # type: ignore[arg-type]
         if not sharded and not target.is_dir():
-            trainer.save_checkpoint(target)
+            trainer.save_checkpoint(target, weights_only=False)
             return
         part, old = (target.with_suffix(suffix) for suffix in (".part", OLD))
         if trainer.is_global_zero:
             _remove(part)
-        trainer.save_checkpoint(part)
+        trainer.save_checkpoint(part, weights_only=False)
         trainer.strategy.barrier("checkpoint written")
         if trainer.is_global_zero:
             if target.exists():  # else the old one stays until the new one has its name
