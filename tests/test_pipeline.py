@@ -157,6 +157,16 @@ def test_what_does_not_fit_is_named(pipe: UniViGUPipeline, videos: np.ndarray, t
         UniViGUPipeline(wan.tokenizer, wan.text_encoder, wan.vae, wan.scheduler, wan.transformer)
 
 
+def test_an_empty_question_or_list_is_refused(pipe: UniViGUPipeline, videos: np.ndarray) -> None:
+    """Either would give a caption without a condition instead, or fail far below."""
+    for question in ("", " ", ["what moves?", ""]):
+        with pytest.raises(ValueError, match=r"question=.*empty"):
+            pipe.answer(videos, question, **READ)
+    for call in (lambda: pipe.caption(videos, [], **READ), lambda: pipe.joint([], 16, 16, 5)):
+        with pytest.raises(ValueError, match=r"prompt=\[\]: expected at least one"):
+            call()
+
+
 def test_options_are_taken_whole_or_singly(pipe: UniViGUPipeline, videos: np.ndarray) -> None:
     options = SamplingOptions(caption_steps=2, temperature=1.0)
     whole = pipe.caption(videos, options=options, generator=seeds(1, 2), max_sequence_length=16)

@@ -225,10 +225,13 @@ class UniViGUPipeline(WanPipeline):
         **options: Any,
     ) -> UniViGUOutput:
         """Describe videos; the text is conditioned on the prompt, by default on none."""
-        return self._run("caption", prompt or None, video, (height, width), output_type=None, **options)
+        prompt = None if prompt == "" else prompt
+        return self._run("caption", prompt, video, (height, width), output_type=None, **options)
 
     def answer(self, video: Any, question: str | list[str], **options: Any) -> UniViGUOutput:
-        """Answer questions about videos: a caption whose condition is the question."""
+        """Answer questions about videos: a caption whose condition is the question, which is not empty."""
+        if not all(text.strip() for text in ([question] if isinstance(question, str) else question)):
+            raise ValueError(f"question={question!r}: expected a question, got an empty one")
         return self.caption(video, question, **options)
 
     def joint(
@@ -327,6 +330,8 @@ class UniViGUPipeline(WanPipeline):
     def _prompts(self, prompt: str | list[str], count: int | None, length: int) -> list[str]:
         """A list of prompts that fit their slot, one prompt repeated ``count`` times."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise ValueError("prompt=[]: expected at least one")
         if count is not None and len(prompts) == 1:
             prompts = prompts * count
         if count is not None and len(prompts) != count:
