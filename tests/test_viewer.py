@@ -133,7 +133,7 @@ def test_a_model_that_knows_other_latents_is_shown_as_it_is_made() -> None:
     with torch.no_grad():
         wrong = pipe.video_processor.postprocess_video(Conventions().decode(pipe.vae, latents), output_type="np")
     # up to compression; WanPipeline's convention gives another picture
-    assert distance(shown, made.frames[0, 0]) < 0.5 * distance(shown, wrong[0, 0])
+    assert distance(shown, made.frames[0, 0]) < 0.8 * distance(shown, wrong[0, 0])
 
 
 def distance(first: np.ndarray, second: np.ndarray) -> float:
