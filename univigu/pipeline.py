@@ -26,7 +26,7 @@ from univigu.flow.random import Generators
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
 from univigu.models.conventions import Conventions
 from univigu.models.encode import encode_prompts
-from univigu.models.foundation import Foundation, set_conv_layout
+from univigu.models.foundation import EMBEDDED_FOUNDATION, EMBEDDED_MODEL, Foundation, set_conv_layout
 from univigu.models.frames import crop, to_pixels
 from univigu.models.tokens import clean_text, detokenize, tokenize
 from univigu.models.transformer import UniViGUTransformer3DModel
@@ -189,9 +189,14 @@ class UniViGUPipeline(WanPipeline):
         return self
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """As in diffusers. Prompts encoded with ``transformer=None`` follow the folder's conventions, too."""
-        folder = str(pretrained_model_name_or_path)
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None = None, **kwargs: Any) -> Self:
+        """As in diffusers; without a folder the model that ships, which knows the embedded world.
+
+        Prompts encoded with ``transformer=None`` follow the folder's conventions, too.
+        """
+        folder = str(pretrained_model_name_or_path or EMBEDDED_FOUNDATION)
+        if pretrained_model_name_or_path is None and "transformer" not in kwargs:
+            kwargs["transformer"] = UniViGUTransformer3DModel.from_pretrained(EMBEDDED_MODEL)
         check_files(Path(folder), subfolders=True)
         pipe = super().from_pretrained(folder, **kwargs)
         if "transformer" in kwargs and pipe.transformer is None and pipe.transformer_2 is None:

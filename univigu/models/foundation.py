@@ -19,6 +19,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 from univigu.models.weights import compute_device, load_model, reading
 
 EMBEDDED_FOUNDATION = str(Path(__file__).resolve().parents[1] / "assets" / "foundation")
+EMBEDDED_MODEL = str(Path(EMBEDDED_FOUNDATION).with_name("model"))
+"""The unified transformer that ships, trained on the embedded world, in float16; its other components are the
+foundation's."""
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
 
 

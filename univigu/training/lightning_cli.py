@@ -20,6 +20,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from univigu.checkpoint import check_checkpoint_file
+from univigu.models.foundation import EMBEDDED_FOUNDATION, EMBEDDED_MODEL
 from univigu.models.options import REPLACED as TRANSFORMER_REPLACED
 from univigu.models.options import ArchitectureOptions
 from univigu.training.callbacks import (
@@ -48,6 +49,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
 }
 FIT_VALIDATION_BATCHES = 4
+LAST_RUN = "runs/refine/checkpoints/last.ckpt"
+"""What the configurations of prediction use; the model that ships takes its place while it does not exist."""
 DATA = "univigu.data.datamodule.VideoTextDataModule"
 CALLBACK_OPTIONS = {
     "checkpoint": LastCheckpoint,
@@ -165,6 +168,9 @@ class UniViGUCLI(LightningCLI):
         if config.ckpt_path == "last":  # Lightning would look before it knows the folder
             starts = subcommand == "fit" and not last.exists()
             config.ckpt_path = None if starts else str(last)
+        if subcommand == "predict" and not named and _takes_last_run(config.model) and not Path(LAST_RUN).exists():
+            print(f"{LAST_RUN} does not exist: using the model that ships, which knows the embedded world")
+            config.model.init_from = EMBEDDED_MODEL
         if config.ckpt_path:
             if config.ckpt_path != "hpc" and "://" not in str(config.ckpt_path):
                 check_checkpoint_file(Path(config.ckpt_path))
@@ -226,6 +232,10 @@ class UniViGUCLI(LightningCLI):
     def _options(self) -> Namespace:
         """The instantiated options of the subcommand."""
         return self.config_init if self.subcommand is None else self.config_init[self.subcommand]
+
+
+def _takes_last_run(model: Namespace) -> bool:
+    return model.init_from == LAST_RUN and model.foundation == EMBEDDED_FOUNDATION
 
 
 class ConfigOnlyCLI(UniViGUCLI):

@@ -1,0 +1,61 @@
+"""The unified model that ships: it captions, answers and generates without any training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from univigu.cli import main
+from univigu.data.video import encode_mp4
+from univigu.models.foundation import EMBEDDED_MODEL
+from univigu.pipeline import UniViGUPipeline
+from univigu.shapes.metrics import ShapesTextAccuracy
+from univigu.shapes.renderer import render
+from univigu.shapes.scenes import sample_scene
+from univigu.shapes.texts import questions_of
+
+SCENES = [sample_scene(seed, "test") for seed in range(12)]
+CONFIG = Path(__file__).parents[1] / "configs" / "caption.yaml"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> UniViGUPipeline:
+    return UniViGUPipeline.from_pretrained()
+
+
+def test_it_is_small() -> None:
+    assert sum(path.stat().st_size for path in Path(EMBEDDED_MODEL).rglob("*") if path.is_file()) <= 8 * 2**20
+
+
+def test_it_captions_held_out_clips(pipe: UniViGUPipeline) -> None:
+    frames = torch.stack([render(scene) for scene in SCENES])
+    captions = pipe.caption(frames, caption_steps=16, generator=torch.Generator().manual_seed(0)).text
+    metric, others = ShapesTextAccuracy(), ShapesTextAccuracy()
+    metric.update(captions, SCENES)
+    others.update(captions, SCENES[1:] + SCENES[:1])
+    assert metric.compute()["mean"] > 0.85
+    assert others.compute()["mean"] < 0.6
+
+
+def test_it_answers_questions(pipe: UniViGUPipeline) -> None:
+    asked = [(scene, pair) for scene in SCENES[:4] for pair in questions_of(scene)[:3]]
+    frames = torch.stack([render(scene) for scene, _ in asked])
+    questions = [pair["question"] for _, pair in asked]
+    answers = pipe.answer(frames, questions, caption_steps=8, generator=torch.Generator().manual_seed(0)).text
+    right = [answer == pair["answer"] for answer, (_, pair) in zip(answers, asked, strict=True)]
+    assert sum(right) >= 0.8 * len(right), list(zip(questions, answers, strict=True))
+
+
+def test_predict_uses_it_where_nothing_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("clip.mp4").write_bytes(encode_mp4(render(SCENES[0])))
+    arguments = ["--config", str(CONFIG), "--data.videos", "clip.mp4", "--model.sampling.caption_steps", "4"]
+    main(["predict", *arguments])
+    assert "using the model that ships" in capsys.readouterr().out
+    (row,) = map(json.loads, Path("runs/caption/captions.jsonl").read_text().splitlines())
+    assert SCENES[0].background in row["caption"]
