@@ -1,7 +1,6 @@
 """Measure a row of docs/RESULTS.md again and compare it with the published figures.
 
     python tools/reproduce.py [shipped-captions]
-
 Rows (docs/results.json) are commands of ``lightning`` and the last one's figures. Exit code 1: one is outside.
 """
 

@@ -33,12 +33,19 @@ def test_a_row_is_run_and_another_figure_is_not_reproduced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (command,) = json.loads(reproduce.ROWS.read_text())["shipped-captions"]["commands"]
-    configs = str(Path(reproduce.__file__).parents[1] / "configs")
-    command = [argument.replace("configs/", f"{configs}/") for argument in command]
-    small = ["--data.num_val_clips", "2", "--data.num_train_clips", "16", "--model.sampling.caption_steps", "4"]
+    folders = ["--data.root", str(tmp_path / "data"), "--trainer.default_root_dir", str(tmp_path / "run")]
+    small = [
+        "--data.num_val_clips",
+        "2",
+        "--data.num_train_clips",
+        "16",
+        "--model.sampling.caption_steps",
+        "4",
+        *folders,
+    ]
     wrong = {**ROW, "commands": [[*command, *small]], "published": {"test/caption/count": 3.0}}
     (tmp_path / "rows.json").write_text(json.dumps({"wrong": wrong}))
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(Path(reproduce.__file__).parents[1])
     monkeypatch.setattr(reproduce, "ROWS", tmp_path / "rows.json")
     assert reproduce.main(["wrong"]) == 1
     assert "published 3.0000  OUTSIDE" in capsys.readouterr().out
