@@ -168,9 +168,9 @@ def _as_rank(rank: int, processes: int, port: int, function: Callable[..., objec
             torch.distributed.destroy_process_group()
 
 
-def in_fork(function: Callable[..., Any], *args: Any) -> Any:
-    """What a function gives in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+def in_fork(function: Callable[..., Any], *args: Any, start: str = "fork") -> Any:
+    """What a function gives in a process of its own; "spawn" starts one that has none of this one's memory."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context(start)) as pool:
         return pool.submit(function, *args).result()
 
 

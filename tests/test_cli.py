@@ -514,9 +514,10 @@ def test_missing_inputs_are_named(
     assert "lightning fit --config configs/recall.yaml" in printed
     Path("empty.ckpt").write_bytes(b"")
     Path("bad.ckpt").write_bytes(b"garbage")
+    Path("other").symlink_to(foundation)  # the model that ships belongs to the embedded foundation only
     videos, weights = f"--data.videos={clips}", f"--ckpt_path={checkpoint}"
     for args, named in (
-        ([videos], "lightning fit --config configs/refine.yaml"),
+        ([videos, "--model.foundation=other"], "lightning fit --config configs/refine.yaml"),
         ([videos, "--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
         ([videos, "--ckpt_path=empty.ckpt"], "empty.ckpt: not a readable checkpoint"),
         ([videos, "--ckpt_path=bad.ckpt"], "bad.ckpt: not a readable checkpoint"),

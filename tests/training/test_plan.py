@@ -207,5 +207,6 @@ def test_memory_is_what_a_run_takes(checkpointing: bool) -> None:
     work = small(transformer=SMALL | {"num_layers": 3})
     tiny = replace(work, transformer=SMALL | {"num_layers": 1})
     planned = make_plan(work, checkpointing=checkpointing).total
-    measured = in_fork(added_memory, partial(real_step, tiny, checkpointing), partial(real_step, work, checkpointing))
+    steps = partial(real_step, tiny, checkpointing), partial(real_step, work, checkpointing)
+    measured = in_fork(added_memory, *steps, start="spawn")
     assert planned == pytest.approx(measured, rel=0.1)
