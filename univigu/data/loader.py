@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
@@ -260,7 +261,8 @@ class _Upcoming:
     """An epoch's worth of batches from a loader's position on."""
 
     def __init__(self, loader: TrainLoader) -> None:
-        self.loader = loader
+        # Not in a cycle, so that workers end when the loader does: the garbage collector may close their queues first.
+        self.loader = weakref.proxy(loader)
 
     def __len__(self) -> int:
         return -(-len(self.loader.order) // self.loader.multiple) * self.loader.multiple
