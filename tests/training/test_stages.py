@@ -183,20 +183,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def train(
-    folder: Path, root: Path, stages: dict[str, Stage], ckpt_path: Path | None = None, **options: Any
-) -> tuple[Diary, Trainer, UniViGU]:
-    diary, module = Diary(), UniViGU(str(folder), optimizer=ADAMW, seed=3)
-    saver = ModelCheckpoint(root, filename="{step}", every_n_train_steps=3, save_top_k=-1)
-    trainer = Trainer(
+def make_trainer(root: Path, callbacks: list[Callback], **options: Any) -> Trainer:
+    """A trainer on the CPU that prints and logs nothing."""
+    return Trainer(
         default_root_dir=root,
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[StageSwitch(stages), diary, saver],
+        callbacks=callbacks,
         **options,
     )
+
+
+def train(
+    folder: Path, root: Path, stages: dict[str, Stage], ckpt_path: Path | None = None, **options: Any
+) -> tuple[Diary, Trainer, UniViGU]:
+    diary, module = Diary(), UniViGU(str(folder), optimizer=ADAMW, seed=3)
+    saver = ModelCheckpoint(root, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    trainer = make_trainer(root, [StageSwitch(stages), diary, saver], **options)
     loader: DataLoader = DataLoader(Clips(), batch_size=BATCH)
     trainer.fit(module, loader, ckpt_path=None if ckpt_path is None else str(ckpt_path), weights_only=True)
     return diary, trainer, module

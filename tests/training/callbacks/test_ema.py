@@ -50,20 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fit(folder: Path, root: Path, ckpt_path: Path | None = None) -> tuple[Track, UniViGU]:
     track, module = Track(), UniViGU(str(folder), optimizer=stages.ADAMW, seed=3)
-    trainer = Trainer(
-        default_root_dir=root,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=[
-            StageSwitch(stages.STAGES),
-            WeightEMA(decay=0.5, warmup=False),
-            track,
-            ModelCheckpoint(root, filename="{step}", every_n_train_steps=3, save_top_k=-1),
-        ],
-    )
+    saver = ModelCheckpoint(root, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    callbacks = [StageSwitch(stages.STAGES), WeightEMA(decay=0.5, warmup=False), track, saver]
+    trainer = stages.make_trainer(root, callbacks, num_sanity_val_steps=0)
     loaders = [DataLoader(stages.Clips(), batch_size=stages.BATCH) for _ in range(2)]
     trainer.fit(module, *loaders, ckpt_path=None if ckpt_path is None else str(ckpt_path), weights_only=True)
     return track, module
@@ -128,21 +117,9 @@ def fit_to_last(
     folder: Path, root: Path, average: Callback | None, *more: Callback, resume: Path | None = None, **options: Any
 ) -> dict[str, Any]:
     """What a run leaves in last.ckpt, which it saves after every second step."""
-    trainer = Trainer(
-        default_root_dir=root,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **options,
-        callbacks=[
-            StageSwitch(stages.STAGES),
-            *([average] if average else []),
-            *more,
-            LastCheckpoint(every_n_train_steps=2),
-        ],
-    )
+    averages = [average] if average else []
+    callbacks = [StageSwitch(stages.STAGES), *averages, *more, LastCheckpoint(every_n_train_steps=2)]
+    trainer = stages.make_trainer(root, callbacks, num_sanity_val_steps=0, **options)
     loaders = [DataLoader(stages.Clips(), batch_size=stages.BATCH) for _ in range(2)]
     trainer.fit(
         UniViGU(str(folder), optimizer=stages.ADAMW, seed=3),

@@ -54,16 +54,8 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_signal_waits_for_the_steps_end(folder: Path, tmp_path: Path, slurm: Path) -> None:
     before = signal.getsignal(signal.SIGUSR1)
     noted = Preempted(signal.SIGUSR1)
-    trainer = Trainer(
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        plugins=[SLURMEnvironment(auto_requeue=True)],
-        callbacks=[StageSwitch(stages.STAGES), noted, LastCheckpoint()],
-    )
+    callbacks = [StageSwitch(stages.STAGES), noted, LastCheckpoint()]
+    trainer = stages.make_trainer(tmp_path, callbacks, devices=1, plugins=[SLURMEnvironment(auto_requeue=True)])
     trainer.fit(UniViGU(str(folder), seed=3), DataLoader(stages.Clips(), batch_size=stages.BATCH))
     assert slurm.read_text().split() == ["requeue", "77"]
     saved = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
@@ -76,14 +68,7 @@ def test_the_signal_waits_for_the_steps_end(folder: Path, tmp_path: Path, slurm:
 
 def fit(folder: Path, root: Path, *more: Callback, **options: Any) -> None:
     """A run by which the command line would answer signals."""
-    trainer = Trainer(
-        default_root_dir=root,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[StageSwitch(stages.STAGES), LastCheckpoint(), *more],
-    )
+    trainer = stages.make_trainer(root, [StageSwitch(stages.STAGES), LastCheckpoint(), *more])
     loader = DataLoader(stages.Clips(), batch_size=stages.BATCH)
     trainer.fit(UniViGU(str(folder), seed=3), loader, weights_only=True, **options)
 
