@@ -30,6 +30,13 @@ def test_it_is_small() -> None:
     assert sum(path.stat().st_size for path in Path(EMBEDDED_MODEL).rglob("*") if path.is_file()) <= 8 * 2**20
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, {"transformer": torch.bfloat16, "default": torch.float32}])
+def test_a_dtype_reaches_its_transformer(dtype: object) -> None:
+    pipe = UniViGUPipeline.from_pretrained(torch_dtype=dtype)
+    assert pipe.transformer.vocab_embed.weight.dtype == torch.bfloat16
+    assert (pipe.text_encoder.dtype == torch.bfloat16) == (dtype == torch.bfloat16)
+
+
 def test_it_captions_held_out_clips(pipe: UniViGUPipeline) -> None:
     frames = torch.stack([render(scene) for scene in SCENES])
     captions = pipe.caption(frames, caption_steps=16, generator=torch.Generator().manual_seed(0)).text

@@ -196,7 +196,10 @@ class UniViGUPipeline(WanPipeline):
         """
         folder = str(pretrained_model_name_or_path or EMBEDDED_FOUNDATION)
         if pretrained_model_name_or_path is None and "transformer" not in kwargs:
-            kwargs["transformer"] = UniViGUTransformer3DModel.from_pretrained(EMBEDDED_MODEL)
+            dtype = kwargs.get("torch_dtype")  # diffusers gives it to the components that it loads itself
+            if isinstance(dtype, dict):
+                dtype = dtype.get("transformer", dtype.get("default"))
+            kwargs["transformer"] = UniViGUTransformer3DModel.from_pretrained(EMBEDDED_MODEL, torch_dtype=dtype)
         check_files(Path(folder), subfolders=True)
         pipe = super().from_pretrained(folder, **kwargs)
         if "transformer" in kwargs and pipe.transformer is None and pipe.transformer_2 is None:

@@ -163,7 +163,10 @@ class HeldOutEvaluation(nn.Module):
     def _answers(self, answers: list[str], batch: Mapping[str, Any]) -> None:
         truth = batch[self.target]
         right = [normalize_text(text) == normalize_text(true) for text, true in zip(answers, truth, strict=True)]
-        by_kind = [{kind or "other": value} for kind, value in zip(batch["kind"], right, strict=True)]
+        by_kind = [
+            {kind if isinstance(kind, str) else "other": value}
+            for kind, value in zip(batch["kind"], right, strict=True)
+        ]
         self.add("answer/properties", len(right), by_kind)
 
     def _true_videos(
