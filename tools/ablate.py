@@ -69,7 +69,7 @@ class Run:
         return (self.folder / "done").exists()
 
     def settings(self) -> dict[str, Any]:
-        """The values of :data:`SETTINGS` that a finished run was trained with."""
+        """The values of ``SETTINGS`` that a finished run was trained with."""
         settings: dict[str, Any] = json.loads((self.folder / "done").read_text())
         return settings
 

@@ -72,7 +72,7 @@ def make_vae(base_dim: int = 16, channels: int = LATENT_CHANNELS) -> Autoencoder
 
 
 def make_text_encoder(vocab_size: int) -> UMT5EncoderModel:
-    """Two UMT5 layers of width 64; see :func:`train_text_encoder`."""
+    """Two UMT5 layers of width 64; see ``train_text_encoder``."""
     return UMT5EncoderModel(
         UMT5Config(
             vocab_size=vocab_size,

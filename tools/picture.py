@@ -32,7 +32,7 @@ SIDE, LINES, MARGIN, FONT = 224, 19, 10, 12  # pixels of a video, lines of text 
 
 
 def record(pipe: UniViGUPipeline, prompt: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The steps of a joint sample, see :class:`TrajectoryRecorder`."""
+    """The steps of a joint sample, see ``TrajectoryRecorder``."""
     recorder = TrajectoryRecorder(pipe, every=2, scale=1)
     generator = torch.Generator(pipe.device).manual_seed(seed)
     order = "confidence" if pipe.transformer.config.text_flow == "mask" else "random"

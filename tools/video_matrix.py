@@ -85,7 +85,7 @@ def picture(number: int) -> np.ndarray:
 
 
 def number_of(image: np.ndarray) -> int:
-    """The inverse of :func:`picture`."""
+    """The inverse of ``picture``."""
     return sum(int(image[12:36, 16 * bit + 4 : 16 * bit + 12].mean() > 127) << bit for bit in range(10))
 
 

@@ -162,7 +162,7 @@ def check_resumed(checkpoint: Mapping[str, Any], path: Path, lora: LoraOptions |
 def take_for_use(
     model: UniViGUTransformer3DModel, checkpoint: dict[str, Any], lora: LoraOptions | None, rebuild: bool
 ) -> UniViGUTransformer3DModel:
-    """Replace a checkpoint's weights by those to use (:func:`usable_weights`); returns the model to load them into.
+    """Replace a checkpoint's weights by those to use (``usable_weights``); returns the model to load them into.
 
     It is a new model if the architecture differs (``rebuild``) or the adapters do: those of ``model`` stay separate
     only if the checkpoint has adapters with the same options ``lora``.
@@ -217,7 +217,7 @@ def export_foundation(checkpoint_path: str | Path, source: str | Path, target: s
 
 
 def export_pipeline(checkpoint_path: str | Path, foundation: str | Path, target: str | Path) -> None:
-    """Write a folder for :class:`univigu.pipeline.UniViGUPipeline`: a training checkpoint inside its foundation."""
+    """Write a folder for ``univigu.pipeline.UniViGUPipeline``: a training checkpoint inside its foundation."""
     from univigu.pipeline import UniViGUPipeline
 
     model, parts = load_weights(checkpoint_path), Foundation(foundation)

@@ -51,7 +51,7 @@ class Demo:
 
     Args:
         pipe: the model.
-        options: see :class:`DemoOptions`.
+        options: see ``DemoOptions``.
         folder: where videos are written; None is a temporary one.
     """
 

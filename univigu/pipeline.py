@@ -92,7 +92,7 @@ class TaskRunner:
 
     @torch.no_grad()
     def encode_ids(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`encode_prompts`, of token ids [B, S]."""
+        """As ``encode_prompts``, of token ids [B, S]."""
         tokenizer, encoder = self.components.tokenizer, self.components.text_encoder
         null_ids = tokenize(tokenizer, [""], ids.shape[1])
         every = torch.cat([ids.to("cpu"), null_ids]).to(compute_device(encoder))
@@ -124,7 +124,7 @@ class TaskRunner:
     def sample(self, task: Task, prompts: list[str] | None, prompt_length: int, **start: Any) -> Samples:
         """Samples of a task for each prompt; without prompts, captions under the null condition.
 
-        ``start`` has the other fields of :class:`univigu.sampling.sampler.SampleInputs` that the task needs.
+        ``start`` has the other fields of ``univigu.sampling.sampler.SampleInputs`` that the task needs.
         """
         embeds, null = self.encode_prompts(prompts or [], prompt_length)
         text_length, tokenizer = self.transformer.config.text_length, self.components.tokenizer
@@ -140,15 +140,15 @@ class UniViGUPipeline(WanPipeline):
     methods. Moving, offloading and saving work as in diffusers. Arguments of several tasks:
 
     video: a list of PIL images, or an array or tensor, uint8 or in [0, 1], or a batch of them, see
-        :func:`univigu.models.frames.to_pixels`. It is cut to 4k+1 frames of whole patches.
+        ``univigu.models.frames.to_pixels``. It is cut to 4k+1 frames of whole patches.
     prompt: one prompt for all samples, or one each. A prompt over ``max_sequence_length`` tokens (its end included) is
         a TextTooLongError; only ``pipe(prompt)`` truncates it, as WanPipeline does.
     height, width: size in pixels; for a given video the size to scale it to, by default its own.
     generator: one, or one for each sample, which makes a sample independent of its batch.
-    options: see :class:`SamplingOptions`; single options can be given by keyword, such as ``caption_steps=10``. A
+    options: see ``SamplingOptions``; single options can be given by keyword, such as ``caption_steps=10``. A
         keyword that the task or the text flow does not use is a ValueError.
     output_type: "np", "pt", "pil" or "latent", as in diffusers.
-    callback_on_step_end: see :data:`StepEndCallback`.
+    callback_on_step_end: see ``StepEndCallback``.
     """
 
     _transformer_config: Mapping[str, Any] = MappingProxyType({})

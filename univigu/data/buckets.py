@@ -18,9 +18,11 @@ class Bucket:
     """A size that videos are brought to."""
 
     height: int
+    """Height in pixels."""
     width: int
+    """Width in pixels."""
     num_frames: int
-    """4k+1 for Wan's VAE."""
+    """Frames a clip, 4k+1 for Wan's VAE."""
 
     def __post_init__(self) -> None:
         check_least(self, "data.buckets: ", height=2, width=2, num_frames=1)

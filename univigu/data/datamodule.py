@@ -67,7 +67,7 @@ class VideoTextDataModule(LightningDataModule):
         videos: inputs of captioning: a video file, a folder, a glob pattern, or a list of these.
         prompts: inputs of generation: a prompt, a .txt, .jsonl, .json, .csv or .parquet file, or a list of these.
         pairs: inputs of editing or question answering: a file of ``{video, prompt, strength}`` or ``{video,
-            question}``, or such objects; see :func:`univigu.data.inputs.read_pairs`.
+            question}``, or such objects; see ``univigu.data.inputs.read_pairs``.
         predict_task: the model's.
     """
 
@@ -300,7 +300,7 @@ class VideoTextDataModule(LightningDataModule):
         return SampleLoader(self._dataset(split, refs), batches, self.errors, self.num_workers, own)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """One row an input, in order, unusable ones included; see :mod:`univigu.data.inputs`."""
+        """One row an input, in order, unusable ones included; see ``univigu.data.inputs``."""
         assert self._inputs is not None
         workers: dict[str, Any] = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
         return DataLoader(self._inputs, batch_size=self.batch_size, collate_fn=self._inputs.collate, **workers)

@@ -1,6 +1,6 @@
 """Decodes videos and images in a process of its own, since a damaged file can crash or hang a decoder.
 
-:mod:`univigu.data.video` runs this file as a script; it does not import torch, to start quickly.
+``univigu.data.video`` runs this file as a script; it does not import torch, to start quickly.
 """
 
 from __future__ import annotations

@@ -97,13 +97,19 @@ def encode_shards(
     """Encode every shard of a folder; complete shards of the target stay, missing ones are written.
 
     Args:
-        source, target: folders; each shard of the source gives one with the same name, keys and texts.
+        source: folder of shards, videos or lists.
+        target: folder for the encoded shards; each shard of the source gives one with the same name, keys and texts.
         foundation_path: WanPipeline folder whose VAE and text encoder are used.
         dtype: storage type of latents and embeddings; they are computed in float32.
         buckets: sizes of the clips; each clip gets the one that fits it best.
         strict: raise for the first sample that cannot be encoded instead of recording it in the manifest.
         prompts: whether to store the prompts' embeddings too.
-        pool, share: see :func:`build_folder`, as is what is returned.
+        device: where the models run.
+        pool: worker processes; None encodes in this one.
+        share: which of the shards this process encodes.
+
+    Returns:
+        The manifest of the target, complete if no other process has shards left to encode.
     """
     source = Path(source)
     check_dtype(dtype)
@@ -149,7 +155,7 @@ _Clip = tuple[SampleRef, dict[str, bytes], torch.Tensor]
 
 @dataclass(frozen=True)
 class _ShardEncoder:
-    """Encodes single shards, in a worker process; see :func:`encode_shards` for the arguments."""
+    """Encodes single shards, in a worker process; see ``encode_shards`` for the arguments."""
 
     foundation: str
     device: str

@@ -79,13 +79,13 @@ def list_shards(folder: str | Path) -> list[Path]:
 
 
 def index_folder(folder: str | Path) -> Scan:
-    """Index everything that :func:`list_shards` lists."""
+    """Index everything that ``list_shards`` lists."""
     scans = [scan_shard(path) for path in list_shards(folder)]
     return [ref for refs, _ in scans for ref in refs], [error for _, errors in scans for error in errors]
 
 
 def scan_shard(path: str | Path) -> Scan:
-    """Index one entry of :func:`list_shards`; damage never raises, it is returned as errors."""
+    """Index one entry of ``list_shards``; damage never raises, it is returned as errors."""
     path = Path(path)
     if path.is_dir():
         return _scan_files(path)

@@ -127,7 +127,7 @@ def read_pairs(
     """Videos with their texts of a file (.jsonl, .csv, ...), of one object, or of a list of objects.
 
     An object is ``{"video": ..., "prompt": ..., "strength": 0.8}``, of which the strength is optional, or ``{"video":
-    ..., "question": ...}``.  Its video is a value for :func:`find_videos`, relative to the working directory: a folder
+    ..., "question": ...}``.  Its video is a value for ``find_videos``, relative to the working directory: a folder
     or pattern gives several pairs.  No pair, or a file that cannot be read, is a DataError about the option ``name``.
     """
     if isinstance(value, str):
@@ -177,7 +177,7 @@ def _pairs_of(row: Row, field: TextField) -> list[PredictionInput]:
 
 
 class PredictionInputs(Dataset[dict[str, Any]]):
-    """The inputs (all with a video, or all with a text only) as rows, decoded and checked; see :meth:`collate`."""
+    """The inputs (all with a video, or all with a text only) as rows, decoded and checked; see ``collate``."""
 
     def __init__(
         self, inputs: Sequence[PredictionInput], size: Bucket, tokenizer: PreTrainedTokenizerBase, prompt_length: int

@@ -1,4 +1,4 @@
-"""Loads batches in a deterministic order (:mod:`univigu.data.order`) that can be resumed anywhere."""
+"""Loads batches in a deterministic order (``univigu.data.order``) that can be resumed anywhere."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
         return len(self.refs)
 
     def __getitem__(self, numbers: list[int]) -> tuple[dict[str, Any], list[SampleError]]:
-        """The samples of these numbers (see :func:`collate`; empty if none can be read), and errors of the others."""
+        """The samples of these numbers (see ``collate``; empty if none can be read), and errors of the others."""
         items, errors = list[dict[str, Any]](), list[SampleError]()
         for number in numbers:
             last_chance = not items and number == numbers[-1]

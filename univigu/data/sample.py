@@ -160,7 +160,7 @@ class SampleRef:
         return Texts(data["prompt"], data["caption"], scene if is_scene(scene) else None, qa)
 
     def video(self, num_frames: int, height: int, width: int) -> torch.Tensor:
-        """The video's frames; see :func:`univigu.data.video.read_video`."""
+        """The video's frames; see ``univigu.data.video.read_video``."""
         try:
             return read_video(self.read(self.media), num_frames, height, width)
         except VideoError as error:

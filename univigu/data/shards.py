@@ -28,7 +28,7 @@ class ShardInfo:
     num_bytes: int
     sha256: str
     skipped: list[dict[str, Any]] = field(default_factory=list)
-    """Samples of the source that are missing here: {"reason", "key", "field", "value"} as of :class:`SampleError`."""
+    """Samples of the source that are missing here: {"reason", "key", "field", "value"} as of ``SampleError``."""
 
 
 @contextmanager

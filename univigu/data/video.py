@@ -1,6 +1,6 @@
 """Video files in and out: ``read_video``, ``probe_video`` and ``encode_mp4``.
 
-Everything is decoded by :mod:`univigu.data.decode` in a process of its own.
+Everything is decoded by ``univigu.data.decode`` in a process of its own.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def to_model_range(frames: torch.Tensor) -> torch.Tensor:
 
 
 def to_frames(video: torch.Tensor) -> torch.Tensor:
-    """float [..., C, F, H, W] in [-1, 1] -> uint8 [..., F, C, H, W], the inverse of :func:`to_model_range`."""
+    """float [..., C, F, H, W] in [-1, 1] -> uint8 [..., F, C, H, W], the inverse of ``to_model_range``."""
     return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).transpose(-4, -3)
 
 

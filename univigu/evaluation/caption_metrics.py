@@ -134,7 +134,7 @@ def bleu_4(pairs: Sequence[tuple[Tokens, Sequence[Tokens]]]) -> float:
 class CaptionScores(Metric):
     """Scores of captions against references, and statistics that show a collapse to a few sentences.
 
-    bleu4, rouge_l, cider  :func:`bleu_4`, the means of :func:`rouge_l` and :func:`cider`
+    bleu4, rouge_l, cider  ``bleu_4``, the means of ``rouge_l`` and ``cider``
     words, words_truth     mean length of the captions and of the references in tokens
     repetition             mean share of a caption's 4-grams that repeat earlier ones (arXiv:1908.04319)
     distinct_1/2           different words (pairs) divided by all words (pairs) of the captions (arXiv:1510.03055)

@@ -246,7 +246,7 @@ def own_samples(batch: Mapping[str, Any], own: Set[int] | None, seen: set[int]) 
 
 
 class EvaluatedModule(LightningModule):
-    """The part of the LightningModule that runs :class:`HeldOutEvaluation` in ``test`` and in ``validate``.
+    """The part of the LightningModule that runs ``HeldOutEvaluation`` in ``test`` and in ``validate``.
 
     Validation during ``fit`` only computes held-out losses.
     """

@@ -51,7 +51,7 @@ def sample_categorical(
     """Draw a token int64 [B, L] for every position by inverse CDF, from one uniform number each; logits [B, L, V].
 
     p = softmax(logits / temperature); temperature 0 takes the likeliest token and draws nothing. ``top_p`` below 1
-    draws from the :func:`nucleus`, at the cost of a sort of the vocabulary. A token of probability 0 is never drawn.
+    draws from the ``nucleus``, at the cost of a sort of the vocabulary. A token of probability 0 is never drawn.
     """
     if temperature == 0.0:
         return logits.argmax(dim=-1)

@@ -26,4 +26,4 @@ class TextInputs(NamedTuple):
     endpoint: torch.Tensor | None = None
     """The previous step's prediction of the data [B, L, D], for the ``embedding`` flow's self-conditioning."""
     reader: TextReader | None = None
-    """Replaces the text output by a function of the head's hidden states, see :class:`univigu.models.text.TextHead`."""
+    """Replaces the text output by a function of the head's hidden states, see ``univigu.models.text.TextHead``."""

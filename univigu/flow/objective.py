@@ -151,7 +151,7 @@ def sample_positions(
 
 @dataclass(frozen=True)
 class PerToken:
-    """A function of each token's logits; a :data:`univigu.flow.inputs.TextReader`."""
+    """A function of each token's logits; a ``univigu.flow.inputs.TextReader``."""
 
     function: Callable[[torch.Tensor, CorruptedText, torch.Tensor], torch.Tensor]
     """Of logits [b, l, V], texts and times [b]; its result [b, l, ...] for a token depends on that token's only."""
@@ -159,7 +159,7 @@ class PerToken:
     t: torch.Tensor
     """Flow times [B]."""
     max_logits: int
-    """See :data:`MAX_LOGITS`."""
+    """See ``MAX_LOGITS``."""
 
     def __call__(self, hidden: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
         """The function's result [B, L, ...], given hidden states [B, L, D] and the linear layer D -> V."""
@@ -183,7 +183,7 @@ class PerToken:
 
 @dataclass
 class NoisyTexts:
-    """The texts of a batch's samples at their times t [b], see :class:`univigu.flow.inputs.TextInputs`."""
+    """The texts of a batch's samples at their times t [b], see ``univigu.flow.inputs.TextInputs``."""
 
     flow: TextFlow
     corrupted: CorruptedText
@@ -217,7 +217,7 @@ class UniFlowObjective:
 
     Args:
         shift: timestep shift of the video, above 0; the sampler should use the same one. 1 is no shift.
-        text_time_power: power of the text's times, above 0, see :func:`univigu.flow.time.sample_text_times`.
+        text_time_power: power of the text's times, above 0, see ``univigu.flow.time.sample_text_times``.
     """
 
     def __init__(self, text_flow: TextFlow, shift: float = 3.0, text_time_power: float = 1.0) -> None:
@@ -239,7 +239,7 @@ class UniFlowObjective:
         Args:
             counts: how many samples are (joint, understand, generate); their sum is the batch size. Samples are given
                 to the tasks in order, which a shuffled batch makes random.
-            text_share: share of the text's positions that the model is given, see :func:`sample_positions`.
+            text_share: share of the text's positions that the model is given, see ``sample_positions``.
             step: number of the training step, the same in all processes; in a random half of the steps a
                 self-conditioned text flow takes a second forward pass. None takes none.
             teacher: a frozen video transformer whose predictions are the target of ``generate`` in place of the data.

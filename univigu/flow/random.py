@@ -25,12 +25,12 @@ def randn(shape: Sequence[int], generator: Generators = None, device: Device = N
 
 
 def rand(shape: Sequence[int], generator: Generators = None, device: Device = None) -> torch.Tensor:
-    """Numbers uniform on [0, 1), float32 [B, ...]; errors as :func:`randn`."""
+    """Numbers uniform on [0, 1), float32 [B, ...]; errors as ``randn``."""
     return _draw(torch.rand, shape, generator, device)
 
 
 def randint(high: int, shape: Sequence[int], generator: Generators = None, device: Device = None) -> torch.Tensor:
-    """Integers uniform on 0..high-1, int64 [B, ...]; errors as :func:`randn`."""
+    """Integers uniform on 0..high-1, int64 [B, ...]; errors as ``randn``."""
     return _draw(partial(torch.randint, high), shape, generator, device)
 
 

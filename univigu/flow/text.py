@@ -1,8 +1,8 @@
 """The three text flows behind one interface.
 
-* :class:`EmbeddingFlow`: tokens are rows of a learned matrix and flow continuously from Gaussian noise.
-* :class:`UniformFlow`: a discrete mixture path from uniform random tokens.
-* :class:`MaskFlow`: the same path from a mask state.
+* ``EmbeddingFlow``: tokens are rows of a learned matrix and flow continuously from Gaussian noise.
+* ``UniformFlow``: a discrete mixture path from uniform random tokens.
+* ``MaskFlow``: the same path from a mask state.
 
 In each of them the network gives logits of the posterior p(x_1 | x_t) of every token. A flow holds options and no
 weights: it corrupts tokens for training, computes the loss of logits, and steps a sample from noise (t = 0) to text
@@ -106,7 +106,7 @@ class EmbeddingFlow(TextFlow):
     name: ClassVar[str] = "embedding"
     self_conditioning = True  # Chen et al., 2022, arXiv:2208.04202
     table: torch.Tensor | None = None
-    """E, float32 [V, D]; :meth:`bind` sets it."""
+    """E, float32 [V, D]; ``bind`` sets it."""
 
     def bind(self, model: Any) -> Self:
         return replace(self, table=model.token_table())
@@ -163,7 +163,7 @@ def _product(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class DiscreteFlow(TextFlow):
-    """The mixture path of :mod:`univigu.flow.discrete`; subclasses define its source by ``initial``."""
+    """The mixture path of ``univigu.flow.discrete``; subclasses define its source by ``initial``."""
 
     def may_jump(self, x_t: torch.Tensor) -> torch.Tensor:
         """Tokens that the sampler may still change: bool [B, L]."""

@@ -47,7 +47,7 @@ def joint_attention(
             None uses ``attn`` for both.
         key_mask: bool [B, 1, 1, N + L]; False hides a key from every query.
         video_only: samples whose video does not depend on the text.
-        cache: where to keep the keys and values for :func:`text_attention`.
+        cache: where to keep the keys and values for ``text_attention``.
     """
     rotate_v, rotate_t = partial(rotate_video, rotary=rotary_v), partial(rotate_text, rotary=rotary_t)
     query_v, of_video = _query(attn, video, rotate_v), _key_value(attn, video, rotate_v)
@@ -109,7 +109,7 @@ def text_attention(
     cache: LayerCache,
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The text's half of :func:`joint_attention`, with the video's keys and values from the cache.
+    """The text's half of ``joint_attention``, with the video's keys and values from the cache.
 
     The text's keys and values overwrite the end of the cached buffers, so that the video's are not copied.
     """

@@ -31,7 +31,7 @@ class TextStream(NamedTuple):
 
 
 class UniViGUTransformerBlock(WanTransformerBlock):
-    """A Wan block with a text stream, see :class:`univigu.models.options.ArchitectureOptions`."""
+    """A Wan block with a text stream, see ``univigu.models.options.ArchitectureOptions``."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass
 class LayerCache:
-    """One block's share of an :class:`AttentionCache`."""
+    """One block's share of an ``AttentionCache``."""
 
     keep_video: bool = False
     """Whether to keep ``joint``."""

@@ -26,7 +26,7 @@ def encode_clips(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
     """Video [B, C, F, H, W] in [-1, 1] -> normalised float32 latents [B, C, T, H, W], the mode and not a sample.
 
     Their rounding depends on the number of clips in a call, on the number of threads of a CPU, and on the memory format
-    of the VAE's kernels (:func:`univigu.models.foundation.set_conv_layout`). So every call has one thread and the same
+    of the VAE's kernels (``univigu.models.foundation.set_conv_layout``). So every call has one thread and the same
     number of clips; the last group is filled up with copies.
     """
     size, device = group_size(*video.shape[2:]), compute_device(vae)

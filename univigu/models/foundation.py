@@ -38,7 +38,7 @@ def normalize_latents(latents: torch.Tensor, vae: AutoencoderKLWan) -> torch.Ten
 
 
 def denormalize_latents(latents: torch.Tensor, vae: AutoencoderKLWan) -> torch.Tensor:
-    """The inverse of :func:`normalize_latents`, exactly as diffusers' WanPipeline computes it."""
+    """The inverse of ``normalize_latents``, exactly as diffusers' WanPipeline computes it."""
     mean, std = _statistics(vae, latents)
     return latents / (1.0 / std) + mean
 

@@ -106,7 +106,7 @@ def official_differences(
 def export_official(
     model: UniViGUTransformer3DModel, path: str | Path, step: int = 0, accept_differences: bool = False
 ) -> None:
-    """Write a model, and a number of steps, as the official preview would; the inverse of :func:`import_official`.
+    """Write a model, and a number of steps, as the official preview would; the inverse of ``import_official``.
 
     Raises:
         CheckpointError: another architecture than the official one; other training conditions, which the file does not

@@ -56,7 +56,7 @@ def fit_slot(ids: torch.Tensor, length: int, pad_token_id: int, name: str) -> to
 
 
 def token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    """Number of tokens of a text, or of its first :data:`MAX_CHARACTERS`; its end-of-sequence token counts."""
+    """Number of tokens of a text, or of its first ``MAX_CHARACTERS``; its end-of-sequence token counts."""
     return len(tokenizer(clean_text(text[:MAX_CHARACTERS]))["input_ids"])
 
 

@@ -65,12 +65,12 @@ class UniViGUTransformerOutput(BaseOutput):
 class UniViGUTransformer3DModel(WanTransformer3DModel):
     """Wan's transformer, extended by a text stream. Wan's weights keep their names.
 
-    Args (besides :class:`~diffusers.WanTransformer3DModel`'s):
+    Args (besides ``diffusers.WanTransformer3DModel``'s):
         vocab_size: number of tokens V of the text tokenizer, at least 1. The ``mask`` flow has one more embedding,
             id V, for the mask state.
-        text_flow to clean_video_timestep: see :class:`univigu.models.options.ArchitectureOptions`.
+        text_flow to clean_video_timestep: see ``univigu.models.options.ArchitectureOptions``.
         text_length: number of text tokens of the last training stage; sampling uses it.
-        latents_normalized, null_condition, prompt_padding: see :class:`univigu.models.conventions.Conventions`.
+        latents_normalized, null_condition, prompt_padding: see ``univigu.models.conventions.Conventions``.
     """
 
     # diffusers looks these up by name on the class; Wan's own entries name Wan's block class.
@@ -178,7 +178,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             timestep: the video's Wan timestep 1000 * (1 - t), [B]; 0 is clean, fractions are kept.
             encoder_hidden_states: prompt embeddings [B, S, text_dim], zero past the prompt's end.
             text: the text's inputs; None leaves the text stream out, and the video output is bit-equal to Wan's.
-            cache: keys and values to keep and to reuse, see :class:`AttentionCache`; only without gradients.
+            cache: keys and values to keep and to reuse, see ``AttentionCache``; only without gradients.
 
         A ValueError names shapes or dtypes that do not fit together, and a cache that belongs to another call.
         """
@@ -344,7 +344,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As in diffusers, but a missing or unexpected key is a ValueError; Wan folders belong to :meth:`from_wan`."""
+        """As in diffusers, but a missing or unexpected key is a ValueError; Wan folders belong to ``from_wan``."""
         wants_info = kwargs.pop("output_loading_info", False)
         check_files(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)

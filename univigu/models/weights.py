@@ -76,7 +76,7 @@ def check_files(path: Path, subfolders: bool = False) -> None:
 def read_weights(path: str | Path) -> dict[str, Any]:
     """The dict in a .safetensors file, a folder of such files, or a file of ``torch.save``; nothing in it is run.
 
-    A CheckpointError if there is no such file, or as :func:`check_files`.
+    A CheckpointError if there is no such file, or as ``check_files``.
     """
     path = Path(path)
     if not path.exists():

@@ -1,6 +1,6 @@
 """Exact metrics on the embedded world: compare what a model wrote or drew with the scene.
 
-A text or a clip is first parsed (:mod:`.text_checker`, :mod:`.video_checker`), then compared attribute by attribute.
+A text or a clip is first parsed (``text_checker``, ``video_checker``), then compared attribute by attribute.
 An attribute of a scene with two objects is right only if it is right for both.
 """
 

@@ -1,9 +1,9 @@
 """The embedded world: short clips of moving shapes whose every property is known.
 
-A :class:`Scene` is the single source of truth.  The frames (:mod:`.renderer`) and the texts (:mod:`.texts`) are made
-from it, so both directions of the unified model can be checked exactly (:mod:`.metrics`).
+A ``Scene`` is the single source of truth.  The frames (``renderer``) and the texts (``texts``) are made
+from it, so both directions of the unified model can be checked exactly (``metrics``).
 
-One fifth of all (colour, shape, motion) triples is held out of training.  :func:`is_held_out` is a Latin design: every
+One fifth of all (colour, shape, motion) triples is held out of training.  ``is_held_out`` is a Latin design: every
 *pair* of properties occurs in training, only the combination of three is new.
 """
 
@@ -55,7 +55,7 @@ class Object:
     shape: str
     motion: str
     speed: str
-    """One of :data:`SPEEDS`, or "" for an object that stays still."""
+    """One of ``SPEEDS``, or "" for an object that stays still."""
     x: float
     """Centre in the first frame, in canvas pixels."""
     y: float
@@ -81,7 +81,7 @@ class Scene:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scene:
-        """The inverse of :meth:`to_dict`; raises KeyError or TypeError if fields are missing or unknown."""
+        """The inverse of ``to_dict``; raises KeyError or TypeError if fields are missing or unknown."""
         objects = tuple(Object(**obj) for obj in data["objects"])
         return cls(objects=objects, background=data["background"], relation=data["relation"])
 
@@ -152,7 +152,7 @@ def _draw_object(rng: np.random.Generator, motions: Iterable[str], lane: tuple[i
 
 
 def _grid_point(rng: np.random.Generator, low: float, high: float, size: str) -> float:
-    """A random grid coordinate between ``low`` and ``high`` for objects of this size; see :data:`GRID`."""
+    """A random grid coordinate between ``low`` and ``high`` for objects of this size; see ``GRID``."""
     first = GRID // 2 if size == "small" else 0
     return float(rng.choice([v for v in range(first, CANVAS, GRID) if low <= v <= high]))
 

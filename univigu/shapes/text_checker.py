@@ -1,6 +1,6 @@
 """Parses the texts of the embedded world, and defines the form in which all readings are compared.
 
-The texts are those of :mod:`.texts`, or a model's version of them.  Every attribute is parsed on its own, so a broken
+The texts are those of ``texts``, or a model's version of them.  Every attribute is parsed on its own, so a broken
 word costs one attribute and not the whole text.  An attribute that a text states twice with different values is None.
 """
 
@@ -90,7 +90,7 @@ def parse_text(text: str) -> Reading:
 
 
 def parse_prompt(text: str) -> Reading:
-    """Parse a brief prompt as :func:`.texts.prompt_of` writes it, complete or damaged."""
+    """Parse a brief prompt as ``texts.prompt_of`` writes it, complete or damaged."""
     text = normalize_text(text)
     body = re.sub(r"(?:\bon )?(?:\w+ ){1,3}background\b", ",", text)
     relations = _PROMPT_RELATION.findall(body)
@@ -103,7 +103,7 @@ def parse_prompt(text: str) -> Reading:
 
 
 def parse_caption(text: str) -> Reading:
-    """Parse a detailed caption as :func:`.texts.caption_of` writes it, complete or damaged."""
+    """Parse a detailed caption as ``texts.caption_of`` writes it, complete or damaged."""
     text = normalize_text(text)
     relations = [_relation_of(match) for match in _RELATION.finditer(text)]
     body = _RELATION.sub(".", text)

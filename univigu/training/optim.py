@@ -100,8 +100,8 @@ class MuonAdamW(torch.optim.Optimizer):
     a CPU without instructions for that type, and on a GPU launches thousands of kernels a step.
 
     Args:
-        muon_groups: groups of matrices, with the options of :class:`torch.optim.Muon`.
-        adamw_groups: groups of everything else, with those of :class:`torch.optim.AdamW`.
+        muon_groups: groups of matrices, with the options of ``torch.optim.Muon``.
+        adamw_groups: groups of everything else, with those of ``torch.optim.AdamW``.
     """
 
     def __init__(self, muon_groups: list[dict[str, Any]], adamw_groups: list[dict[str, Any]]) -> None:

@@ -217,7 +217,7 @@ class _StepCounter(TorchDispatchMode):
         self.live_bytes -= self._sizes.pop(key)
 
     def _forget_gradient(self, parameter: torch.Tensor) -> None:
-        """Stop counting a parameter's gradient, which :class:`Plan` counts separately."""
+        """Stop counting a parameter's gradient, which ``Plan`` counts separately."""
         assert parameter.grad is not None
         key = id(parameter.grad.untyped_storage())
         self.live_bytes -= self._sizes.get(key, 0)

@@ -43,7 +43,7 @@ def predict_batch(module: UniViGU, batch: dict[str, Any], data: LightningDataMod
 
     Args:
         module: its ``predict_task`` is the task.
-        batch: of :class:`univigu.data.inputs.PredictionInputs`.
+        batch: of ``univigu.data.inputs.PredictionInputs``.
         data: has the ``prompt_length`` and, for made videos, their ``num_frames``, ``height`` and ``width``.
     """
     start, task, count = time.perf_counter(), module.predict_task, len(batch["index"])

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class HeldOutCallback(Callback):
-    """Calls :meth:`evaluate` every few optimizer steps (0: never), in evaluation mode.
+    """Calls ``evaluate`` every few optimizer steps (0: never), in evaluation mode.
 
     All processes call it, on the clips of rank 0, because a sharded model needs them all; rank 0 writes. The clips are
     the same ones every time.

@@ -21,7 +21,7 @@ class TrainingMonitor(Callback):
 
     ``samples_per_second`` and ``tokens_per_second`` (video and text) of all processes; ``seconds_per_batch``;
     ``memory_gb``: peak of the GPU's allocator, else of resident memory; ``data_wait_share``: share of the time spent
-    waiting for batches, if the loader measures it (see :class:`univigu.data.loader.TrainLoader`).
+    waiting for batches, if the loader measures it (see ``univigu.data.loader.TrainLoader``).
 
     Args:
         every_n_steps: how often, in batches; throughput is averaged over the interval.

@@ -18,7 +18,7 @@ from univigu.data.sample import DataError
 from univigu.data.video import encode_mp4
 
 LISTS = {"caption": "captions.jsonl", "qa": "answers.jsonl"}
-"""Names of the lists of tasks that give only text; of others it is :data:`MANIFEST`."""
+"""Names of the lists of tasks that give only text; of others it is ``MANIFEST``."""
 MANIFEST = "manifest.jsonl"
 VIDEO = re.compile(r"\d{5,}\.mp4")
 
