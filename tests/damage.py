@@ -177,6 +177,37 @@ ODD: dict[str, Callable[[random.Random, Members], Members]] = {
 SHARD_DAMAGES = ("empty-shard", "text-shard", "cut-shard")
 
 
+def mutate(rng: random.Random, data: bytes) -> bytes:
+    """A file without some of its bytes, with random ones in their place, or with an extreme number in its header."""
+    changed, start, length = bytearray(data), rng.randrange(len(data)), rng.randrange(1, 300)
+    kind = rng.randrange(3)
+    if kind == 0:
+        del changed[start : start + length]
+    elif kind == 1:
+        changed[start : start + length] = rng.randbytes(length)
+    else:
+        start %= 1500
+        changed[start : start + 4] = rng.choice([b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", bytes(4)])
+    return bytes(changed)
+
+
+@cache
+def videos_to_mutate() -> list[bytes]:
+    """A small one of each of seven formats."""
+    from PIL import Image
+
+    from tests import video_matrix
+
+    first, *others = [Image.new("RGB", (60, 40), (level,) * 3) for level in range(0, 250, 25)]
+    files = [good_sample(3)["mp4"]]
+    for format in ("gif", "webp"):
+        buffer = io.BytesIO()
+        first.save(buffer, format, save_all=True, append_images=others)
+        files.append(buffer.getvalue())
+    stored = video_matrix.encode("mpeg4", video_matrix.B_FRAMES)
+    return files + [video_matrix.remux(*stored, name, "whole") for name in ("avi", "matroska", "asf", "3gp")]
+
+
 def write_raw(path: Path, samples: list[tuple[str, Members]]) -> None:
     """Write a tar file without any of the checks that the package's own writer makes."""
     path.parent.mkdir(parents=True, exist_ok=True)
