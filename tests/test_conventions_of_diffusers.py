@@ -9,8 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FirstBlockCacheConfig, MagCacheConfig, WanPipeline
+from diffusers import (
+    BitsAndBytesConfig,
+    DiffusionPipeline,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PipelineQuantizationConfig,
+    TorchAoConfig,
+    WanPipeline,
+)
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from diffusers.utils import is_bitsandbytes_available
 from PIL import Image
 
 from tests import tiny
@@ -18,6 +27,7 @@ from tests.test_pipeline import QUICK, READ, SIZE, make_pipe, seeds
 from univigu.flow.inputs import TextInputs
 from univigu.models.frames import to_pixels
 from univigu.models.lora import LoraOptions, add_lora
+from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.pipeline import UniViGUPipeline
 
 
@@ -125,6 +135,41 @@ def test_loading_options_reach_the_transformer(folder: Path) -> None:
     assert all(torch.equal(value, plain[name]) for name, value in make_pipe().transformer.state_dict().items())
 
 
+def test_a_transformer_in_several_places(folder: Path, tmp_path: Path) -> None:
+    """What does not fit goes to the disk; the tasks are the same."""
+    place = {"device_map": "auto", "max_memory": {"cpu": "60KB"}, "offload_folder": str(tmp_path)}
+    spread = UniViGUTransformer3DModel.from_pretrained(folder / "transformer", **place)
+    assert any(parameter.is_meta for parameter in spread.parameters())
+    pipes = [
+        UniViGUPipeline.from_pretrained(folder, device_map="cpu", **part) for part in ({"transformer": spread}, {})
+    ]
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+    tokens = [pipe.caption(CLIP, generator=seeds(1), **READ).tokens for pipe in pipes]
+    assert torch.equal(*tokens)
+    frames = [pipe("a red circle", generator=seeds(3), **SIZE, **QUICK).frames for pipe in pipes]
+    np.testing.assert_allclose(*frames, atol=1e-5)
+
+
+def test_quantization_reaches_the_transformer_or_is_refused(folder: Path) -> None:
+    def load(backend: Any, source: Path | None) -> UniViGUPipeline:
+        quantization = PipelineQuantizationConfig(quant_mapping={"transformer": backend})
+        pipe = UniViGUPipeline.from_pretrained(source, quantization_config=quantization, torch_dtype=torch.bfloat16)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    with pytest.raises(ValueError, match="quantization_config: the model that ships"):
+        load(TorchAoConfig.__new__(TorchAoConfig), None)
+    if not is_bitsandbytes_available():
+        with pytest.raises(ImportError, match="bitsandbytes"):
+            load(BitsAndBytesConfig(load_in_4bit=True), folder)
+    torchao = pytest.importorskip("torchao.quantization")
+    quantized = load(TorchAoConfig(torchao.Int8WeightOnlyConfig()), folder)
+    for name in ("attn1.to_q", "ffn_t.net.2"):
+        assert type(quantized.transformer.blocks[0].get_submodule(name).weight) is not torch.nn.Parameter
+    assert quantized.caption(CLIP, **READ).tokens.shape == (1, 12)
+
+
 def test_a_variant_is_saved_and_loaded(tmp_path: Path) -> None:
     make_pipe().to(torch.float16).save_pretrained(tmp_path, variant="fp16")
     loaded = UniViGUPipeline.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
@@ -167,8 +212,7 @@ def test_a_wan_pipeline_with_our_transformer_becomes_ours(pipe: UniViGUPipeline,
     assert type(wan) is WanPipeline and type(wan.transformer) is type(pipe.transformer)
     ours = UniViGUPipeline.from_pipe(wan)
     assert ours.transformer is wan.transformer and ours.vae is wan.vae
-    with pytest.raises(AttributeError, match="UniViGUPipeline"):  # documented: load it with UniViGUPipeline
-        DiffusionPipeline.from_pretrained(folder)
+    assert type(DiffusionPipeline.from_pretrained(folder)) is UniViGUPipeline
 
 
 # ---------------------------------------------------------------------- calls

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import pytest
 import torch
+from packaging.version import Version
 
 from univigu.cli import main
 from univigu.data.video import encode_mp4
@@ -31,8 +34,9 @@ def test_it_is_small() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, {"transformer": torch.bfloat16, "default": torch.float32}])
-def test_a_dtype_reaches_its_transformer(dtype: object) -> None:
-    pipe = UniViGUPipeline.from_pretrained(torch_dtype=dtype)
+@pytest.mark.parametrize("name", ["torch_dtype"] + ["dtype"] * (Version(diffusers.__version__) >= Version("0.42")))
+def test_a_dtype_reaches_its_transformer(name: str, dtype: Any) -> None:
+    pipe = UniViGUPipeline.from_pretrained(**{name: dtype})
     assert pipe.transformer.vocab_embed.weight.dtype == torch.bfloat16
     assert (pipe.text_encoder.dtype == torch.bfloat16) == (dtype == torch.bfloat16)
 

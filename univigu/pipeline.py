@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
+import diffusers
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
@@ -196,10 +197,14 @@ class UniViGUPipeline(WanPipeline):
         """
         folder = str(pretrained_model_name_or_path or EMBEDDED_FOUNDATION)
         if pretrained_model_name_or_path is None and "transformer" not in kwargs:
-            dtype = kwargs.get("torch_dtype")  # diffusers gives it to the components that it loads itself
-            if isinstance(dtype, dict):
-                dtype = dtype.get("transformer", dtype.get("default"))
-            kwargs["transformer"] = UniViGUTransformer3DModel.from_pretrained(EMBEDDED_MODEL, torch_dtype=dtype)
+            if kwargs.get("quantization_config") is not None:
+                raise ValueError("quantization_config: the model that ships is not quantized; give a folder")
+            # diffusers gives them to the components that it loads itself
+            own = {name: kwargs[name] for name in ("dtype", "torch_dtype", "device_map") if name in kwargs}
+            for name, value in own.items():
+                if isinstance(value, dict):
+                    own[name] = value.get("transformer", value.get("default"))
+            kwargs["transformer"] = UniViGUTransformer3DModel.from_pretrained(EMBEDDED_MODEL, **own)
         check_files(Path(folder), subfolders=True)
         pipe = super().from_pretrained(folder, **kwargs)
         if "transformer" in kwargs and pipe.transformer is None and pipe.transformer_2 is None:
@@ -369,3 +374,6 @@ class UniViGUPipeline(WanPipeline):
             return self._interrupt
 
         return on_step
+
+
+diffusers.UniViGUPipeline = UniViGUPipeline  # type: ignore[attr-defined]  # where DiffusionPipeline.from_pretrained looks
