@@ -138,18 +138,18 @@ class UniViGUPipeline(WanPipeline):
     """Generate, caption, joint, edit, answer: one unified transformer inside a WanPipeline folder.
 
     Calling it generates video and is WanPipeline's own ``__call__`` with all its arguments. The other tasks are
-    methods. Moving, offloading and saving work as in diffusers. Arguments of several tasks:
+    methods. Moving, offloading and saving work as in diffusers. Arguments that several tasks have:
 
-    video: a list of PIL images, or an array or tensor, uint8 or in [0, 1], or a batch of them, see
-        ``univigu.models.frames.to_pixels``. It is cut to 4k+1 frames of whole patches.
-    prompt: one prompt for all samples, or one each. A prompt over ``max_sequence_length`` tokens (its end included) is
-        a TextTooLongError; only ``pipe(prompt)`` truncates it, as WanPipeline does.
-    height, width: size in pixels; for a given video the size to scale it to, by default its own.
-    generator: one, or one for each sample, which makes a sample independent of its batch.
-    options: see ``SamplingOptions``; single options can be given by keyword, such as ``caption_steps=10``. A
-        keyword that the task or the text flow does not use is a ValueError.
-    output_type: "np", "pt", "pil" or "latent", as in diffusers.
-    callback_on_step_end: see ``StepEndCallback``.
+    * ``video``: a list of PIL images, or an array or tensor, uint8 or in [0, 1], or a batch of them, see
+      ``univigu.models.frames.to_pixels``. It is cut to 4k+1 frames of whole patches.
+    * ``prompt``: one prompt for all samples, or one for each. A prompt over ``max_sequence_length`` tokens (its end
+      included) is a TextTooLongError; only ``pipe(prompt)`` truncates it, as WanPipeline does.
+    * ``height``, ``width``: size in pixels; for a given video the size to scale it to, by default its own.
+    * ``generator``: one, or one for each sample, which makes a sample independent of its batch.
+    * ``options``: see ``SamplingOptions``; single options can be given by keyword, such as ``caption_steps=10``. A
+      keyword that the task or the text flow does not use is a ValueError.
+    * ``output_type``: "np", "pt", "pil" or "latent", as in diffusers.
+    * ``callback_on_step_end``: see ``StepEndCallback``.
     """
 
     _transformer_config: Mapping[str, Any] = MappingProxyType({})

@@ -134,11 +134,11 @@ def bleu_4(pairs: Sequence[tuple[Tokens, Sequence[Tokens]]]) -> float:
 class CaptionScores(Metric):
     """Scores of captions against references, and statistics that show a collapse to a few sentences.
 
-    bleu4, rouge_l, cider  ``bleu_4``, the means of ``rouge_l`` and ``cider``
-    words, words_truth     mean length of the captions and of the references in tokens
-    repetition             mean share of a caption's 4-grams that repeat earlier ones (arXiv:1908.04319)
-    distinct_1/2           different words (pairs) divided by all words (pairs) of the captions (arXiv:1510.03055)
-    unique                 share of different captions
+    * ``bleu4``, ``rouge_l``, ``cider``: ``bleu_4()``, the means of ``rouge_l()`` and ``cider()``.
+    * ``words``, ``words_truth``: mean length of the captions and of the references in tokens.
+    * ``repetition``: mean share of a caption's 4-grams that repeat earlier ones (arXiv:1908.04319).
+    * ``distinct_1``, ``distinct_2``: different words (pairs) divided by all words (pairs) (arXiv:1510.03055).
+    * ``unique``: share of different captions.
     """
 
     is_differentiable, full_state_update = False, False

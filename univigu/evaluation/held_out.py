@@ -1,10 +1,10 @@
 """What ``lightning test`` and ``lightning validate`` measure on held-out clips, in both directions and at once.
 
-caption    texts read off clean videos without a prompt, against the truth
-generate   videos made from prompts, against what the prompts ask for and against the true videos
-joint      videos and texts made together, against each other
-vae        the videos' way through the VAE and back
-flow       the video's denoising loss beside the foundation's own: is the generator still what it was?
+* ``caption``: texts read off clean videos without a prompt, against the truth.
+* ``generate``: videos made from prompts, against what the prompts ask for and against the true videos.
+* ``joint``: videos and texts made together, against each other.
+* ``vae``: clips encoded and decoded by the VAE, against the clips.
+* ``flow``: the video's denoising loss beside the foundation's, which shows whether the generator has changed.
 
 docs/EVALUATION.md lists every name that is logged.
 """

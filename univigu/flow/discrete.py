@@ -1,11 +1,11 @@
-r"""The discrete mixture path: its loss and its draws, as plain functions.
+"""The discrete mixture path: its loss and its draws, as plain functions.
 
 At time t each token is independently the data's with probability t, else the source's (a uniform token or the mask).
-A network gives the posterior :math:`p(x_1 | x_t)` of every token, and the process that jumps from x_t to y at rate
+A network gives the posterior p(x_1 | x_t) of every token, and the process that jumps from x_t to y at the rate
 
-.. math:: \frac{1}{1 - t} \bigl( p(y) - \delta_{x_t}(y) \bigr)
+    (p(y) - [y = x_t]) / (1 - t)
 
-carries the source to the data (Gat et al., 2024, arXiv:2407.15595, with :math:`\kappa_t = t`). With a vocabulary of
+carries the source to the data (Gat et al., 2024, arXiv:2407.15595, with kappa_t = t). With a vocabulary of
 256k tokens one [B, L, V] tensor costs more than the network, so nothing here makes float64 copies, one-hots or noise
 of that shape.
 """
@@ -18,13 +18,13 @@ from univigu.flow.random import Generators, rand
 
 
 def jump_probability(t: float, t_next: float) -> float:
-    r"""Probability that a token jumps to its draw :math:`\hat x \sim p` between two times.
+    """Probability that a token jumps to its draw x ~ p between the times t and t'.
 
-    The rate integrated over the step, with p held constant:
+    It is the rate integrated over the step, with p held constant:
 
-    .. math:: 1 - \exp\Bigl(-\int_t^{t'} \frac{ds}{1-s}\Bigr) = \frac{t' - t}{1 - t}
+        1 - exp(-integral from t to t' of ds / (1 - s)) = (t' - t) / (1 - t)
 
-    so the share of tokens that have jumped is t, for any number of steps; 0 <= t <= t_next <= 1.
+    So the share of tokens that have jumped is t, for any number of steps; 0 <= t <= t_next <= 1.
     """
     return 1.0 if t_next == 1.0 else (t_next - t) / (1.0 - t)
 

@@ -1,8 +1,8 @@
 """The uni-flow objective: one batch, three tasks, two losses (arXiv:2604.08121, section 3).
 
-joint       video at time t_v, text at its own time t_x    -> video loss and text loss
-understand  clean video (t_v = 1), text at time t_x        -> text loss
-generate    video at time t_v, no text stream              -> video loss
+* ``joint``: video at time t_v, text at its own time t_x; video loss and text loss.
+* ``understand``: clean video (t_v = 1), text at time t_x; text loss.
+* ``generate``: video at time t_v, no text stream; video loss.
 """
 
 from __future__ import annotations

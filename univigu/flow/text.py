@@ -93,11 +93,11 @@ class TextFlow(ABC):
 
 @dataclass(frozen=True)
 class EmbeddingFlow(TextFlow):
-    r"""Continuous flow matching on rows of a learned matrix E, on the straight path to z_1 = E[y].
+    """Continuous flow matching on rows of a learned matrix E, on the straight path to z_1 = E[y].
 
     The network's posterior p gives the velocity, which minimises the squared error of flow matching:
 
-    .. math:: \hat x_1 = \sum_k p_k E_k, \qquad u = \frac{\hat x_1 - z_t}{1 - t}
+        x1_hat = sum_k p_k E_k        u = (x1_hat - z_t) / (1 - t)
 
     The loss is the cross-entropy of p (Dieleman et al., 2022, arXiv:2211.15089). The rows of E have RMS 1
     (``model.token_table()``), so that E cannot grow to lower the loss.

@@ -33,9 +33,9 @@ def to_timestep(t: torch.Tensor | float) -> torch.Tensor:
 
 
 def shift_sigma(sigma: torch.Tensor | float, shift: float) -> torch.Tensor:
-    r"""Raise noise levels, since more pixels need more noise to lose the same information.
+    """Raise noise levels, since more pixels need more noise to lose the same information.
 
-    .. math:: \sigma' = \frac{s \sigma}{1 + (s - 1) \sigma}
+        sigma' = s sigma / (1 + (s - 1) sigma)
 
     Eq. 23 of Esser et al., 2024, arXiv:2403.03206; Wan2.1 uses s = 3 at 480p and 5 at 720p. s > 0, and 1 changes
     nothing; sigma in [0, 1], of which 0 and 1 do not change; float32, same shape.

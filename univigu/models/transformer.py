@@ -65,12 +65,13 @@ class UniViGUTransformerOutput(BaseOutput):
 class UniViGUTransformer3DModel(WanTransformer3DModel):
     """Wan's transformer, extended by a text stream. Wan's weights keep their names.
 
-    Args (besides ``diffusers.WanTransformer3DModel``'s):
+    Arguments from ``text_flow`` to ``clean_video_timestep`` are ``univigu.models.options.ArchitectureOptions``, those
+    from ``latents_normalized`` on ``univigu.models.conventions.Conventions``. The first ones are diffusers'.
+
+    Args:
         vocab_size: number of tokens V of the text tokenizer, at least 1. The ``mask`` flow has one more embedding,
             id V, for the mask state.
-        text_flow to clean_video_timestep: see ``univigu.models.options.ArchitectureOptions``.
         text_length: number of text tokens of the last training stage; sampling uses it.
-        latents_normalized, null_condition, prompt_padding: see ``univigu.models.conventions.Conventions``.
     """
 
     # diffusers looks these up by name on the class; Wan's own entries name Wan's block class.

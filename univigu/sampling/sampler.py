@@ -1,9 +1,9 @@
 """Generate, edit, caption, joint: one sampler whose two modalities start at different times.
 
-generate   video from noise, no text stream            guided by the prompt
-edit       video from part of the way to noise         guided by another prompt
-caption    video clean,      text from noise           the condition may be a question
-joint      video from noise, text from noise           in parallel
+* ``generate``: video from noise, no text stream; guided by the prompt.
+* ``edit``: video from part of the way to noise; guided by another prompt.
+* ``caption``: clean video, text from noise; the condition may be a question.
+* ``joint``: video and text from noise, in parallel.
 
 A single image is a video of one frame.
 """

@@ -14,7 +14,7 @@ from univigu.training.parallel import reshard
 
 
 class WeightEMA(Callback):
-    r"""Keeps :math:`\bar\theta \leftarrow d \bar\theta + (1 - d) \theta` of the weights, after every step.
+    """Keeps a running mean of the weights: ``mean = d * mean + (1 - d) * weight`` after every step.
 
     Validation and what is saved for use see the mean. Each process averages its own share in float32 (Lightning's
     ``EMAWeightAveraging`` copies the module before it is sharded); the means are saved and resharded as weights are.

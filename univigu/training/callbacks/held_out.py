@@ -97,9 +97,9 @@ def attribute_accuracy(texts: list[str], samples: dict[str, Any], kind: str) -> 
 class CaptionAccuracy(HeldOutCallback):
     """Logs the accuracy of held-out captions under three conditions, for clips of the embedded world.
 
-    ``val/caption/*``                       from the clean video, without a prompt
-    ``val/caption_with_prompt/mean``        also given the clip's own prompt
-    ``val/caption_with_other_prompt/mean``  given another clip's prompt: a model that copies its condition fails here
+    * ``val/caption/*``: from the clean video, without a prompt.
+    * ``val/caption_with_prompt/mean``: also given the clip's own prompt.
+    * ``val/caption_with_other_prompt/mean``: given another clip's prompt; a model that copies its condition fails here.
     """
 
     def __init__(self, every_n_steps: int = 200, num_clips: int = 64, batch_size: int = 32) -> None:
