@@ -116,7 +116,8 @@ def failing(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
             main(args)
         assert error.value.code == 2
         printed = capsys.readouterr().err
-        assert "Traceback" not in printed
+        assert "Traceback" not in printed and "usage:" not in printed
+        assert sum(line.startswith("error: ") for line in printed.splitlines()) == 1
         return printed
 
     return run

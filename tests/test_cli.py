@@ -23,7 +23,6 @@ from univigu.models.transformer import is_text_parameter
 from univigu.shapes.renderer import render
 from univigu.shapes.scenes import sample_scene
 from univigu.training.lightning_cli import (
-    REPLACED,
     ConfigOnlyCLI,
     TrainingConfig,
     UniViGUCLI,
@@ -31,6 +30,7 @@ from univigu.training.lightning_cli import (
     move_earlier_logs,
 )
 from univigu.training.parallel import ShardedStrategy
+from univigu.training.parser import REPLACED
 from univigu.training.prediction import predict_batch
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from univigu.cli import exit_code
+from univigu.cli import ToolParser, exit_code
 from univigu.cli import main as lightning
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -185,7 +185,7 @@ def tables(groups: dict[str, list[Run]], options: argparse.Namespace) -> str:
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/ablate"), help="folder of the runs")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="variants")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each variant")

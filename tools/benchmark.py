@@ -24,6 +24,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from rich.console import Console
 from rich.table import Table
 
+from univigu.cli import ToolParser
 from univigu.data.buckets import Bucket
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.encode import encode_shards
@@ -206,7 +207,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def main(args: list[str] | None = None) -> dict[str, float]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for function in (caption, data):
         command = commands.add_parser(function.__name__, help=function.__doc__)

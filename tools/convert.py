@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from univigu.checkpoint import export_foundation, export_pipeline, load_weights
-from univigu.cli import exit_code
+from univigu.cli import ToolParser, exit_code
 from univigu.models.conventions import OFFICIAL, Conventions
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 from univigu.models.official import export_official, import_official, import_wan
@@ -28,7 +28,7 @@ from univigu.models.official import export_official, import_official, import_wan
 
 def make_parser() -> argparse.ArgumentParser:
     """The subcommands and their options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     foundation = commands.add_parser("foundation", help="stage-0 checkpoint -> WanPipeline folder")
     foundation.add_argument("--source", type=Path, default=Path(EMBEDDED_FOUNDATION), help="gives what was not trained")

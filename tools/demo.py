@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from univigu.cli import exit_code
+from univigu.cli import ToolParser, exit_code
 from univigu.demo import Demo, DemoOptions, build
 from univigu.pipeline import TaskRunner, UniViGUPipeline
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="UniViGUPipeline folder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

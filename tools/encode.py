@@ -16,7 +16,7 @@ import logging
 import sys
 from pathlib import Path
 
-from univigu.cli import exit_code
+from univigu.cli import ToolParser, exit_code
 from univigu.data.buckets import Bucket, Grid
 from univigu.data.index import TARS, find_split
 from univigu.data.options import add_share
@@ -25,7 +25,7 @@ from univigu.models.foundation import EMBEDDED_FOUNDATION
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = ToolParser(description=__doc__)
     top.add_argument("--source", type=Path, required=True, help="folder of video shards, or of such folders")
     top.add_argument("--output", type=Path, required=True)
     top.add_argument("--foundation", default=EMBEDDED_FOUNDATION, help="WanPipeline folder with the encoders")

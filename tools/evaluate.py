@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
-from univigu.cli import exit_code
+from univigu.cli import ToolParser, exit_code
 from univigu.data.options import add_options, add_share, read_options
 from univigu.data.processes import Share, this_device
 from univigu.evaluation.caption_export import Category, export_captions
@@ -28,7 +28,7 @@ from univigu.sampling.options import SamplingOptions
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = ToolParser(description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
 
     vbench = commands.add_parser("vbench", help="{prompt}-{index}.mp4 for every prompt")

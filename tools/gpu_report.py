@@ -10,7 +10,6 @@ and safetensors: diffusers, peft, jsonargparse, docstring_parser, typeshed_clien
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import statistics
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 
+from univigu.cli import ToolParser
 from univigu.flow.objective import TaskMixture, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
 from univigu.models.transformer import UniViGUTransformer3DModel
@@ -231,7 +231,7 @@ def convert(model: UniViGUTransformer3DModel, dtype: torch.dtype) -> UniViGUTran
 
 
 def main(args: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu_report.json"))
     parser.add_argument("--size", choices=SIZES, default="1.3b")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

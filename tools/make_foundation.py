@@ -24,7 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from univigu.cli import exit_code
+from univigu.cli import ToolParser, exit_code
 from univigu.data.video import encode_mp4, read_video, to_model_range
 from univigu.shapes import renderer, scenes, texts
 
@@ -284,7 +284,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder to write, in WanPipeline layout")
     parser.add_argument("--text-steps", type=int, default=600)
     parser.add_argument("--vae-steps", type=int, default=12000)

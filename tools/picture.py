@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageSequence
 
-from univigu.cli import exit_code
+from univigu.cli import ToolParser, exit_code
 from univigu.pipeline import UniViGUPipeline
 from univigu.viewer import TrajectoryRecorder
 
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="UniViGUPipeline folder")
     parser.add_argument("--output", type=Path, required=True, help="the picture, a .gif file")
     parser.add_argument("--prompt", nargs="+", help="one a video; default: three of the embedded world")

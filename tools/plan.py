@@ -16,7 +16,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from univigu.cli import exit_code
+from univigu.cli import ToolParser, exit_code
 from univigu.training.plan import Workload, added_parameters, make_plan, workloads_of
 
 # Dense bfloat16 operations a second, by the makers' data sheets.
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--world-size", type=int, default=1, help="processes the transformer is sharded over")
     parser.add_argument("--device", choices=sorted(DEVICES), help="to tell the time of a step")
     parser.add_argument("--utilisation", type=float, default=0.45, help="share of its operations that are of use")

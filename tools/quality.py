@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from univigu.cli import exit_code
+from univigu.cli import ToolParser, exit_code
 from univigu.data.processes import this_device
 from univigu.data.video import to_uint8
 from univigu.pipeline import UniViGUPipeline
@@ -147,7 +147,7 @@ def edit(options: argparse.Namespace, pipe: UniViGUPipeline, scenes: list[Scene]
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for function in (steps, refresh, edit):
         command = commands.add_parser(function.__name__, help=function.__doc__)

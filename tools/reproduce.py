@@ -6,13 +6,12 @@ Rows (docs/results.json) are commands of ``lightning`` and the last one's figure
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from univigu.cli import exit_code
+from univigu.cli import ToolParser, exit_code
 
 ROWS = Path(__file__).parents[1] / "docs" / "results.json"
 
@@ -42,7 +41,7 @@ def reproduce(name: str | None, rows: dict[str, Any]) -> bool:
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("row", nargs="?", help="name of a row; without one all are listed")
     name, results = parser.parse_args(args).row, list[bool]()
     code = exit_code(lambda: results.append(reproduce(name, json.loads(ROWS.read_text()))))

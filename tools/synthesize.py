@@ -15,7 +15,7 @@ import logging
 import sys
 from pathlib import Path
 
-from univigu.cli import exit_code
+from univigu.cli import ToolParser, exit_code
 from univigu.data.filters import LengthFilter
 from univigu.data.options import add_options, add_share, read_options
 from univigu.data.processes import Share, this_device
@@ -26,7 +26,7 @@ from univigu.models.foundation import EMBEDDED_FOUNDATION
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = ToolParser(description=__doc__)
     top.add_argument("--output", type=Path, required=True, help="folder of the shards")
     top.add_argument("--prompts", required=True, help=".txt (one a line), .jsonl, .json, .csv or .parquet (prompt)")
     top.add_argument("--pipeline", default=EMBEDDED_FOUNDATION, help="folder of a diffusers text-to-video pipeline")

@@ -6,13 +6,16 @@ lightning predict --config configs/caption.yaml --data.videos 'clips/*.mp4'
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import logging
 import os
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 from univigu import __version__
 
@@ -33,7 +36,9 @@ examples:
   lightning fit --config configs/recall.yaml
   lightning fit --config configs/recall.yaml --config configs/wan2.1-1.3b.yaml --config configs/fsdp.yaml
   lightning predict --config configs/caption.yaml --data.videos 'clips/*.mp4'
-  lightning fit --help     every option with its meaning and default"""
+  lightning fit --help     every option with its meaning and default
+
+UNIVIGU_DEBUG=1 shows where an error comes from."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -60,9 +65,47 @@ def answer_at_once(args: list[str]) -> None:
         print(f"univigu {__version__}" if first == "--version" else HELP)
         sys.exit(0)
     if first not in SUBCOMMANDS and not first.startswith("-"):
-        found = f"no subcommand {first!r}" if first else "expected a subcommand"
-        print(f"{USAGE}\nlightning: error: {found}: expected one of {', '.join(SUBCOMMANDS)}", file=sys.stderr)
-        sys.exit(2)
+        found = f"no subcommand {first!r}{closest(first, SUBCOMMANDS)}" if first else "expected a subcommand;"
+        fail(f"{found} there are {', '.join(SUBCOMMANDS)}", "lightning")
+
+
+def fail(message: str, command: str) -> NoReturn:
+    """End the program: one line on standard error, with the command that shows more, and exit code 2."""
+    print(f"error: {message} ({command} --help shows all options)", file=sys.stderr)
+    sys.exit(2)
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """What may have been meant, to be added to a message; empty if no name is close."""
+    found = difflib.get_close_matches(name, list(names), 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def one_line(message: object) -> str:
+    """A message of several lines in one."""
+    return "; ".join(line.strip() for line in str(message).splitlines() if line.strip())
+
+
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """The options of a parser and of its subcommands."""
+    options = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            options = options.union(*map(options_of, action.choices.values()))
+    return options
+
+
+class ToolParser(argparse.ArgumentParser):
+    """The parser of ``tools/*.py``: it prints its description as it is written, and mistakes in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").partition("=")[0].split()[0]
+        if not message.startswith("unrecognized arguments"):
+            fail(message, self.prog)
+        fail(f"unknown option {unknown}{closest(unknown, options_of(self))}", self.prog)
 
 
 def exit_code(run: Callable[[], object]) -> int:
@@ -83,7 +126,7 @@ def exit_code(run: Callable[[], object]) -> int:
 
         if os.environ.get("UNIVIGU_DEBUG") or not isinstance(error, (OSError, ValueError, MisconfigurationException)):
             raise
-        print(f"error: {error}\n(UNIVIGU_DEBUG=1 shows where)", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     finally:
         for number, handler in earlier.items():

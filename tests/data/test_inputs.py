@@ -19,7 +19,7 @@ from univigu.evaluation.exports import ExportOptions
 from univigu.evaluation.vbench import plan
 from univigu.models.tokens import MAX_CHARACTERS, TextTooLongError, token_count, tokenize
 from univigu.shapes import renderer, scenes
-from univigu.training.lightning_cli import DATA, Parser
+from univigu.training.parser import DATA, Parser
 
 
 @pytest.fixture

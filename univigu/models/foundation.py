@@ -70,8 +70,10 @@ class Foundation:
         self._device = torch.device("cpu")
         missing = [name for name in COMPONENTS if not (self.path / name).is_dir()]
         if missing:
-            lacking = ", ".join(missing)
-            raise FileNotFoundError(f"foundation={str(path)!r}: not a WanPipeline folder, it lacks {lacking}")
+            message = f"foundation={str(path)!r}: not a WanPipeline folder, it lacks {', '.join(missing)}"
+            if self.path.name.startswith("Wan") and not self.path.exists():
+                message += f"; download it: hf download Wan-AI/{self.path.name} --local-dir {path}"
+            raise FileNotFoundError(message)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

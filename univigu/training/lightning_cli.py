@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -21,8 +19,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from univigu.checkpoint import check_checkpoint_file
 from univigu.models.foundation import EMBEDDED_FOUNDATION, EMBEDDED_MODEL
-from univigu.models.options import REPLACED as TRANSFORMER_REPLACED
-from univigu.models.options import ArchitectureOptions
 from univigu.training.callbacks import (
     DataStatistics,
     FinalReport,
@@ -36,6 +32,7 @@ from univigu.training.callbacks.checkpoint import FOLDER, find_last
 from univigu.training.checkpoint_io import SafeCheckpointIO
 from univigu.training.module import UniViGU
 from univigu.training.parallel import ShardedStrategy
+from univigu.training.parser import DATA, Parser
 from univigu.training.stages import Stage, select_stages
 
 log = logging.getLogger(__name__)
@@ -51,7 +48,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 FIT_VALIDATION_BATCHES = 4
 LAST_RUN = "runs/refine/checkpoints/last.ckpt"
 """What the configurations of prediction use; the model that ships takes its place while it does not exist."""
-DATA = "univigu.data.datamodule.VideoTextDataModule"
 CALLBACK_OPTIONS = {
     "checkpoint": LastCheckpoint,
     "media": MediaLogger,
@@ -59,56 +55,6 @@ CALLBACK_OPTIONS = {
     "report": FinalReport,
 }
 """Callbacks of every fit that have options on the command line, such as ``--media.every_n_steps 100``."""
-REMOVED = (
-    *("clip_frames", "prompt_slots", "muon_rate", "fused", "video_weight", "text_weight", "text_loss", "video_times"),
-    *("whole_text_from", "full_text_from"),
-)
-REPLACED = {
-    "overrides": "stages (fields of a stage by its name), checkpoint, media and report (callback options)",
-    "StageSwitch": "the top-level 'stages' and 'run'; the command line adds this callback itself",
-    "trains": "stages.NAME.learning_rate: 0 (text only) or model.lora (adapters)",
-    "joint_dropout": "stages.NAME.condition_dropout.joint",
-    "guidance_dropout": "stages.NAME.condition_dropout.generate",
-    "condition_dropout": "a mapping by task: condition_dropout: {joint: , understand: , generate: }",
-    "random_init": "model.init_from: random",
-    "vae_slicing": "model.vae_tiling",
-    "text_times": "stages.NAME.text_time_power",
-    "flow": "stages.NAME.text_time_power; the video's shift is the one of the foundation's scheduler",
-    "parallel": "trainer.strategy.init_args.compute_dtype of ShardedStrategy",
-    "compute": "model.compile_blocks and model.vae_tiling",
-    **{name: f"model.architecture.{successor}" for name, successor in TRANSFORMER_REPLACED.items()},
-    **{name: f"model.architecture.{name}" for name in vars(ArchitectureOptions()) if name != "embedding"},
-    **dict.fromkeys(REMOVED, "nothing: it was removed"),
-}
-"""Keys of former configurations and their successors."""
-
-
-TEXT = re.compile(r"(?!\s*[\[{\"'-]).*:\s.*", re.DOTALL)
-"""A prompt or a name with a colon, which YAML would take for a mapping."""
-
-
-class Parser(LightningArgumentParser):
-    """Takes prompts and names with a colon for texts, as lists of one; names the successor of a replaced key."""
-
-    def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
-        quoted, option = [], ""
-        for arg in sys.argv[1:] if args is None else args:
-            name, equals, value = arg.partition("=") if arg.startswith("--data.") else (option, "", arg)
-            if name in ("--data.prompts", "--data.videos") and TEXT.fullmatch(value):
-                arg = (name + equals if equals else "") + json.dumps([value])
-            quoted.append(arg)
-            option = arg
-        return super().parse_args(quoted, *more, **options)
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        for key, successor in REPLACED.items():
-            present = key in vars(ArchitectureOptions()) and "model.architecture" in message
-            if present or not re.search(rf"(?<![\w/]){key}(?!\w)(?!\.(joint|understand|generate))", message):
-                continue
-            if f"{key!r} was replaced" not in message:  # the parser of a part may have said so
-                message = f"{message}\n{key!r} was replaced; use {successor}"
-            break
-        return super().error(message, ex)
 
 
 class TrainingConfig(SaveConfigCallback):
