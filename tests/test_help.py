@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from tests.conftest import REPO
 from univigu import __version__
-from univigu.cli import SUBCOMMANDS, answer_at_once
+from univigu.cli import SUBCOMMANDS, answer_at_once, main
 
 HEAVY = {"torch", "lightning", "diffusers", "transformers", "numpy", "jsonargparse"}
 
@@ -60,3 +60,10 @@ def test_processes_that_load_data_need_no_diffusers() -> None:
     code = "import sys, univigu.data.parts, univigu.data.inputs, univigu.data.loader; print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     assert not {"diffusers", "lightning", "peft"} & set(result.stdout.split())
+
+
+@pytest.mark.slow
+def test_help_explains_the_fields_of_dataclasses(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    assert "Projections of the text in the joint self-attention." in " ".join(capsys.readouterr().out.split())

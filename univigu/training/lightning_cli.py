@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_parsing_settings
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -82,6 +82,9 @@ class UniViGUCLI(LightningCLI):
             "save_config_callback": TrainingConfig,
             "save_config_kwargs": {"overwrite": True},
         }
+        arguments = sys.argv[1:] if args is None else args
+        with_help = any(str(argument).endswith(("help", "-h")) for argument in arguments)
+        set_parsing_settings(docstring_parse_attribute_docstrings=with_help)  # of dataclasses' fields; takes a second
         given = {"model_class": UniViGU, "datamodule_class": LightningDataModule, **ours, **options}
         super().__init__(args=args, run=run, **given)
 
