@@ -148,15 +148,19 @@ def test_edits_write_videos_and_a_manifest(in_tmp: Path, predict: Predict, clips
         {"video": str(clips / "good1.mp4"), "prompt": prompt},
         {"video": str(clips / "good0.mp4"), "prompt": prompt, "strength": 2},
         {"video": str(clips / "good0.mp4"), "prompt": prompt, "strength": 0.25},
+        {"video": str(clips / "good0.mp4"), "prompt": prompt, "replace": {"red": "blue", "small": "large"}},
+        {"video": str(clips / "good0.mp4"), "replace": {"zebra": "horse"}},
     ]
     (in_tmp / "edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in edits))
     args = "edit", "--data.pairs=edits.jsonl", "--model.sampling.num_inference_steps=4"
     rows = predict(*args)
-    assert [row["strength"] for row in rows] == [1.0, 0.8, 0.8, None, 0.25]
+    assert [row["strength"] for row in rows] == [1.0, 0.8, 0.8, None, 0.25, 0.8, 0.8]
     assert [row["source"] for row in rows] == [edit["video"] for edit in edits]
-    assert [row["error"] is None for row in rows] == [True, False, True, False, True]
+    assert [row["error"] is None for row in rows] == [True, False, True, False, True, True, False]
+    assert rows[5]["prompt"] == "a large blue circle moving left slowly, on a black background"
+    assert "replace: 'zebra' does not occur in" in rows[6]["error"]  # in the model's own prompt
     assert "broken_text.mp4" in rows[1]["error"] and "edits.jsonl:4: strength=2" in rows[3]["error"]
-    made = {i: Path(rows[i]["video"]).read_bytes() for i in (0, 2, 4)}
+    made = {i: Path(rows[i]["video"]).read_bytes() for i in (0, 2, 4, 5)}
     # The less strength, the nearer to its source.
     source = render(sample_scene(0), 64, 64, 9).float()
     distance = {i: (read_video(made[i], 9, 64, 64).float() - source).abs().mean() for i in (0, 4)}

@@ -16,7 +16,7 @@ from diffusers import WanPipeline
 import univigu
 from tests import tiny
 from tools import convert
-from univigu.models.tokens import TextTooLongError, token_count
+from univigu.models.tokens import BRIEF_QUESTION, TextTooLongError, replace_words, token_count
 from univigu.pipeline import UniViGUPipeline
 from univigu.sampling.options import TASK_OPTIONS, SamplingOptions
 from univigu.shapes.renderer import render
@@ -118,6 +118,17 @@ def test_joint_makes_video_and_text(pipe: UniViGUPipeline, output_type: str) -> 
         assert tuple(made.frames.shape) == shapes[output_type]
 
 
+def test_an_edit_by_caption_is_an_edit_under_the_models_own_prompt(pipe: UniViGUPipeline, videos: np.ndarray) -> None:
+    own = pipe.answer(videos[0], BRIEF_QUESTION, **{**READ, "caption_steps": 50}).text[0]
+    words = {own.split()[0]: "one"}
+    made = pipe.edit(videos[0], replace=words, generator=seeds(1), **QUICK)
+    assert made.text == [replace_words(own, words)] != [own]
+    same = pipe.edit(videos[0], made.text, generator=seeds(1), **QUICK)
+    assert np.array_equal(made.frames, same.frames) and same.text is None
+    named = pipe.edit(videos, "a red circle", replace={"red": "blue"}, **QUICK)
+    assert named.text == ["a blue circle"] * 2
+
+
 def test_editing_keeps_what_strength_leaves(pipe: UniViGUPipeline, videos: np.ndarray) -> None:
     arguments = {"output_type": "latent", **QUICK, "num_inference_steps": 8}
     with torch.no_grad():
@@ -146,6 +157,8 @@ def test_what_does_not_fit_is_named(pipe: UniViGUPipeline, videos: np.ndarray, t
         (lambda: pipe.joint("a", height=40, width=48, num_frames=5), "height=40: expected a multiple of 16"),
         (lambda: pipe.joint("a", height=32, width=48, num_frames=6), "num_frames=6: expected a multiple of 4 plus 1"),
         (lambda: pipe.edit(videos, "a", strength=0.0, **QUICK), r"strength=0\.0"),
+        (lambda: pipe.edit(videos, **QUICK), "prompt=None: edit needs a prompt, or the words to replace"),
+        (lambda: pipe.edit(videos, "a", replace={"zebra": "b"}, **QUICK), "replace: 'zebra' does not occur in 'a'"),
     ):
         with pytest.raises(ValueError, match=message):
             task()

@@ -29,7 +29,7 @@ from univigu.models.conventions import Conventions
 from univigu.models.encode import encode_prompts
 from univigu.models.foundation import EMBEDDED_FOUNDATION, EMBEDDED_MODEL, Foundation, set_conv_layout
 from univigu.models.frames import crop, to_pixels
-from univigu.models.tokens import clean_text, detokenize, tokenize
+from univigu.models.tokens import BRIEF_QUESTION, clean_text, detokenize, replace_words, tokenize
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import check_files, compute_device
 from univigu.sampling.options import SamplingOptions
@@ -47,7 +47,7 @@ class UniViGUOutput(BaseOutput):
     frames: Any = None
     """Video in the form of ``output_type``; None for tasks that make only text."""
     text: list[str] | None = None
-    """One text for each sample; None for tasks that make only video."""
+    """One text for each sample; None for tasks that make only video. Of ``edit`` with ``replace`` the new prompts."""
     tokens: Tensor | None = None
     """The texts' token ids, int64 [B, L]."""
 
@@ -105,6 +105,11 @@ class TaskRunner:
         """The texts of samples of a task that makes texts."""
         assert samples.tokens is not None
         return detokenize(self.components.tokenizer, samples.tokens)
+
+    def describe(self, latents: Tensor, prompt_length: int, generator: Generators = None) -> list[str]:
+        """A brief prompt of each clean video, which the generator understands: the answer to ``BRIEF_QUESTION``."""
+        asked = [BRIEF_QUESTION] * len(latents)
+        return self.texts(self.sample("caption", asked, prompt_length, latents=latents, generator=generator))
 
     def generators(self, seeds: Iterable[int]) -> list[torch.Generator]:
         """One generator for each sample, so that a sample does not depend on its batch."""
@@ -256,14 +261,24 @@ class UniViGUPipeline(WanPipeline):
     def edit(
         self,
         video: Any,
-        prompt: str | list[str],
+        prompt: str | list[str] | None = None,
         strength: float = 0.8,
         height: int | None = None,
         width: int | None = None,
+        replace: Mapping[str, str] | None = None,
         **options: Any,
     ) -> UniViGUOutput:
-        """Regenerate videos under a full new prompt, from noise level ``strength`` in (0, 1]; 1 keeps nothing."""
-        return self._run("edit", prompt, video, (height, width), strength, **options)
+        """Regenerate videos under a new prompt, from noise level ``strength`` in (0, 1]; 1 keeps nothing.
+
+        The prompt is a full new one, or that of the video with the words of ``replace`` changed, such as
+        ``{"red": "blue"}``. Without a prompt the model describes the video itself (:meth:`TaskRunner.describe`).
+
+        Raises:
+            ValueError: there is neither a prompt nor ``replace``, or a word of it does not occur in a prompt.
+        """
+        if prompt is None and not replace:
+            raise ValueError("prompt=None: edit needs a prompt, or the words to replace in the model's own")
+        return self._run("edit", prompt, video, (height, width), strength, replace, **options)
 
     @torch.no_grad()
     def _run(
@@ -273,6 +288,7 @@ class UniViGUPipeline(WanPipeline):
         video: Any,
         size: tuple[Any, ...],
         strength: float = 1.0,
+        words: Mapping[str, str] | None = None,
         /,
         *,
         generator: Generators = None,
@@ -298,12 +314,16 @@ class UniViGUPipeline(WanPipeline):
         else:
             inputs["latents"] = runner.encode_video(self._pixels(video, *size))
             count = len(inputs["latents"])
+        if words and prompt is None:
+            prompt = runner.describe(inputs["latents"], max_sequence_length, generator)
         prompts = None if prompt is None else self._prompts(prompt, count, max_sequence_length)
+        if words and prompts is not None:
+            prompts = [replace_words(text, words) for text in prompts]
         samples = runner.sample(task, prompts, max_sequence_length, **inputs)
         frames = None if output_type is None else samples.latents
         if frames is not None and output_type != "latent":
             frames = self.video_processor.postprocess_video(runner.decode(frames), output_type=output_type)
-        text = None if samples.tokens is None else runner.texts(samples)
+        text = (prompts if words else None) if samples.tokens is None else runner.texts(samples)
         self.maybe_free_model_hooks()
         return UniViGUOutput(frames=frames, text=text, tokens=samples.tokens)
 

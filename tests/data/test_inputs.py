@@ -243,6 +243,13 @@ def test_a_wrong_row_is_an_error_of_its_own(clip: str, tmp_path: Path) -> None:
     assert good == PredictionInput(clip, "fine", 0.8)
     for pair, (_, message) in zip(bad, wrong, strict=True):
         assert pair.error is not None and message in pair.error
+    (edit,) = read_pairs({"video": clip, "replace": {"red": "blue"}}, "prompt")
+    assert edit == PredictionInput(clip, None, 0.8, {"red": "blue"})
+    for words in ({}, "red", {"red": 1}, {"red": "\ud83d"}):
+        (pair,) = read_pairs({"video": clip, "prompt": "a", "replace": words}, "prompt")
+        assert pair.error is not None and f"replace={words!r}: expected words" in pair.error
+    (question,) = read_pairs({"video": clip, "question": "a", "replace": {"a": "b"}}, "question")
+    assert "unknown field 'replace'" in str(question.error)
     assert bad[6].video == clip and bad[6].text == "a"  # what is known of it is kept
     (question,) = read_pairs({"video": clip, "question": "a", "strength": 0.5}, "question")
     assert "unknown field 'strength'" in str(question.error)

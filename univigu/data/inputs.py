@@ -40,6 +40,8 @@ class PredictionInput:
     """Prompt or question."""
     strength: float | None = None
     """How far back towards noise an edit starts."""
+    replace: dict[str, str] | None = None
+    """Words of the video's prompt to replace; without ``text`` the prompt is the model's own."""
     error: str | None = None
 
 
@@ -126,9 +128,10 @@ def read_pairs(
 ) -> list[PredictionInput]:
     """Videos with their texts of a file (.jsonl, .csv, ...), of one object, or of a list of objects.
 
-    An object is ``{"video": ..., "prompt": ..., "strength": 0.8}``, of which the strength is optional, or ``{"video":
-    ..., "question": ...}``.  Its video is a value for ``find_videos``, relative to the working directory: a folder
-    or pattern gives several pairs.  No pair, or a file that cannot be read, is a DataError about the option ``name``.
+    An object is ``{"video": ..., "question": ...}``, or for an edit ``{"video": ..., "prompt": ..., "replace": {"red":
+    "blue"}, "strength": 0.8}`` with at least one of prompt and replace.  Its video is a value for ``find_videos``,
+    relative to the working directory: a folder or pattern gives several pairs.  No pair, or a file that cannot be read,
+    is a DataError about the option ``name``.
     """
     if isinstance(value, str):
         rows = read_list(value, name)
@@ -155,15 +158,20 @@ def text_of(row: Row, field: str) -> tuple[str, str | None]:
 
 def _pairs_of(row: Row, field: TextField) -> list[PredictionInput]:
     """The pairs of one row, one for each video that it names."""
-    (video, video_error), (text, text_error) = text_of(row, "video"), text_of(row, field)
+    own = "replace" in row.fields and row.fields.get(field) is None  # the prompt is the model's
+    video, video_error = text_of(row, "video")
+    text, text_error = (None, None) if own else text_of(row, field)
     pair = PredictionInput(video, text)
     if error := video_error or text_error:
         return [replace(pair, error=error)]
-    allowed = ["prompt", "strength", "video"] if field == "prompt" else [field, "video"]
+    allowed = ["prompt", "replace", "strength", "video"] if field == "prompt" else [field, "video"]
     try:
         if unknown := sorted(row.fields.keys() - set(allowed)):
             raise DataError(f"unknown field {unknown[0]!r}, expected {allowed}")
-        strength = None
+        strength, words = None, row.fields.get("replace")
+        texts = [text for item in words.items() for text in item] if isinstance(words, dict) else []
+        if words is not None and not (texts and all(isinstance(text, str) and is_unicode(text) for text in texts)):
+            raise DataError(f'replace={words!r}: expected words and what replaces them, such as {{"red": "blue"}}')
         if field == "prompt":
             value = row.fields.get("strength")
             value = DEFAULT_STRENGTH if value in (None, "") else value
@@ -171,7 +179,7 @@ def _pairs_of(row: Row, field: TextField) -> list[PredictionInput]:
                 strength = float(value)
             if strength is None or not 0 < strength <= 1:
                 raise DataError(f"strength={value!r}: expected over 0, at most 1")
-        return [replace(pair, video=path, strength=strength) for path in find_videos(video)]
+        return [replace(pair, video=path, strength=strength, replace=words) for path in find_videos(video)]
     except DataError as failure:
         return [replace(pair, error=f"{row.where}: {failure}")]
 
@@ -200,13 +208,14 @@ class PredictionInputs(Dataset[dict[str, Any]]):
         row = {"index": index, "error": error, "ok": error is None}
         if item.video is None:
             return {**row, "prompt": item.text}
-        texts = {} if item.text is None else {"text": item.text, "strength": item.strength}
+        texts = {"text": item.text, "strength": item.strength, "replace": item.replace}
         return {**row, "path": item.video, "video": frames, **texts}
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch: lists ``index``, ``error``, ``ok``, and ``prompt`` or ``path`` (``text``, ``strength``) of all rows.
+        """A batch: lists ``index``, ``error``, ``ok``, and ``prompt`` or ``path`` of all rows.
 
-        ``video`` is uint8 [n, F, C, H, W] of the n rows without an error.
+        With ``path`` come lists ``text``, ``strength`` and ``replace``, and ``video``, uint8 [n, F, C, H, W] of
+        the n rows without an error.
         """
         batch: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
         if "video" in batch:

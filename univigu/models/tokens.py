@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Mapping
 
 import ftfy
 import torch
@@ -14,6 +15,25 @@ def clean_text(text: str) -> str:
     """WanPipeline's ``prompt_clean``, whose module takes seconds to import: fixed encoding, no HTML, single blanks."""
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return re.sub(r"\s+", " ", text).strip()
+
+
+BRIEF_QUESTION = "what does the video show?"
+"""Asks for a brief prompt of the video; models learn it along with other questions."""
+
+
+def replace_words(text: str, words: Mapping[str, str]) -> str:
+    """The text with words or phrases replaced by others: wherever they occur as a whole, in upper or lower case.
+
+    Raises:
+        ValueError: a word does not occur in the text.
+    """
+    new = {word.lower(): value for word, value in words.items()}
+    longest_first = sorted(map(re.escape, new), key=len, reverse=True)
+    pattern = re.compile(rf"(?<!\w)({'|'.join(longest_first)})(?!\w)", re.IGNORECASE)
+    found = {match.lower() for match in pattern.findall(text)}
+    if missing := [word for word in words if not word.strip() or word.lower() not in found]:
+        raise ValueError(f"replace: {missing[0]!r} does not occur in {text!r}")
+    return pattern.sub(lambda match: new[match[0].lower()], text)
 
 
 MAX_CHARACTERS = 2**16

@@ -10,18 +10,20 @@ import torch
 from lightning import LightningDataModule
 
 from univigu.data.video import to_frames
+from univigu.models.tokens import replace_words, tokenize
 
 if TYPE_CHECKING:
+    from univigu.pipeline import TaskRunner
     from univigu.training.module import UniViGU
 
 INPUTS = {
     "caption": ("video",),
     "qa": ("video", "question"),
-    "edit": ("source", "prompt", "strength"),
+    "edit": ("source", "prompt", "strength", "replace"),
     "generate": ("prompt",),
     "joint": ("prompt",),
 }
-"""Fields of a result's row that describe its input: the video or prompt, the text about the video, the strength."""
+"""Fields of a result's row that describe its input: the video or prompt, the text about the video, options of edits."""
 OUTPUTS = {"caption": ("caption",), "qa": ("answer",), "edit": ("video",)}
 """Fields with the results; of other tasks they are the video and the caption."""
 
@@ -48,7 +50,7 @@ def predict_batch(module: UniViGU, batch: dict[str, Any], data: LightningDataMod
     """
     start, task, count = time.perf_counter(), module.predict_task, len(batch["index"])
     columns = [batch["path"] if "path" in batch else batch["prompt"]]
-    columns += [batch.get(name, [None] * count) for name in ("text", "strength")]
+    columns += [batch.get(name, [None] * count) for name in ("text", "strength", "replace")]
     results, outputs = [], dict.fromkeys(OUTPUTS.get(task, ("video", "caption")))
     for index, error, *values in zip(batch["index"], batch["error"], *columns, strict=True):
         given = dict(zip(INPUTS[task], values, strict=False))
@@ -66,13 +68,21 @@ def predict_batch(module: UniViGU, batch: dict[str, Any], data: LightningDataMod
 
 def _predict(module: UniViGU, items: list[Prediction], data: Any, video: torch.Tensor | None) -> None:
     """Run the task on items that need the same options."""
-    tasks, task, rows = module.tasks, module.predict_task, [item.row for item in items]
+    tasks, task = module.tasks, module.predict_task
+    latents = None if video is None else module.latents_of({"video": video})
+    if task == "edit" and latents is not None:
+        fill_in_prompts(tasks, [item.row for item in items], latents, data.prompt_length)
+        usable = [i for i, item in enumerate(items) if item.row["error"] is None]
+        items, latents = [items[i] for i in usable], latents[usable]
+        if not items:
+            return
+    rows = [item.row for item in items]
     prompts = None if task == "caption" else [row["question" if task == "qa" else "prompt"] for row in rows]
     inputs: dict[str, Any] = {"generator": tasks.generators(row["seed"] for row in rows)}
-    if video is None:
+    if latents is None:
         inputs["shape"] = tasks.latents_shape(data.height, data.width, data.num_frames)
     else:
-        inputs |= {"latents": module.latents_of({"video": video}), "strength": rows[0].get("strength")}
+        inputs |= {"latents": latents, "strength": rows[0].get("strength")}
     samples = tasks.sample("caption" if task == "qa" else task, prompts, data.prompt_length, **inputs)
     if samples.tokens is not None:
         for row, text in zip(rows, tasks.texts(samples), strict=True):
@@ -80,3 +90,24 @@ def _predict(module: UniViGU, items: list[Prediction], data: Any, video: torch.T
     if task not in ("caption", "qa"):
         for item, frames in zip(items, to_frames(tasks.decode(samples.latents)).cpu(), strict=True):
             item.video = frames
+
+
+def fill_in_prompts(tasks: TaskRunner, rows: list[dict[str, Any]], latents: torch.Tensor, length: int) -> None:
+    """Replace words in the prompts of edits; a missing prompt is the model's own. A row that fails gets an error.
+
+    Args:
+        rows: with "prompt", "replace" and "seed".
+        latents: of the rows' videos.
+        length: slot of the prompts in tokens.
+    """
+    if own := [i for i, row in enumerate(rows) if row["prompt"] is None]:
+        texts = tasks.describe(latents[own], length, tasks.generators(rows[i]["seed"] for i in own))
+        for i, text in zip(own, texts, strict=True):
+            rows[i]["prompt"] = text
+    for row in rows:
+        try:
+            if row["replace"]:
+                row["prompt"] = replace_words(row["prompt"], row["replace"])
+            tokenize(tasks.components.tokenizer, [row["prompt"]], length)
+        except ValueError as error:
+            row["error"] = str(error)

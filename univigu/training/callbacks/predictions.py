@@ -28,7 +28,7 @@ class PredictionWriter(BasePredictionWriter):
 
     Captions go to ``captions.jsonl`` (video, caption, error, seconds, seed), answers to ``answers.jsonl`` (with the
     question), videos to ``videos/00000.mp4`` and so on, with ``manifest.jsonl`` (prompt, video, caption, error,
-    seconds, seed; of edits: source, prompt, strength, video, error, seconds, seed).  Files are written atomically.
+    seconds, seed; of edits also source, strength and replace).  Files are written atomically.
     Results of an earlier call of this kind are removed when prediction starts.
 
     Args:
