@@ -22,7 +22,7 @@ class Bucket:
     width: int
     """Width in pixels."""
     num_frames: int
-    """Frames a clip, 4k+1 for Wan's VAE."""
+    """Frames of a clip, 4k+1 for Wan's VAE."""
 
     def __post_init__(self) -> None:
         check_least(self, "data.buckets: ", height=2, width=2, num_frames=1)

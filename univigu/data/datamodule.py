@@ -47,28 +47,28 @@ class VideoTextDataModule(LightningDataModule):
         root: folder for the embedded world if ``shards`` is not given, and for copies of remote shards.
         shards: folder or URL with train/, val/ and test/ of shards or videos, or lists train.csv and so on
             (docs/DATA.md); or a list of sources with weights (docs/SOURCES.md).  None takes the embedded world.
-        num_train_clips: size of the embedded world's training split.
-        num_val_clips: size of its validation split and of its test split.
-        batch_size: samples a batch and device.
+        num_train_clips: clips of the embedded world's training split.
+        num_val_clips: clips of its validation split, and of its test split.
+        batch_size: samples of a batch on each device.
         num_workers: loader processes; 0 loads in the training process.
-        height: of the videos in pixels.
-        width: of the videos in pixels.
-        num_frames: frames a video, 4k+1 for Wan's VAE.
-        buckets: several sizes instead, one a batch; each clip gets the one that keeps most of it.  Prediction uses
-            the size above.
+        height: height of the videos in pixels.
+        width: width of the videos in pixels.
+        num_frames: frames of a video, 4k+1 for Wan's VAE.
+        buckets: several sizes instead of one; a batch has one of them, and each clip gets the one that keeps most of
+            it. Prediction uses the size above.
         prompt_length: slot of the prompt in tokens, end-of-sequence token included.
         caption_length: slot of the caption in tokens, end-of-sequence token included.
-        length_filter: lengths of texts that are trained and evaluated on.
+        length_filter: limits on the lengths of texts; samples outside of them are skipped.
         precompute: encode videos and prompts once, into a folder beside the shards; False encodes them on the fly.
         strict: raise on the first unusable sample instead of skipping it.
         texts: "caption" trains on prompt and caption; "qa" on each question as the prompt and its answer as the
             caption (with ``length_filter`` for short answers).
-        seed: of the order of the training samples.
+        seed: determines the order of the training samples.
         videos: inputs of captioning: a video file, a folder, a glob pattern, or a list of these.
         prompts: inputs of generation: a prompt, a .txt, .jsonl, .json, .csv or .parquet file, or a list of these.
         pairs: inputs of editing or question answering: a file of ``{video, prompt, strength}`` or ``{video,
             question}``, or such objects; see ``univigu.data.inputs.read_pairs``.
-        predict_task: the model's.
+        predict_task: the model's; it decides which of the three inputs are needed.
     """
 
     def __init__(

@@ -70,7 +70,7 @@ class HeldOutEvaluation(nn.Module):
 
     Args:
         target: which text the model was last trained to write, "prompt" or "caption".
-        shift: of the timesteps.
+        shift: the timestep shift of the foundation's scheduler.
         foundation: the generator before training, for comparison.
     """
 
