@@ -82,7 +82,8 @@ def predict(in_tmp: Path, foundation: str, checkpoint: Path, capsys: pytest.Capt
         options = [f"--model.foundation={foundation}", "--data.num_workers=0", *QUICK, *given]
         main(["predict", f"--config=configs/{name}.yaml", *options, *args])
         (path,) = (in_tmp / "runs" / name).glob("*.jsonl")
-        assert str(path.relative_to(in_tmp)) in capsys.readouterr().out
+        out, err = capsys.readouterr()
+        assert str(path.relative_to(in_tmp)) in out and f"predict {name}: 1/" in err
         return [json.loads(line) for line in path.read_text().splitlines()]
 
     return run
@@ -325,7 +326,9 @@ def test_earlier_curves_have_numbers_of_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_held_out_evaluation(in_tmp: Path, small_data: list[str], checkpoint: Path) -> None:
+def test_held_out_evaluation(
+    in_tmp: Path, small_data: list[str], checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of the weights that the configuration trains, here those of another stage: only a resumed fit needs the same."""
     Path("runs/refine/checkpoints").mkdir(parents=True)
     Path("runs/refine/checkpoints/last.ckpt").symlink_to(checkpoint)
@@ -336,6 +339,7 @@ def test_held_out_evaluation(in_tmp: Path, small_data: list[str], checkpoint: Pa
     assert min(results[f"test/{name}"] for name in ("generate/color", "joint/mean", "flow/loss")) >= 0
     assert results["test/flow/ratio"] == 1.0  # recall leaves the generator's weights as they are
     assert "test/generate/start" not in results  # no prompt says where
+    assert "\ntest: 1/1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["clip", "video_features"])

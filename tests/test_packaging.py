@@ -52,6 +52,8 @@ def test_the_wheel_works_in_an_empty_folder(tmp_path: Path, small_data: list[str
     environment = {**os.environ, "PYTHONPATH": str(site)}
     run = subprocess.run([sys.executable, "-c", code], cwd=work, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.startswith(str(site)), run.stdout + run.stderr
+    assert "arn" not in run.stderr.replace("learning", ""), run.stderr  # no warning that nobody can act on
+    assert "\nfit recall: 1/1, " in run.stderr and "\npredict caption: 1/1" in run.stderr
     (row,) = map(json.loads, (work / "runs/caption/captions.jsonl").read_text().splitlines())
     assert "circle" in row["caption"] or "video shows" in row["caption"], row
     assert (work / "runs/recall/checkpoints/last.ckpt").is_file()

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from univigu.cli import ToolParser, exit_code
 from univigu.data.processes import this_device
+from univigu.data.progress import track
 from univigu.data.video import to_uint8
 from univigu.pipeline import UniViGUPipeline
 from univigu.sampling.options import SamplingOptions

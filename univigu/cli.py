@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from univigu import __version__
 
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a bar for every component that is loaded
 SUBCOMMANDS = {
     "fit": "train: configs/recall.yaml, refine.yaml, two_stage.yaml, foundation.yaml",
     "validate": "held-out losses and scores on the validation split",
@@ -49,7 +50,6 @@ def main(args: list[str] | None = None) -> None:
     answer_at_once(sys.argv[1:] if args is None else args)
     from univigu.training.lightning_cli import UniViGUCLI  # heavy: torch, lightning and diffusers, seconds
 
-    _quiet_known_warnings()
     if code := exit_code(lambda: UniViGUCLI(args=args)):
         sys.exit(code)
 
@@ -117,6 +117,7 @@ def exit_code(run: Callable[[], object]) -> int:
         SystemExit: after SIGTERM (143) or SIGINT (130).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _quiet_known_warnings()
     in_main = threading.current_thread() is threading.main_thread()  # others cannot set handlers
     earlier = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGINT) if in_main}
     try:
@@ -140,12 +141,16 @@ def _exit(signum: int, frame: object) -> None:
 
 
 def _quiet_known_warnings() -> None:
-    """Silence advice that does not apply here; everything else is shown."""
+    """Silence what nobody can act on, by message; everything else is shown."""
     for message in (
         ".*does not have many workers.*",  # two cores, precomputed latents: one worker is right
         ".*exists and is not empty.*",  # checkpoints go to a fixed folder, so that the next stage finds them
         ".*smaller than the logging interval.*",  # we log by steps, not epochs
         ".*isinstance.treespec, LeafSpec.*",  # inside lightning
+        r"Found \d+ module\(s\) in eval mode at the start of training.*",  # dropout that is never used
+        "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need.*",  # evaluation has others
+        "LightningCLI's args parameter is intended to run from within Python.*",  # tools give it theirs
+        "Mismatch dtype between input and weight.*",  # float32 norms of bfloat16 values, as Wan has them
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)

@@ -24,7 +24,7 @@ from univigu.models.options import ArchitectureOptions
 from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
 from univigu.training.callbacks import StageSwitch
 from univigu.training.module import UniViGU
-from univigu.training.optim import OptimizerOptions, freeze_by_rate, parameter_groups
+from univigu.training.optim import OptimizerOptions, freeze_by_rate, parameter_groups, trained_and_frozen
 from univigu.training.stages import Stage
 
 VOCAB = 11
@@ -76,6 +76,14 @@ def test_what_is_trained(model: UniViGUTransformer3DModel, lora: LoraOptions | N
         freeze_by_rate(model, lora, {"video": rate, "text": 1e-3})
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert trained == {name for name, _ in groups["text"]} | (video if rate else set())
+        kind, sizes = "generator" if lora is None else "adapters", dict[str, int]()
+        for name, parameter in model.named_parameters():
+            part = "text stream" if is_text_parameter(name) else "adapters" if is_lora_parameter(name) else "generator"
+            sizes[part] = sizes.get(part, 0) + parameter.numel()
+        told, frozen = trained_and_frozen(model).removeprefix("trained: ").split("; frozen: ")
+        assert f"text stream {sizes['text stream'] / 1e6:.2f} M" in told
+        assert (f"{kind} {sizes[kind] / 1e6:.2f} M" in told) == (rate > 0)
+        assert ("generator" in frozen) == (lora is not None or rate == 0)
 
 
 @pytest.mark.parametrize("option", [{"rank": 0}, {"alpha": 0}, {"attention": ()}, {"attention": ("attn3",)}])

@@ -19,7 +19,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.progress import Progress
 
-from univigu.data.processes import ONLY, Share, SpawnPool, progress_bar
+from univigu.data.processes import ONLY, Share, SpawnPool
+from univigu.data.progress import LineProgress
 from univigu.data.rows import to_json
 from univigu.data.sample import DataError
 from univigu.data.shards import Manifest, ShardInfo
@@ -99,7 +100,7 @@ def run_jobs(
     record.  A folder of other ``parameters`` is a DataError.  Returns all records, or None while some are missing.
     """
     parts = Parts(folder, share.rank)
-    with locked(folder, f"{share.rank:05d}"), progress or progress_bar() as bar:
+    with locked(folder, f"{share.rank:05d}"), progress or LineProgress() as bar:
         with locked(folder):
             records, path = parts.records(), folder / PARTS / "parameters"
             if records and path.exists():

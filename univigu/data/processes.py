@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 TORCHRUN = ("RANK", "WORLD_SIZE")
 """Variables with a process's rank and the number of processes, as torchrun sets them."""
@@ -91,9 +89,3 @@ def this_device() -> str:
         return "cpu"
     number = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     return f"cuda:{int(number) % torch.cuda.device_count()}"
-
-
-def progress_bar() -> Progress:
-    """A bar on standard error with counts and the remaining time."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))

@@ -11,11 +11,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 from jsonargparse import Namespace, set_parsing_settings
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
 
 from univigu.checkpoint import check_checkpoint_file
 from univigu.models.foundation import EMBEDDED_FOUNDATION, EMBEDDED_MODEL
@@ -25,6 +27,7 @@ from univigu.training.callbacks import (
     LastCheckpoint,
     MediaLogger,
     PredictionWriter,
+    ProgressLines,
     StageSwitch,
     TrainingMonitor,
 )
@@ -44,6 +47,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "check_val_every_n_epoch": None,  # validation counts steps, not epochs
     "val_check_interval": 400,
     "num_sanity_val_steps": 0,
+    "enable_model_summary": False,  # each stage says what it trains
 }
 FIT_VALIDATION_BATCHES = 4
 LAST_RUN = "runs/refine/checkpoints/last.ckpt"
@@ -136,7 +140,7 @@ class UniViGUCLI(LightningCLI):
         if self.subcommand == "predict":
             if not any(isinstance(callback, PredictionWriter) for callback in callbacks):
                 callbacks.append(PredictionWriter())
-            kwargs |= {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+            kwargs |= {"logger": False, "enable_checkpointing": False}
         else:
             self.stages = select_stages(config.stages, config.run) if config.run or self.subcommand else {}
             common: list[Callback] = [StageSwitch(self.stages)] if self.stages else []
@@ -149,6 +153,9 @@ class UniViGUCLI(LightningCLI):
                 kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir or ".", name="tensorboard", version="")
             if self.subcommand == "fit" and trainer.limit_val_batches is None:
                 kwargs["limit_val_batches"] = FIT_VALIDATION_BATCHES
+        given = trainer.enable_progress_bar is False or any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if not given and not Console().is_terminal:
+            callbacks.append(ProgressLines())
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def after_instantiate_classes(self) -> None:

@@ -96,7 +96,7 @@ class UniViGU(EvaluatedModule):
         self.gradient_checkpointing, self.compile_blocks = gradient_checkpointing, compile_blocks
         self.vae_tiling = vae_tiling
         self.seed = seed
-        self.stage, self.stage_step = Stage(), 0
+        self.stage, self.stage_name, self.stage_step = Stage(), "", 0
         self.transformer: UniViGUTransformer3DModel | None = None
 
     @property
@@ -181,9 +181,9 @@ class UniViGU(EvaluatedModule):
                 block.compile(backend=self.compile_backend, dynamic=dynamic)
         self.transformer = model
 
-    def enter_stage(self, stage: Stage) -> None:
+    def enter_stage(self, stage: Stage, name: str = "") -> None:
         """Start a stage: freeze weights; ``StageSwitch`` sets the learning rates."""
-        self.stage = stage
+        self.stage, self.stage_name = stage, name
         if self.transformer is not None:
             self._apply_stage()
 

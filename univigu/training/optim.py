@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -73,6 +74,17 @@ def freeze_by_rate(model: nn.Module, lora: LoraOptions | None, rates: Mapping[st
     for name, members in parameter_groups(model, lora).items():
         for _, parameter in members:
             parameter.requires_grad_(rates[name] > 0)
+
+
+def trained_and_frozen(model: nn.Module) -> str:
+    """How many parameters of which parts are trained at present, and how many are not."""
+    counts = {"trained": Counter[str](), "frozen": Counter[str]()}
+    for name, parameter in model.named_parameters():
+        part = "adapters" if is_lora_parameter(name) else "generator"
+        part = "text stream" if is_text_parameter(name) else part
+        counts["trained" if parameter.requires_grad else "frozen"][part] += parameter.numel()
+    parts = {kind: ", ".join(f"{part} {n / 1e6:.2f} M" for part, n in of.items()) for kind, of in counts.items()}
+    return "; ".join(f"{kind}: {text or 'nothing'}" for kind, text in parts.items())
 
 
 # ---------------------------------------------------------------- the optimizer

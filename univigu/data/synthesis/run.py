@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from univigu.data.filters import LengthFilter
 from univigu.data.inputs import read_list, text_of
 from univigu.data.parts import build_folder
-from univigu.data.processes import ONLY, Share, progress_bar
+from univigu.data.processes import ONLY, Share
+from univigu.data.progress import LineProgress
 from univigu.data.sample import DataError
 from univigu.data.shards import Manifest, ShardInfo, sha256_of, write_shard
 from univigu.data.synthesis.captioners import CaptionModel, Template, derived_seed
@@ -52,7 +53,7 @@ class Synthesis:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise DataError(f"--tokenizer={tokenizer!r}: cannot be loaded ({error})") from error
-        self.progress = progress_bar()
+        self.progress = LineProgress()
         rows = {"file": Path(self.prompts).name, "rows": len(self.rows), "sha256": sha256_of(Path(self.prompts))}
         self.parameters = {
             "prompts": rows,

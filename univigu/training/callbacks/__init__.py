@@ -7,6 +7,7 @@ from univigu.training.callbacks.held_out import CaptionAccuracy, FinalReport
 from univigu.training.callbacks.media import MediaLogger
 from univigu.training.callbacks.monitor import TrainingMonitor
 from univigu.training.callbacks.predictions import PredictionWriter
+from univigu.training.callbacks.progress import ProgressLines
 from univigu.training.callbacks.stage import StageSwitch
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "LastCheckpoint",
     "MediaLogger",
     "PredictionWriter",
+    "ProgressLines",
     "StageSwitch",
     "TrainingMonitor",
     "WeightEMA",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -10,11 +9,11 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from univigu.training.module import UniViGU
+from univigu.training.optim import trained_and_frozen
 from univigu.training.stages import Stage
-
-log = logging.getLogger(__name__)
 
 
 class StageSwitch(Callback):
@@ -29,7 +28,7 @@ class StageSwitch(Callback):
         if not stages:
             raise ValueError("stages={}: expected at least one stage")
         self.names, self.stages = list(stages), list(stages.values())
-        self.index = -1
+        self.index = self._announced = -1
         self._fitting = True
 
     @property
@@ -74,6 +73,10 @@ class StageSwitch(Callback):
         index, step = self.locate(trainer.global_step)
         if index != self.index:
             self._enter(index, pl_module)
+        if index != self._announced:
+            self._announced = index
+            parts = trained_and_frozen(pl_module.tasks.transformer)
+            rank_zero_info(f"stage {self.names[index]}, {self.stages[index].steps} steps: {parts}")
         pl_module.stage_step = step
         factor = self.stages[index].learning_rate_factor(step)
         rates = pl_module.optimizer_options.rates(self.stages[index])
@@ -84,8 +87,7 @@ class StageSwitch(Callback):
     def _enter(self, index: int, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, UniViGU)
         self.index = index
-        log.info("stage %s: %s", self.names[index], self.stages[index])
-        pl_module.enter_stage(self.stages[index])
+        pl_module.enter_stage(self.stages[index], self.names[index])
 
     def state_dict(self) -> dict[str, Any]:
         stages = zip(self.names, self.stages, strict=True)

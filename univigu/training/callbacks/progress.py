@@ -1,0 +1,66 @@
+"""The progress of fit, validate, test and predict where output is no terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
+
+from univigu.data.progress import LineProgress
+
+
+class ProgressLines(ProgressBar):
+    """Prints a line every few seconds: step, stage, losses, clips a second, time left; in place of Lightning's bar."""
+
+    def __init__(self, seconds: float = 5.0) -> None:
+        super().__init__()
+        self.progress, self._enabled = LineProgress(seconds), True
+        self.progress.disable = True  # no bar, whatever standard error is
+
+    def disable(self) -> None:
+        """Lightning calls it on all processes but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def _begin(self, description: str, total: float, done: int = 0) -> None:
+        self._task = self.progress.add_task(description, total=total, completed=done)
+
+    def _advance(self, trainer: Trainer, batch: Any, batches: int = 1) -> None:
+        """Count a step (of some batches), or a batch."""
+        if self._enabled:
+            clips = len(batch["key"] if "key" in batch else batch["index"]) * batches * trainer.world_size
+            self.progress.advance(self._task, 1, trainer.progress_bar_metrics, clips)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin("fit", trainer.max_steps, trainer.global_step)
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step > self._step:  # with gradient accumulation a step takes several batches
+            self._step = trainer.global_step
+            self.progress.update(self._task, description=f"fit {pl_module.stage_name}")
+            self._advance(trainer, batch, trainer.accumulate_grad_batches)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._begin("validate", sum(trainer.num_val_batches))
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin("test", sum(trainer.num_test_batches))
+
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._begin(f"predict {pl_module.predict_task}", sum(trainer.num_predict_batches))
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._advance(trainer, args[2])
+
+    def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._advance(trainer, args[2])
+
+    def on_predict_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._advance(trainer, args[2])
