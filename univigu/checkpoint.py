@@ -7,6 +7,7 @@ that names it.
 from __future__ import annotations
 
 import inspect
+import json
 import shutil
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -21,12 +22,23 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import distribute_tensor
 
 from univigu.models.conventions import CONVENTIONS
-from univigu.models.foundation import Foundation
+from univigu.models.foundation import COMPONENTS, Foundation
 from univigu.models.lora import LoraOptions, is_lora_parameter, lora_differences, lora_options, merge_lora
 from univigu.models.options import check_replaced
 from univigu.models.sharded import sharded_reader
 from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
-from univigu.models.weights import CheckpointError, check_files, known_options, load_strictly, reading, unreadable
+from univigu.models.weights import (
+    CheckpointError,
+    WeightDtype,
+    check_files,
+    dtype_of,
+    empty_model,
+    known_options,
+    load_strictly,
+    read_weights,
+    reading,
+    unreadable,
+)
 from univigu.training.parallel import reshard
 
 PREFIX = "transformer."
@@ -54,19 +66,26 @@ def _read_file(path: Path) -> Any:
 
 
 def _read_sharded(path: Path) -> dict[str, Any]:
-    """The full weights of a sharded checkpoint and its other entries, without the optimizer's state."""
+    """The full weights that are used of a sharded checkpoint, and its other entries, without the optimizer's state."""
     reader = sharded_reader(path)
-    state = {
-        name.removeprefix(SHARDED_PREFIX): torch.empty(entry.size, dtype=entry.properties.dtype)
+    entries = {
+        name.removeprefix(SHARDED_PREFIX): entry
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if name.startswith(SHARDED_PREFIX) and isinstance(entry, TensorStorageMetadata)
+    }
+    averaged = {PREFIX + name.removeprefix(EMA_PREFIX) for name in entries if name.startswith(EMA_PREFIX)}
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if name not in averaged
     }
     load({"state_dict": state}, storage_reader=reader, no_dist=True)
     return {"state_dict": state} | _read_file(path / "meta.pt")  # written by Lightning
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A training checkpoint: a ``.ckpt`` file or the folder of a sharded one, whose full weights are read.
+    """A training checkpoint: a ``.ckpt`` file, mapped into memory, or the folder of a sharded one, whose full weights
+    are read (of averaged weights only the means).
 
     A CheckpointError if there is none (it says how to make it), or if it is not one of this project's.
     """
@@ -79,45 +98,61 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load_weights(path: str | Path, like: UniViGUTransformer3DModel | None = None) -> UniViGUTransformer3DModel:
+def load_weights(
+    path: str | Path, like: Mapping[str, Any] | None = None, dtype: WeightDtype = torch.float32
+) -> UniViGUTransformer3DModel:
     """A transformer with the weights of a training checkpoint or of a folder written by ``save_pretrained``.
 
-    The weights are loaded into ``like``, whose architecture they must fit, or into a model of the checkpoint's own. A
-    CheckpointError if they are missing, unreadable, or of another architecture; it names the options or keys.
+    It has the checkpoint's architecture, which must be that of the configuration ``like``, if one is given. A
+    CheckpointError if the weights are missing, unreadable, or of another architecture; it names the options or keys.
     """
     folder = Path(path)
-    if (folder / "config.json").is_file():
+    is_folder = (folder / "config.json").is_file()
+    weights: dict[str, Any] = {}
+    if is_folder:
         with reading(folder):
-            saved = UniViGUTransformer3DModel.from_pretrained(folder)
-        if like is None:
-            return saved
-        config, state = dict(saved.config), saved.state_dict()
+            config = dict(UniViGUTransformer3DModel.load_config(folder))
     else:
         checkpoint = read_checkpoint(path)
         config, weights = checkpoint["univigu"]["transformer_config"], usable_weights(checkpoint)
-        state = {key.removeprefix(PREFIX): value for key, value in weights.items() if key.startswith(PREFIX)}
+        del checkpoint
     check_replaced(config, path)
     parameters = inspect.signature(UniViGUTransformer3DModel).parameters
     defaults = {name: option.default for name, option in parameters.items()}
     config = defaults | known_options(UniViGUTransformer3DModel, config)
-    if like is None:
-        model = UniViGUTransformer3DModel(**config)
-    else:
-        model = like
-        if differing := config_differences({name: config[name] for name in parameters if name not in FREE}, like):
+    if like is not None:
+        fixed = {name: value for name, value in config.items() if name not in FREE}
+        if differing := config_differences(fixed, like):
             raise CheckpointError(f"{path}: made for another model; (checkpoint, configuration) differ in {differing}")
-        model.register_to_config(**{name: config[name] for name in ("text_length", *CONVENTIONS)})
-    load_strictly(model, state, path)
+        config |= {name: like[name] for name in ("clean_video_reads_text", "clean_video_timestep")}
+    if not is_folder:
+        return _from_weights(config, weights, path, dtype)
+    model = empty_model(UniViGUTransformer3DModel, config)
+    load_strictly(model, read_weights(folder), path, dtype=dtype)
     return model
 
 
-def config_differences(config: Mapping[str, Any], model: UniViGUTransformer3DModel) -> dict[str, tuple[Any, Any]]:
-    """Entries that differ from a model's configuration: name -> (given, the model's)."""
+def _from_weights(
+    config: Mapping[str, Any], weights: dict[str, Any], path: Any, dtype: WeightDtype
+) -> UniViGUTransformer3DModel:
+    """A model of a training checkpoint's weights, which are taken out of the dict one by one."""
+    model = empty_model(UniViGUTransformer3DModel, config)
+    state: dict[str, torch.Tensor] = {}
+    for key in [key for key in weights if key.startswith(PREFIX)]:
+        name = key.removeprefix(PREFIX)
+        state[name] = weights.pop(key)
+        state[name] = state[name].to(dtype_of(model, name, dtype))
+    load_strictly(model, state, path, copy=False)
+    return model
+
+
+def config_differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Entries that differ from those of another configuration: name -> (given, the other's)."""
 
     def plain(value: Any) -> Any:  # as read from JSON, where tuples are lists
         return list(value) if isinstance(value, tuple | list) else value
 
-    pairs = {name: (value, model.config[name]) for name, value in config.items()}
+    pairs = {name: (value, other[name]) for name, value in config.items()}
     return {name: pair for name, pair in pairs.items() if plain(pair[0]) != plain(pair[1])}
 
 
@@ -125,7 +160,7 @@ def usable_weights(checkpoint: Mapping[str, Any], keep_lora: bool = False) -> di
     """The weights of a training checkpoint to use: running means, if it has any, and adapters merged unless kept."""
     state = checkpoint["state_dict"]
     means = {PREFIX + key.removeprefix(EMA_PREFIX): value for key, value in state.items() if key.startswith(EMA_PREFIX)}
-    state = {key: means.get(key, value) for key, value in state.items() if not key.startswith(EMA_PREFIX)}
+    state = {key: value for key, value in state.items() if not key.startswith(EMA_PREFIX)} | means
     lora = lora_options(checkpoint["univigu"].get("lora"))
     return state if lora is None or keep_lora else merge_lora(state, lora)
 
@@ -160,18 +195,25 @@ def check_resumed(checkpoint: Mapping[str, Any], path: Path, lora: LoraOptions |
 
 
 def take_for_use(
-    model: UniViGUTransformer3DModel, checkpoint: dict[str, Any], lora: LoraOptions | None, rebuild: bool
+    model: UniViGUTransformer3DModel,
+    checkpoint: dict[str, Any],
+    path: Path,
+    lora: LoraOptions | None,
+    rebuild: bool,
+    dtype: WeightDtype,
 ) -> UniViGUTransformer3DModel:
-    """Replace a checkpoint's weights by those to use (``usable_weights``); returns the model to load them into.
+    """Replace a checkpoint's weights by those to use (:func:`usable_weights`); returns the model to load them into.
 
-    It is a new model if the architecture differs (``rebuild``) or the adapters do: those of ``model`` stay separate
-    only if the checkpoint has adapters with the same options ``lora``.
+    It is a new model, which has them, if the architecture differs (``rebuild``) or the adapters do: those of ``model``
+    stay separate only if the checkpoint has adapters with the same options ``lora``.
     """
     adapted = any(is_lora_parameter(name) for name, _ in model.named_parameters())
     kept = adapted and not rebuild and lora_options(checkpoint["univigu"].get("lora")) == lora
     checkpoint["state_dict"] = usable_weights(checkpoint, keep_lora=kept)
     if rebuild or (adapted and not kept):
-        return UniViGUTransformer3DModel(**checkpoint["univigu"]["transformer_config"])
+        config = known_options(UniViGUTransformer3DModel, checkpoint["univigu"]["transformer_config"])
+        model = _from_weights(config, checkpoint["state_dict"], path, dtype)
+        checkpoint["state_dict"] |= {PREFIX + name: value for name, value in model.state_dict().items()}
     return model
 
 
@@ -200,26 +242,32 @@ def take_sharded(model: torch.nn.Module, checkpoint: Mapping[str, Any], path: Pa
 
 
 def to_wan(model: UniViGUTransformer3DModel) -> WanTransformer3DModel:
-    """The plain Wan transformer inside a unified one: the text stream is dropped, Wan's weights are copied."""
-    wan = WanTransformer3DModel(**known_options(WanTransformer3DModel, model.config))
-    wan.load_state_dict({key: value for key, value in model.state_dict().items() if not is_text_parameter(key)})
+    """The plain Wan transformer inside a unified one, with the same tensors; the text stream is dropped."""
+    wan = empty_model(WanTransformer3DModel, known_options(WanTransformer3DModel, model.config))
+    video = {name: value for name, value in model.state_dict().items() if not is_text_parameter(name)}
+    load_strictly(wan, video, "transformer", copy=False)
     return wan
 
 
 def export_foundation(checkpoint_path: str | Path, source: str | Path, target: str | Path) -> None:
     """Write a foundation folder: the transformer from a stage-0 checkpoint, everything else from ``source``."""
-    source, target = Path(source), Path(target)
-    wan = to_wan(load_weights(checkpoint_path))
-    for name in ("tokenizer", "text_encoder", "vae", "scheduler"):
-        shutil.copytree(source / name, target / name, dirs_exist_ok=True)
-    shutil.copy(source / "model_index.json", target / "model_index.json")
-    wan.save_pretrained(target / "transformer")
+    _export(to_wan(load_weights(checkpoint_path)), Path(source), Path(target), "WanPipeline")
 
 
 def export_pipeline(checkpoint_path: str | Path, foundation: str | Path, target: str | Path) -> None:
-    """Write a folder for ``univigu.pipeline.UniViGUPipeline``: a training checkpoint inside its foundation."""
-    from univigu.pipeline import UniViGUPipeline
+    """Write a folder for :class:`univigu.pipeline.UniViGUPipeline`: a training checkpoint inside its foundation."""
+    _export(load_weights(checkpoint_path), Path(foundation), Path(target), "UniViGUPipeline")
 
-    model, parts = load_weights(checkpoint_path), Foundation(foundation)
-    pipeline = UniViGUPipeline(parts.tokenizer, parts.text_encoder, parts.vae, parts.scheduler(), model)
-    pipeline.save_pretrained(target)
+
+def _export(transformer: WanTransformer3DModel, source: Path, target: Path, pipeline: str) -> None:
+    """Write a pipeline's folder: a transformer, and copies of the other components' folders, which are not loaded."""
+    Foundation(source)  # raises if it is not one
+    for name in COMPONENTS:
+        if name != "transformer":
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+    kind = type(transformer)
+    library = "diffusers" if kind is WanTransformer3DModel else kind.__module__
+    index = json.loads((source / "model_index.json").read_text())
+    index |= {"_class_name": pipeline, "transformer": [library, kind.__name__]}
+    (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    transformer.save_pretrained(target / "transformer")

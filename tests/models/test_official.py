@@ -355,7 +355,7 @@ def test_a_checkpoint_from_before_there_were_conventions(tmp_path: Path, model: 
         del config[name]
     weights = {f"transformer.{name}": value for name, value in model.state_dict().items()}
     torch.save({"univigu": {"transformer_config": config}, "state_dict": weights}, tmp_path / "old.ckpt")
-    for like in (None, tiny.make_unified(tiny.make_wan(seed=3), VOCAB)):
+    for like in (None, tiny.make_unified(tiny.make_wan(seed=3), VOCAB).config):
         loaded = load_weights(tmp_path / "old.ckpt", like)
         assert_same_weights(loaded, model)
         assert Conventions.of(loaded.config) == Conventions()

@@ -51,7 +51,7 @@ def test_training_ends_where_an_option_says(option: str, steps: int, fit: Run) -
     [
         (["accumulate_grad_batches=3", "limit_train_batches=2"], "accumulate_grad_batches=3: an epoch has 2 batches"),
         (["reload_dataloaders_every_n_epochs=1"], "reload_dataloaders_every_n_epochs=1: expected 0"),
-        (["precision=bf16-true"], "precision='bf16-true': losses are computed with float32"),
+        (["precision=16-true"], "precision='16-true': expected 32-true, bf16-mixed"),
     ],
 )
 def test_what_would_go_wrong_is_rejected(

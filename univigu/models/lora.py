@@ -43,6 +43,8 @@ def add_lora(model: UniViGUTransformer3DModel, options: LoraOptions) -> None:
     model.add_adapter(LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=targets, bias="none"))
     for name, parameter in model.named_parameters():  # peft has frozen everything else
         parameter.requires_grad_(gradients.get(name.replace(BASE, "."), True))
+        if is_lora_parameter(name):  # also beside bfloat16 weights
+            parameter.data = parameter.data.float()
 
 
 def is_lora_parameter(name: str) -> bool:

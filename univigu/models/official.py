@@ -92,7 +92,7 @@ def import_official(
         raise CheckpointError(f"{path}: missing keys ['text_head.linear.weight', 'vocab_embed.weight']")
     config = _wan_config(wan_transformer) | {"vocab_size": head.shape[0], "text_flow": text_flow} | vars(conventions)
     model = empty_model(UniViGUTransformer3DModel, config)
-    load_strictly(model, state, path, {name: official_name(name) for name in model.state_dict()}, assign=True)
+    load_strictly(model, state, path, {name: official_name(name) for name in model.state_dict()}, copy=False)
     return model.requires_grad_(True).eval()
 
 
@@ -140,12 +140,12 @@ def import_wan(path: str | Path, wan_transformer: str | Path | None = None) -> W
     Raises:
         CheckpointError: unreadable, or keys that are missing, unexpected or of another shape, all named.
     """
-    state = dict(convert_wan_transformer_to_diffusers(read_weights(path)))
+    state = dict(convert_wan_transformer_to_diffusers(dict(read_weights(path))))
     if missing := [key for key in WAN_KEYS if key not in state]:
         raise CheckpointError(f"{path}: not a Wan transformer: missing keys {missing}")
     config = _wan_config(wan_transformer) if wan_transformer is not None else _infer_config(path, state)
     wan = empty_model(WanTransformer3DModel, config)
-    load_strictly(wan, state, path, assign=True)
+    load_strictly(wan, state, path, copy=False)
     return wan.eval()
 
 

@@ -31,14 +31,12 @@ class TextTimeEmbedding(nn.Module):
 
 
 class TextHead(nn.Module):
-    """LayerNorm (weight only), modulation, linear. The linear starts at zero, so the first prediction is uniform."""
+    """LayerNorm (weight only), modulation, linear."""
 
     def __init__(self, dim: int, vocab_size: int) -> None:
         super().__init__()
         self.norm_final = FP32LayerNorm(dim, eps=1e-5, bias=False)
         self.linear = nn.Linear(dim, vocab_size)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
 
     def forward(
         self, states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, reader: TextReader | None = None

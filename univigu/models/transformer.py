@@ -12,6 +12,7 @@ Without text tokens its output is the parent's, bit for bit.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,21 +35,33 @@ from univigu.models.internals import checkpointed
 from univigu.models.options import ArchitectureOptions, TextAttention, TextFlowName, check_replaced
 from univigu.models.text import TextHead, TextTimeEmbedding, check_text, text_rotary_table
 from univigu.models.weights import (
-    cast_like,
+    WeightDtype,
     check_complete,
     check_files,
+    dtype_of,
     embedding_rows,
+    empty_model,
     known_options,
-    load_model,
     load_strictly,
+    read_weights,
+    reading,
     transformer_folder,
 )
+
+TEXT_TABLES = ("vocab_embed", "text_position_embed", "text_endpoint_proj", "text_head")
+"""Modules of the text stream that are no copies of Wan's."""
 
 
 def is_text_parameter(name: str) -> bool:
     """Whether a transformer's parameter belongs to the text stream and not to Wan."""
-    modules = {"vocab_embed", "text_position_embed", "text_endpoint_proj", "text_head"}
-    return any(part in modules or part.endswith("_t") for part in name.split("."))
+    return copied_from(name) != name
+
+
+def copied_from(name: str) -> str | None:
+    """The weight of Wan that a transformer's parameter starts as; None for the text's tables, which are drawn."""
+    if set(TEXT_TABLES) & set(name.split(".")):
+        return None
+    return re.sub(r"_t(?=\.|$)", "", name.replace("time_embedding_t.", "condition_embedder."))
 
 
 @dataclass
@@ -144,18 +157,12 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             for _ in range(num_layers)
         )
         self.vocab_embed = nn.Embedding(vocab_size + (text_flow == "mask"), dim)
-        # Small compared with what attention adds, so that the token itself does not hide what is read off the video.
-        nn.init.normal_(self.vocab_embed.weight, std=0.1)
         self.text_position_embed = nn.Embedding(text_positions, dim) if text_positions else None
-        if self.text_position_embed is not None:
-            nn.init.normal_(self.text_position_embed.weight, std=0.1)
         self.time_embedding_t = TextTimeEmbedding(freq_dim, dim)
         self.scale_shift_table_t = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.text_head = TextHead(dim, vocab_size)
-        self.text_endpoint_proj: nn.Linear | None = None
-        if text_flow == "embedding":
-            self.text_endpoint_proj = nn.Linear(dim, dim, bias=False)
-            nn.init.zeros_(self.text_endpoint_proj.weight)
+        self.text_endpoint_proj = nn.Linear(dim, dim, bias=False) if text_flow == "embedding" else None
+        self.init_text_tables()
 
     # ------------------------------------------------------------------ forward
 
@@ -307,34 +314,53 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         wan: str | Path | WanTransformer3DModel,
         vocab_size: int,
         architecture: ArchitectureOptions | None = None,
-        torch_dtype: torch.dtype = torch.float32,
+        torch_dtype: WeightDtype = torch.float32,
     ) -> Self:
         """Start from a pretrained Wan2.1 transformer; the text stream's FFNs and time embedding are copies of Wan's.
 
-        ``wan`` is a transformer folder, a pipeline folder with ``transformer/``, or a model in memory (copied). A
-        FileNotFoundError without a transformer; a ValueError naming missing or unexpected keys.
+        ``wan`` is a transformer folder, a pipeline folder with ``transformer/``, or a model in memory (copied, in its
+        dtypes). A FileNotFoundError without a transformer; a ValueError naming missing or unexpected keys.
         """
-        if not isinstance(wan, WanTransformer3DModel):
-            wan = load_model(WanTransformer3DModel, transformer_folder(wan), torch_dtype=torch_dtype)
-        assert isinstance(wan, WanTransformer3DModel)
-        config = known_options(WanTransformer3DModel, wan.config) | asdict(architecture or ArchitectureOptions())
-        model = cls(**(config | {"vocab_size": vocab_size}))
-        cast_like(model, wan)
-        names = {name: name for name in model.state_dict() if not is_text_parameter(name)}
-        load_strictly(model, wan.state_dict(), "wan", names)
-        model.copy_text_stream_from_video()
+        model = empty_model(cls, cls.wan_config(wan, vocab_size, architecture))
+        copies = {name: theirs for name in model.state_dict() if (theirs := copied_from(name))}
+        if isinstance(wan, WanTransformer3DModel):
+            load_strictly(model, wan.state_dict(), "wan", copies)
+            model.rope, torch_dtype = copy.deepcopy(wan.rope), wan.proj_out.weight.dtype  # in no state dict
+        else:
+            load_strictly(model, read_weights(transformer_folder(wan)), wan, copies, torch_dtype)
+        model.init_text_tables(torch_dtype)
         return model
 
+    @staticmethod
+    def wan_config(
+        wan: str | Path | WanTransformer3DModel, vocab_size: int, architecture: ArchitectureOptions | None = None
+    ) -> dict[str, Any]:
+        """The configuration of a model that extends a Wan transformer, as of :meth:`from_wan`."""
+        if isinstance(wan, WanTransformer3DModel):
+            config: Any = wan.config
+        else:
+            folder = transformer_folder(wan)
+            with reading(folder):
+                config = WanTransformer3DModel.load_config(folder)
+        options = asdict(architecture or ArchitectureOptions())
+        return known_options(WanTransformer3DModel, config) | options | {"vocab_size": vocab_size}
+
     @torch.no_grad()
-    def copy_text_stream_from_video(self) -> None:
-        """Initialise what the text stream copies: FFNs, attention's projections, time embedding, modulation."""
-        for block in self.blocks:
-            for name in ("ffn", "attn1"):
-                if getattr(block, f"{name}_t") is not None:
-                    setattr(block, f"{name}_t", copy.deepcopy(getattr(block, name)))
-        for name in ("time_embedder", "time_proj"):
-            setattr(self.time_embedding_t, name, copy.deepcopy(getattr(self.condition_embedder, name)))
-        self.scale_shift_table_t.copy_(self.scale_shift_table)
+    def init_text_tables(self, dtype: WeightDtype | None = None) -> None:
+        """Draw the weights of the text stream that are no copies of Wan's; given a dtype, anew on the CPU."""
+        for name in TEXT_TABLES:
+            if (module := getattr(self, name)) is None:
+                continue
+            if dtype is not None:
+                for part, parameter in module.named_parameters():
+                    parameter.data = parameter.data.to(dtype_of(self, f"{name}.{part}", dtype))
+                module.to_empty(device="cpu")
+            for part, parameter in module.named_parameters():
+                if "embed" in name:
+                    # Small beside what attention adds, so that the token hides nothing that is read off the video.
+                    parameter.normal_(std=0.1)
+                else:  # the first prediction is uniform
+                    parameter.fill_(float(part == "norm_final.weight"))
 
     @classmethod
     def from_config(cls, config: Any, *args: Any, **kwargs: Any) -> Any:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, not an Exception
 from torch.distributed.tensor import DTensor, Partial
 
@@ -73,70 +72,113 @@ def check_files(path: Path, subfolders: bool = False) -> None:
             raise CheckpointError(f"{index}: keys that no file has: {missing}")
 
 
-def read_weights(path: str | Path) -> dict[str, Any]:
-    """The dict in a .safetensors file, a folder of such files, or a file of ``torch.save``; nothing in it is run.
+class WeightFiles(Mapping[str, torch.Tensor]):
+    """The tensors of .safetensors files; each is mapped into memory when it is asked for, as long as it is used.
 
-    A CheckpointError if there is no such file, or as ``check_files``.
+    A CheckpointError if files are missing, or if two of them have the same key.
+    """
+
+    def __init__(self, path: Path) -> None:
+        check_files(path)
+        files, single = [path], path / SAFETENSORS_WEIGHTS_NAME
+        if index := next(path.glob("*.safetensors.index.json"), None):  # beside it may be variants, which are not read
+            files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
+        elif path.is_dir():
+            files = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
+        counts = {match[1] for file in files if (match := re.search(r"-of-(\d+)\.safetensors$", file.name))}
+        if not files or (path.is_dir() and counts and counts != {f"{len(files):05d}"}):  # also where there is no index
+            expected = " or ".join(sorted(counts)) or "some"
+            raise CheckpointError(f"{path}: {len(files)} .safetensors files in this folder, expected {expected}")
+        self._files: dict[str, Path] = {}
+        for file in files:
+            with reading(file), safe_open(file, "pt") as content:
+                names = set(content.keys())
+            if twice := sorted(names & self._files.keys()):
+                raise CheckpointError(f"{file}: keys that another file has, too: {twice}")
+            self._files |= dict.fromkeys(sorted(names), file)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with reading(self._files[name]), safe_open(self._files[name], "pt") as content:
+            return content.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def read_weights(path: str | Path) -> Mapping[str, Any]:
+    """What is in a .safetensors file, a folder of such files, or a file of ``torch.save``; nothing in it is run.
+
+    A CheckpointError if there is no such file, or as :func:`check_files`.
     """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint")
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        path = next(path.glob("*.bin"), path)
+    if path.is_dir() or path.suffix == ".safetensors":
+        return WeightFiles(path)
     check_files(path)
-    if path.is_dir():
-        return _read_folder(path)
     with reading(path):
-        is_safetensors = path.suffix == ".safetensors"
-        content = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a dict, found {type(content).__name__}")
     return content
 
 
-def _read_folder(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of all .safetensors files of a folder."""
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    counts = {match[1] for name in files if (match := re.search(r"-of-(\d+)\.safetensors$", name))}
-    if not files or (counts and counts != {f"{len(files):05d}"}):  # also where there is no index
-        expected = " or ".join(sorted(counts)) or "some"
-        raise CheckpointError(f"{folder}: {len(files)} .safetensors files in this folder, expected {expected}")
-    state: dict[str, torch.Tensor] = {}
-    for name in files:
-        with reading(folder / name):
-            part = load_file(folder / name)
-        if twice := sorted(part.keys() & state.keys()):
-            raise CheckpointError(f"{folder / name}: keys that another file has, too: {twice}")
-        state |= part
-    return state
+WeightDtype = torch.dtype | Callable[[str], torch.dtype]
+"""The dtype to load weights in, or a function of a weight's name."""
+
+
+def dtype_of(model: WanTransformer3DModel, name: str, dtype: WeightDtype) -> torch.dtype:
+    """The dtype of one weight: float32 where diffusers keeps it, such as in norms and time embedders."""
+    kept = set(model._keep_in_fp32_modules) & set(name.split("."))
+    return torch.float32 if kept else dtype if isinstance(dtype, torch.dtype) else dtype(name)
 
 
 def load_strictly(
-    model: torch.nn.Module,
+    model: WanTransformer3DModel,
     state: Mapping[str, torch.Tensor],
     source: Any,
     names: Mapping[str, str] | None = None,
-    assign: bool = False,
+    dtype: WeightDtype | None = None,
+    copy: bool = True,
 ) -> None:
-    """Load a state dict that has exactly the model's keys and shapes, by copying or by assigning its tensors.
+    """Replace weights of a model, usually one on the meta device, by those of a state dict with exactly these keys.
 
-    ``names`` gives the name in the state dict of each of the model's that is to be loaded, by default all by their own
-    names. A CheckpointError names ``source`` and every missing and unexpected key and wrong shape.
+    Weights are read and converted one after the other, so that nothing is in memory twice.
+
+    Args:
+        source: what the state dict was read from.
+        names: the name in the state dict of each of the model's weights to load, by default all by their own names.
+        dtype: as of :func:`dtype_of`; None keeps the state dict's.
+        copy: also what needs no conversion; otherwise the model takes the state dict's own tensors.
+
+    A CheckpointError names ``source`` and every missing and unexpected key and wrong shape.
     """
     parameters = model.state_dict()
     names = {name: name for name in parameters} if names is None else names
-    shapes = {theirs: list(parameters[ours].shape) for ours, theirs in names.items()}
+    shapes: dict[str, tuple[list[int], list[int]]] = {}
     problems = {
-        "missing keys": sorted(shapes.keys() - state.keys()),
-        "unexpected keys": sorted(state.keys() - shapes.keys()),
-        "wrong shapes (file, model)": {
-            key: (list(state[key].shape), shape)
-            for key, shape in shapes.items()
-            if key in state and list(state[key].shape) != shape
-        },
+        "missing keys": sorted(set(names.values()) - state.keys()),
+        "unexpected keys": sorted(state.keys() - set(names.values())),
+        "wrong shapes (file, model)": shapes,
     }
+    loaded: dict[str, torch.Tensor] = {}
+    for ours, theirs in names.items():
+        if theirs not in state:
+            continue
+        value = state[theirs]
+        if value.shape != parameters[ours].shape:
+            shapes[theirs] = list(value.shape), list(parameters[ours].shape)
+        elif not problems["missing keys"]:
+            loaded[ours] = value.to(value.dtype if dtype is None else dtype_of(model, ours, dtype), copy=copy)
     if any(problems.values()):
         found = ", ".join(f"{problem} {keys}" for problem, keys in problems.items() if keys)
         raise CheckpointError(f"{source}: weights do not fit: {found}")
-    model.load_state_dict({ours: state[theirs] for ours, theirs in names.items()}, strict=False, assign=assign)
+    model.load_state_dict(loaded, strict=False, assign=True)
 
 
 def check_complete(path: Any, info: Any, allow_unexpected: bool = False) -> None:
@@ -189,15 +231,6 @@ def embedding_rows(embedding: torch.nn.Embedding, count: int) -> torch.Tensor:
     if isinstance(weight, DTensor):
         weight = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
     return weight[:count]
-
-
-def cast_like(model: WanTransformer3DModel, wan: WanTransformer3DModel) -> None:
-    """Give each weight the dtype it has in Wan: a bfloat16 model keeps some of them in float32."""
-    dtypes = {name: parameter.dtype for name, parameter in wan.named_parameters()}
-    dtypes |= dict.fromkeys(("scale_shift_table_t", "text_head.norm_final.weight"), dtypes["scale_shift_table"])
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtypes.get(name, wan.proj_out.weight.dtype))
-    model.rope = copy.deepcopy(wan.rope)  # its buffers are in no state dict
 
 
 def transformer_folder(path: str | Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -42,8 +43,10 @@ class SafeCheckpointIO(TorchCheckpointIO):
             raise
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a file or URL without running any code in it, whatever ``weights_only`` says."""
+        """Read a file or URL without running any code in it, whatever ``weights_only`` says; a file is mapped."""
         try:
+            if "://" not in str(path) and zipfile.is_zipfile(path):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             return super().load_checkpoint(path, map_location, weights_only=True)
         except (UnpicklingError, RuntimeError, EOFError) as error:
             raise unreadable(path, error) from error

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from univigu.checkpoint import check_checkpoint_file
-from univigu.models.foundation import EMBEDDED_FOUNDATION, EMBEDDED_MODEL
+from univigu.models.foundation import EMBEDDED_FOUNDATION, EMBEDDED_MODEL, Foundation
 from univigu.training.callbacks import (
     DataStatistics,
     FinalReport,
@@ -159,7 +159,7 @@ class UniViGUCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def after_instantiate_classes(self) -> None:
-        _ = self.model.foundation  # raises if the folder is not a foundation
+        Foundation(self.model.foundation_path)  # raises if the folder is not a foundation
 
     def fit(self, **options: Any) -> None:
         """Train, as the only training in ``trainer.default_root_dir``."""
@@ -177,13 +177,13 @@ class UniViGUCLI(LightningCLI):
                 move_earlier_logs(Path(logger.log_dir))
 
     def before_test(self) -> None:
-        """Read a sharded checkpoint as weights if this run does not shard the model."""
+        """Read a checkpoint as weights, of which there is then no second copy, if this run does not shard the model."""
         options = self._options()
         sharded = isinstance(self.trainer.strategy, ShardedStrategy)
-        if options.ckpt_path and Path(options.ckpt_path).is_dir() and not sharded:
+        if options.ckpt_path and Path(options.ckpt_path).exists() and not sharded:
             self.model.init_from, options.ckpt_path = options.ckpt_path, None
 
-    before_validate = before_test
+    before_validate = before_predict = before_test
 
     def _options(self) -> Namespace:
         """The instantiated options of the subcommand."""

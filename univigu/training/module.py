@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -33,12 +34,13 @@ from univigu.models.foundation import EMBEDDED_FOUNDATION, Foundation
 from univigu.models.lora import LoraOptions, add_lora
 from univigu.models.options import ArchitectureOptions, check_replaced
 from univigu.models.tokens import fit_slot
-from univigu.models.transformer import UniViGUTransformer3DModel
-from univigu.models.weights import known_options, load_model
+from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
+from univigu.models.weights import dtype_of, load_model
 from univigu.pipeline import TaskRunner
 from univigu.sampling.options import SamplingOptions
 from univigu.training.optim import OptimizerOptions, freeze_by_rate, make_optimizer, parameter_groups
 from univigu.training.parallel import ShardedStrategy, build_sharded, is_sharded, trained_weights_changed
+from univigu.training.precision import BFloat16Weights, compute_in_bfloat16
 from univigu.training.prediction import Prediction, predict_batch
 from univigu.training.questions import ask_questions
 from univigu.training.stages import Stage
@@ -58,7 +60,8 @@ class UniViGU(EvaluatedModule):
         optimizer: the optimizer and its learning rates.
         sampling: how validation and prediction sample.
         predict_task: what ``lightning predict`` makes.
-        text_encoder_dtype: dtype of the (frozen) text encoder's weights.
+        text_encoder_dtype: dtype of the (frozen) text encoder's weights; None is bfloat16 with the trainer's precision
+            bf16-true, else float32.
         gradient_checkpointing: recompute activations in the backward pass.
         compile_blocks: compile the transformer's blocks with ``torch.compile``.
         vae_tiling: save the VAE's memory: process one video at a time, in overlapping tiles, which differ a little at
@@ -78,7 +81,7 @@ class UniViGU(EvaluatedModule):
         optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008
         sampling: SamplingOptions = SamplingOptions(),  # noqa: B008
         predict_task: PredictTask = "caption",
-        text_encoder_dtype: Literal["float32", "bfloat16"] = "float32",
+        text_encoder_dtype: Literal["float32", "bfloat16"] | None = None,
         gradient_checkpointing: bool = False,
         compile_blocks: bool = False,
         vae_tiling: bool = False,
@@ -92,11 +95,12 @@ class UniViGU(EvaluatedModule):
         self.architecture, self.lora = architecture, lora
         self.optimizer_options, self.evaluation_options = optimizer, evaluation
         self.sampling, self.predict_task = sampling, predict_task
-        self.text_encoder_dtype: torch.dtype = getattr(torch, text_encoder_dtype)
+        self.text_encoder_dtype = text_encoder_dtype
         self.gradient_checkpointing, self.compile_blocks = gradient_checkpointing, compile_blocks
         self.vae_tiling = vae_tiling
         self.seed = seed
         self.stage, self.stage_name, self.stage_step = Stage(), "", 0
+        self.stages: Sequence[Stage] = [self.stage]  # of the run; StageSwitch sets them
         self.transformer: UniViGUTransformer3DModel | None = None
 
     @property
@@ -107,7 +111,8 @@ class UniViGU(EvaluatedModule):
     @cached_property
     def _foundation(self) -> tuple[Foundation]:
         # In a tuple, because frozen components belong neither to the module tree nor to checkpoints.
-        return (Foundation(self.foundation_path, self.text_encoder_dtype, self.vae_tiling),)
+        dtype = getattr(torch, self.text_encoder_dtype or ("bfloat16" if self._half else "float32"))
+        return (Foundation(self.foundation_path, dtype, self.vae_tiling),)
 
     @property
     def tasks(self) -> TaskRunner:
@@ -130,11 +135,13 @@ class UniViGU(EvaluatedModule):
                 "all of them; use one process, --trainer.strategy auto --trainer.devices 1 (see docs/CLUSTER.md)"
             )
         precision = self.trainer.precision
-        if stage != "predict" and precision in ("bf16-true", "16-true", "64-true"):
+        if precision in ("16-true", "64-true") or (self.device_mesh is not None and precision == "bf16-true"):
             raise MisconfigurationException(
-                f"trainer.precision={precision!r}: losses are computed with float32 weights; use 'bf16-mixed', or the "
-                "compute_dtype of ShardedStrategy"
+                f"trainer.precision={precision!r}: expected 32-true, bf16-mixed or, if the model is not sharded, "
+                "bf16-true; ShardedStrategy has a compute_dtype"
             )
+        if precision == "bf16-true":
+            self.trainer.strategy.precision_plugin = BFloat16Weights()
         if every := stage == "fit" and self.trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
             message = "expected 0, because a new loader would begin with the same samples"
             raise MisconfigurationException(f"trainer.reload_dataloaders_every_n_epochs={every}: {message}")
@@ -160,18 +167,41 @@ class UniViGU(EvaluatedModule):
         else:
             self._set_transformer(prepare(self._build_transformer()))
 
+    def _weight_dtype(self, name: str) -> torch.dtype:
+        """The dtype of a transformer's weight: float32 if a stage trains it, else by the trainer's precision."""
+        if not self._half:
+            return torch.float32
+        group = "text" if is_text_parameter(name) else "video"
+        trains = any(self.optimizer_options.rates(stage)[group] > 0 for stage in self.stages)
+        trains = trains and self._fits and (group == "text" or self.lora is None)
+        return torch.float32 if trains else torch.bfloat16
+
+    @property
+    def _half(self) -> bool:
+        return self._trainer is not None and self.trainer.precision == "bf16-true"
+
+    @property
+    def _fits(self) -> bool:
+        return self._trainer is not None and self.trainer.state.fn == "fit"
+
     def _build_transformer(self) -> UniViGUTransformer3DModel:
-        if self.init_from not in (None, "random") and self._trainer is not None and self.trainer.state.fn != "fit":
-            return load_weights(self.init_from)  # with its own architecture, as from a checkpoint
+        if self.init_from not in (None, "random") and self._trainer is not None and not self._fits:
+            return load_weights(self.init_from, dtype=self._weight_dtype)  # with its own architecture
         torch.manual_seed(self.seed)  # for the text stream's new weights
-        foundation = self.foundation
-        model = UniViGUTransformer3DModel.from_wan(foundation.path, foundation.vocab_size, self.architecture)
-        if self.init_from == "random":
-            # Not from_config, which replaces values that it takes for defaults with those of Wan 14B.
-            return UniViGUTransformer3DModel(**known_options(UniViGUTransformer3DModel, model.config))
-        return model if self.init_from is None else load_weights(self.init_from, like=model)
+        wan, vocab_size = self.foundation.path, self.foundation.vocab_size
+        if self.init_from is None:
+            return UniViGUTransformer3DModel.from_wan(wan, vocab_size, self.architecture, self._weight_dtype)
+        config = UniViGUTransformer3DModel.wan_config(wan, vocab_size, self.architecture)
+        if self.init_from != "random":
+            return load_weights(self.init_from, config, self._weight_dtype)
+        model = UniViGUTransformer3DModel(**config)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtype_of(model, name, self._weight_dtype))
+        return model
 
     def _set_transformer(self, model: UniViGUTransformer3DModel) -> None:
+        if self._half and self.trainer.state.fn != "predict":
+            compute_in_bfloat16(model, self.trainer.strategy.root_device.type)
         if self.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if self.compile_blocks:
@@ -244,8 +274,12 @@ class UniViGU(EvaluatedModule):
                 "one whose latents are not normalised; set it to 0"
             )
         folder = self.foundation.path / "transformer"
-        teacher = load_model(WanTransformer3DModel, folder, torch_dtype=self._model.dtype)
-        return (teacher.to(self.device).eval().requires_grad_(False),)
+        return (self._load_generator(folder).to(self.device).eval().requires_grad_(False),)
+
+    def _load_generator(self, folder: Path) -> WanTransformer3DModel:
+        dtype = torch.bfloat16 if self._half else torch.float32
+        wan = load_model(WanTransformer3DModel, folder, torch_dtype=dtype)
+        return compute_in_bfloat16(wan, self.device.type) if self._half else wan
 
     def prepare(self, batch: dict[str, Any]) -> UniFlowBatch:
         """Encode a batch; precomputed latents and embeddings are used as they are."""
@@ -309,7 +343,7 @@ class UniViGU(EvaluatedModule):
         options, foundation = self.evaluation_options, self.foundation.path / "transformer"
         if getattr(getattr(self.trainer, "datamodule", None), "precompute", False):  # else the first batch shows
             options.refuse_latents(self.stage.writes_text)
-        generator = load_model(WanTransformer3DModel, foundation)
+        generator = self._load_generator(foundation)
         return HeldOutEvaluation(self.stage.target, self.shift, generator, options).to(self.device).eval()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
@@ -333,7 +367,7 @@ class UniViGU(EvaluatedModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Evaluation, prediction and plain loading take the checkpoint's architecture; a resumed fit must have it."""
-        fits = self._trainer is not None and self.trainer.state.fn == "fit"
+        fits = self._fits
         saved = checkpoint.get("univigu", {}).get("transformer_config")
         if saved is None:
             raise ValueError("ckpt_path: not a checkpoint of this project (it has no 'univigu' entry)")
@@ -341,7 +375,7 @@ class UniViGU(EvaluatedModule):
         if self._trainer is not None:
             path = Path(self.trainer.strategy.broadcast(self.trainer.ckpt_path or path))
         check_replaced(saved, path)
-        differing = config_differences(saved, self._model)
+        differing = config_differences(saved, self._model.config)
         for name in {"text_length", *CONVENTIONS} & differing.keys():  # no weight depends on these
             self._model.register_to_config(**{name: differing.pop(name)[0]})
         if differing and (fits or is_sharded(self._model)):
@@ -353,5 +387,7 @@ class UniViGU(EvaluatedModule):
             del self.ema
         if is_sharded(self._model):
             take_sharded(self._model, checkpoint, path, self.lora)
-        elif (model := take_for_use(self._model, checkpoint, self.lora, bool(differing))) is not self._model:
+            return
+        model = take_for_use(self._model, checkpoint, path, self.lora, bool(differing), self._weight_dtype)
+        if model is not self._model:
             self._set_transformer(model.to(self.device))

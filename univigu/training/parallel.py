@@ -52,6 +52,7 @@ def build_sharded(
             prepare(full_model)
             state = full_model.state_dict()
             message = [{name: value for name, value in full_model.config.items() if not name.startswith("_")}]
+            del full_model  # so that each weight is freed when it is sent
     except Exception as error:
         message = [f"{error.__class__.__name__}: {error}"]
         raise

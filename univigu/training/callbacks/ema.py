@@ -53,7 +53,7 @@ class WeightEMA(Callback):
         self._updated = step
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
         for mean, weight in pl_module.ema.pairs(pl_module.transformer):
-            mean.lerp_(weight, 1.0 - decay)
+            mean.lerp_(weight.to(mean.dtype), 1.0 - decay)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         if hasattr(pl_module, "ema"):
@@ -88,7 +88,8 @@ class _Means(nn.Module):
                 if part not in owner._modules:
                     owner.add_module(part, nn.Module())
                 owner = owner.get_submodule(part)
-            owner.register_parameter(last, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+            mean = parameter.detach().to(torch.float32, copy=True)
+            owner.register_parameter(last, nn.Parameter(mean, requires_grad=False))
 
     def pairs(self, model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Each mean with the model's weight, without their gradients."""

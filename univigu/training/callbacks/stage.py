@@ -46,6 +46,8 @@ class StageSwitch(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Evaluation and prediction refer to the last stage.
+        assert isinstance(pl_module, UniViGU)
+        pl_module.stages = self.stages
         self._fitting = stage == "fit"
         self._enter(0 if self._fitting else len(self.stages) - 1, pl_module)
 

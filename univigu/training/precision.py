@@ -1,0 +1,30 @@
+"""``--trainer.precision bf16-true``: weights in bfloat16, but float32 where they are trained or where Wan keeps it."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from lightning.pytorch.plugins import Precision
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class BFloat16Weights(Precision):
+    """Converts nothing: the module loads its weights in the right dtypes.
+
+    Lightning's own would cast all of them, and make every new tensor bfloat16, in which times are too coarse. The
+    updates of training are too small for bfloat16 weights, too, so that trained ones are float32.
+    """
+
+    precision = "bf16-true"  # type: ignore[assignment]
+
+
+def compute_in_bfloat16(model: Model, device_type: str) -> Model:
+    """Let a model with weights in both dtypes compute in bfloat16, but times in float32 as Wan does."""
+    model.forward = torch.autocast(device_type, torch.bfloat16, cache_enabled=False)(model.forward)  # type: ignore[method-assign]
+    for name, module in model.named_modules():
+        if name.endswith("time_embedder"):
+            module.forward = torch.autocast(device_type, enabled=False)(module.forward)  # type: ignore[method-assign]
+    return model
