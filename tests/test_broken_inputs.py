@@ -173,14 +173,16 @@ def test_predict(task: str, tmp_path: Path, model: Model) -> None:
     check_rows(next((tmp_path / "out").glob("*.jsonl")), sound)
 
 
-@pytest.mark.parametrize("name", ["vbench", "vdc"])
+@pytest.mark.parametrize("name", ["vbench", "dream1k"])
 def test_evaluate(name: str, tmp_path: Path, model: Model) -> None:
     if name == "vbench":
         sound = write_prompts(tmp_path / "prompts.jsonl", cuts_long=True)
         given = [f"--prompts={tmp_path}/prompts.jsonl", "--videos-per-prompt=1", "--steps=1"]
     else:
-        sound = list(write_videos(tmp_path / "videos", random.Random(0)).values())
-        given = [f"--videos={tmp_path}/videos", "--caption-steps=1"]
+        videos = write_videos(tmp_path / "videos", random.Random(0))
+        sound, listing = list(videos.values()), tmp_path / "list.jsonl"
+        listing.write_text("".join(json.dumps({"vid": Path(path).name, "text": {}}) + "\n" for path in videos))
+        given = [f"--videos={tmp_path}/videos", f"--annotations={listing}", "--caption-steps=1"]
     output = tmp_path / "out"
     assert evaluate.main([name, *given, f"--model={model.pipeline}", f"--output={output}", "--batch-size=8"]) == 0
     check_rows(output / ("videos.jsonl" if name == "vbench" else "captions.jsonl"), sound)

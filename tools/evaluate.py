@@ -1,9 +1,8 @@
-"""Make what benchmarks outside of this project score: videos for VBench, captions for DREAM-1K and VDC.
+"""Make what benchmarks outside of this project score: videos for VBench, captions for DREAM-1K.
 
     python tools/evaluate.py vbench --prompts VBench_full_info.json --model my_model --output runs/vbench
     python tools/evaluate.py dream1k --videos DREAM-1K/video --annotations DREAM-1k.jsonl --model my_model \
         --output runs/dream1k
-    python tools/evaluate.py vdc --videos VDC/videos --category detailed --model my_model --output runs/vdc
     torchrun --nproc-per-node 8 tools/evaluate.py ...       # the work is divided among the processes
 
 The same command again continues an interrupted run and retries failed items; docs/EVALUATION.md says how to call the
@@ -16,12 +15,12 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from univigu.cli import ToolParser, exit_code
 from univigu.data.options import add_options, add_share, read_options
 from univigu.data.processes import Share, this_device
-from univigu.evaluation.caption_export import Category, export_captions
+from univigu.evaluation.caption_export import export_dream1k
 from univigu.evaluation.exports import CAPTION_ONLY, VIDEO_ONLY, ExportOptions
 from univigu.evaluation.vbench import export_vbench
 from univigu.sampling.options import SamplingOptions
@@ -35,16 +34,14 @@ def parser() -> argparse.ArgumentParser:
     vbench.add_argument("--prompts", required=True, help="VBench_full_info.json, .txt, .jsonl, .json, .csv or .parquet")
     vbench.add_argument("--augmented", help="file of as many longer prompts to make the videos of, in the same order")
     add_options(vbench, ExportOptions(), CAPTION_ONLY)
-    for name, text in (("dream1k", "tarsier"), ("vdc", "aurora or lmms-eval")):
-        captions = commands.add_parser(name, help=f"captions for {text}")
-        captions.add_argument("--videos", nargs="+", required=True, help="files, folders or patterns")
-        captions.add_argument("--annotations", required=name == "dream1k", help="the benchmark's list: .jsonl or .json")
-        add_options(captions, ExportOptions(), VIDEO_ONLY)
-        s = SamplingOptions()
-        captions.add_argument("--caption-steps", type=int, default=s.caption_steps, help="denoising steps of the text")
-        captions.add_argument("--text-order", default=s.text_order, help="random or confidence (mask flow)")
-        captions.add_argument("--temperature", type=float, default=s.temperature)
-    captions.add_argument("--category", choices=get_args(Category), default="detailed")
+    captions = commands.add_parser("dream1k", help="captions for tarsier")
+    captions.add_argument("--videos", nargs="+", required=True, help="files, folders or patterns")
+    captions.add_argument("--annotations", required=True, help="the benchmark's list: .jsonl or .json")
+    add_options(captions, ExportOptions(), VIDEO_ONLY)
+    s = SamplingOptions()
+    captions.add_argument("--caption-steps", type=int, default=s.caption_steps, help="denoising steps of the text")
+    captions.add_argument("--text-order", default=s.text_order, help="random or confidence (mask flow)")
+    captions.add_argument("--temperature", type=float, default=s.temperature)
     for command in commands.choices.values():
         command.add_argument("--model", required=True, help="folder of a pipeline (tools/convert.py pipeline)")
         command.add_argument("--output", type=Path, required=True, help="folder of the run")
@@ -62,8 +59,7 @@ def run(o: argparse.Namespace) -> None:
     else:
         sampling = SamplingOptions(caption_steps=o.caption_steps, text_order=o.text_order, temperature=o.temperature)
         options = read_options(ExportOptions, o, sampling=sampling)
-        vdc = {"category": o.category} if o.command == "vdc" else {}
-        rows = export_captions(o.output, o.model, o.command, o.videos, o.annotations, options, **vdc, **common)
+        rows = export_dream1k(o.output, o.model, o.videos, o.annotations, options, **common)
     if rows is None:
         print(f"{o.output}: this process is done, others are not")
         return
