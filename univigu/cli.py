@@ -10,6 +10,7 @@ import argparse
 import difflib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -82,7 +83,9 @@ def closest(name: str, names: Iterable[str]) -> str:
 
 
 def one_line(message: object) -> str:
-    """A message of several lines in one."""
+    """A message of several lines in one; of a class that could not be made, the reason."""
+    reason = re.search(r"Problem with given (class_path .*?)\n *- Expected", str(message), re.DOTALL)
+    message = reason[1] if reason else message
     return "; ".join(line.strip() for line in str(message).splitlines() if line.strip())
 
 
@@ -125,7 +128,8 @@ def exit_code(run: Callable[[], object]) -> int:
     except Exception as error:
         from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-        if os.environ.get("UNIVIGU_DEBUG") or not isinstance(error, (OSError, ValueError, MisconfigurationException)):
+        mistakes = (OSError, ValueError, MisconfigurationException)
+        if os.environ.get("UNIVIGU_DEBUG") or not isinstance(error, mistakes):
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2

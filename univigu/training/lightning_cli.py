@@ -111,6 +111,10 @@ class UniViGUCLI(LightningCLI):
             return
         config = self.config[subcommand]
         root = config.trainer.default_root_dir
+        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+        for logger in loggers:
+            if isinstance(logger, Namespace) and logger.init_args.get("save_dir") in (None, "."):
+                logger.init_args.save_dir = root or "."
         last = find_last(Path(config.checkpoint.dirpath or Path(root or ".") / FOLDER))
         given = [str(arg).partition("=")[0] for arg in (sys.argv[1:] if args is None else args)]
         named = config.ckpt_path or ("--model.init_from" in given and config.model.init_from)

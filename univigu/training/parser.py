@@ -84,6 +84,8 @@ class Parser(LightningArgumentParser):
             elif name in CONFIG_OPTIONS and value.endswith((".yaml", ".yml")):
                 arg = prefix + find_config(value)
             given.append(arg)
+            if name == "--trainer.logger" and value == "CSVLogger":
+                given.append("--trainer.logger.save_dir=.")  # it has no default
             option = arg
         Parser.given = given
         return super().parse_args(given, *more, **options)

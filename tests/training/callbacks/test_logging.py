@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import json
 import re
 import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
 from html import unescape
@@ -14,12 +17,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 
 from tests import tiny
 from tests.conftest import REPO
@@ -27,7 +29,7 @@ from tests.training import test_stages as stages
 from univigu.cli import main
 from univigu.training.callbacks import FinalReport, LastCheckpoint, MediaLogger, StageSwitch, TrainingMonitor
 from univigu.training.callbacks.held_out import HeldOutCallback
-from univigu.training.callbacks.media import add_video, caption_table
+from univigu.training.callbacks.media import log_video, markdown_table
 from univigu.training.module import UniViGU
 
 CALLBACKS = """
@@ -37,8 +39,8 @@ report: {num_samples: 3}
 """
 
 
-def fit(folder: Path, *args: str) -> EventAccumulator:
-    """The events of a run of three steps."""
+def fit(folder: Path, *args: str) -> None:
+    """A run of three steps."""
     (folder / "callbacks.yaml").write_text(CALLBACKS)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -54,6 +56,9 @@ def fit(folder: Path, *args: str) -> EventAccumulator:
                 *args,
             ]
         )
+
+
+def events_of(folder: Path) -> EventAccumulator:
     events = EventAccumulator(str(folder / "runs/recall/tensorboard"), size_guidance={"images": 0, "tensors": 0})
     events.Reload()
     return events
@@ -62,19 +67,18 @@ def fit(folder: Path, *args: str) -> EventAccumulator:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, small_data: list[str]) -> tuple[EventAccumulator, str]:
     """The events and the printed end of a run with validation and media."""
-    printed = io.StringIO()
+    printed, folder = io.StringIO(), tmp_path_factory.mktemp("logged")
     with redirect_stdout(printed):
-        events = fit(tmp_path_factory.mktemp("logged"), *small_data, "--trainer.val_check_interval=2")
-    return events, printed.getvalue()
+        fit(folder, *small_data, "--trainer.val_check_interval=2")
+    return events_of(folder), printed.getvalue()
 
 
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory: pytest.TempPathFactory, small_data: list[str]) -> list[float]:
     """The losses of the same run without them."""
-    events = fit(
-        tmp_path_factory.mktemp("quiet"), *small_data, "--media.every_n_steps=0", "--trainer.limit_val_batches=0"
-    )
-    return [event.value for event in events.Scalars("train/loss")]
+    folder = tmp_path_factory.mktemp("quiet")
+    fit(folder, *small_data, "--media.every_n_steps=0", "--trainer.limit_val_batches=0")
+    return [event.value for event in events_of(folder).Scalars("train/loss")]
 
 
 def test_scalars(run: tuple[EventAccumulator, str]) -> None:
@@ -123,6 +127,60 @@ def test_sampling_leaves_training_alone(run: tuple[EventAccumulator, str], quiet
     """The losses with media, reports and validation are those without."""
     assert len(quiet) == 3
     assert [event.value for event in run[0].Scalars("train/loss")] == quiet
+
+
+def test_csv_gets_every_scalar(
+    tmp_path: Path, small_data: list[str], run: tuple[EventAccumulator, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same values as TensorBoard; no time is spent on samples that it cannot store."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("univigu.training.callbacks.media.caption_samples", None)
+        fit(tmp_path, *small_data, "--trainer.val_check_interval=2", "--trainer.logger=CSVLogger")
+    (path,) = (tmp_path / "runs/recall").rglob("metrics.csv")
+    assert not list(tmp_path.rglob("*tfevents*")) and (path.parent / "config.yaml").is_file()
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    tags = set(run[0].Tags()["scalars"])
+    assert tags - {"hp_metric"} <= rows[0].keys()
+    for tag in ("train/loss", "val/text_loss", "lr/text", "data/epoch/samples"):
+        values = [float(row[tag]) for row in rows if row[tag]]
+        assert values == pytest.approx([event.value for event in run[0].Scalars(tag)], rel=1e-5), tag
+    printed = capsys.readouterr().out
+    assert f"curves, captions, videos: {path.parent.relative_to(tmp_path)}" in printed
+
+
+def test_wandb_gets_scalars_texts_and_videos(
+    tmp_path: Path, small_data: list[str], run: tuple[EventAccumulator, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed (120 MB); pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    fit(tmp_path, *small_data, "--trainer.val_check_interval=2", "--trainer.logger=WandbLogger")
+    wandb.finish()
+    (folder,) = (tmp_path / "runs/recall/wandb").glob("offline-run-*")
+    (gif,) = folder.glob("files/media/videos/held_out/clips_*.gif")
+    picture = Image.open(gif)
+    assert picture.n_frames == 9 and picture.size == (3 * 64 * 2, 64 * 2)  # type: ignore[attr-defined]
+    (file,) = folder.glob("files/media/table/held_out/captions_*.table.json")
+    table = json.loads(file.read_text())
+    assert table["columns"] == ["clip", "truth", "model"] and len(table["data"]) == 3
+    (log,) = folder.glob("*.wandb")
+    stored = log.read_bytes()
+    for tag in ("train/loss", "val/text_loss", "lr/text", "data/epoch/samples", "held_out/generated"):
+        assert tag.encode() in stored, tag
+
+
+def test_a_logger_that_is_not_installed_is_named(
+    in_tmp: Path, small_data: list[str], failing: Callable[[list[str]], str]
+) -> None:
+    """In one line."""
+    logger = f"--trainer.logger={__name__}.Missing"
+    printed = failing(["fit", "--config=recall.yaml", *small_data, logger])
+    assert f"error: class_path '{__name__}.Missing':; no package 'wandb'\n" in printed
+
+
+class Missing(CSVLogger):
+    def __init__(self, save_dir: str = ".") -> None:
+        raise ModuleNotFoundError("no package 'wandb'")
 
 
 def test_a_report_that_fails_costs_no_training(
@@ -213,7 +271,8 @@ def test_the_table_of_captions_has_a_row_for_each_clip() -> None:
         ["One paragraph.\n\nAnother one.\n", "left | right"],
         ["Windows\r\nlines\u2028too", "| a |\n|---|"],
     )
-    page = markdown_to_safe_html(caption_table(["0", "a|b"], truth, captions))
+    texts = list(zip(["0", "a|b"], truth, captions, strict=True))
+    page = markdown_to_safe_html(markdown_table(["clip", "truth", "model"], texts))
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.S) for row in re.findall(r"<tr>(.*?)</tr>", page, re.S)]
     assert [[unescape(cell) for cell in row] for row in rows[1:]] == [
         ["0", "One paragraph. Another one.", "Windows lines too"],
@@ -227,9 +286,9 @@ def test_frames_stay_what_they_are(tmp_path: Path) -> None:
     frames = torch.zeros(2, 3, 3, 8, 8, dtype=torch.uint8)
     for i in range(3):
         frames[0, i], frames[1, i] = 60 * i, 255 - 60 * i
-    writer = SummaryWriter(str(tmp_path))
-    add_video(writer, "clip", frames, 0)
-    writer.close()
+    logger = TensorBoardLogger(str(tmp_path), name="", version="")
+    log_video([logger], "clip", frames, 0)
+    logger.experiment.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     image = Image.open(io.BytesIO(events.Images("clip")[0].encoded_image_string))

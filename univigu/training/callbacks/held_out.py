@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -148,13 +149,15 @@ class FinalReport(HeldOutCallback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         console, curves = Console(quiet=not trainer.is_global_zero), trainer.log_dir  # which all processes ask for
+        tensorboard = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
         if pl_module.stage.writes_text:
             try:
                 self._captions(trainer, pl_module, console)
             except Exception:  # the on_train_end hooks of other callbacks must still run
                 log.exception("the held-out clips could not be captioned; the training itself is complete")
         if curves:
-            console.print(f"curves, captions, videos: tensorboard --logdir {trainer.default_root_dir}", soft_wrap=True)
+            where = f"tensorboard --logdir {trainer.default_root_dir}" if tensorboard else curves
+            console.print(f"curves, captions, videos: {where}", soft_wrap=True, highlight=False)
         if path := getattr(trainer.checkpoint_callback, "last_model_path", ""):
             console.print(f"checkpoint: {path}", soft_wrap=True, highlight=False)
 
