@@ -195,6 +195,20 @@ def test_synthesize(tmp_path: Path) -> None:
     check_shards(output, {f"{i:08d}" for i, good in enumerate(sound) if good}, COUNT)
 
 
+@pytest.mark.parametrize("command", ["evaluate", "synthesize", "encode"])
+def test_nothing_but_broken_inputs_is_a_failure(command: str, tmp_path: Path, model: Model) -> None:
+    (tmp_path / "broken.jsonl").write_text("{")
+    damage.write_raw(tmp_path / "broken" / "0.tar", [("a", {"mp4": b"", "json": b"{}"})])
+    (tmp_path / "broken.mp4").write_bytes(b"")
+    main, arguments = {
+        "evaluate": (evaluate.main, ["vdc", f"--videos={tmp_path}/broken.mp4", f"--model={model.pipeline}"]),
+        "synthesize": (synthesize.main, [f"--prompts={tmp_path}/broken.jsonl"]),
+        "encode": (encode.main, [f"--source={tmp_path}/broken", "--workers=1"]),
+    }[command]
+    with pytest.raises(SystemExit, match=r"^error: .*could be used"):
+        main([*arguments, f"--output={tmp_path / 'out'}"])
+
+
 def test_encode(tmp_path: Path) -> None:
     damaged = max(COUNT // 2, len(damage.SHARD_DAMAGES))
     sound, output = damage.write_damaged(tmp_path / "shards", damaged, COUNT - damaged), tmp_path / "out"

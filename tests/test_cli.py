@@ -308,7 +308,30 @@ def test_weights_to_evaluate_may_be_named(
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert all(torch.equal(value, saved[name]) for name, value in cli.model.state_dict().items() if name in saved)
     assert saved.keys() <= cli.model.state_dict().keys()
-    assert "lightning fit --config configs/refine.yaml" in failing(args)  # what the configuration names is fit's
+    # What the configuration names is fit's.
+    assert "train it, or evaluate --model.init_from=runs/recall/checkpoints/last.ckpt" in failing(args)
+
+
+def test_a_configuration_may_name_weights_to_evaluate(in_tmp: Path, checkpoint: Path) -> None:
+    """Others than the training in its folder has started from."""
+    Path("mine.yaml").write_text(f"model: {{init_from: {checkpoint}}}")
+    Path("runs/refine/checkpoints").mkdir(parents=True)
+    shutil.copy(checkpoint, "runs/refine/checkpoints/last.ckpt")
+    args, saved = ["validate", *REFINE, "--config=mine.yaml"], Path("runs/refine/tensorboard/config.yaml")
+    saved.parent.mkdir()
+    for start, uses_last in ((checkpoint, True), ("runs/recall/checkpoints/last.ckpt", False), ("null", False)):
+        saved.write_text(f"model: {{init_from: {start}}}")
+        cli = WithoutRun(args)
+        assert (cli.config["validate"].ckpt_path is not None) == uses_last == (cli.model.init_from is None)
+    saved.unlink()
+    assert WithoutRun(args).config["validate"].ckpt_path == "runs/refine/checkpoints/last.ckpt"
+
+
+def test_a_prediction_of_which_nothing_could_be_made_fails(in_tmp: Path, clips: Path) -> None:
+    args = ["predict", "--config=configs/caption.yaml", "--data.num_workers=0", *QUICK]
+    with pytest.raises(SystemExit, match=r"^error: no input could be used"):
+        main([*args, f"--data.videos={clips}/broken*.mp4"])
+    assert len(Path("runs/caption/captions.jsonl").read_text().splitlines()) == 3
 
 
 def test_earlier_curves_have_numbers_of_their_own(tmp_path: Path) -> None:

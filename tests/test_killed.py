@@ -21,10 +21,12 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, Trainer
+from torch.utils.data import DataLoader, Dataset
 
 from tests.conftest import REPO
 from tools import encode, synthesize
 from univigu.data.datamodule import VideoTextDataModule
+from univigu.data.processes import start_worker
 from univigu.shapes.scenes import sample_scene
 from univigu.shapes.texts import prompt_of
 from univigu.shapes.write import write_shapes
@@ -199,6 +201,35 @@ def test_a_pool_ends_with_its_process(number: int, code: int, tmp_path: Path) ->
     process.send_signal(number)
     assert process.wait(timeout=30) == code
     assert wait_until(lambda: not processes_of(process.pid), 20)  # the tracker of semaphores has ended, too
+
+
+class Slow(Dataset[int]):
+    """Each item takes a minute."""
+
+    begun = get_context("fork").Event()
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, number: int) -> int:
+        self.begun.set()
+        time.sleep(60)
+        return number
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="the system does not tell who sends a signal")
+def test_a_loader_worker_obeys_only_its_process() -> None:
+    """A scheduler sends SIGTERM to all processes, of which the training is to save a checkpoint first."""
+    iterator: Any = iter(DataLoader(Slow(), num_workers=1, worker_init_fn=start_worker))
+    (worker,) = iterator._workers
+    assert Slow.begun.wait(20)
+    subprocess.run([sys.executable, "-c", f"import os; os.kill({worker.pid}, {signal.SIGTERM})"], check=True)
+    worker.join(1.5)
+    assert worker.is_alive()
+    began = time.monotonic()
+    worker.terminate()
+    worker.join(10)
+    assert not worker.is_alive() and time.monotonic() - began < 2
 
 
 @pytest.mark.slow

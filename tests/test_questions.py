@@ -148,11 +148,15 @@ def test_a_share_of_the_understand_samples_answers_questions(folder: Path) -> No
     batch = next(iter(trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
     batch["qa"][1] = [{"question": "a red circle", "answer": "moving left."}]
     before = module.prepare(batch)
+    encoded: list[int] = []
+    hook = module.foundation.text_encoder.register_forward_hook(lambda *_: encoded.append(1))
     after = ask_questions(before, batch, [1], module.tasks, random.Random(0))
+    hook.remove()
+    assert len(encoded) == 1  # the question, and not the empty prompt again
     tokenizer, slot = module.foundation.tokenizer, batch["prompt_ids"].shape[1]
     asked = ask_questions(before, {**batch, "qa": [[], []]}, [0], module.tasks, random.Random(0))
     assert detokenize(module.foundation.tokenizer, asked.text_ids)[0] == batch["prompt"][0]  # what the video shows
-    question, _ = module.tasks.encode_ids(tokenize(tokenizer, ["a red circle"], slot))
+    question = module.tasks.encode_ids(tokenize(tokenizer, ["a red circle"], slot))
     assert torch.equal(after.prompt_embeds[0], before.prompt_embeds[0])
     torch.testing.assert_close(after.prompt_embeds[1:], question)
     assert torch.equal(after.text_ids[0], before.text_ids[0])

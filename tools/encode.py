@@ -77,6 +77,8 @@ def run(options: argparse.Namespace) -> None:
                 share,
             )
             print(f"{options.output / name}: {manifest.state}")
+            if manifest.complete and not manifest.counts.get("kept"):
+                raise SystemExit(f"error: {source}: no sample could be used")
 
 
 def main(args: list[str] | None = None) -> int:

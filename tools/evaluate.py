@@ -68,6 +68,8 @@ def run(o: argparse.Namespace) -> None:
     for row in failed[:10]:
         line = f"  {row.get('key', row.get('video'))}: {row['error']}"
         print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)  # file names may be invalid Unicode
+    if len(failed) == len(rows):
+        raise SystemExit(f"error: {o.output}: no input could be used")
 
 
 def main(args: list[str] | None = None) -> int:

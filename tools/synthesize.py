@@ -52,6 +52,8 @@ def run(o: argparse.Namespace) -> None:
     synthesis = Synthesis(o.prompts, o.pipeline, video, captioner, o.tokenizer, lengths, device)
     manifest = synthesis.write(o.output, o.shard_size, share)
     print(f"{o.output}: {manifest.state}")
+    if manifest.complete and not manifest.counts.get("kept"):
+        raise SystemExit(f"error: {o.output}: no prompt could be used")
 
 
 def main(args: list[str] | None = None) -> int:

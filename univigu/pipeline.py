@@ -89,17 +89,20 @@ class TaskRunner:
 
     def encode_prompts(self, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
         """Prompt embeddings [B, S, text_dim] and those of the null condition [1, S, text_dim]; S = ``length``."""
-        return self.encode_ids(tokenize(self.components.tokenizer, [*prompts, ""], length)[:-1])
+        null = self.encode_null(length)
+        return self.encode_ids(tokenize(self.components.tokenizer, prompts, length)) if prompts else null[:0], null
+
+    def encode_null(self, length: int) -> Tensor:
+        """Embeddings of the null condition [1, S, text_dim]; S = ``length``."""
+        return self.conventions.null(self.encode_ids(tokenize(self.components.tokenizer, [""], length)))
 
     @torch.no_grad()
-    def encode_ids(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``encode_prompts``, of token ids [B, S]."""
+    def encode_ids(self, ids: Tensor) -> Tensor:
+        """Token ids [B, S] -> prompt embeddings [B, S, text_dim]."""
         tokenizer, encoder = self.components.tokenizer, self.components.text_encoder
-        null_ids = tokenize(tokenizer, [""], ids.shape[1])
-        every = torch.cat([ids.to("cpu"), null_ids]).to(compute_device(encoder))
         zeros = self.conventions.prompt_padding == "zeros"
-        embeds = encode_prompts(encoder, every, tokenizer.pad_token_id, zeros).to(self.device).float()
-        return embeds[:-1], self.conventions.null(embeds[-1:])
+        embeds = encode_prompts(encoder, ids.to(compute_device(encoder)), tokenizer.pad_token_id, zeros)
+        return embeds.to(self.device).float()
 
     def texts(self, samples: Samples) -> list[str]:
         """The texts of samples of a task that makes texts."""

@@ -27,20 +27,23 @@ def usable_cores() -> int:
 def start_worker(number: int = 0) -> None:
     """Set up a worker process: one thread, and it ends with the process that started it, even if that is killed.
 
-    That process also ends it in order after a signal to all of them (Ctrl-C, a scheduler's SIGTERM), for which a worker
-    has a minute.
+    A signal to all of them (Ctrl-C, a scheduler's SIGTERM) is that process's to answer; a worker obeys only its own.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    if hasattr(signal, "sigtimedwait"):  # else every SIGTERM ends a worker
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # in the thread, too, which waits for it
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
     while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+        if not hasattr(signal, "sigtimedwait"):
+            time.sleep(1)
+        elif (received := signal.sigtimedwait([signal.SIGTERM], 1)) and received.si_pid == parent:
+            break
+    os._exit(0)  # for another code a DataLoader raises
 
 
 class SpawnPool(ProcessPoolExecutor):

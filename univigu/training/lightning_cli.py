@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 from jsonargparse import Namespace, set_parsing_settings
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
@@ -119,7 +120,14 @@ class UniViGUCLI(LightningCLI):
         given = [str(arg).partition("=")[0] for arg in (sys.argv[1:] if args is None else args)]
         named = config.ckpt_path or ("--model.init_from" in given and config.model.init_from)
         if subcommand in ("validate", "test") and not named and root:
-            config.ckpt_path = "last"  # by default evaluate what the configuration trained
+            # By default evaluate what the configuration trained; model.init_from is then what that has started from.
+            start = config.model.init_from
+            if start and not last.exists():
+                raise ValueError(f"{last}: no such checkpoint; train it, or evaluate --model.init_from={start}")
+            if start and start != _trained_from(Path(root), start):
+                print(f"evaluating model.init_from={start!r}, with which the training in {root} has not started")
+            else:
+                config.ckpt_path = "last"
         if config.ckpt_path == "best":
             raise ValueError("ckpt_path='best': no checkpoint is chosen by a metric; use 'last' or a path")
         if config.ckpt_path == "last":  # Lightning would look before it knows the folder
@@ -148,10 +156,10 @@ class UniViGUCLI(LightningCLI):
         else:
             self.stages = select_stages(config.stages, config.run) if config.run or self.subcommand else {}
             common: list[Callback] = [StageSwitch(self.stages)] if self.stages else []
-            common += [config.monitor, DataStatistics(), config.media, config.report]
+            common += [config.monitor, DataStatistics(), config.media]
             if trainer.enable_checkpointing is not False:
                 common.append(config.checkpoint)
-            callbacks = [*common, *callbacks]
+            callbacks = [*common, *callbacks, config.report]  # which sees the weights that others leave
             if trainer.logger in (None, True):
                 # An empty version, which the progress bar does not show.
                 kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir or ".", name="tensorboard", version="")
@@ -189,9 +197,20 @@ class UniViGUCLI(LightningCLI):
 
     before_validate = before_predict = before_test
 
+    def after_predict(self) -> None:
+        """Exit with 1 if no input could be used."""
+        if any(isinstance(callback, PredictionWriter) and callback.failed for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise SystemExit("error: no input could be used; each row has its error")
+
     def _options(self) -> Namespace:
         """The instantiated options of the subcommand."""
         return self.config_init if self.subcommand is None else self.config_init[self.subcommand]
+
+
+def _trained_from(root: Path, default: str) -> str | None:
+    """The ``model.init_from`` of the training in a folder, as its curves' folder records it."""
+    saved = root / "tensorboard" / "config.yaml"
+    return yaml.safe_load(saved.read_text())["model"]["init_from"] if saved.exists() else default
 
 
 def _takes_last_run(model: Namespace) -> bool:

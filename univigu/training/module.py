@@ -288,7 +288,8 @@ class UniViGU(EvaluatedModule):
             embeds, null = batch["prompt_embeds"].to(self.device), batch["null_embeds"].to(self.device)
             null = self.tasks.conventions.null(null)
         else:
-            embeds, null = self.tasks.encode_ids(batch["prompt_ids"])
+            embeds = self.tasks.encode_ids(batch["prompt_ids"])
+            null = self.tasks.encode_null(embeds.shape[1])
         if self.stage.writes_text:
             ids = batch["prompt_ids" if target == "prompt" else "caption_ids"]
             text_ids = fit_slot(ids, self.stage.text_length, self.foundation.pad_token_id, target)

@@ -53,7 +53,7 @@ def ask_questions(
         return inputs
     where = torch.tensor(list(asked), device=inputs.text_ids.device)
     questions, answers = (torch.cat(ids) for ids in zip(*asked.values(), strict=True))
-    embeds, _ = tasks.encode_ids(questions)
+    embeds = tasks.encode_ids(questions)
     return replace(
         inputs,
         prompt_embeds=inputs.prompt_embeds.index_copy(0, where, embeds.to(inputs.prompt_embeds)),

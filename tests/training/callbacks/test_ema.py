@@ -16,7 +16,7 @@ from tests import tiny
 from tests.training import test_stages as stages
 from univigu.checkpoint import load_weights
 from univigu.evaluation.held_out import EvaluationOptions
-from univigu.training.callbacks import LastCheckpoint, StageSwitch, WeightEMA
+from univigu.training.callbacks import FinalReport, LastCheckpoint, StageSwitch, WeightEMA
 from univigu.training.module import UniViGU
 
 
@@ -46,6 +46,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("foundation")
     tiny.make_pipeline().save_pretrained(path)
     return path
+
+
+class Report(FinalReport):
+    """Notes the weights that it would caption with, and whether the last checkpoint is there."""
+
+    def _captions(self, trainer: Trainer, pl_module: Any, console: Any) -> None:
+        self.seen, self.saved = Track.copy(pl_module), Path(trainer.checkpoint_callback.last_model_path).exists()  # type: ignore[union-attr]
+
+
+def test_the_report_is_made_of_the_mean_and_after_the_last_checkpoint(folder: Path, tmp_path: Path) -> None:
+    module, report = UniViGU(str(folder), optimizer=stages.ADAMW, seed=3), Report()
+    callbacks = [StageSwitch(stages.STAGES), WeightEMA(decay=0.5), report, LastCheckpoint(str(tmp_path))]
+    trainer = stages.make_trainer(tmp_path, callbacks)
+    trainer.fit(module, DataLoader(stages.Clips(), batch_size=stages.BATCH))
+    used = load_weights(tmp_path / "last.ckpt").state_dict()
+    trained = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert report.saved and all(torch.equal(value, used[name]) for name, value in report.seen.items())
+    assert not torch.equal(trained["transformer.text_head.linear.weight"], used["text_head.linear.weight"])
 
 
 def fit(folder: Path, root: Path, ckpt_path: Path | None = None) -> tuple[Track, UniViGU]:

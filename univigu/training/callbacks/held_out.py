@@ -144,7 +144,8 @@ class FinalReport(HeldOutCallback):
         self.num_shown = num_shown
 
     @torch.no_grad()
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After the last checkpoint, with the weights to use (see ``WeightEMA``)."""
         assert isinstance(pl_module, UniViGU)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -153,7 +154,7 @@ class FinalReport(HeldOutCallback):
         if pl_module.stage.writes_text:
             try:
                 self._captions(trainer, pl_module, console)
-            except Exception:  # the on_train_end hooks of other callbacks must still run
+            except Exception:  # the training is complete
                 log.exception("the held-out clips could not be captioned; the training itself is complete")
         if curves:
             where = f"tensorboard --logdir {trainer.default_root_dir}" if tensorboard else curves

@@ -36,6 +36,8 @@ class PredictionWriter(BasePredictionWriter):
         fps: frames a second of written videos.
     """
 
+    failed = False
+    """Whether no input could be used."""
     _parts: Parts
     _list: str
 
@@ -85,5 +87,6 @@ class PredictionWriter(BasePredictionWriter):
             self._parts.write(self._list, "".join(map(to_line, rows)))
             self._parts.clear()
             failed = sum(row["error"] is not None for row in rows)
+            self.failed = failed == len(rows)
             text = f"wrote {self._parts.folder / self._list}: {len(rows)} rows, {failed} of them errors"
             Console().print(text, soft_wrap=True, highlight=False)
