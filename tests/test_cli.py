@@ -308,8 +308,7 @@ def test_weights_to_evaluate_may_be_named(
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert all(torch.equal(value, saved[name]) for name, value in cli.model.state_dict().items() if name in saved)
     assert saved.keys() <= cli.model.state_dict().keys()
-    # What the configuration names is fit's.
-    assert "train it, or evaluate --model.init_from=runs/recall/checkpoints/last.ckpt" in failing(args)
+    assert "lightning fit --config configs/refine.yaml" in failing(args)  # what the configuration names is fit's
 
 
 def test_a_configuration_may_name_weights_to_evaluate(in_tmp: Path, checkpoint: Path) -> None:

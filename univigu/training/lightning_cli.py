@@ -122,8 +122,6 @@ class UniViGUCLI(LightningCLI):
         if subcommand in ("validate", "test") and not named and root:
             # By default evaluate what the configuration trained; model.init_from is then what that has started from.
             start = config.model.init_from
-            if start and not last.exists():
-                raise ValueError(f"{last}: no such checkpoint; train it, or evaluate --model.init_from={start}")
             if start and start != _trained_from(Path(root), start):
                 print(f"evaluating model.init_from={start!r}, with which the training in {root} has not started")
             else:
