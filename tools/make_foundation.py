@@ -1,10 +1,12 @@
-"""Make the embedded foundation except for its generator: tokenizer, text encoder, VAE, scheduler.
+"""Make a foundation for a data set, except for its generator: tokenizer, text encoder, VAE, scheduler.
 
-    python tools/make_foundation.py --output runs/foundation/start
+    python tools/make_foundation.py --output runs/foundation/start                  # the embedded world
+    python tools/make_foundation.py --output runs/foundation/start --data mine      # videos and texts of your own
     lightning fit --config configs/foundation.yaml --model.foundation runs/foundation/start   # trains the generator
 
-The result is a folder in diffusers' WanPipeline layout.  Text encoder and VAE are trained on the embedded world, the
-transformer is random.  ``tools/convert.py foundation`` writes a trained transformer into such a folder.
+The result is a folder in diffusers' WanPipeline layout.  Everything is trained on the train split of the data (the
+format is in docs/DATA.md), the transformer is random.  ``tools/convert.py foundation`` writes a trained transformer
+into such a folder.
 """
 
 from __future__ import annotations
@@ -13,40 +15,80 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from univigu.cli import ToolParser, exit_code
+from univigu.data.index import find_split, index_folder
 from univigu.data.progress import track
-from univigu.data.video import encode_mp4, read_video, to_model_range
-from univigu.shapes import renderer, scenes, texts
+from univigu.data.sample import SampleError, SampleRef, Texts
+from univigu.data.video import to_model_range
+from univigu.models.tokens import clean_text
+from univigu.shapes.write import write_shapes
 
-LATENT_CHANNELS = 8  # the world fills about six; more channels would be copies of each other
+NEIGHBOURS = (
+    4  # tokens on either side that each token's embedding must tell; with 8, width 64 learned none of them well
+)
+LONGEST_TEXT = 256
+PUNCTUATION = r"[.,;:!?()\"]"
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+# ------------------------------------------------------------------ data
+
+
+def read_texts(refs: Iterable[SampleRef]) -> list[Texts]:
+    """The texts of all samples that can be read."""
+    texts = []
+    for ref in refs:
+        try:
+            texts.append(ref.texts())
+        except SampleError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+    return texts
+
+
+def read_clips(refs: Sequence[SampleRef], count: int, size: tuple[int, int, int]) -> Tensor:
+    """Up to ``count`` clips, spread evenly over the samples, uint8 [B, F, C, H, W]; ``size`` is (F, H, W)."""
+    chosen = [refs[i * len(refs) // count] for i in range(min(count, len(refs)))] if len(refs) > count else refs
+    found = []
+    for ref in track(chosen, "reading videos"):
+        try:
+            found.append(ref.video(*size).contiguous())
+        except SampleError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+    if not found:
+        raise ValueError("--data: none of its videos can be read")
+    return torch.stack(found)
+
+
+# ------------------------------------------------------------- tokenizer
+
+
+def make_tokenizer(texts: Sequence[str], num_words: int = 4000) -> PreTrainedTokenizerFast:
     """A UniGram tokenizer with UMT5's conventions: <pad>=0, </s>=1 closes every text, <unk>=2.
 
-    Its pieces are the words of the embedded world and, for everything else, single characters.
+    Its pieces are the most frequent words of the texts and, for everything else, single characters.
     """
-    words: dict[str, None] = {}
-    for scene in (scenes.sample_scene(seed) for seed in range(2000)):
-        for text in (texts.prompt_of(scene), texts.caption_of(scene)):
-            words.update(dict.fromkeys(re.findall(r"\w+", text)))
-    letters = [chr(code) for code in range(ord("!"), ord("~") + 1) if not chr(code).isupper()]
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(re.sub(PUNCTUATION, " ", clean_text(text).lower()).split())
+    words = [word for word, _ in counts.most_common(num_words)]
+    ascii_letters = {chr(code) for code in range(ord("!"), ord("~") + 1) if not chr(code).isupper()}
+    letters = sorted(ascii_letters | {letter for text in texts for letter in text.lower() if not letter.isspace()})
     pieces = ["<pad>", "</s>", "<unk>", *sorted(f"▁{word}" for word in words), "▁", *letters]
     scores = [0.0, 0.0, 0.0] + [-10.0] * len(words) + [-20.0] * (1 + len(letters))
     tokenizer = Tokenizer(models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=2))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(), pre_tokenizers.Split(Regex(r"[.,;:!?]"), "isolated")]
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Split(Regex(PUNCTUATION), "isolated")]
     )
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -55,7 +97,110 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_vae(base_dim: int = 16, channels: int = LATENT_CHANNELS) -> AutoencoderKLWan:
+# ---------------------------------------------------------- text encoder
+
+
+def make_text_encoder(vocab_size: int, dim: int = 64) -> UMT5EncoderModel:
+    """Two UMT5 layers."""
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=vocab_size,
+            d_model=dim,
+            d_kv=16,
+            d_ff=2 * dim,
+            num_layers=2,
+            num_heads=dim // 16,
+            relative_attention_num_buckets=32,
+            relative_attention_max_distance=64,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=1,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+
+
+class NeighbourHead(nn.Module):
+    """Reads from a token's embedding the tokens around it, and its position."""
+
+    def __init__(self, dim: int, vocab_size: int) -> None:
+        super().__init__()
+        self.offsets = [k for k in range(-NEIGHBOURS, NEIGHBOURS + 1) if k]
+        self.shifts = nn.ModuleList(nn.Linear(dim, dim) for _ in self.offsets)
+        self.words = nn.Linear(dim, vocab_size)
+        self.position = nn.Linear(dim, LONGEST_TEXT)
+
+    def forward(self, embeds: Tensor, ids: Tensor, which: Iterable[int]) -> Iterable[tuple[Tensor, Tensor]]:
+        """Logits and labels [B, L] (-100 is no label) of the position, then of the chosen neighbours.
+
+        Args:
+            embeds: [B, L, dim]
+            ids: int64 [B, L], 0 is padding.
+            which: numbers of the offsets.
+        """
+        seen, places = ids != 0, torch.arange(ids.shape[1], device=ids.device)
+        yield self.position(embeds), places.expand_as(ids).masked_fill(~seen, -100)
+        for number in which:
+            offset = self.offsets[number]
+            labels = ids.roll(-offset, 1).masked_fill(~seen, -100)
+            outside = (places + offset < 0) | (places + offset >= ids.shape[1])
+            yield self.words(self.shifts[number](embeds)), labels.masked_fill(outside | (labels == 0), -100)
+
+
+def train_text_encoder(
+    encoder: UMT5EncoderModel,
+    prompts: Tensor,
+    captions: Tensor | None,
+    held_out: Tensor,
+    steps: int,
+    learning_rate: float = 3e-3,
+) -> dict[str, float]:
+    """Train in place until each word's embedding tells the words around it and its position.
+
+    A generator finds words by attention, whose keys have no positions, so the embedding of "red" must tell that it
+    belongs to the first object.  A pretrained language encoder does; training on the generator's loss alone learns
+    this late or never.  The rate is moderate because T5's attention is unscaled: after large updates its logits
+    outweigh the position biases for good.
+
+    Args:
+        prompts, captions, held_out: token ids, int64 [N, L] each; captions are every other batch, if there are any.
+
+    Returns:
+        held-out accuracies: of the position, the next token, and the token ``NEIGHBOURS`` further.
+    """
+    device = next(encoder.parameters()).device
+    head = NeighbourHead(encoder.config.d_model, encoder.config.vocab_size).to(device)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+
+    def read(ids: Tensor, which: Iterable[int]) -> Iterable[tuple[Tensor, Tensor]]:
+        mask = (ids != 0).long()
+        return head(encoder(ids, mask).last_hidden_state * mask[..., None], ids, which)
+
+    encoder.train()
+    for step in track(range(steps), "training the text encoder"):
+        texts, size = (prompts, 128) if captions is None or step % 2 == 0 else (captions, 16)
+        ids = texts[torch.randint(0, len(texts), (size,))].to(device)
+        which = torch.randperm(len(head.offsets))[:4].tolist()
+        loss = torch.stack([F.cross_entropy(a.mT, b) for a, b in read(ids, which)]).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    encoder.eval()
+    with torch.no_grad():
+        results = read(held_out[:256].to(device), [NEIGHBOURS, 2 * NEIGHBOURS - 1])
+        names = ("position", "next token", f"token {NEIGHBOURS} further")
+        return {
+            name: (a.argmax(-1) == b)[b >= 0].float().mean().item() for name, (a, b) in zip(names, results, strict=True)
+        }
+
+
+# ------------------------------------------------------------------- VAE
+
+
+def make_vae(channels: int = 8, base_dim: int = 16) -> AutoencoderKLWan:
     """8x8 spatial and 4x temporal compression, as Wan's, from 2x2 pixel patches."""
     return AutoencoderKLWan(
         base_dim=base_dim,
@@ -71,222 +216,167 @@ def make_vae(base_dim: int = 16, channels: int = LATENT_CHANNELS) -> Autoencoder
     )
 
 
-def make_text_encoder(vocab_size: int) -> UMT5EncoderModel:
-    """Two UMT5 layers of width 64; see ``train_text_encoder``."""
-    return UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=vocab_size,
-            d_model=64,
-            d_kv=16,
-            d_ff=128,
-            num_layers=2,
-            num_heads=4,
-            relative_attention_num_buckets=32,
-            relative_attention_max_distance=64,
-            dropout_rate=0.0,
-            pad_token_id=0,
-            eos_token_id=1,
-            feed_forward_proj="gated-gelu",
-        )
-    )
-
-
-# What each token's embedding must tell: attributes of the object it describes, and of the scene.
-OBJECT_FIELDS: dict[str, tuple[str, ...]] = {
-    "size": tuple(scenes.SIZES),
-    "color": tuple(scenes.COLORS),
-    "shape": scenes.SHAPES,
-    "motion": tuple(scenes.MOTIONS),
-    "speed": ("", *scenes.SPEEDS),
-}
-SCENE_FIELDS: dict[str, tuple[str, ...]] = {
-    "relation": ("", *scenes.RELATIONS),
-    "background": tuple(scenes.BACKGROUNDS),
-}
-FIELD_SIZES = [3, *map(len, OBJECT_FIELDS.values()), *map(len, SCENE_FIELDS.values())]
-
-
-def token_meanings(tokenizer: PreTrainedTokenizerFast, scene: scenes.Scene, length: int) -> tuple[Tensor, Tensor]:
-    """A prompt's token ids [L] and the labels of each token, int64 [L, fields]; -100 is no label.
-
-    The fields: whether the token's object is the only, the first or the second one; OBJECT_FIELDS of that object;
-    SCENE_FIELDS, which every token is labelled with.
-    """
-    text = texts.prompt_of(scene)
-    encoding = tokenizer(text, padding="max_length", max_length=length, return_offsets_mapping=True)
-    about_scene = [options.index(getattr(scene, name)) for name, options in SCENE_FIELDS.items()]
-    clauses = re.split(f"(, (?:{'|'.join(scenes.RELATIONS)}) |, on a )", text)  # object, relation, object, ...
-    ends = [len("".join(clauses[: 2 * i + 1])) for i in range(len(scene.objects))]
-    starts = [end - len(clauses[2 * i]) for i, end in enumerate(ends)]
-    labels = []
-    for token, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
-        row = [-100] * (1 + len(OBJECT_FIELDS)) + about_scene
-        for i, obj in enumerate(scene.objects):
-            if starts[i] <= start < end <= ends[i]:
-                values = [options.index(getattr(obj, name)) for name, options in OBJECT_FIELDS.items()]
-                row = [i + bool(scene.relation), *values, *about_scene]
-        labels.append(row if token != tokenizer.pad_token_id else [-100] * len(row))
-    return torch.tensor(encoding["input_ids"]), torch.tensor(labels)
-
-
-def train_text_encoder(
-    text_encoder: UMT5EncoderModel,
-    tokenizer: PreTrainedTokenizerFast,
-    steps: int,
-    num_scenes: int = 8000,
-    learning_rate: float = 3e-3,
-) -> dict[str, float]:
-    """Train in place until each word's embedding tells which object it describes and that object's attributes.
-
-    A generator finds words by attention, whose keys have no positions, so the embedding of "red" must tell that it
-    belongs to the first object.  A pretrained language encoder does; training on the generator's loss alone learns
-    this late or never.  The rate is moderate because T5's attention is unscaled: after large updates its logits
-    outweigh the position biases for good.
-
-    Returns:
-        the accuracies on prompts of held-out scenes, by field.
-    """
-    names = ["object", *OBJECT_FIELDS, *SCENE_FIELDS]
-    train, held = (
-        [torch.stack(column) for column in zip(*rows, strict=True)]
-        for rows in (
-            [token_meanings(tokenizer, scenes.sample_scene(seed, split), 32) for seed in range(count)]
-            for split, count in (("train", num_scenes), ("val", 500))
-        )
-    )
-    head = torch.nn.Linear(text_encoder.config.d_model, sum(FIELD_SIZES))
-    optimizer = torch.optim.AdamW([*text_encoder.parameters(), *head.parameters()], betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
-
-    def answers(ids: Tensor) -> Sequence[Tensor]:
-        mask = (ids != tokenizer.pad_token_id).long()
-        embeds = text_encoder(ids, mask).last_hidden_state * mask[..., None]
-        return head(embeds).split(FIELD_SIZES, -1)
-
-    text_encoder.train()
-    for _ in track(range(steps), "training the text encoder"):
-        rows = torch.randint(0, len(train[0]), (128,))
-        labels = train[1][rows].unbind(-1)
-        loss = sum(F.cross_entropy(a.mT, b) for a, b in zip(answers(train[0][rows]), labels, strict=True))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(text_encoder.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    text_encoder.eval()
-    with torch.no_grad():
-        pairs = zip(names, answers(held[0]), held[1].unbind(-1), strict=True)
-        return {name: (a.argmax(-1) == b)[b >= 0].float().mean().item() for name, a, b in pairs}
-
-
-def make_transformer() -> WanTransformer3DModel:
-    """Wan's architecture, 4 heads of 32 and 6 layers."""
-    return WanTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=32,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        text_dim=64,
-        freq_dim=64,
-        ffn_dim=384,
-        num_layers=6,
-    )
-
-
-def clips(first_seed: int, count: int) -> torch.Tensor:
-    """Clips as training will see them, through an mp4 file: float32 [B, C, F, H, W] in [-1, 1]."""
-    size = (scenes.NUM_FRAMES, scenes.CANVAS, scenes.CANVAS)
-    drawn = [scenes.sample_scene(first_seed + i) for i in range(count)]
-    return to_model_range(torch.stack([read_video(encode_mp4(renderer.render(s)), *size) for s in drawn]))
-
-
-def vae_loss(vae: AutoencoderKLWan, video: torch.Tensor, kl_weight: float = 1e-3) -> torch.Tensor:
-    """Weighted L1 reconstruction plus a KL term; pixels of and near objects weigh five times the background.
+def vae_loss(vae: AutoencoderKLWan, video: Tensor, kl_weight: float = 3e-4) -> Tensor:
+    """Weighted L1 reconstruction plus a KL term; pixels near what differs from the median colour weigh five times.
 
     The KL term is so heavy that every detail that matters must exceed the posterior's noise: a generator only learns
     details with a large share of the latents.
     """
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(video.device.type, dtype=torch.bfloat16):
         moments = vae.encode(video).latent_dist.parameters.float()
         mean, logvar = moments.chunk(2, dim=1)
         logvar = logvar.clamp(-30, 10)
         latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
         decoded = vae.decode(latents).sample.float()
-    background = video[..., :1, :1]
+    background = video.flatten(2).median(-1).values[..., None, None, None]
     objects = ((video - background).abs().amax(1, keepdim=True) > 0.15).float()
     weight = 1 + 4 * F.max_pool3d(objects, (1, 7, 7), 1, (0, 3, 3))  # with the notches that tell a cross from a square
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
     return (weight * (decoded - video).abs()).mean() + kl_weight * kl
 
 
-def train_vae(
-    vae: AutoencoderKLWan, steps: int, num_clips: int = 3000, batch_size: int = 4, num_measured: int = 512
-) -> None:
-    """Train in place, then record the latents' mean and standard deviation in the config.
+def train_vae(vae: AutoencoderKLWan, clips: Tensor, steps: int, batch_size: int = 4) -> None:
+    """Train in place on clips, uint8 [N, F, C, H, W], then rotate the latents and record their statistics.
 
     The first 70% of the steps use windows of 5 frames (two latent frames), which is cheap and enough for a frame's
     content; the others use whole clips, which the later chunks of the causal VAE need.
     """
-    pool = clips(0, num_clips)
+    device = next(vae.parameters()).device
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    warmup = min(100, steps)
+    warmup, frames = min(100, steps), clips.shape[1]
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / steps)) + 1e-3
     )
     for step in track(range(steps), "training the VAE"):
-        window = 5 if step < 0.7 * steps else scenes.NUM_FRAMES
-        start = int(torch.randint(0, scenes.NUM_FRAMES - window + 1, ()))
-        video = pool[torch.randint(0, num_clips, (batch_size,)), :, start : start + window]
-        loss = vae_loss(vae, video)
+        window = min(5, frames) if step < 0.7 * steps else frames
+        start = int(torch.randint(0, frames - window + 1, ()))
+        rows = torch.randint(0, len(clips), (batch_size,))
+        loss = vae_loss(vae, to_model_range(clips[rows, start : start + window]).to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    record_latent_statistics(vae, num_measured)
 
 
 @torch.no_grad()
-def record_latent_statistics(vae: AutoencoderKLWan, num_clips: int) -> None:
-    """Measure the per-channel mean and standard deviation of the mode latents and store them in the config."""
-    latents = torch.cat([vae.encode(clips(10**6 + i, 2)).latent_dist.mode() for i in range(0, num_clips, 2)])
+def encode(vae: AutoencoderKLWan, clips: Tensor) -> Tensor:
+    """Mode latents [N, C, T, H, W] of clips, uint8 [N, F, C, H, W], without normalisation."""
+    device = next(vae.parameters()).device
+    return torch.cat([vae.encode(to_model_range(two).to(device)).latent_dist.mode() for two in clips.split(2)])
+
+
+@torch.no_grad()
+def rotate_latents(vae: AutoencoderKLWan, latents: Tensor) -> None:
+    """Make the channels the principal axes of these latents [N, C, T, H, W]: decorrelated, by falling variance.
+
+    The rotation is folded into the convolutions beside the latents, so that reconstructions do not change.  Without it
+    most channels are mixtures of few directions, and a generator wastes its capacity on their correlations.
+    """
+    axes = torch.linalg.eigh(torch.cov(latents.transpose(0, 1).flatten(1).double().cpu())).eigenvectors.flip(1)
+    turn = axes.T.to(latents)  # rows are the new channels
+    channels = len(turn)
+    for parameter in (vae.quant_conv.weight, vae.quant_conv.bias):
+        parameter[:channels] = torch.tensordot(turn, parameter[:channels], 1)
+    weight = vae.post_quant_conv.weight
+    weight.copy_(torch.einsum("oi...,ci->oc...", weight, turn))
+
+
+def record_latent_statistics(vae: AutoencoderKLWan, latents: Tensor) -> None:
+    """Store the channels' mean and standard deviation in the config; a channel that hardly varies is not amplified."""
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    std = std.clamp(min=0.1 * std.max().item())
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-    held = clips(2 * 10**6, 16)
-    error = F.l1_loss(vae.decode(vae.encode(held).latent_dist.mode()).sample, held)
-    print(f"latents: mean {mean.tolist()}, std {std.tolist()}; held-out mean absolute error {error:.4f}")
+
+
+# ------------------------------------------------------------------- all
+
+
+def make_transformer(channels: int, text_dim: int, heads: int, layers: int) -> WanTransformer3DModel:
+    """Wan's architecture with heads of 32."""
+    return WanTransformer3DModel(
+        num_attention_heads=heads,
+        attention_head_dim=32,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=text_dim,
+        freq_dim=64,
+        ffn_dim=96 * heads,
+        num_layers=layers,
+    )
+
+
+def find_samples(data: Path | None) -> dict[str, list[SampleRef]]:
+    """The samples of the splits train and val; without data those of the embedded world, which is rendered."""
+    if data is None:
+        data = Path("runs/data/foundation")
+        for split, count in (("train", 4000), ("val", 200)):
+            write_shapes(data / split, split, count)  # type: ignore[arg-type]
+    return {split: index_folder(find_split(data, split))[0] for split in ("train", "val")}
 
 
 def run(options: argparse.Namespace) -> None:
     """Make and train everything, write the folder."""
-    for name in ("text_steps", "vae_steps"):
+    for name in ("text_steps", "vae_steps", "heads", "layers", "channels"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
     torch.manual_seed(options.seed)
-    tokenizer = make_tokenizer()
-    vae = make_vae()
-    text_encoder = make_text_encoder(len(tokenizer))
+    samples = find_samples(options.data)
+    texts = {split: read_texts(refs) for split, refs in samples.items()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = make_tokenizer([text for row in texts["train"] for text in (row.prompt, row.caption)])
+    encoder = make_text_encoder(len(tokenizer), 16 * options.heads)
+    vae = make_vae(options.channels)
     pipeline = WanPipeline(
         tokenizer=tokenizer,
-        text_encoder=text_encoder,
+        text_encoder=encoder,
         vae=vae,
-        transformer=make_transformer(),
+        transformer=make_transformer(options.channels, encoder.config.d_model, options.heads, options.layers),
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
         ),
     )
     pipeline.save_pretrained(options.output)  # fails now if the folder is not writable
-    accuracies = train_text_encoder(text_encoder, tokenizer, options.text_steps)
+
+    def ids(rows: Sequence[Texts], name: str) -> Tensor:
+        given = [getattr(row, name) for row in rows if getattr(row, name)]
+        kept = [text for text in given if len(tokenizer(text).input_ids) <= LONGEST_TEXT]
+        if not kept:
+            raise ValueError(f"--data: no {name} of at most {LONGEST_TEXT} tokens")
+        return tokenizer(kept, padding=True, return_tensors="pt").input_ids
+
+    captions = ids(texts["train"], "caption") if any(row.caption for row in texts["train"]) else None
+    accuracies = train_text_encoder(
+        encoder.to(device), ids(texts["train"], "prompt"), captions, ids(texts["val"], "prompt"), options.text_steps
+    )
     print("text encoder, held-out prompts:", {name: round(value, 3) for name, value in accuracies.items()})
-    train_vae(vae, options.vae_steps)
-    pipeline.save_pretrained(options.output)
+
+    size = (options.num_frames, options.height, options.width)
+    clips = read_clips(samples["train"], options.num_clips, size)
+    train_vae(vae.to(device), clips, options.vae_steps)
+    rotate_latents(vae, encode(vae, clips[:512]))
+    record_latent_statistics(vae, encode(vae, clips[:512]))
+    held = read_clips(samples["val"], 16, size)
+    with torch.no_grad():
+        decoded = vae.decode(encode(vae, held)).sample.cpu()
+    print(f"latents: standard deviations {[round(value, 3) for value in vae.config.latents_std]}")
+    print(f"held-out mean absolute error of reconstructions: {F.l1_loss(decoded, to_model_range(held)):.4f}")
+    pipeline.to("cpu").save_pretrained(options.output)
     print(f"wrote {options.output}")
 
 
 def main(args: list[str] | None = None) -> int:
     parser = ToolParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder to write, in WanPipeline layout")
-    parser.add_argument("--text-steps", type=int, default=600)
+    parser.add_argument("--data", type=Path, help="folder with the splits train and val; default: the embedded world")
+    parser.add_argument("--height", type=int, default=64)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--num-frames", type=int, default=9, help="4k + 1")
+    parser.add_argument("--num-clips", type=int, default=3000, help="clips in memory that the VAE is trained on")
+    parser.add_argument("--channels", type=int, default=8, help="channels of the latents")
+    parser.add_argument("--heads", type=int, default=4, help="the transformer's heads of 32 channels")
+    parser.add_argument("--layers", type=int, default=6, help="the transformer's blocks")
+    parser.add_argument("--text-steps", type=int, default=2000)
     parser.add_argument("--vae-steps", type=int, default=12000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(args)
