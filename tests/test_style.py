@@ -9,11 +9,11 @@ import pytest
 
 from tests.conftest import REPO
 
+STYLE = [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]]
+
 
 @pytest.mark.parametrize(
-    "command",
-    [["ruff", "check", "."], ["ruff", "format", "--check", "."], pytest.param(["mypy"], marks=pytest.mark.slow)],
-    ids=" ".join,
+    "command", [pytest.param(s, marks=[pytest.mark.slow] if s == ["mypy"] else []) for s in STYLE], ids=" ".join
 )
 def test_clean(command: list[str]) -> None:
     result = subprocess.run([sys.executable, "-m", *command], cwd=REPO, capture_output=True, text=True, check=False)
