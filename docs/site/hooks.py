@@ -20,7 +20,7 @@ def on_files(files: Any, config: Any) -> Any:
     for source, page in TOP_FILES.items():
         text = (ROOT / source).read_text().replace("](docs/", "](").replace("](README.md", "](index.md")
         files.append(File.generated(config, page, content=text))
-    for name in ("CITATION.cff", "LICENSE"):
+    for name in ("CITATION.cff", "Dockerfile", "LICENSE"):
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     return files
 
