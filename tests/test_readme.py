@@ -34,6 +34,13 @@ def test_the_readme_starts_with_its_two_commands() -> None:
         assert part.replace("pip install", "pip install -q") in script or part in script
 
 
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.S)
+    exec(code, {})
+    assert "a small blue ring" in capsys.readouterr().out
+
+
 def test_guide_pages_are_short_and_links_lead_somewhere() -> None:
     long = {path.name: lines for path in GUIDES if (lines := len(path.read_text().splitlines())) > 150}
     assert not long
