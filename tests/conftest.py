@@ -125,6 +125,11 @@ def failing(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
 
 def parse_command(args: list[str]) -> None:
     """Parse the arguments of ``lightning`` and instantiate nothing."""
+    if args[0] == "demo":
+        from univigu.demo import parse
+
+        parse(args[1:])
+        return
     from lightning.pytorch.cli import LightningCLI
 
     from univigu.training.lightning_cli import UniViGUCLI

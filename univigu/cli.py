@@ -26,6 +26,7 @@ SUBCOMMANDS = {
     "validate": "held-out losses and scores on the validation split",
     "test": "held-out scores in both directions on the test split",
     "predict": "use a model: configs/caption.yaml, generate.yaml, joint.yaml, edit.yaml, qa.yaml",
+    "demo": "a web page to use a model on",
 }
 USAGE = f"usage: lightning [-h] [--version] {{{','.join(SUBCOMMANDS)}}} [options]"
 HELP = f"""{USAGE}
@@ -48,7 +49,12 @@ def main(args: list[str] | None = None) -> None:
 
     User errors end in one line on standard error and exit code 2.
     """
-    answer_at_once(sys.argv[1:] if args is None else args)
+    given = sys.argv[1:] if args is None else args
+    answer_at_once(given)
+    if given[0] == "demo":
+        from univigu.demo import main as serve
+
+        sys.exit(exit_code(lambda: serve(given[1:])))
     from univigu.training.lightning_cli import UniViGUCLI  # heavy: torch, lightning and diffusers, seconds
 
     if code := exit_code(lambda: UniViGUCLI(args=args)):

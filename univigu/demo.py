@@ -1,24 +1,46 @@
-"""A web page with every task of the pipeline and the sampling steps of each result."""
+"""``univigu demo``: a web page with every task of a model and the sampling steps of each result.
+
+pip install -e ".[demo]"
+univigu demo                       # the model that ships
+univigu demo --model my_model      # a folder made by tools/convert.py pipeline
+
+The page is served to this machine only. Options after "demo" are those of its videos and of the model.
+"""
 
 from __future__ import annotations
 
+import argparse
 import html
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from univigu.data.video import encode_mp4, read_video, to_uint8
-from univigu.pipeline import UniViGUOutput, UniViGUPipeline, check_prompts
-from univigu.shapes.scenes import CANVAS, FPS, NUM_FRAMES
+from univigu.cli import ToolParser
+from univigu.data.options import add_options, check_dtype, check_least, read_options
+from univigu.data.processes import this_device
+from univigu.data.video import encode_mp4, probe_video, read_video, to_uint8
+from univigu.models.tokens import BRIEF_QUESTION
+from univigu.pipeline import TaskRunner, UniViGUPipeline, check_prompts
+from univigu.shapes.renderer import render
+from univigu.shapes.scenes import CANVAS, FPS, NUM_FRAMES, sample_scene
+from univigu.shapes.texts import prompt_of, questions_of
 from univigu.viewer import TrajectoryRecorder
 
-EXAMPLE = "a large red circle moving left slowly, on a black background"
-EDITED = "a large red square moving left slowly, on a black background"
+HOST = "127.0.0.1"
+MAX_FILE_SIZE = "50mb"
+MAX_FRAMES = 3600
+"""Frames of a clip that is uploaded, one minute at 60 a second."""
+MAX_CHARACTERS = 2000
+"""Length of a text; its tokens are limited by ``max_sequence_length``, too."""
+OPTIONS = ("steps", "guidance", "seed")
+"""Inputs that are folded away."""
+EXAMPLES = [sample_scene(seed, "test") for seed in range(4)]
 
 
 @dataclass
@@ -37,13 +59,20 @@ class DemoOptions:
     """Slot of the prompt in tokens."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: expected at least 1")
+        least: dict[str, Any] = dict.fromkeys(vars(self), 1)
+        check_least(self, **least)
 
 
 class DemoError(ValueError):
     """A visitor's mistake; shown on the page."""
+
+
+Progress = Callable[[tuple[int, int]], Any]
+"""Called with the steps done and their number."""
+
+
+def _silent(done: tuple[int, int]) -> None:
+    pass
 
 
 class Demo:
@@ -66,112 +95,236 @@ class Demo:
         self.pipe.set_progress_bar_config(disable=True)
         self.count = 0
 
-    def generate(self, prompt: str, steps: int, guidance: float, seed: int) -> tuple[str, str]:
+    def caption(self, video: str | None, steps: int, seed: int, progress: Progress = _silent) -> tuple[str, str]:
+        """Text from a video file, and the trajectory."""
+        return self._read(video, None, steps, seed, progress)
+
+    def ask(
+        self, video: str | None, question: str, steps: int, seed: int, progress: Progress = _silent
+    ) -> tuple[str, str]:
+        """Answer to a question about a video file, and the trajectory."""
+        return self._read(video, _required(question, "question"), steps, seed, progress)
+
+    def generate(
+        self, prompt: str, steps: int, guidance: float, seed: int, progress: Progress = _silent
+    ) -> tuple[str, str]:
         """Video from a prompt: path of an mp4 file, and the trajectory."""
-        prompt, options = _required(prompt, "prompt"), self._options(seed, steps, guidance)
+        prompt, recorder = _required(prompt, "prompt"), _Recorder(self.pipe, progress)
         # The pipeline's own call, WanPipeline's, would cut it; the other tasks check for themselves.
         check_prompts(self.pipe.tokenizer, [prompt], self.options.max_sequence_length)
-        return self._write(self.pipe(prompt, **self._size(), **options).frames), _framed(options)
+        made = self.pipe(prompt, **self._size(), **self._options(recorder, seed), **_video_options(steps, guidance))
+        return self._write(made.frames), recorder.framed()
 
-    def caption(self, video: str | None, question: str, steps: int, seed: int) -> tuple[str, str]:
-        """Text from a video file, given a question or nothing: the text, and the trajectory."""
-        options = self._options(seed)
-        made = self.pipe.caption(self._read(video), question.strip(), caption_steps=int(steps), **options)
-        return _text(made), _framed(options)
-
-    def joint(self, prompt: str, steps: int, guidance: float, seed: int) -> tuple[str, str, str]:
+    def joint(
+        self, prompt: str, steps: int, guidance: float, seed: int, progress: Progress = _silent
+    ) -> tuple[str, str, str]:
         """Video and its text together: path of an mp4 file, the text, and the trajectory."""
-        options = self._options(seed, steps, guidance)
-        made = self.pipe.joint(_required(prompt, "prompt"), **self._size(), **options)
-        return self._write(made.frames), _text(made), _framed(options)
+        prompt, recorder = _required(prompt, "prompt"), _Recorder(self.pipe, progress)
+        options = self._size() | self._options(recorder, seed) | _video_options(steps, guidance)
+        made = self.pipe.joint(prompt, **options)
+        assert made.text is not None
+        return self._write(made.frames), made.text[0], recorder.framed()
+
+    def describe(self, video: str | None, seed: int, progress: Progress = _silent) -> str:
+        """The model's own brief prompt of a video file, to be changed for ``edit``."""
+        return self._read(video, BRIEF_QUESTION, 16, seed, progress)[0]
 
     def edit(
-        self, video: str | None, new_prompt: str, strength: float, steps: int, guidance: float, seed: int
+        self,
+        video: str | None,
+        new_prompt: str,
+        strength: float,
+        steps: int,
+        guidance: float,
+        seed: int,
+        progress: Progress = _silent,
     ) -> tuple[str, str]:
         """A video file regenerated under another prompt: path of an mp4 file, and the trajectory."""
-        options = self._options(seed, steps, guidance)
-        made = self.pipe.edit(self._read(video), _required(new_prompt, "prompt"), strength, **options)
-        return self._write(made.frames), _framed(options)
+        prompt, recorder = _required(new_prompt, "prompt"), _Recorder(self.pipe, progress)
+        options = self._options(recorder, seed) | _video_options(steps, guidance)
+        made = self.pipe.edit(self._frames(video), prompt, strength, **options)
+        return self._write(made.frames), recorder.framed()
+
+    def examples(self) -> list[str]:
+        """Example clips as mp4 files."""
+        size = self.options.height, self.options.width, self.options.num_frames
+        return [self._save(render(scene, *size)) for scene in EXAMPLES]
+
+    def _read(
+        self, video: str | None, question: str | None, steps: int, seed: int, progress: Progress
+    ) -> tuple[str, str]:
+        recorder = _Recorder(self.pipe, progress)
+        options = self._options(recorder, seed)
+        made = self.pipe.caption(self._frames(video), question, caption_steps=int(steps), **options)
+        assert made.text is not None
+        return made.text[0], recorder.framed()
 
     def _size(self) -> dict[str, Any]:
         return {name: getattr(self.options, name) for name in ("height", "width", "num_frames")}
 
-    def _options(self, seed: int, steps: int | None = None, guidance: float = 1.0) -> dict[str, Any]:
-        """Options of the pipeline's tasks; the number of steps and the guidance if a video is made."""
-        video = {"num_inference_steps": int(steps), "guidance_scale": guidance, "output_type": "pt"} if steps else {}
-        return video | {
+    def _options(self, recorder: _Recorder, seed: int) -> dict[str, Any]:
+        return {
             "generator": torch.Generator().manual_seed(int(seed)),
             "max_sequence_length": self.options.max_sequence_length,
-            "callback_on_step_end": TrajectoryRecorder(self.pipe),
+            "callback_on_step_end": recorder,
         }
 
-    def _read(self, video: str | None) -> torch.Tensor:
+    def _frames(self, video: str | None) -> torch.Tensor:
         """[1, F, C, H, W] in [0, 1]."""
         if not video:
             raise DemoError("video: none was given")
+        if (number := probe_video(video)[2]) > MAX_FRAMES:
+            raise DemoError(f"video: it has {number} frames, over the limit of {MAX_FRAMES}")
         return read_video(video, self.options.num_frames, self.options.height, self.options.width)[None].float() / 255
 
     def _write(self, frames: torch.Tensor) -> str:
+        return self._save(to_uint8(frames[0]).cpu())
+
+    def _save(self, frames: torch.Tensor) -> str:
         self.count += 1
         path = self.folder / f"{self.count:06d}.mp4"
-        path.write_bytes(encode_mp4(to_uint8(frames[0]).cpu(), self.options.fps))
+        path.write_bytes(encode_mp4(frames, self.options.fps))
         return str(path)
 
 
-def _text(made: UniViGUOutput) -> str:
-    assert made.text is not None
-    return made.text[0]
+class _Recorder(TrajectoryRecorder):
+    """Records the steps and reports their progress."""
+
+    def __init__(self, pipe: UniViGUPipeline, progress: Progress) -> None:
+        super().__init__(pipe)
+        self.progress = progress
+
+    def __call__(self, pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> dict[str, Any]:
+        state = tensors.get("state")
+        self.progress((step + 1, pipe.num_timesteps if state is None else state.num_steps))
+        return super().__call__(pipe, step, timestep, tensors)
+
+    def framed(self) -> str:
+        """The trajectory in a frame of its own, so that its style and script stay inside."""
+        source = html.escape(self.page(), quote=True)
+        return f'<iframe srcdoc="{source}" title="steps" style="width: 100%; height: 640px; border: 0"></iframe>'
+
+
+def _video_options(steps: int, guidance: float) -> dict[str, Any]:
+    return {"num_inference_steps": int(steps), "guidance_scale": guidance, "output_type": "pt"}
 
 
 def _required(text: str, name: str) -> str:
     if not text.strip():
         raise DemoError(f"{name}: is empty")
+    if len(text) > MAX_CHARACTERS:
+        raise DemoError(f"{name}: it has {len(text)} characters, over the limit of {MAX_CHARACTERS}")
     return text.strip()
 
 
-def _framed(options: dict[str, Any]) -> str:
-    """The recorded trajectory in a frame of its own, so that its style and script stay inside."""
-    source = html.escape(options["callback_on_step_end"].page(), quote=True)
-    return f'<iframe srcdoc="{source}" style="width: 100%; height: 640px; border: 0"></iframe>'
-
-
 def build(demo: Demo) -> Any:
-    """The gradio page; its functions are also at its HTTP API as /generate, /caption, /joint and /edit."""
+    """The gradio page; its functions are also at its HTTP API by their names, such as /generate."""
     import gradio
 
+    clips, prompts = demo.examples(), [prompt_of(scene) for scene in EXAMPLES]
+    texts: dict[str, Any] = {"max_length": MAX_CHARACTERS, "lines": 2}
     inputs: dict[str, Callable[[], Any]] = {  # by the parameters of the functions
-        "prompt": lambda: gradio.Textbox(EXAMPLE, label="prompt"),
-        "new_prompt": lambda: gradio.Textbox(EDITED, label="prompt of the new video"),
-        "video": lambda: gradio.Video(label="video"),
-        "question": lambda: gradio.Textbox("", label="question (empty: describe the video)"),
-        "strength": lambda: gradio.Slider(0.05, 1.0, 0.8, step=0.05, label="strength (1 keeps nothing)"),
-        "steps": lambda: gradio.Slider(1, 100, 20, step=1, label="steps"),
-        "guidance": lambda: gradio.Slider(1.0, 8.0, 2.0, step=0.5, label="guidance scale"),
-        "seed": lambda: gradio.Number(0, label="seed", precision=0),
+        "prompt": lambda: gradio.Textbox(prompts[0], label="Prompt", **texts),
+        "new_prompt": lambda: gradio.Textbox(label="Prompt of the new video", **texts),
+        "video": lambda: gradio.Video(label="Video", height=260, sources=["upload"]),
+        "question": lambda: gradio.Textbox("what color is the background?", label="Question", **texts),
+        "strength": lambda: gradio.Slider(0.05, 1.0, 0.8, step=0.05, label="Strength (1 keeps nothing of the video)"),
+        "steps": lambda: gradio.Slider(1, 100, 20, step=1, label="Steps"),
+        "guidance": lambda: gradio.Slider(1.0, 8.0, 2.0, step=0.5, label="Guidance scale"),
+        "seed": lambda: gradio.Number(0, label="Seed", precision=0),
     }
     outputs: dict[str, Callable[[], Any]] = {
-        "video": lambda: gradio.Video(label="video", autoplay=True, loop=True),
-        "text": lambda: gradio.Textbox(label="text", lines=6),
-        "trajectory": lambda: gradio.HTML(label="steps of the sampling"),
+        "video": lambda: gradio.Video(label="Result", height=260, autoplay=True, loop=True),
+        "text": lambda: gradio.Textbox(label="Text", lines=4),
+    }
+    examples = {
+        "video": clips,
+        "prompt": prompts,
+        "question": [questions_of(scene)[-1]["question"] for scene in EXAMPLES],
     }
 
-    def with_messages(function: Any) -> Any:
-        def call(*values: Any) -> Any:
+    def called(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*values: Any, progress: Any = gradio.Progress()) -> Any:  # noqa: B008  (how gradio passes it)
             try:
-                return function(*values)
+                return function(*values, progress=progress)
             except ValueError as error:
                 raise gradio.Error(str(error)) from error
 
         return call
 
-    with gradio.Blocks(title="Uni-ViGU", delete_cache=(3600, 3600)) as page:
+    def add_tab(name: str, made: str, about: str) -> None:
+        function = getattr(demo, name)
+        with gradio.Tab(name.capitalize()):
+            gradio.Markdown(about)
+            with gradio.Row():
+                with gradio.Column():
+                    given, names = {}, [key for key in signature(function).parameters if key != "progress"]
+                    for key in (key for key in names if key not in OPTIONS):
+                        given[key] = inputs[key]()
+                        if name == "edit" and key == "video":
+                            read = gradio.Button("Read the video")
+                    with gradio.Accordion("Options", open=False):
+                        given |= {key: inputs[key]() for key in names if key in OPTIONS}
+                    button = gradio.Button("Run", variant="primary")
+                with gradio.Column():
+                    results = [outputs[output]() for output in made.split()]
+            results.append(gradio.HTML(label="Steps of the sampling"))
+            filled = [key for key in examples if key in given]
+            rows = [list(row) for row in zip(*(examples[key] for key in filled), strict=True)]
+            gradio.Examples(rows, [given[key] for key in filled])
+            if name == "edit":
+                where = [given["video"], given["seed"]]
+                read.click(called(demo.describe), where, given["new_prompt"], api_name="describe")
+            button.click(called(function), list(given.values()), results, api_name=name, show_progress_on=results[0])
+
+    with gradio.Blocks(title="Uni-ViGU", delete_cache=(3600, 3600), analytics_enabled=False) as page:
         gradio.Markdown("# Uni-ViGU\nOne diffusion model that makes video and understands it.")
-        for name, made in {"generate": "video", "caption": "text", "joint": "video text", "edit": "video"}.items():
-            function = getattr(demo, name)
-            with gradio.Tab(name.capitalize()):
-                given = [inputs[parameter]() for parameter in signature(function).parameters]
-                shown = [outputs[output]() for output in made.split()]
-                button = gradio.Button("Run", variant="primary")
-                shown.append(outputs["trajectory"]())
-                button.click(with_messages(function), given, shown, api_name=name)
+        add_tab("caption", "text", "Describe a video.")
+        add_tab("ask", "text", "Ask a question about a video. The model must be trained on questions.")
+        add_tab("generate", "video", "Make a video from a prompt.")
+        add_tab("joint", "video text", "Make a video and its detailed caption together.")
+        add_tab("edit", "video", "Let the model read the video, change words of its text, and regenerate the video.")
+    page.queue(max_size=16, default_concurrency_limit=1)
     return page
+
+
+def launch(page: Any, demo: Demo, port: int | None = None, **options: Any) -> Any:
+    """Serve the page to this machine only."""
+    import gradio
+
+    fonts: Mapping[str, Any] = {
+        "font": ["system-ui", "sans-serif"],
+        "font_mono": ["monospace"],
+    }  # none from the network
+    theme = gradio.themes.Default(**fonts)
+    given = {"server_name": HOST, "server_port": port, "max_file_size": MAX_FILE_SIZE, "theme": theme, **options}
+    return page.launch(allowed_paths=[str(demo.folder)], **given)
+
+
+def parse(args: list[str]) -> argparse.Namespace:
+    parser = ToolParser(prog="univigu demo", description=__doc__)
+    parser.add_argument("--model", help="folder of a pipeline; default: the model that ships")
+    parser.add_argument("--device", default=this_device())
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--port", type=int, default=7860)
+    add_options(parser, DemoOptions())
+    return parser.parse_args(args)
+
+
+def main(args: list[str]) -> None:
+    """Run ``univigu demo`` with the arguments after "demo"."""
+    given = parse(args)
+    if find_spec("gradio") is None:
+        raise ValueError('univigu demo needs gradio: pip install "univigu[demo]"')
+    options = read_options(DemoOptions, given)
+    pipe = UniViGUPipeline.from_pretrained(given.model, torch_dtype=check_dtype(given.dtype, "--dtype"))
+    demo = Demo(pipe.to(given.device), options)
+    tasks = TaskRunner(pipe, pipe.transformer, lambda: pipe.scheduler)
+    tasks.latents_shape(
+        options.height, options.width, options.num_frames
+    )  # a wrong size is named before the page opens
+    page = build(demo)
+    try:
+        launch(page, demo, given.port)
+    finally:
+        page.close()  # removes gradio's copies of videos
