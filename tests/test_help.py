@@ -57,7 +57,7 @@ def test_everything_else_is_for_the_full_parser(args: list[str]) -> None:
 
 def test_processes_that_load_data_need_no_diffusers() -> None:
     """Every worker process imports it anew, which with diffusers takes seconds."""
-    code = "import sys, univigu.data.parts, univigu.data.inputs, univigu.data.loader; print(*sys.modules)"
+    code = "import sys, univigu.data.engine, univigu.data.inputs, univigu.data.loader; print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     assert not {"diffusers", "lightning", "peft"} & set(result.stdout.split())
 

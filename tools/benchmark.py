@@ -148,8 +148,8 @@ def data(options: argparse.Namespace) -> dict[str, float]:
     with SpawnPool(options.workers) as pool:
         for split, count in (("train", options.clips), ("val", 1)):
             videos = folder / "videos" / split
-            write_shapes(videos, split, count, shard_size=4, pool=pool, **size)  # type: ignore[arg-type]
-            encode_shards(videos, folder / "latents" / split, options.foundation, buckets=[bucket], pool=pool)
+            write_shapes(videos, split, count, shard_size=4, engine=pool.map, **size)  # type: ignore[arg-type]
+            encode_shards(videos, folder / "latents" / split, options.foundation, buckets=[bucket], engine=pool.map)
         loaders = {name: _loader(folder / name, options, size) for name in ("videos", "latents")}
         refs, errors = index_folder(folder / "videos" / "train")
         assert len(refs) == options.clips and not errors

@@ -2,7 +2,7 @@
 
     python tools/encode.py --source runs/data/mine --output runs/data/mine-encoded
     lightning fit --config configs/recall.yaml --data.shards runs/data/mine-encoded
-    torchrun --nproc-per-node 8 tools/encode.py ...         # shards are divided among the processes
+    python tools/encode.py --engine ray ...                 # shards are divided among the GPUs, here or of a cluster
 
 The source is a folder of shards, of videos with their texts, or of lists of these (.csv, .jsonl); or of train, val and
 test, each one of those.  The same command again continues an interrupted run.  Training checks that the encoders, the
@@ -18,9 +18,9 @@ from pathlib import Path
 
 from univigu.cli import ToolParser, exit_code
 from univigu.data.buckets import Bucket, Grid
+from univigu.data.engine import add_engine, open_engine
 from univigu.data.index import TARS, find_split
-from univigu.data.options import add_share
-from univigu.data.processes import Share, SpawnPool, this_device
+from univigu.data.processes import SpawnPool
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 
 
@@ -36,10 +36,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--buckets", nargs="+", metavar="HxWxF", help="several sizes: 480x832x81 832x480x81 ...")
     top.add_argument("--no-prompts", action="store_true", help="latents alone; prompts are then encoded in training")
     top.add_argument("--strict", action="store_true", help="stop at the first sample that cannot be encoded")
-    top.add_argument(
-        "--workers", type=int, help="processes on the CPU; default: one a core, if memory holds as many encoders"
-    )
-    add_share(top)
+    add_engine(top)  # --workers are local processes, too: one a core, if memory holds as many encoders
     return top
 
 
@@ -58,26 +55,18 @@ def run(options: argparse.Namespace) -> None:
     grid, buckets = Grid.of(options.foundation), [Bucket.parse(text) for text in options.buckets or [size]]
     for bucket in buckets:
         grid.check(bucket, f"size {bucket}: ")
-    share, device = Share.from_environment(options.rank, options.world_size), options.device or this_device()
+    engine, device = open_engine(options, processes=True)
     prompts, workers = not options.no_prompts, options.workers
-    if device == "cpu" and workers is None:
-        workers = 1 if prompts and has_large_encoder(options.foundation) else None
+    if workers is None and prompts and has_large_encoder(options.foundation):
+        workers = 1
     with SpawnPool(workers) as pool:
+        if engine is map and device == "cpu" and pool.workers > 1:
+            engine = pool.map
         for name, source in places(options.source):
-            manifest = encode_shards(
-                source,
-                options.output / name,
-                options.foundation,
-                options.dtype,
-                buckets,
-                options.strict,
-                pool if device == "cpu" and pool.workers > 1 else None,
-                prompts,
-                device,
-                share,
-            )
-            print(f"{options.output / name}: {manifest.state}")
-            if manifest.complete and not manifest.counts.get("kept"):
+            target, more = options.output / name, (options.strict, engine, prompts, device)
+            manifest = encode_shards(source, target, options.foundation, options.dtype, buckets, *more)
+            print(f"{target}: {manifest.state}")
+            if not manifest.counts["kept"]:
                 raise SystemExit(f"error: {source}: no sample could be used")
 
 

@@ -3,7 +3,7 @@
     python tools/evaluate.py vbench --prompts VBench_full_info.json --model my_model --output runs/vbench
     python tools/evaluate.py dream1k --videos DREAM-1K/video --annotations DREAM-1k.jsonl --model my_model \
         --output runs/dream1k
-    torchrun --nproc-per-node 8 tools/evaluate.py ...       # the work is divided among the processes
+    python tools/evaluate.py vbench --engine ray ...        # the work is divided among the GPUs, here or of a cluster
 
 The same command again continues an interrupted run and retries failed items; docs/EVALUATION.md says how to call the
 scorers.
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from univigu.cli import ToolParser, exit_code
-from univigu.data.options import add_options, add_share, read_options
-from univigu.data.processes import Share, this_device
+from univigu.data.engine import add_engine, open_engine
+from univigu.data.options import add_options, read_options
 from univigu.evaluation.caption_export import export_dream1k
 from univigu.evaluation.exports import CAPTION_ONLY, VIDEO_ONLY, ExportOptions
 from univigu.evaluation.vbench import export_vbench
@@ -45,24 +45,19 @@ def parser() -> argparse.ArgumentParser:
     for command in commands.choices.values():
         command.add_argument("--model", required=True, help="folder of a pipeline (tools/convert.py pipeline)")
         command.add_argument("--output", type=Path, required=True, help="folder of the run")
-        add_share(command)
+        add_engine(command)
     return top
 
 
 def run(o: argparse.Namespace) -> None:
-    common: dict[str, Any] = {
-        "share": Share.from_environment(o.rank, o.world_size),
-        "device": o.device or this_device(),
-    }
+    engine, device = open_engine(o)
+    common: dict[str, Any] = {"engine": engine, "device": device}
     if o.command == "vbench":
         rows = export_vbench(o.output, o.model, o.prompts, o.augmented, read_options(ExportOptions, o), **common)
     else:
         sampling = SamplingOptions(caption_steps=o.caption_steps, text_order=o.text_order, temperature=o.temperature)
         options = read_options(ExportOptions, o, sampling=sampling)
         rows = export_dream1k(o.output, o.model, o.videos, o.annotations, options, **common)
-    if rows is None:
-        print(f"{o.output}: this process is done, others are not")
-        return
     failed = [row for row in rows if row["error"] is not None]
     print(f"{o.output}: complete: {len(rows)} rows, {len(failed)} of them errors")
     for row in failed[:10]:

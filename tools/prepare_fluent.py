@@ -29,7 +29,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from univigu.cli import ToolParser, exit_code
-from univigu.data.parts import build_folder
+from univigu.data.build import build_folder
 from univigu.data.processes import SpawnPool
 from univigu.data.shards import Manifest, ShardInfo, write_shard
 from univigu.data.video import encode_mp4, even_indices
@@ -290,7 +290,7 @@ def run(options: argparse.Namespace) -> None:
             parameters["clips"] = zlib.crc32(repr(sources).encode())
             work = partial(write, options.size, options.num_frames)
             manifest = Manifest("video", parameters)
-            print(build_folder(options.output / split, manifest, jobs, work, pool, f"writing {split}").state)
+            print(build_folder(options.output / split, manifest, jobs, work, pool.map).state)
 
 
 def main(args: list[str] | None = None) -> int:

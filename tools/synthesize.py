@@ -3,7 +3,7 @@
     python tools/synthesize.py --prompts prompts.txt --output runs/data/mine/train
     python tools/synthesize.py --prompts prompts.jsonl --output data/wan/train --pipeline Wan2.1-T2V-1.3B-Diffusers \
         --captioner Qwen2.5-VL-7B-Instruct --height 480 --width 832 --num-frames 81 --fps 16 --steps 50 --dtype bfloat16
-    torchrun --nproc-per-node 8 tools/synthesize.py ...     # shards are divided among the processes
+    python tools/synthesize.py --engine ray ...             # shards are divided among the GPUs, here or of a cluster
 
 The same command again continues an interrupted run; see docs/DATA.md.
 """
@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 
 from univigu.cli import ToolParser, exit_code
+from univigu.data.engine import add_engine, open_engine
 from univigu.data.filters import LengthFilter
-from univigu.data.options import add_options, add_share, read_options
-from univigu.data.processes import Share, this_device
+from univigu.data.options import add_options, read_options
 from univigu.data.synthesis.captioners import CaptionModel, CaptionOptions, Template
 from univigu.data.synthesis.run import Synthesis
-from univigu.data.synthesis.sources import VideoOptions
+from univigu.data.synthesis.sources import Pipeline, VideoOptions
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 
 
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--captioner", default="template", help="none, template, or the folder of a transformers model")
     top.add_argument("--tokenizer", help="folder of the tokenizer that counts lengths; default: the pipeline's")
     top.add_argument("--shard-size", type=int, default=100, help="clips of a shard")
-    add_share(top)
+    add_engine(top)
     add_options(top.add_argument_group("clips"), VideoOptions())
     add_options(top.add_argument_group("captions"), CaptionOptions())
     add_options(top.add_argument_group("lengths, in tokens"), LengthFilter())
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(o: argparse.Namespace) -> None:
-    share, device = Share.from_environment(o.rank, o.world_size), o.device or this_device()
+    engine, device = open_engine(o)
     video, lengths = read_options(VideoOptions, o), read_options(LengthFilter, o)
     captions = read_options(CaptionOptions, o)
     captioner: CaptionModel | Template | None = None
@@ -49,8 +49,8 @@ def run(o: argparse.Namespace) -> None:
         captioner = Template(video.fps)
     elif o.captioner != "none":
         captioner = CaptionModel(o.captioner, captions, lengths, video.dtype, device)
-    synthesis = Synthesis(o.prompts, o.pipeline, video, captioner, o.tokenizer, lengths, device)
-    manifest = synthesis.write(o.output, o.shard_size, share)
+    synthesis = Synthesis(o.prompts, Pipeline(o.pipeline, video, device), captioner, o.tokenizer, lengths)
+    manifest = synthesis.write(o.output, o.shard_size, engine)
     print(f"{o.output}: {manifest.state}")
     if manifest.complete and not manifest.counts.get("kept"):
         raise SystemExit(f"error: {o.output}: no prompt could be used")

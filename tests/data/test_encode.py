@@ -48,8 +48,8 @@ def test_a_pools_processes_write_the_same(
     videos: Path, encoded: dict[str, Path], foundation: str, tmp_path: Path
 ) -> None:
     with RealPool(1) as pool:
-        write_shapes(tmp_path / "videos", "train", 3, shard_size=2, pool=pool)
-        encode_shards(tmp_path / "videos", tmp_path / "latents", foundation, pool=pool)
+        write_shapes(tmp_path / "videos", "train", 3, shard_size=2, engine=pool.map)
+        encode_shards(tmp_path / "videos", tmp_path / "latents", foundation, engine=pool.map)
         assert pool.submit(os.getpid).result() != os.getpid()
     for made, expected in (("videos", videos), ("latents", encoded["float32"])):
         for path in (expected / "train").glob("*.tar"):
@@ -169,15 +169,6 @@ def test_latents_alone_leave_prompts_to_training(module: UniViGU, videos: Path, 
     assert module.prepare(batch).prompt_embeds.shape == (3, 32, 64)
 
 
-def test_processes_share_the_shards(videos: Path, encoded: dict[str, Path], tmp_path: Path) -> None:
-    for rank in (1, 0):
-        options = ["--rank", str(rank), "--world-size", "2", "--device", "cpu", "--workers", "1"]
-        assert main(["--source", str(videos / "train"), "--output", str(tmp_path / "made"), *options]) == 0
-    folders = encoded["float32"] / "train", tmp_path / "made"
-    whole, made = ({path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} for folder in folders)
-    assert whole == made and len(whole) == 3
-
-
 def test_faulty_embeddings_are_named(encoded: dict[str, Path]) -> None:
     from safetensors.torch import save
 
@@ -209,7 +200,7 @@ def test_faulty_embeddings_are_named(encoded: dict[str, Path]) -> None:
         (["--source", "{videos}", "--height", "72"], "size 72x64x9: height=72: expected a multiple of 16"),
         (["--source", "{videos}", "--num-frames", "10"], "size 64x64x10: num_frames=10: expected 4k+1"),
         (["--source", "{videos}", "--buckets", "64x64x9", "64x72x9"], "size 64x72x9: width=72: expected a multi"),
-        (["--source", "{videos}", "--rank", "1"], "rank=1: expected one in [0, 1)"),
+        (["--source", "{videos}", "--address", "auto"], "--address='auto': needs --engine ray"),
     ],
 )
 def test_mistakes_are_named(

@@ -23,7 +23,7 @@ from univigu.data.sample import DataError
 from univigu.data.shards import Manifest, sha256_of
 from univigu.data.synthesis.captioners import CaptionModel, CaptionOptions, derived_seed
 from univigu.data.synthesis.run import Synthesis
-from univigu.data.synthesis.sources import VideoOptions
+from univigu.data.synthesis.sources import Pipeline, VideoOptions
 from univigu.data.video import read_video
 from univigu.models.tokens import token_count
 from univigu.shapes import renderer, scenes, texts
@@ -39,10 +39,8 @@ def captioner_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
+def tool(tmp_path: Path) -> Tool:
     """Run the command on a file of prompts and give the manifest."""
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
 
     def run(folder: str, *args: Any, prompts: str = "prompts.txt") -> Manifest:
@@ -59,10 +57,6 @@ def texts_of(folder: Path) -> list[dict[str, Any]]:
     refs, errors = index_folder(folder)
     assert not errors
     return [{"key": ref.key, **json.loads(ref.read("json") or b"")} for ref in refs]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_clips_are_what_the_pipeline_makes_of_prompt_and_seed(tool: Tool, tmp_path: Path, foundation: str) -> None:
@@ -120,7 +114,8 @@ def test_unusable_prompts_are_counted(tool: Tool, tmp_path: Path, foundation: st
     assert manifest.counts == {"kept": 2, "invalid_prompt": 1, "prompt_long": 1}
     assert [row["key"] for shard in manifest.shards for row in shard.skipped] == ["00000001", "00000002"]
     assert [text["key"] for text in texts_of(tmp_path / "made")] == ["00000000", "00000003"]
-    lines, table = (Synthesis(f"{tmp_path}/p.{kind}", foundation, VideoOptions()).rows for kind in ("jsonl", "parquet"))
+    pipeline = Pipeline(foundation, VideoOptions(), "cpu")
+    lines, table = (Synthesis(f"{tmp_path}/p.{kind}", pipeline).rows for kind in ("jsonl", "parquet"))
     assert [row[0] for row in lines] == [row[0] for row in table] == [PROMPTS[0], "", rows[2], PROMPTS[1]]
     assert [row[1] is None for row in lines] == [row[1] is None for row in table] == [True, False, True, True]
 
@@ -169,17 +164,6 @@ def test_the_model_sees_frames_and_prompt(captioner_folder: Path) -> None:
     assert "a   of it" in parts[-1]["text"] and "144 words" in parts[-1]["text"]
 
 
-# ----------------------------------------------------------- parallel, resumed
-
-
-def test_processes_share_the_work_and_end_with_the_same_bytes(tool: Tool, tmp_path: Path) -> None:
-    tool("one")
-    assert not tool("two", "--rank", 1, "--world-size", 2).complete
-    assert tool("two", "--rank", 0, "--world-size", 2).complete
-    assert sorted(content(tmp_path / "two")) == [*(f"clips-00000{i}.tar" for i in range(3)), "manifest.json"]
-    assert content(tmp_path / "one") == content(tmp_path / "two")
-
-
 # --------------------------------------------------------------------- errors
 
 
@@ -197,7 +181,7 @@ def test_processes_share_the_work_and_end_with_the_same_bytes(tool: Tool, tmp_pa
         (["--prompts", "p.txt", "--dtype", "int8"], "dtype='int8'"),
         (["--prompts", "p.txt", "--top-p", "0"], "top_p=0.0"),
         (["--prompts", "p.txt", "--instruction", "{clip}"], "instruction: expected only {prompt}"),
-        (["--prompts", "p.txt", "--rank", "2", "--world-size", "2"], r"rank=2: expected one in [0, 2)"),
+        (["--prompts", "p.txt", "--workers", "2"], "--workers=2: needs --engine ray"),
         (["--prompts", "p.txt", "--shard-size", "0"], "shard_size=0"),
     ],
 )
@@ -220,10 +204,10 @@ def test_a_pipeline_for_something_else_is_refused(tool: Tool, tmp_path: Path, fo
         layers_per_block=1,
     )
     DDIMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path / "images")
-    tokenizer = {"tokenizer_folder": f"{foundation}/tokenizer"}
-    work = Synthesis(str(tmp_path / "prompts.txt"), str(tmp_path / "images"), VideoOptions(), **tokenizer)
+    pipeline = Pipeline(str(tmp_path / "images"), VideoOptions(), "cpu")
+    work = Synthesis(str(tmp_path / "prompts.txt"), pipeline, tokenizer_folder=f"{foundation}/tokenizer")
     with pytest.raises(DataError, match=r"DDIMPipeline makes no video of a text; it takes no \['height'"):
         list(work.samples(range(1), []))
     (tmp_path / "images" / "model_index.json").write_text('{"_class_name": "NoPipeline"}')
     with pytest.raises(DataError, match="cannot be loaded"):
-        _ = Synthesis(str(tmp_path / "prompts.txt"), str(tmp_path / "images"), VideoOptions(), **tokenizer).pipeline
+        _ = Pipeline(str(tmp_path / "images"), VideoOptions(), "cpu").pipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,17 +106,26 @@ def test_many_clips_half_of_them_broken(
     assert (output / "tarsier" / "predictions.jsonl").read_text().count(FAILED) == 18
 
 
-def test_processes_and_batches_give_the_same(
-    dream: Path, model: str, clips: Path, tmp_path: Path, evaluate: Evaluate, capsys: Capture
-) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert evaluate(command("dream1k", model, clips, one, f"--annotations={dream}", "--batch-size=4")) == 0
-    for rank in (1, 0):
-        assert not (two / "captions.jsonl").exists()
-        ranks = [f"--rank={rank}", "--world-size=2"]
-        assert evaluate(command("dream1k", model, clips, two, f"--annotations={dream}", *ranks)) == 0
-    assert "this process is done, others are not" in capsys.readouterr().out
-    assert captions(two) == captions(one)
+def test_batches_give_the_same(dream: Path, model: str, clips: Path, tmp_path: Path, evaluate: Evaluate) -> None:
+    one, four = tmp_path / "one", tmp_path / "four"
+    for folder, size in ((one, 1), (four, 4)):
+        more = [f"--annotations={dream}", f"--batch-size={size}"]
+        assert evaluate(command("dream1k", model, clips, folder, *more)) == 0
+    assert captions(four) == captions(one)
+
+
+def test_failures_are_tried_again(dream: Path, model: str, clips: Path, tmp_path: Path, evaluate: Evaluate) -> None:
+    shutil.copytree(clips, tmp_path / "clips")
+    arguments = command("dream1k", model, tmp_path / "clips", tmp_path / "run", f"--annotations={dream}")
+    assert evaluate(arguments) == 0
+    before = captions(tmp_path / "run")
+    assert "not a readable video" in before["2"]["error"]
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / ".parts").glob("*.jsonl")}
+    shutil.copy(clips / "1.mp4", tmp_path / "clips" / "2.MP4")
+    assert evaluate(arguments) == 0
+    after = captions(tmp_path / "run")
+    assert after["2"]["error"] is None and after["2"]["caption"] and after["1"] == before["1"]
+    assert [path.stat().st_mtime_ns == time for path, time in sorted(times.items())] == [True, False, True, False]
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_names_are_files(prompt: str, tmp_path: Path) -> None:
         (["--videos-per-prompt=0"], "videos_per_prompt=0: expected at least 1"),
         (["--dtype=int8"], "dtype='int8'"),
         (["--height=40"], "`height` and `width` have to be divisible by 16"),
-        (["--rank=2", "--world-size=2"], "rank=2: expected one in [0, 2)"),
+        (["--workers=2"], "--workers=2: needs --engine ray"),
     ],
 )
 def test_mistakes_are_told_in_a_line(

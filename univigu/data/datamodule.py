@@ -141,7 +141,7 @@ class VideoTextDataModule(LightningDataModule):
                 size = {"height": self.height, "width": self.width, "num_frames": self.num_frames}
                 for split in splits:
                     num_clips = self.num_train_clips if split == "train" else self.num_val_clips
-                    write_shapes(folders[0].videos(split), split, num_clips, pool=pool, **size)
+                    write_shapes(folders[0].videos(split), split, num_clips, engine=pool.map, **size)
             jobs = [(folder, split) for split in splits for _, folder in self._folders_of(split)]
             if not self.precompute:
                 return
@@ -150,7 +150,7 @@ class VideoTextDataModule(LightningDataModule):
             device = self._encoding_device()
             encoders = single if device != "cpu" or has_large_encoder(self.foundation) else pool
             for folder, split in jobs:
-                folder.encode(split, self.strict, encoders, device)
+                folder.encode(split, self.strict, encoders.map, device)
 
     def _is_unneeded(self, split: Split) -> bool:
         """Whether a validation split is missing that is not used."""

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import save
 
 from univigu.data.buckets import Bucket, choose_bucket
+from univigu.data.build import Engine, build_folder
+from univigu.data.engine import Model
 from univigu.data.index import Scan, list_shards, plain_files, scan_shard
 from univigu.data.options import check_dtype
-from univigu.data.parts import build_folder
-from univigu.data.processes import ONLY, Share, SpawnPool
 from univigu.data.sample import LATENTS_SUFFIX, PROMPT_SUFFIX, TEXT_SUFFIX, DataError, SampleError, SampleRef
 from univigu.data.shards import Manifest, ShardInfo, write_shard
 from univigu.data.video import to_model_range
@@ -89,10 +89,9 @@ def encode_shards(
     dtype: str = "float32",
     buckets: Sequence[Bucket] = (Bucket(64, 64, 9),),
     strict: bool = False,
-    pool: SpawnPool | None = None,
+    engine: Engine = map,
     prompts: bool = True,
     device: str = "cpu",
-    share: Share = ONLY,
 ) -> Manifest:
     """Encode every shard of a folder; complete shards of the target stay, missing ones are written.
 
@@ -105,11 +104,7 @@ def encode_shards(
         strict: raise for the first sample that cannot be encoded instead of recording it in the manifest.
         prompts: whether to store the prompts' embeddings too.
         device: where the models run.
-        pool: worker processes; None encodes in this one.
-        share: which of the shards this process encodes.
-
-    Returns:
-        The manifest of the target, complete if no other process has shards left to encode.
+        engine: where the jobs run, see ``build_folder``.
     """
     source = Path(source)
     check_dtype(dtype)
@@ -118,9 +113,8 @@ def encode_shards(
     if prompts:
         parameters |= prompt_parameters(foundation_path)
     jobs = {name: job for path in list_shards(source) for name, job in _jobs(source, path)}
-    work = _ShardEncoder(str(foundation_path), device, dtype, prompts, tuple(buckets), strict).write
-    description = f"encoding {source.name} shards"
-    return build_folder(Path(target), Manifest("latents", parameters), jobs, work, pool, description, share)
+    work = _ShardEncoder(Encoder(str(foundation_path), device), dtype, prompts, tuple(buckets), strict)
+    return build_folder(Path(target), Manifest("latents", parameters), jobs, work, engine)
 
 
 def _jobs(source: Path, path: Path) -> Iterator[tuple[str, Path | Scan]]:
@@ -139,32 +133,43 @@ def _foundation(path: str, device: str) -> Foundation:
     return Foundation(path).to(device)
 
 
-@lru_cache(maxsize=2)  # the empty prompt's are asked for with every sample
-def _prompt_embeds(path: str, device: str, prompt: str) -> torch.Tensor:
-    """Embeddings [S, text_dim] of a prompt of S tokens."""
-    parts = _foundation(path, device)
-    ids = tokenize(parts.tokenizer, [prompt], MAX_PROMPT)
-    ids = ids[:, : int((ids != parts.pad_token_id).sum())].to(device)
-    with torch.inference_mode():
-        return encode_prompts(parts.text_encoder, ids, parts.pad_token_id)[0]
+@dataclass(frozen=True)
+class Encoder(Model):
+    """A foundation's VAE and text encoder; results are on the CPU."""
+
+    path: str
+    device: str
+
+    def latents(self, frames: torch.Tensor) -> torch.Tensor:
+        """Latents [B, C, T, H, W] of clips uint8 [B, F, C, H, W]."""
+        with torch.inference_mode():
+            return encode_clips(_foundation(self.path, self.device).vae, to_model_range(frames.to(self.device))).cpu()
+
+    @lru_cache(maxsize=2)  # noqa: B019  # the empty prompt's are asked for with every sample
+    def prompt_embeds(self, prompt: str) -> torch.Tensor:
+        """Embeddings [S, text_dim] of a prompt of S tokens."""
+        parts = _foundation(self.path, self.device)
+        ids = tokenize(parts.tokenizer, [prompt], MAX_PROMPT)
+        ids = ids[:, : int((ids != parts.pad_token_id).sum())].to(self.device)
+        with torch.inference_mode():
+            return encode_prompts(parts.text_encoder, ids, parts.pad_token_id)[0].cpu()
 
 
 _Clip = tuple[SampleRef, dict[str, bytes], torch.Tensor]
 """A sample, its members without the latents, and its frames."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _ShardEncoder:
-    """Encodes single shards, in a worker process; see ``encode_shards`` for the arguments."""
+    """Encodes a shard; see ``encode_shards`` for the arguments."""
 
-    foundation: str
-    device: str
+    encoder: Encoder
     dtype: str
     prompts: bool
     buckets: tuple[Bucket, ...]
     strict: bool
 
-    def write(self, path: Path, job: Path | Scan) -> ShardInfo:
+    def __call__(self, path: Path, job: Path | Scan) -> ShardInfo:
         refs, errors = scan_shard(job) if isinstance(job, Path) else job
         if errors and self.strict:
             raise errors[0]
@@ -199,19 +204,17 @@ class _ShardEncoder:
         texts = {TEXT_SUFFIX: ref.read(TEXT_SUFFIX)}
         if self.prompts:
             try:
-                embeds, null = (_prompt_embeds(self.foundation, self.device, text) for text in (prompt, ""))
+                embeds, null = (self.encoder.prompt_embeds(text) for text in (prompt, ""))
             except TextTooLongError as error:
                 raise ref.error("text_over_slot", "prompt", str(error)) from error
             texts[PROMPT_SUFFIX] = self._packed(prompt=embeds, null=null)
         return texts
 
     def _encoded(self, clips: list[_Clip]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
-        video = torch.stack([frames for _, _, frames in clips]).to(self.device)
-        with torch.inference_mode():
-            latents = encode_clips(_foundation(self.foundation, self.device).vae, to_model_range(video))
+        latents = self.encoder.latents(torch.stack([frames for _, _, frames in clips]))
         for (ref, texts, _), of_clip in zip(clips, latents, strict=True):
             yield ref.key, {LATENTS_SUFFIX: self._packed(latents=of_clip), **texts}
 
     def _packed(self, **tensors: torch.Tensor) -> bytes:
         dtype = check_dtype(self.dtype)
-        return save({name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()})
+        return save({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()})

@@ -24,13 +24,6 @@ def add_options(parser: Any, options: Any, without: tuple[str, ...] = ()) -> Non
             parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(options, name), help=text)
 
 
-def add_share(parser: argparse.ArgumentParser) -> None:
-    """Add ``--rank``, ``--world-size`` and ``--device``."""
-    parser.add_argument("--rank", type=int, help="number of this process; default: RANK, or srun's")
-    parser.add_argument("--world-size", type=int, help="number of processes; default: WORLD_SIZE, or srun's")
-    parser.add_argument("--device", help="default: this process's GPU if there is one, else cpu")
-
-
 def read_options(kind: type[Options], namespace: argparse.Namespace, **more: Any) -> Options:
     """The dataclass of parsed options; fields that are no options have their defaults."""
     given = {field.name: getattr(namespace, field.name) for field in fields(kind) if hasattr(namespace, field.name)}  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Worker processes on this machine, and the ranks of torchrun or srun that share jobs."""
+"""Worker processes on this machine."""
 
 from __future__ import annotations
 
@@ -8,20 +8,9 @@ import signal
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-TORCHRUN = ("RANK", "WORLD_SIZE")
-"""Variables with a process's rank and the number of processes, as torchrun sets them."""
-SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
-"""The same of ``srun``.  A batch script has SLURM_PROCID=0 and SLURM_NTASKS, but is no step."""
-
-
-def usable_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start_worker(number: int = 0) -> None:
@@ -50,7 +39,8 @@ class SpawnPool(ProcessPoolExecutor):
     """Spawned processes of one torch thread each, started by the first job; by default one for every usable core."""
 
     def __init__(self, workers: int | None = None) -> None:
-        self.workers = usable_cores() if workers is None else workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.workers = cores if workers is None else workers
         super().__init__(self.workers, multiprocessing.get_context("spawn"), start_worker)
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
@@ -58,37 +48,6 @@ class SpawnPool(ProcessPoolExecutor):
         self.shutdown(cancel_futures=kind is not None)
 
 
-@dataclass(frozen=True)
-class Share:
-    """This process's share of the jobs: every ``world_size``-th, from number ``rank``."""
-
-    rank: int = 0
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank={self.rank}: expected one in [0, {self.world_size}), world_size={self.world_size}")
-
-    @classmethod
-    def from_environment(cls, rank: int | None = None, world_size: int | None = None) -> Share:
-        """The given numbers, else those of torchrun, else those of srun, else the only process."""
-        by_srun = not any(name in os.environ for name in TORCHRUN) and all(name in os.environ for name in SRUN)
-        numbers = []
-        for name, given, default in zip(SRUN if by_srun else TORCHRUN, (rank, world_size), "01", strict=True):
-            text = os.environ.get(name, default) if given is None else str(given)
-            if not text.removeprefix("-").isdecimal():
-                raise ValueError(f"{name}={text!r}: expected a number")
-            numbers.append(int(text))
-        return cls(*numbers)
-
-
-ONLY = Share()
-"""The only process."""
-
-
 def this_device() -> str:
-    """The GPU that belongs to this process by LOCAL_RANK or SLURM_LOCALID, or the CPU where there is none."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    number = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-    return f"cuda:{int(number) % torch.cuda.device_count()}"
+    """The GPU if there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

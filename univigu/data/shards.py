@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 from univigu.data.sample import DataError, SampleError
 
@@ -32,9 +33,10 @@ class ShardInfo:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the path's name when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def replacing(path: Path, beside: Path | None = None) -> Iterator[Path]:
+    """A temporary file, beside the path or another one, that takes the path's name if the block ends without error."""
+    beside = beside or path
+    temporary = beside.with_name(f".{beside.name}.{uuid4().hex[:12]}.tmp")  # unique on all machines
     try:
         yield temporary
         os.replace(temporary, path)
@@ -71,7 +73,7 @@ def sha256_of(path: Path) -> str:
 class Manifest:
     """The contents of a folder of shards and the parameters that produced them."""
 
-    kind: Literal["video", "latents"]
+    kind: Literal["video", "latents", "rows"]
     parameters: dict[str, Any]
     """Everything the content depends on: two folders with equal parameters hold the same samples."""
     shards: list[ShardInfo] = field(default_factory=list)
@@ -94,14 +96,11 @@ class Manifest:
     @property
     def state(self) -> str:
         """A line for people."""
-        state = "complete" if self.complete else "this process is done, others are not"
-        return f"{state}: {len(self.shards)} shards, {self.counts}"
+        return f"complete: {len(self.shards)} shards, {self.counts}"
 
     def save(self, folder: Path) -> None:
         """Write the manifest, replacing an older one atomically."""
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(f".{MANIFEST}.*.tmp"):
-            path.unlink(missing_ok=True)  # left by a killed process
         self.shards.sort(key=lambda shard: shard.name)
         data = {**asdict(self), "num_samples": self.num_samples, "counts": self.counts}
         with replacing(folder / MANIFEST) as temporary:
@@ -128,5 +127,5 @@ class Manifest:
 
     def check_files(self, folder: Path) -> list[str]:
         """Names of listed shards that are missing or of another size than recorded."""
-        sizes = {path.name: path.stat().st_size for path in folder.glob("*.tar")}
-        return [shard.name for shard in self.shards if sizes.get(shard.name) != shard.num_bytes]
+        paths = [(shard, folder / shard.name) for shard in self.shards]
+        return [s.name for s, path in paths if not path.is_file() or path.stat().st_size != s.num_bytes]

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from univigu.data.buckets import Bucket
+from univigu.data.build import Engine
 from univigu.data.encode import encode_shards, latents_parameters, prompt_parameters, source_parameters
 from univigu.data.index import TARS, Scan, find_split, index_folder
-from univigu.data.processes import SpawnPool
 from univigu.data.sample import LATENTS_SUFFIX, DataError
 from univigu.data.shards import MANIFEST, Manifest, replacing, sha256_of
 
@@ -78,11 +78,11 @@ class SourceFolder:
             sizes = f"{len(self.buckets)}buckets-{digest}"
         return self.base / "-".join(("latents", *encoders, sizes)) / split
 
-    def encode(self, split: Split, strict: bool, pool: SpawnPool, device: str) -> None:
-        """Encode the split in the pool's processes, if it needs to be."""
+    def encode(self, split: Split, strict: bool, engine: Engine, device: str) -> None:
+        """Encode the split, if it needs to be."""
         source, target = self.videos(split), self.folder(split)
         if source != target:
-            encode_shards(source, target, self.foundation, "float32", self.buckets, strict, pool, device=device)
+            encode_shards(source, target, self.foundation, "float32", self.buckets, strict, engine, device=device)
 
     def index(self, split: Split) -> Scan:
         """The split's samples, and errors of the others; a DataError for latents of other encoders, sizes or videos."""

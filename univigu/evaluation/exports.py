@@ -1,24 +1,27 @@
-"""Runs a model on the inputs of a benchmark outside of this project; resumable, by several processes."""
+"""Runs a model on the inputs of a benchmark outside of this project; resumable, here or on many machines."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from univigu.data.build import Engine, build_folder
 from univigu.data.options import check_least
-from univigu.data.parts import Record, Result, run_jobs
-from univigu.data.processes import Share
-from univigu.data.synthesis.sources import VideoOptions, load_pipeline
+from univigu.data.rows import split_lines, to_line
+from univigu.data.shards import Manifest, ShardInfo, replacing, sha256_of
+from univigu.data.synthesis.sources import Pipeline, VideoOptions
 from univigu.models.fingerprint import folder_fingerprint
 from univigu.sampling.options import SamplingOptions
 
 CAPTION_ONLY = ("question",)
 VIDEO_ONLY = ("fps", "steps", "guidance_scale", "negative_prompt", "videos_per_prompt")
 """Options that mean nothing to the other kind of export."""
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,39 +48,50 @@ class ExportOptions(VideoOptions):
         check_least(self, prompt_length=1)
 
 
-def export_rows(
-    output: Path,
-    model: str,
-    rows: Sequence[Record],
-    options: ExportOptions,
-    run: Callable[[Callable[[], Any], list[Record]], list[Mapping[str, bytes]]],
-    merge: Callable[[list[Record]], Mapping[str, str]],
-    share: Share,
-    device: str,
-) -> list[Record] | None:
-    """Complete this process's share of the rows; those with an entry "error" are tried again by the next call.
+@dataclass
+class Export(ABC):
+    """Completes rows, by batches: a job writes the rows of a batch, and the files that belong to them."""
 
-    Args:
-        rows: what is known of each input, which "key", "prompt" and "text" identify; those with an error are not run.
-        run: fills in a batch of rows and gives the files of each by name; its first argument gives the pipeline.
-        merge: gives the files, by name, that are written once all rows are there.
+    output: Path
+    model: Pipeline
+    options: ExportOptions
 
-    Returns:
-        all rows, or None while other processes have some left.
-    """
-    inputs = [[row.get(name) for name in ("key", "prompt", "text")] for row in rows]
-    digest = hashlib.sha256(repr(inputs).encode()).hexdigest()
-    parameters = {"model": folder_fingerprint(model), "inputs": digest, **asdict(options)}
+    @abstractmethod
+    def run(self, rows: list[Row]) -> list[Mapping[str, bytes]]:
+        """Fill in a batch of rows, and give the files by name that belong to each, if there are any."""
 
-    @cache
-    def pipeline() -> Any:
-        return load_pipeline(model, options.dtype, device, "--model")
+    def __call__(self, path: Path, job: list[Row]) -> ShardInfo:
+        rows = [dict(row) for row in job]
+        todo = [row for row in rows if row["error"] is None]
+        for files in self.run(todo) if todo else []:
+            for name, data in files.items():
+                (self.output / name).parent.mkdir(exist_ok=True)
+                with replacing(self.output / name, path) as temporary:  # benchmarks read whole folders
+                    temporary.write_bytes(data)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(map(to_line, rows)), encoding="utf-8")
+        failed = [{"reason": "error", "value": row["error"]} for row in rows if row["error"]]
+        return ShardInfo(path.name, len(rows) - len(failed), path.stat().st_size, sha256_of(path), failed)
 
-    def make(numbers: Sequence[int]) -> Iterator[Result]:
-        batch = [dict(rows[number]) for number in numbers]
-        todo = [row for row in batch if row["error"] is None]
-        files = iter(run(pipeline, todo) if todo else [])
-        for number, row in zip(numbers, batch, strict=True):
-            yield number, row, next(files) if rows[number]["error"] is None else {}
+    def write(self, rows: Sequence[Row], engine: Engine) -> list[Row]:
+        """Complete all rows: of each "key", "prompt" and "text" identify the input; those with an "error" are not run.
 
-    return run_jobs(output, parameters, len(rows), make, merge, options.batch_size, share, output.name)
+        The batches are kept in the hidden folder ``.parts``; the next call tries those with errors again.
+        """
+        inputs = [[row.get(name) for name in ("key", "prompt", "text")] for row in rows]
+        digest = hashlib.sha256(repr(inputs).encode()).hexdigest()
+        parameters = {"model": folder_fingerprint(self.model.folder), "inputs": digest, **asdict(self.options)}
+        size, parts = self.options.batch_size, self.output / ".parts"
+        jobs = {f"{start:08d}.jsonl": list(rows[start : start + size]) for start in range(0, len(rows), size)}
+        build_folder(parts, Manifest("rows", parameters), jobs, self, engine, retry_skipped=True)
+        lines = (line for name in jobs for line in split_lines((parts / name).read_text("utf-8"))[:-1])
+        return [json.loads(line) for line in lines]
+
+
+def write_files(output: Path, files: Mapping[str, str]) -> None:
+    """Write text files of a folder, each atomically."""
+    for name, text in files.items():
+        path = output / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")

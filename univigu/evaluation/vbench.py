@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from univigu.data.build import Engine
 from univigu.data.inputs import read_list, text_of
-from univigu.data.parts import Record
-from univigu.data.processes import ONLY, Share
 from univigu.data.rows import to_json, to_line
 from univigu.data.sample import DataError
-from univigu.data.synthesis.sources import generate_clips, pipeline_class
+from univigu.data.synthesis.sources import Pipeline, pipeline_class
 from univigu.data.video import encode_mp4
-from univigu.evaluation.exports import ExportOptions, export_rows
+from univigu.evaluation.exports import Export, ExportOptions, Row, write_files
 
 MAX_NAME = 255  # bytes of a file name on the usual file systems
 
@@ -45,7 +44,7 @@ def _read_prompts(path: str, option: str) -> list[tuple[str, str | None]]:
     return [text_of(row, "prompt_en" if "prompt_en" in row.fields else "prompt") for row in read_list(path, option)]
 
 
-def plan(prompts: str, augmented: str | None, options: ExportOptions) -> list[Record]:
+def plan(prompts: str, augmented: str | None, options: ExportOptions) -> list[Row]:
     """The rows of ``videos.jsonl`` before anything is generated; a prompt that occurs twice gets its videos once.
 
     Args:
@@ -55,7 +54,7 @@ def plan(prompts: str, augmented: str | None, options: ExportOptions) -> list[Re
     texts = rows if augmented is None else _read_prompts(augmented, "--augmented")
     if len(texts) != len(rows):
         raise DataError(f"--augmented={augmented!r}: {len(texts)} rows for {len(rows)} prompts")
-    videos: dict[str, Record] = {}
+    videos: dict[str, Row] = {}
     for number, ((prompt, problem), (text, other)) in enumerate(zip(rows, texts, strict=True), 1):
         error, prompt = problem or other, prompt if problem is None else f"row {number}"
         for index in range(options.videos_per_prompt):
@@ -65,39 +64,40 @@ def plan(prompts: str, augmented: str | None, options: ExportOptions) -> list[Re
     return list(videos.values())
 
 
+@dataclass
+class VideoExport(Export):
+    """Generates the videos of rows."""
+
+    def run(self, rows: list[Row]) -> list[Mapping[str, bytes]]:
+        texts, length = [row["text"] for row in rows], self.options.prompt_length
+        clips = self.model.clips(texts, [row["seed"] for row in rows], max_sequence_length=length)
+        files: list[Mapping[str, bytes]] = []
+        for row, frames, tokens in zip(rows, clips, self.model.token_counts(texts), strict=True):
+            row["tokens_cut"] = max(0, tokens - length)
+            if frames is None:
+                row["error"] = "the model gave numbers that are not finite"
+            files.append({} if frames is None else {f"videos/{row['video']}": encode_mp4(frames, self.options.fps)})
+        return files
+
+
 def export_vbench(
     output: Path,
     model: str,
     prompts: str,
     augmented: str | None,
     options: ExportOptions,
-    share: Share = ONLY,
+    engine: Engine = map,
     device: str = "cpu",
-) -> list[Record] | None:
-    """Generate this process's share of the videos; the process that finds all of them writes the two lists.
+) -> list[Row]:
+    """Generate the videos, and write the two lists when all are there.
 
     The output folder gets ``videos/*.mp4``, ``prompts.json`` (name: prompt, VBench's custom input) and ``videos.jsonl``
-    (video, prompt, text, index, seed, tokens_cut, error), whose rows are returned, or None while other processes have
-    videos left. The model is a pipeline's folder, ours or any text-to-video pipeline of diffusers.
+    (video, prompt, text, index, seed, tokens_cut, error), whose rows are returned. The model is a pipeline's folder,
+    ours or any text-to-video pipeline of diffusers.
     """
-    rows, o = plan(prompts, augmented, options), options
+    planned = plan(prompts, augmented, options)
     pipeline_class(model, "--model")
-
-    def run(pipeline: Callable[[], Any], batch: list[Record]) -> list[Mapping[str, bytes]]:
-        texts, seeds = [row["text"] for row in batch], [row["seed"] for row in batch]
-        clips = generate_clips(pipeline(), texts, seeds, o, max_sequence_length=o.prompt_length)
-        tokenizer = getattr(pipeline(), "tokenizer", None)
-        files: list[Mapping[str, bytes]] = []
-        for row, frames in zip(batch, clips, strict=True):
-            if tokenizer is not None:
-                row["tokens_cut"] = max(0, len(tokenizer(row["text"], verbose=False)["input_ids"]) - o.prompt_length)
-            if frames is None:
-                row["error"] = "the model gave numbers that are not finite"
-            files.append({} if frames is None else {f"videos/{row['video']}": encode_mp4(frames, o.fps)})
-        return files
-
-    def merge(rows: list[Record]) -> Mapping[str, str]:
-        made = {row["video"]: row["prompt"] for row in rows if row["error"] is None}
-        return {"prompts.json": to_json(made, 1) + "\n", "videos.jsonl": "".join(map(to_line, rows))}
-
-    return export_rows(output, model, rows, options, run, merge, share, device)
+    rows = VideoExport(output, Pipeline(model, options, device, "--model"), options).write(planned, engine)
+    made = {row["video"]: row["prompt"] for row in rows if row["error"] is None}
+    write_files(output, {"prompts.json": to_json(made, 1) + "\n", "videos.jsonl": "".join(map(to_line, rows))})
+    return rows

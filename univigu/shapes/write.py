@@ -8,8 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from univigu.data.parts import build_folder
-from univigu.data.processes import SpawnPool
+from univigu.data.build import Engine, build_folder
 from univigu.data.shards import Manifest, ShardInfo, write_shard
 from univigu.data.video import encode_mp4
 from univigu.shapes import renderer, scenes, texts
@@ -37,9 +36,9 @@ def write_shapes(
     height: int = scenes.CANVAS,
     width: int = scenes.CANVAS,
     num_frames: int = scenes.NUM_FRAMES,
-    pool: SpawnPool | None = None,
+    engine: Engine = map,
 ) -> Manifest:
-    """Render clips to video shards, in this process or in a pool; complete shards of the folder stay.
+    """Render clips to video shards, wherever the engine does; complete shards of the folder stay.
 
     The seeds count up from ``first_seed``, and a clip's key is its seed. Height and width are even.
     """
@@ -52,7 +51,7 @@ def write_shapes(
     parts = [seeds[start : start + shard_size] for start in range(0, num_clips, shard_size)]
     jobs = {f"{split}-{number:06d}.tar": part for number, part in enumerate(parts)}
     work = partial(_write, split, size)
-    return build_folder(Path(folder), Manifest("video", world), jobs, work, pool, f"rendering {split} shards")
+    return build_folder(Path(folder), Manifest("video", world), jobs, work, engine)
 
 
 def _write(split: scenes.Split, size: dict[str, int], path: Path, seeds: range) -> ShardInfo:

@@ -71,9 +71,7 @@ def test_a_shorter_list_leaves_nothing_of_a_longer_one(tmp_path: Path) -> None:
     own = {"videos/mine.mp4", "videos/1.mp4", "videos/00002.webm", "captions.jsonl", "00000.mp4"}  # no call's videos
     for name in own:
         (tmp_path / name).write_text("mine")
-    (tmp_path / ".parts").mkdir()
-    for name in ("00000007.json", "0-123.tmp"):
-        (tmp_path / ".parts" / name).write_text("half")
+    (tmp_path / "videos" / ".00007.mp4.12ab.tmp").write_text("half")  # of a killed call
     predict(tmp_path, Painter("joint"), prompts=["c"])
     assert names(tmp_path) == {"manifest.jsonl", *numbered(1), *own}
     assert all((tmp_path / name).read_text() == "mine" for name in own)
@@ -86,7 +84,7 @@ def test_a_killed_call_leaves_no_list_of_an_earlier_one(tmp_path: Path) -> None:
     predict(tmp_path, Painter(), prompts=["a", "b", "c"])
     with pytest.raises(RuntimeError, match="killed"):
         predict(tmp_path, Painter(fail_at=1), prompts=["d", "e", "f"])
-    assert names(tmp_path) == {"videos/00000.mp4", ".parts/00000000.json"}
+    assert names(tmp_path) == {"videos/00000.mp4"}
     predict(tmp_path, Painter(), prompts=["d", "e"])
     assert names(tmp_path) == {"manifest.jsonl", *numbered(2)}
 

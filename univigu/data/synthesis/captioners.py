@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from univigu.data.engine import Model
 from univigu.data.filters import LengthFilter
 from univigu.data.options import check_dtype, check_least
 from univigu.data.sample import DataError
@@ -80,7 +81,7 @@ def derived_seed(seed: int, attempt: int) -> int:
     return int.from_bytes(hashlib.sha256(repr((seed, attempt)).encode()).digest()[:6], "little")
 
 
-class CaptionModel:
+class CaptionModel(Model):
     """A transformers image-text-to-text model and its processor, in one folder; it is shown frames as images."""
 
     def __init__(

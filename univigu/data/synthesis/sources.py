@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from univigu.data.engine import Model
 from univigu.data.options import check_dtype, check_least
 from univigu.data.sample import DataError
 from univigu.data.video import to_uint8
@@ -62,44 +64,71 @@ def pipeline_class(folder: str | Path, option: str = "--pipeline") -> str:
         raise DataError(f"{option}={str(folder)!r}: {problem}; `tools/convert.py pipeline` writes one") from error
 
 
-def load_pipeline(folder: str | Path, dtype: str, device: str, option: str = "--pipeline") -> Any:
-    """The pipeline of a folder, ours or any of diffusers, without progress bars; DataError if it cannot be loaded."""
-    from diffusers import DiffusionPipeline
+@dataclass(eq=False)
+class Pipeline(Model):
+    """A folder's pipeline, ours or any text-to-video one of diffusers; a DataError if it cannot be loaded."""
 
-    from univigu.models.weights import check_files
-    from univigu.pipeline import UniViGUPipeline
+    folder: str
+    options: VideoOptions
+    device: str
+    option: str = "--pipeline"
+    """Option that named the folder, for messages."""
 
-    kind = UniViGUPipeline if pipeline_class(folder, option) == "UniViGUPipeline" else DiffusionPipeline
-    try:
-        check_files(Path(folder), subfolders=True)
-        pipe: Any = kind.from_pretrained(folder, torch_dtype=check_dtype(dtype)).to(device)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
-        raise DataError(f"{option}={str(folder)!r}: cannot be loaded ({error})") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    @cached_property
+    def pipe(self) -> Any:
+        from diffusers import DiffusionPipeline
+
+        from univigu.models.weights import check_files
+        from univigu.pipeline import UniViGUPipeline
+
+        kind = UniViGUPipeline if pipeline_class(self.folder, self.option) == "UniViGUPipeline" else DiffusionPipeline
+        try:
+            check_files(Path(self.folder), subfolders=True)
+            dtype = check_dtype(self.options.dtype)
+            pipe: Any = kind.from_pretrained(self.folder, torch_dtype=dtype).to(self.device)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
+            raise DataError(f"{self.option}={self.folder!r}: cannot be loaded ({error})") from error
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def clips(self, prompts: list[str], seeds: list[int], **more: Any) -> list[torch.Tensor | None]:
+        """uint8 frames [F, C, H, W] of each prompt; None where they are not finite.
+
+        Every clip has its own generator on the CPU, so that a seed gives the same noise on any device and in any batch.
+        Arguments in ``more`` are passed on if the pipeline knows them.
+        """
+        from diffusers import WanPipeline
+
+        o, pipe = self.options, self.pipe
+        arguments: dict[str, Any] = {"prompt": prompts, "num_inference_steps": o.steps, "output_type": "pt"}
+        arguments |= {"height": o.height, "width": o.width, "num_frames": o.num_frames}
+        arguments["generator"] = generators(seeds)
+        if o.guidance_scale is not None:
+            arguments["guidance_scale"] = o.guidance_scale
+        if o.negative_prompt is not None:
+            arguments["negative_prompt"] = [o.negative_prompt] * len(prompts)
+        call = (
+            WanPipeline.__call__ if isinstance(pipe, WanPipeline) else pipe.__call__
+        )  # UniViGUPipeline's has **kwargs
+        known = inspect.signature(call).parameters
+        if unknown := sorted(arguments.keys() - known):
+            raise DataError(f"{type(pipe).__name__} makes no video of a text; it takes no {unknown}")
+        more = {name: more[name] for name in more.keys() & known}
+        videos = pipe(**arguments, **more).frames  # [B, F, C, H, W] in [0, 1]
+        return [to_uint8(video).cpu() if torch.isfinite(video).all() else None for video in videos]
+
+    def token_counts(self, texts: list[str]) -> list[int]:
+        """Tokens of texts by the pipeline's tokenizer; 0 without one."""
+        tokenizer = getattr(self.pipe, "tokenizer", None)
+        return [0 if tokenizer is None else len(tokenizer(text, verbose=False)["input_ids"]) for text in texts]
+
+    def captions(self, frames: torch.Tensor, seeds: list[int], question: str, sampling: Any, length: int) -> list[str]:
+        """Captions of clips uint8 [B, F, C, H, W], or answers, by a UniViGUPipeline."""
+        options = {"generator": generators(seeds), "options": sampling, "max_sequence_length": length}
+        texts: list[str] = self.pipe.caption(frames.float() / 255, question or None, **options).text
+        return texts
 
 
-def generate_clips(
-    pipe: Any, prompts: list[str], seeds: list[int], options: VideoOptions, **more: Any
-) -> list[torch.Tensor | None]:
-    """uint8 frames [F, C, H, W] of each prompt; None where they are not finite.
-
-    Every clip has its own generator on the CPU, so that a seed gives the same noise on any device and in any batch.
-    Arguments in ``more`` are passed on if the pipeline, any text-to-video one of diffusers, knows them.
-    """
-    from diffusers import WanPipeline
-
-    o = options
-    arguments: dict[str, Any] = {"prompt": prompts, "num_inference_steps": o.steps, "output_type": "pt"}
-    arguments |= {"height": o.height, "width": o.width, "num_frames": o.num_frames}
-    arguments["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    if o.guidance_scale is not None:
-        arguments["guidance_scale"] = o.guidance_scale
-    if o.negative_prompt is not None:
-        arguments["negative_prompt"] = [o.negative_prompt] * len(prompts)
-    call = WanPipeline.__call__ if isinstance(pipe, WanPipeline) else pipe.__call__  # UniViGUPipeline's has **kwargs
-    known = inspect.signature(call).parameters
-    if unknown := sorted(arguments.keys() - known):
-        raise DataError(f"{type(pipe).__name__} makes no video of a text; it takes no {unknown}")
-    videos = pipe(**arguments, **{name: more[name] for name in more.keys() & known}).frames  # [B, F, C, H, W] in [0, 1]
-    return [to_uint8(video).cpu() if torch.isfinite(video).all() else None for video in videos]
+def generators(seeds: list[int]) -> list[torch.Generator]:
+    """A generator of each seed on the CPU."""
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]

@@ -8,19 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 
-from univigu.data.parts import Parts
 from univigu.data.rows import to_line
 from univigu.data.sample import DataError
+from univigu.data.shards import replacing
 from univigu.data.video import encode_mp4
 
 LISTS = {"caption": "captions.jsonl", "qa": "answers.jsonl"}
 """Names of the lists of tasks that give only text; of others it is ``MANIFEST``."""
 MANIFEST = "manifest.jsonl"
-VIDEO = re.compile(r"\d{5,}\.mp4")
+VIDEO = re.compile(r"\d{5,}\.mp4|\.\d{5,}\.mp4\.\w+\.tmp")
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -38,8 +39,9 @@ class PredictionWriter(BasePredictionWriter):
 
     failed = False
     """Whether no input could be used."""
-    _parts: Parts
+    _folder: Path
     _list: str
+    _rows: dict[int, dict[str, Any]]
 
     def __init__(self, output_dir: str | None = None, fps: int = 8) -> None:
         super().__init__(write_interval="batch")
@@ -57,11 +59,10 @@ class PredictionWriter(BasePredictionWriter):
         if read := [path for path in old if os.path.realpath(path) in inputs]:
             raise DataError(f"{read[0]}: is to be read, but would be replaced; choose another trainer.default_root_dir")
         if trainer.is_global_zero:
-            Parts(folder).clear()
             for path in old:
                 path.unlink(missing_ok=True)
         trainer.strategy.barrier("earlier predictions removed")
-        self._parts = Parts(folder, trainer.global_rank)
+        self._folder, self._rows = folder, {}
 
     def write_on_batch_end(
         self,
@@ -75,18 +76,23 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         for item in prediction:
             if item.video is not None:
-                name = f"videos/{item.index:05d}.mp4"
-                self._parts.write(name, encode_mp4(item.video, self.fps))
-                item.row["video"] = str(self._parts.folder / name)
-            self._parts.add(item.index, item.row)
+                path = self._folder / "videos" / f"{item.index:05d}.mp4"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as temporary:
+                    temporary.write_bytes(encode_mp4(item.video, self.fps))
+                item.row["video"] = str(path)
+            self._rows[item.index] = item.row
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
-        trainer.strategy.barrier("predictions written")
+        found: list[Any] = [self._rows] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(found, self._rows)
         if trainer.is_global_zero:
-            rows = self._parts.records().values()
-            self._parts.write(self._list, "".join(map(to_line, rows)))
-            self._parts.clear()
-            failed = sum(row["error"] is not None for row in rows)
+            rows = {number: row for part in found for number, row in part.items()}
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self._folder / self._list) as temporary:
+                temporary.write_text("".join(to_line(rows[number]) for number in sorted(rows)), encoding="utf-8")
+            failed = sum(row["error"] is not None for row in rows.values())
             self.failed = failed == len(rows)
-            text = f"wrote {self._parts.folder / self._list}: {len(rows)} rows, {failed} of them errors"
+            text = f"wrote {self._folder / self._list}: {len(rows)} rows, {failed} of them errors"
             Console().print(text, soft_wrap=True, highlight=False)
