@@ -7,6 +7,7 @@
     python tools/convert.py import-official --checkpoint preview.pth --wan Wan2.1-T2V-1.3B-Diffusers --output imported
     python tools/convert.py export-official --checkpoint imported --output preview.pth
     python tools/convert.py wan --checkpoint Wan2.1-T2V-1.3B/diffusion_pytorch_model.safetensors --output transformer
+    python tools/convert.py prune --foundation Wan2.1-T2V-1.3B-Diffusers --texts data/wan --output pruned
 
 A checkpoint is a file, or the folder of a sharded one; transformer, pipeline and export-official accept a transformer
 folder, too.  export-official needs the official architecture, that of recall.yaml and refine.yaml without frozen.yaml;
@@ -19,10 +20,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from univigu.checkpoint import export_foundation, export_pipeline, load_weights
+from univigu.checkpoint import (
+    export_foundation,
+    export_pipeline,
+    load_weights,
+    prune_foundation,
+    prune_model,
+    used_tokens,
+)
 from univigu.cli import ToolParser, exit_code
+from univigu.data.index import index_folder
 from univigu.models.conventions import OFFICIAL, Conventions
-from univigu.models.foundation import EMBEDDED_FOUNDATION
+from univigu.models.foundation import EMBEDDED_FOUNDATION, Foundation
 from univigu.models.official import export_official, import_official, import_wan
 
 
@@ -48,8 +57,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     wan = commands.add_parser("wan", help="Wan's original .pth or .safetensors -> WanTransformer3DModel folder")
     wan.add_argument("--config", type=Path, help="folder whose config.json gives the sizes; default: by the weights")
-    for command in commands.choices.values():
-        command.add_argument("--checkpoint", type=Path, required=True)
+    prune = commands.add_parser("prune", help="WanPipeline folder (with --checkpoint: transformer) for fewer tokens")
+    prune.add_argument("--foundation", type=Path, default=Path(EMBEDDED_FOUNDATION), help="gives the tokenizer")
+    prune.add_argument("--texts", type=Path, nargs="+", required=True, help="shards whose texts it must write")
+    prune.add_argument("--keep", nargs="+", default=[], help="further texts")
+    for name, command in commands.choices.items():
+        command.add_argument("--checkpoint", type=Path, required=name != "prune")
         command.add_argument("--output", type=Path, required=True)
     return parser
 
@@ -70,6 +83,16 @@ def convert(options: argparse.Namespace) -> None:
         export_official(load_weights(options.checkpoint), options.output, options.step, options.accept_differences)
     elif options.command == "wan":
         import_wan(options.checkpoint, options.config).save_pretrained(options.output)
+    elif options.command == "prune":
+        samples = [ref.texts() for folder in options.texts for ref in index_folder(folder)[0]]
+        answers = [pair["answer"] for texts in samples for pair in texts.qa or []]
+        written = [text for texts in samples for text in (texts.prompt, texts.caption)]
+        ids = used_tokens(Foundation(options.foundation), [*written, *answers, *options.keep])
+        if options.checkpoint is None:
+            prune_foundation(options.foundation, ids, options.output)
+        else:
+            prune_model(load_weights(options.checkpoint), ids).save_pretrained(options.output)
+        print(f"{len(ids)} tokens")
     else:
         load_weights(options.checkpoint).save_pretrained(options.output)
     print(f"wrote {options.output}")

@@ -22,10 +22,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import distribute_tensor
 
 from univigu.models.conventions import CONVENTIONS
-from univigu.models.foundation import COMPONENTS, Foundation
+from univigu.models.foundation import COMPONENTS, VOCABULARY, Foundation
 from univigu.models.lora import LoraOptions, is_lora_parameter, lora_differences, lora_options, merge_lora
 from univigu.models.options import check_replaced
 from univigu.models.sharded import sharded_reader
+from univigu.models.tokens import clean_text
 from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
 from univigu.models.weights import (
     CheckpointError,
@@ -122,6 +123,8 @@ def load_weights(
     config = defaults | known_options(UniViGUTransformer3DModel, config)
     if like is not None:
         fixed = {name: value for name, value in config.items() if name not in FREE}
+        if config["token_ids"] is not None and like["token_ids"] is None:  # a pruned vocabulary belongs to the weights
+            del fixed["vocab_size"], fixed["token_ids"]
         if differing := config_differences(fixed, like):
             raise CheckpointError(f"{path}: made for another model; (checkpoint, configuration) differ in {differing}")
         config |= {name: like[name] for name in ("clean_video_reads_text", "clean_video_timestep")}
@@ -153,7 +156,10 @@ def config_differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> d
         return list(value) if isinstance(value, tuple | list) else value
 
     pairs = {name: (value, other[name]) for name, value in config.items()}
-    return {name: pair for name, pair in pairs.items() if plain(pair[0]) != plain(pair[1])}
+    differing = {name: pair for name, pair in pairs.items() if plain(pair[0]) != plain(pair[1])}
+    if "token_ids" in differing:  # too long for a message
+        differing["token_ids"] = tuple(ids and f"{len(ids)} ids" for ids in differing["token_ids"])  # type: ignore[assignment]
+    return differing
 
 
 def usable_weights(checkpoint: Mapping[str, Any], keep_lora: bool = False) -> dict[str, Any]:
@@ -239,6 +245,38 @@ def take_sharded(model: torch.nn.Module, checkpoint: Mapping[str, Any], path: Pa
     for name, weight in weights.items():
         mean = means[EMA_PREFIX + name].to(weight.device)
         weight.copy_(distribute_tensor(mean, weight.device_mesh, weight.placements))  # type: ignore[attr-defined]
+
+
+def used_tokens(foundation: Foundation, texts: Iterable[str]) -> list[int]:
+    """The tokenizer's ids that texts use, and those that end and pad them, ascending."""
+    ids = {foundation.tokenizer.eos_token_id, foundation.pad_token_id}
+    for text in texts:
+        ids |= set(foundation.tokenizer(clean_text(text))["input_ids"])
+    return sorted(ids)
+
+
+def prune_foundation(source: str | Path, token_ids: list[int], target: str | Path) -> None:
+    """Write a foundation folder whose texts are made of these tokens only: links to the source's, and the list."""
+    Foundation(source)  # raises if it is not one
+    Path(target).mkdir(parents=True, exist_ok=True)
+    for name in (*COMPONENTS, "model_index.json"):
+        (Path(target) / name).symlink_to((Path(source) / name).resolve())
+    (Path(target) / VOCABULARY).write_text(json.dumps(token_ids))
+
+
+def prune_model(model: UniViGUTransformer3DModel, token_ids: list[int]) -> UniViGUTransformer3DModel:
+    """A model with the rows of these tokens (and the mask state's) of its tables, and the same other tensors."""
+    known = list(range(model.config.vocab_size)) if model.config.token_ids is None else model.config.token_ids
+    if lacking := sorted(set(token_ids) - set(known)):
+        raise CheckpointError(f"the model does not have the tokens {lacking[:10]}")
+    rows = torch.searchsorted(torch.tensor(known), torch.tensor(token_ids))
+    state = dict(model.state_dict())
+    for name in ("vocab_embed.weight", "text_head.linear.weight", "text_head.linear.bias"):
+        state[name] = torch.cat([state[name][rows], state[name][len(known) :]])
+    config = known_options(UniViGUTransformer3DModel, model.config)
+    pruned = empty_model(UniViGUTransformer3DModel, config | {"vocab_size": len(rows), "token_ids": token_ids})
+    load_strictly(pruned, state, "transformer", copy=False)
+    return pruned
 
 
 def to_wan(model: UniViGUTransformer3DModel) -> WanTransformer3DModel:

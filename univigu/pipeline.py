@@ -29,7 +29,7 @@ from univigu.models.conventions import Conventions
 from univigu.models.encode import encode_prompts
 from univigu.models.foundation import EMBEDDED_FOUNDATION, EMBEDDED_MODEL, Foundation, set_conv_layout
 from univigu.models.frames import crop, to_pixels
-from univigu.models.tokens import BRIEF_QUESTION, clean_text, detokenize, replace_words, tokenize
+from univigu.models.tokens import BRIEF_QUESTION, Vocabulary, clean_text, detokenize, replace_words, tokenize
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import check_files, compute_device
 from univigu.sampling.options import SamplingOptions
@@ -76,6 +76,7 @@ class TaskRunner:
         self.sampling = sampling or SamplingOptions()
         self.device = device or transformer.device
         self.conventions = Conventions.of(transformer.config)
+        self.vocabulary = Vocabulary(transformer.config.token_ids)
 
     @torch.no_grad()
     def encode_video(self, video: Tensor) -> Tensor:
@@ -138,8 +139,13 @@ class TaskRunner:
         embeds, null = self.encode_prompts(prompts or [], prompt_length)
         text_length, tokenizer = self.transformer.config.text_length, self.components.tokenizer
         inputs = SampleInputs(embeds if prompts else null, null, text_length=text_length, **start)
-        ends = tokenizer.eos_token_id, tokenizer.pad_token_id
-        return Sampler(self.transformer, self.scheduler(), self.sampling, *ends).sample(task, inputs)
+        ends = self.encode_tokens(torch.tensor([[tokenizer.eos_token_id, tokenizer.pad_token_id]]), "end")[0].tolist()
+        samples = Sampler(self.transformer, self.scheduler(), self.sampling, *ends).sample(task, inputs)
+        return replace(samples, tokens=None if samples.tokens is None else self.vocabulary.decode(samples.tokens))
+
+    def encode_tokens(self, tokens: Tensor, name: str) -> Tensor:
+        """The transformer's ids of texts; a ValueError for a token that is not in its vocabulary."""
+        return self.vocabulary.encode(tokens, self.components.tokenizer, name)
 
 
 class UniViGUPipeline(WanPipeline):

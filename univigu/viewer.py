@@ -19,6 +19,7 @@ from PIL import Image
 
 from univigu.data.video import to_frames
 from univigu.models.conventions import Conventions
+from univigu.models.tokens import Vocabulary
 from univigu.sampling.sampler import StepState
 
 TEMPLATE = "assets/trajectory.html"
@@ -106,12 +107,13 @@ class TrajectoryRecorder:
         words: list[str] = []
         if text.is_floating_point():
             text = (text.float() @ model.token_table().T).argmax(-1)
-        for token in text.tolist():
+        mask = text >= model.config.vocab_size
+        for token in Vocabulary(model.config.token_ids).decode(text).masked_fill(mask, -1).tolist():
             if token == tokenizer.eos_token_id and "" not in words:
                 return [*words, "■"]
             if token == tokenizer.pad_token_id:
                 words.append("\u200b")
-            elif token >= model.config.vocab_size:
+            elif token < 0:
                 words.append("")
             else:
                 piece = tokenizer.convert_ids_to_tokens(token)

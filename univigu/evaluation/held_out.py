@@ -153,7 +153,7 @@ class HeldOutEvaluation(nn.Module):
         captions, ids = tasks.texts(samples), samples.tokens
         assert ids is not None
         size = min(ids.shape[1], true_ids.shape[1])
-        true_ids = true_ids[:, :size]
+        true_ids = tasks.vocabulary.decode(true_ids[:, :size])
         real = true_ids != tasks.components.tokenizer.pad_token_id  # the text's end counts, its padding does not
         self.add("caption/tokens", len(captions), (ids[:, :size] == true_ids)[real].float())
         if pairs := [(text, [true]) for text, true in zip(captions, batch[self.target], strict=True) if true.strip()]:

@@ -22,6 +22,8 @@ EMBEDDED_FOUNDATION = str(Path(__file__).resolve().parents[1] / "assets" / "foun
 EMBEDDED_MODEL = str(Path(EMBEDDED_FOUNDATION).with_name("model"))
 """The unified transformer that ships, trained on the embedded world, in float16; its other components are the
 foundation's."""
+VOCABULARY = "vocabulary.json"
+"""In a pruned folder: the list of the tokenizer's ids that texts are made of, see tools/convert.py."""
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
 
 
@@ -47,6 +49,15 @@ def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor
     """Normalised latents [B, C, T, H, W] -> video [B, C, F, H, W], roughly in [-1, 1]."""
     latents = latents.to(compute_device(vae), vae.dtype)
     return vae.decode(denormalize_latents(latents, vae)).sample
+
+
+def vocabulary_of(folder: Path) -> dict[str, Any]:
+    """As :attr:`Foundation.vocabulary`."""
+    if (folder / VOCABULARY).is_file():
+        ids = json.loads((folder / VOCABULARY).read_text())
+        return {"vocab_size": len(ids), "token_ids": ids}
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    return {"vocab_size": int(config["vocab_size"]), "token_ids": None}
 
 
 class Foundation:
@@ -97,9 +108,10 @@ class Foundation:
         return set_conv_layout(model.requires_grad_(False).eval().to(self._device))
 
     @property
-    def vocab_size(self) -> int:
-        """Number of ids that the text encoder takes, which may be more than the tokenizer gives."""
-        return int(json.loads((self.path / "text_encoder" / "config.json").read_text())["vocab_size"])
+    def vocabulary(self) -> dict[str, Any]:
+        """Options of a transformer: ``vocab_size``, the number of ids that the text encoder takes (which may be more
+        than the tokenizer gives), or that of the ``token_ids`` which texts are made of in a pruned folder."""
+        return vocabulary_of(self.path)
 
     def scheduler(self) -> Any:
         """A fresh scheduler of the class and configuration the folder names (schedulers carry state)."""

@@ -37,6 +37,7 @@ RENAMED = (
     ("scale_shift_table_v", "scale_shift_table"),
     ("video_head.proj_out.", "proj_out."),
 )
+UMT5_VOCAB_SIZE = 256384  # of Wan's text encoder
 WAN_HEAD_DIM = 128  # of every Wan model; it cannot be read off the weights
 WAN_KEYS = (
     "patch_embedding.weight",
@@ -104,9 +105,16 @@ def official_differences(
 
 
 def export_official(
-    model: UniViGUTransformer3DModel, path: str | Path, step: int = 0, accept_differences: bool = False
+    model: UniViGUTransformer3DModel,
+    path: str | Path,
+    step: int = 0,
+    accept_differences: bool = False,
+    vocab_size: int = UMT5_VOCAB_SIZE,
 ) -> None:
     """Write a model, and a number of steps, as the official preview would; the inverse of ``import_official``.
+
+    The tables of a pruned vocabulary become those of all ``vocab_size`` tokens. Those that were left out have
+    embeddings of zeros and are never predicted.
 
     Raises:
         CheckpointError: another architecture than the official one; other training conditions, which the file does not
@@ -124,6 +132,13 @@ def export_official(
             f"{', '.join(differing)}; to export it anyway, --accept-differences (accept_differences=True)"
         )
     state = {official_name(name): value.detach().cpu() for name, value in model.state_dict().items()}
+    if (ids := model.config.token_ids) is not None:
+        tables = {"vocab_embed.weight": 0.0, "text_head.linear.weight": 0.0, "text_head.linear.bias": -1e4}
+        for name, unused in tables.items():
+            mask_state = state[name][len(ids) :]
+            table = torch.full((vocab_size, *state[name].shape[1:]), unused, dtype=state[name].dtype)
+            table[ids] = state[name][: len(ids)]
+            state[name] = torch.cat([table, mask_state])
     head_dim = model.config.attention_head_dim
     state[ROTARY_KEY] = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)
     target = Path(path)

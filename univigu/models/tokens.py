@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import ftfy
 import torch
@@ -59,6 +59,38 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int, 
         if len(ids) > length:
             raise TextTooLongError(f"{name} has {len(ids)} tokens, over the limit of {length}: {text[:60]!r}...")
     return torch.tensor(rows, dtype=torch.int64)
+
+
+class Vocabulary:
+    """The tokenizer's ids that a model knows; its own id of one is the position in that list. None is every id.
+
+    Text encoders take the tokenizer's ids; what a model writes, and is trained to write, are its own.
+    """
+
+    def __init__(self, token_ids: Sequence[int] | None) -> None:
+        self.kept = None if token_ids is None else torch.tensor(token_ids, dtype=torch.int64)
+
+    def encode(self, tokens: torch.Tensor, tokenizer: PreTrainedTokenizerBase, name: str) -> torch.Tensor:
+        """The model's ids of the tokenizer's [B, L]; a ValueError names the first text that needs another token."""
+        if self.kept is None:
+            return tokens
+        kept = self.kept.to(tokens.device)
+        ids = torch.searchsorted(kept, tokens.contiguous()).clamp(max=len(kept) - 1)
+        lacking = (kept[ids] != tokens).nonzero()
+        if len(lacking):
+            row, column = lacking[0].tolist()
+            text, token = detokenize(tokenizer, tokens[row : row + 1])[0], int(tokens[row, column])
+            raise ValueError(
+                f"{name} {text!r}: token {tokenizer.convert_ids_to_tokens(token)!r} (id {token}) is not in the model's "
+                f"vocabulary of {len(kept)} tokens; make one that includes it (tools/convert.py prune)"
+            )
+        return ids
+
+    def decode(self, ids: torch.Tensor) -> torch.Tensor:
+        """The tokenizer's ids of the model's; any other, such as the mask state, is the tokenizer's unknown one: -1."""
+        if self.kept is None:
+            return ids
+        return torch.cat([self.kept, torch.tensor([-1])]).to(ids.device)[ids.clamp(max=len(self.kept))]
 
 
 def fit_slot(ids: torch.Tensor, length: int, pad_token_id: int, name: str) -> torch.Tensor:

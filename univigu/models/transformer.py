@@ -79,10 +79,11 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
     """Wan's transformer, extended by a text stream. Wan's weights keep their names.
 
     Arguments from ``text_flow`` to ``clean_video_timestep`` are ``univigu.models.options.ArchitectureOptions``, those
-    from ``latents_normalized`` on ``univigu.models.conventions.Conventions``. The first ones are diffusers'.
+    of ``univigu.models.conventions.Conventions`` have its names. The first ones are diffusers'.
 
     Args:
-        vocab_size: number of tokens V of the text tokenizer, at least 1. The ``mask`` flow has one more embedding,
+        token_ids: the ids of the tokenizer that texts consist of, ascending; None is all of them.
+        vocab_size: number of tokens V that texts consist of, at least 1. The ``mask`` flow has one more embedding,
             id V, for the mask state.
         text_length: number of text tokens of the last training stage; sampling uses it.
     """
@@ -132,12 +133,15 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         latents_normalized: bool = True,
         null_condition: NullCondition = "encoded",
         prompt_padding: PromptPadding = "zeros",
+        token_ids: list[int] | None = None,
     ) -> None:
         wan = known_options(WanTransformer3DModel, locals())
         ArchitectureOptions.of(self.config)  # checks them
         Conventions.of(self.config)
         if vocab_size < 1:
             raise ValueError(f"vocab_size={vocab_size}: expected at least 1")
+        if token_ids is not None and (len(token_ids) != vocab_size or sorted(set(token_ids)) != list(token_ids)):
+            raise ValueError(f"token_ids: {len(token_ids)} ids, expected vocab_size={vocab_size} of them, ascending")
         # The parent builds everything but its blocks, which are ours: no block is allocated twice.
         super().__init__(**(wan | {"num_layers": 0}))
         self.register_to_config(num_layers=num_layers)
@@ -315,13 +319,14 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         vocab_size: int,
         architecture: ArchitectureOptions | None = None,
         torch_dtype: WeightDtype = torch.float32,
+        token_ids: list[int] | None = None,
     ) -> Self:
         """Start from a pretrained Wan2.1 transformer; the text stream's FFNs and time embedding are copies of Wan's.
 
         ``wan`` is a transformer folder, a pipeline folder with ``transformer/``, or a model in memory (copied, in its
         dtypes). A FileNotFoundError without a transformer; a ValueError naming missing or unexpected keys.
         """
-        model = empty_model(cls, cls.wan_config(wan, vocab_size, architecture))
+        model = empty_model(cls, cls.wan_config(wan, vocab_size, architecture, token_ids))
         copies = {name: theirs for name in model.state_dict() if (theirs := copied_from(name))}
         if isinstance(wan, WanTransformer3DModel):
             load_strictly(model, wan.state_dict(), "wan", copies)
@@ -333,7 +338,10 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
 
     @staticmethod
     def wan_config(
-        wan: str | Path | WanTransformer3DModel, vocab_size: int, architecture: ArchitectureOptions | None = None
+        wan: str | Path | WanTransformer3DModel,
+        vocab_size: int,
+        architecture: ArchitectureOptions | None = None,
+        token_ids: list[int] | None = None,
     ) -> dict[str, Any]:
         """The configuration of a model that extends a Wan transformer, as of :meth:`from_wan`."""
         if isinstance(wan, WanTransformer3DModel):
@@ -342,8 +350,8 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             folder = transformer_folder(wan)
             with reading(folder):
                 config = WanTransformer3DModel.load_config(folder)
-        options = asdict(architecture or ArchitectureOptions())
-        return known_options(WanTransformer3DModel, config) | options | {"vocab_size": vocab_size}
+        options = asdict(architecture or ArchitectureOptions()) | {"vocab_size": vocab_size, "token_ids": token_ids}
+        return known_options(WanTransformer3DModel, config) | options
 
     @torch.no_grad()
     def init_text_tables(self, dtype: WeightDtype | None = None) -> None:

@@ -188,10 +188,11 @@ class UniViGU(EvaluatedModule):
         if self.init_from not in (None, "random") and self._trainer is not None and not self._fits:
             return load_weights(self.init_from, dtype=self._weight_dtype)  # with its own architecture
         torch.manual_seed(self.seed)  # for the text stream's new weights
-        wan, vocab_size = self.foundation.path, self.foundation.vocab_size
+        wan, vocabulary = self.foundation.path, self.foundation.vocabulary
+        start = {"wan": wan, "architecture": self.architecture, **vocabulary}
         if self.init_from is None:
-            return UniViGUTransformer3DModel.from_wan(wan, vocab_size, self.architecture, self._weight_dtype)
-        config = UniViGUTransformer3DModel.wan_config(wan, vocab_size, self.architecture)
+            return UniViGUTransformer3DModel.from_wan(**start, torch_dtype=self._weight_dtype)
+        config = UniViGUTransformer3DModel.wan_config(**start)
         if self.init_from != "random":
             return load_weights(self.init_from, config, self._weight_dtype)
         model = UniViGUTransformer3DModel(**config)
@@ -292,7 +293,8 @@ class UniViGU(EvaluatedModule):
             null = self.tasks.encode_null(embeds.shape[1])
         if self.stage.writes_text:
             ids = batch["prompt_ids" if target == "prompt" else "caption_ids"]
-            text_ids = fit_slot(ids, self.stage.text_length, self.foundation.pad_token_id, target)
+            ids = fit_slot(ids, self.stage.text_length, self.foundation.pad_token_id, target)
+            text_ids = self.tasks.encode_tokens(ids, target)
         return UniFlowBatch(self.latents_of(batch).float(), embeds, null, text_ids)
 
     def latents_of(self, batch: dict[str, Any]) -> Tensor:

@@ -18,7 +18,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from univigu.data.buckets import Bucket, latents_shape
 from univigu.flow.objective import UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
+from univigu.models.foundation import vocabulary_of
 from univigu.models.lora import LoraOptions, add_lora, is_lora_parameter
+from univigu.models.official import UMT5_VOCAB_SIZE
 from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
 from univigu.models.weights import empty_model, known_options
 from univigu.training.optim import OptimizerOptions, freeze_by_rate, is_block_matrix, parameter_groups
@@ -26,7 +28,6 @@ from univigu.training.stages import Stage
 
 META = torch.device("meta")
 TASKS = ("joint", "understand", "generate")
-UMT5_VOCAB_SIZE = 256384
 LATENT_CHANNELS, TEMPORAL, SPATIAL = 16, 4, 8  # of Wan2.1's VAE
 _WAN21 = {"patch_size": (1, 2, 2), "attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
 _WAN21 |= {"in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS}
@@ -83,8 +84,8 @@ def workloads_of(args: list[str]) -> dict[str, Workload]:
     model, data = cli.model, cli.datamodule
     strategy, callbacks = cli.trainer_options.strategy, cli.trainer_options.callbacks or []
     averaged = any(isinstance(c, WeightEMA) for c in (callbacks if isinstance(callbacks, list) else [callbacks]))
-    transformer, vocab_size, (channels, temporal, spatial) = _sizes(Path(model.foundation_path))
-    transformer |= asdict(model.architecture) | {"vocab_size": vocab_size}
+    transformer, vocabulary, (channels, temporal, spatial) = _sizes(Path(model.foundation_path))
+    transformer |= asdict(model.architecture) | vocabulary
     shape = latents_shape(Bucket(data.height, data.width, data.num_frames), temporal, spatial)
     return {
         name: Workload(
@@ -102,18 +103,17 @@ def workloads_of(args: list[str]) -> dict[str, Workload]:
     }
 
 
-def _sizes(foundation: Path) -> tuple[dict[str, Any], int, tuple[int, int, int]]:
-    """The transformer's options, the vocabulary size and the VAE's (channels, temporal, spatial)."""
+def _sizes(foundation: Path) -> tuple[dict[str, Any], dict[str, Any], tuple[int, int, int]]:
+    """The transformer's options, its vocabulary's and the VAE's (channels, temporal, spatial)."""
     if (foundation / "transformer" / "config.json").is_file():
-        transformer, encoder, vae = (
-            json.loads((foundation / name / "config.json").read_text())
-            for name in ("transformer", "text_encoder", "vae")
+        transformer, vae = (
+            json.loads((foundation / name / "config.json").read_text()) for name in ("transformer", "vae")
         )
         scales = (vae["z_dim"], vae.get("scale_factor_temporal", TEMPORAL), vae.get("scale_factor_spatial", SPATIAL))
-        return transformer, int(encoder["vocab_size"]), scales
+        return transformer, vocabulary_of(foundation), scales
     for name, options in WAN21.items():
         if foundation.name.startswith(name):
-            return dict(options), UMT5_VOCAB_SIZE, (LATENT_CHANNELS, TEMPORAL, SPATIAL)
+            return dict(options), {"vocab_size": UMT5_VOCAB_SIZE}, (LATENT_CHANNELS, TEMPORAL, SPATIAL)
     raise FileNotFoundError(f"foundation={str(foundation)!r}: no such folder, nor one of {', '.join(WAN21)}")
 
 

@@ -57,6 +57,6 @@ def ask_questions(
     return replace(
         inputs,
         prompt_embeds=inputs.prompt_embeds.index_copy(0, where, embeds.to(inputs.prompt_embeds)),
-        text_ids=inputs.text_ids.index_copy(0, where, answers.to(inputs.text_ids)),
+        text_ids=inputs.text_ids.index_copy(0, where, tasks.encode_tokens(answers, "answer").to(inputs.text_ids)),
         is_question=torch.zeros(len(batch["key"]), dtype=torch.bool, device=where.device).index_fill(0, where, True),
     )

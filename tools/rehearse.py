@@ -1,0 +1,189 @@
+"""Rehearse the work with Wan2.1 at its true size: seconds and peak memory of every step, without a download.
+
+    python tools/rehearse.py --size 1.3b --output runs/rehearsal
+
+It writes a folder of Wan2.1-T2V's layout, configurations, dtypes and shard index with random weights, and runs the
+README's commands on it at 64x64, 5 frames, on a CPU: synthesize, encode, fit, convert, predict. Apart from the weights
+the folder is true but for the tokenizer (the embedded world's) and the depth of the text encoder (1 layer of 24). What
+is trained has --train-layers of the transformer's layers, since optimizer states of all of them take too much memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from tools.make_foundation import make_tokenizer, make_vae
+from univigu.cli import ToolParser, exit_code
+from univigu.data.video import encode_mp4
+from univigu.models.foundation import COMPONENTS
+from univigu.shapes.scenes import sample_scene
+from univigu.shapes.texts import prompt_of
+from univigu.training.plan import UMT5_VOCAB_SIZE, WAN21
+
+SHARD_BYTES = 5e9  # of a file, as in Wan's folders
+TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2, "text_dim": 32}
+FRAMES, SIDE = 5, 64
+COMMANDS = """
+synthesize, 2 steps | tools/synthesize.py --prompts prompts.txt --pipeline wan --height 64 --width 64 --num-frames 5
+    --fps 16 --steps 2 --batch-size 1 --dtype bfloat16 --min-caption 1 --device cpu --output data/train
+encode | tools/encode.py --source data --output data-encoded --foundation wan --height 64 --width 64 --num-frames 5
+    --dtype float16 --device cpu
+prune the vocabulary | tools/convert.py prune --foundation short --texts data --output pruned
+fit recall, 2 steps | FIT --config=configs/recall.yaml SCALE --config=configs/frozen.yaml
+    --trainer.default_root_dir=recall
+fit refine, 2 steps | FIT --config=configs/refine.yaml SCALE --config=configs/frozen.yaml
+    --trainer.default_root_dir=refine --model.init_from=recall/checkpoints/last.ckpt
+convert | tools/convert.py pipeline --checkpoint refine/checkpoints/last.ckpt --foundation pruned --output model
+predict | CAPTION --model.foundation=model --model.init_from=model/transformer --trainer.precision=bf16-true
+predict, all layers and tokens, bfloat16 | CAPTION --model.foundation=wan --model.init_from=null
+    --trainer.precision=bf16-true
+predict, all layers and tokens, float32 | CAPTION --model.foundation=wan --model.init_from=null
+"""
+"""Name and command of each step, for the folder of the rehearsal."""
+CLIP = "--data.height=64 --data.width=64 --data.num_frames=5 --data.num_workers=0 --trainer.accelerator=cpu"
+SHORT = {
+    "FIT": f"-m univigu.cli fit {CLIP} --model.foundation=pruned --data.shards=data-encoded --data.batch_size=1 "
+    "--data.length_filter.min_caption=1 --model.optimizer.name=muon --trainer.precision=bf16-true --trainer.max_steps=2 "
+    "--trainer.limit_val_batches=0 --media.every_n_steps=0 --report.num_samples=1 --model.sampling.caption_steps=1",
+    "CAPTION": f"-m univigu.cli predict {CLIP} --config=configs/caption.yaml --data.videos=clip.mp4 "
+    "--trainer.default_root_dir=caption --model.sampling.caption_steps=2",
+}
+"""What the commands abbreviate."""
+
+
+def write_weights(model: nn.Module, folder: Path, name: str) -> None:
+    """Random float32 weights of a model on the meta device, in shards with an index; one shard is in memory at once."""
+    shapes = {key: value.shape for key, value in model.state_dict().items() if key != "encoder.embed_tokens.weight"}
+    groups, size = [list[str]()], 0.0
+    for key, shape in shapes.items():
+        if size and size + 4 * shape.numel() > SHARD_BYTES:
+            groups, size = [*groups, []], 0.0
+        groups[-1].append(key)
+        size += 4 * shape.numel()
+    places = {}
+    for number, keys in enumerate(groups, 1):
+        file = f"{name}-{number:05d}-of-{len(groups):05d}.safetensors"
+        norms = {key for key in keys if "norm" in key and len(shapes[key]) == 1}
+        state = {key: torch.ones(shapes[key]) if key in norms else 0.02 * torch.randn(shapes[key]) for key in keys}
+        save_file(state, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(keys, file)
+    total = 4 * sum(shape.numel() for shape in shapes.values())
+    (folder / f"{name}.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2)
+    )
+
+
+def write_foundation(folder: Path, size: str) -> None:
+    """A folder as ``hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers`` makes it."""
+    tiny = size == "tiny"
+    options = TINY | {"in_channels": 4, "out_channels": 4} if tiny else WAN21[f"Wan2.1-T2V-{size.upper()}"]
+    tokenizer = make_tokenizer()
+    widths = {"d_model": options["text_dim"], "d_kv": 8, "d_ff": 32, "num_heads": 4, "vocab_size": len(tokenizer)}
+    if not tiny:
+        widths |= {"d_kv": 64, "d_ff": 10240, "num_heads": 64, "vocab_size": UMT5_VOCAB_SIZE}
+    config = UMT5Config(**widths, num_layers=1, feed_forward_proj="gated-gelu", dropout_rate=0.0)
+    with torch.device("meta"):
+        models = {"transformer": WanTransformer3DModel(**options), "text_encoder": UMT5EncoderModel(config)}
+    for name, model in models.items():
+        (folder / name).mkdir(parents=True)
+        if isinstance(model, WanTransformer3DModel):
+            model.save_config(folder / name)
+        else:
+            config.architectures = ["UMT5EncoderModel"]
+            config.save_pretrained(folder / name)
+        write_weights(model, folder / name, "diffusion_pytorch_model" if name == "transformer" else "model")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    (make_vae(8, 4) if tiny else AutoencoderKLWan()).save_pretrained(folder / "vae")
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    UniPCMultistepScheduler(**flow).save_pretrained(folder / "scheduler")
+    kinds = {"tokenizer": "T5TokenizerFast", "text_encoder": "UMT5EncoderModel", "vae": "AutoencoderKLWan"}
+    kinds |= {"transformer": "WanTransformer3DModel", "scheduler": "UniPCMultistepScheduler"}
+    libraries = {name: "transformers" if name in ("tokenizer", "text_encoder") else "diffusers" for name in kinds}
+    index = {"_class_name": "WanPipeline"} | {name: [libraries[name], kind] for name, kind in kinds.items()}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+
+
+def write_short(folder: Path, source: Path, num_layers: int) -> None:
+    """The same foundation with fewer layers."""
+    (folder / "transformer").mkdir(parents=True)
+    for name in (*COMPONENTS, "model_index.json"):
+        if name != "transformer":
+            (folder / name).symlink_to((source / name).resolve())
+    config = WanTransformer3DModel.load_config(source / "transformer")
+    with torch.device("meta"):
+        model = WanTransformer3DModel.from_config({**config, "num_layers": num_layers})
+    model.save_config(folder / "transformer")
+    write_weights(model, folder / "transformer", "diffusion_pytorch_model")
+
+
+def commands(scale: str) -> Iterator[tuple[str, list[str]]]:
+    """Each step's name and its arguments, without the interpreter; paths are relative to the rehearsal's folder."""
+    for step in COMMANDS.replace("\n    ", " ").strip().splitlines():
+        name, _, command = step.partition(" | ")
+        for word, meaning in (SHORT | {"SCALE": scale}).items():
+            command = re.sub(rf"\b{word}\b", meaning, command)
+        yield name, command.split()
+
+
+def measure(command: list[str], root: Path) -> tuple[float, int]:
+    """Run a command with this interpreter in a folder; its seconds and peak memory in bytes."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *command], cwd=root)
+    _, status, usage = os.wait4(process.pid, 0)
+    if os.waitstatus_to_exitcode(status):
+        raise ValueError(f"this command failed: {' '.join(command)}")
+    return time.perf_counter() - start, 1024 * usage.ru_maxrss
+
+
+def rehearse(root: Path, size: str, num_layers: int) -> list[tuple[str, float, float]]:
+    """Write the folders and run every command; (name, seconds, gigabytes) of each."""
+    write_foundation(root / "wan", size)
+    write_short(root / "short", root / "wan", num_layers)
+    (root / "prompts.txt").write_text("".join(prompt_of(sample_scene(seed)) + "\n" for seed in range(2)))
+    (root / "clip.mp4").write_bytes(encode_mp4(torch.randint(0, 256, (FRAMES, 3, SIDE, SIDE), dtype=torch.uint8)))
+    for name in ("tools", "configs"):
+        (root / name).symlink_to(Path(__file__).resolve().parents[1] / name)
+    rows = []
+    for name, command in commands("" if size == "tiny" else f"--config=configs/wan2.1-{size}.yaml"):
+        seconds, peak = measure(command, root)
+        rows.append((name, seconds, peak / 1e9))
+        print(f"{name}: {seconds:.0f} s, {peak / 1e9:.2f} GB", flush=True)
+    return rows
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.output.exists():
+        raise ValueError(f"--output {options.output}: it is there already; delete it or choose another")
+    table = Table("step", "seconds", "peak GB", title=f"Wan2.1 {options.size}, random weights")
+    for name, seconds, peak in rehearse(options.output, options.size, options.train_layers):
+        table.add_row(name, f"{seconds:.0f}", f"{peak:.2f}")
+    Console().print(table)
+
+
+def main(args: list[str] | None = None) -> int:
+    parser = ToolParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("runs/rehearsal"), help="folder of everything it writes")
+    parser.add_argument("--size", choices=["tiny", "1.3b", "14b"], default="1.3b", help="of the transformer and VAE")
+    parser.add_argument("--train-layers", type=int, default=4, help="layers of the transformer that is trained")
+    options = parser.parse_args(args)
+    return exit_code(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
