@@ -8,7 +8,8 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
-from tools.make_foundation import make_tokenizer, make_vae
+from tools.make_foundation import make_vae
+from univigu.models.foundation import Foundation
 from univigu.models.options import ArchitectureOptions
 from univigu.models.transformer import UniViGUTransformer3DModel
 
@@ -53,7 +54,7 @@ def make_unified(wan: WanTransformer3DModel, vocab_size: int = 11, **options: An
 def make_pipeline() -> WanPipeline:
     """All the components of WanPipeline, random; 8x8 spatial and 4x temporal compression as Wan's."""
     torch.manual_seed(0)
-    tokenizer = make_tokenizer()
+    tokenizer = Foundation().tokenizer
     text_encoder = UMT5EncoderModel(
         UMT5Config(
             vocab_size=len(tokenizer),
@@ -68,7 +69,7 @@ def make_pipeline() -> WanPipeline:
             feed_forward_proj="gated-gelu",
         )
     )
-    vae = make_vae(8, CHANNELS)
+    vae = make_vae(CHANNELS, 8)
     vae.register_to_config(latents_mean=[0.1] * CHANNELS, latents_std=[1.5] * CHANNELS)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return WanPipeline(

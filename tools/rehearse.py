@@ -21,23 +21,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
-from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from tools.make_foundation import make_tokenizer, make_vae
+from tools.make_foundation import make_vae
 from univigu.cli import ToolParser, exit_code
 from univigu.data.video import encode_mp4
-from univigu.models.foundation import COMPONENTS
+from univigu.models.foundation import COMPONENTS, Foundation
+from univigu.models.official import UMT5_VOCAB_SIZE
+from univigu.models.weights import known_options
 from univigu.shapes.scenes import sample_scene
 from univigu.shapes.texts import prompt_of
-from univigu.training.plan import UMT5_VOCAB_SIZE, WAN21
+from univigu.training.plan import WAN21
 
-SHARD_BYTES = 5e9  # of a file, as in Wan's folders
 TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2, "text_dim": 32}
+TINY |= {"in_channels": 4, "out_channels": 4}
 FRAMES, SIDE = 5, 64
 COMMANDS = """
 synthesize, 2 steps | tools/synthesize.py --prompts prompts.txt --pipeline wan --height 64 --width 64 --num-frames 5
@@ -59,77 +59,45 @@ predict, all layers and tokens, float32 | CAPTION --model.foundation=wan --model
 CLIP = "--data.height=64 --data.width=64 --data.num_frames=5 --data.num_workers=0 --trainer.accelerator=cpu"
 SHORT = {
     "FIT": f"-m univigu.cli fit {CLIP} --model.foundation=pruned --data.shards=data-encoded --data.batch_size=1 "
-    "--data.length_filter.min_caption=1 --model.optimizer.name=muon --trainer.precision=bf16-true --trainer.max_steps=2 "
-    "--trainer.limit_val_batches=0 --media.every_n_steps=0 --report.num_samples=1 --model.sampling.caption_steps=1",
+    "--data.length_filter.min_caption=1 --model.optimizer.name=muon --trainer.precision=bf16-true --trainer.max_steps=2"
+    " --trainer.limit_val_batches=0 --media.every_n_steps=0 --report.num_samples=1 --model.sampling.caption_steps=1",
     "CAPTION": f"-m univigu.cli predict {CLIP} --config=configs/caption.yaml --data.videos=clip.mp4 "
     "--trainer.default_root_dir=caption --model.sampling.caption_steps=2",
 }
 """What the commands abbreviate."""
 
 
-def write_weights(model: nn.Module, folder: Path, name: str) -> None:
-    """Random float32 weights of a model on the meta device, in shards with an index; one shard is in memory at once."""
-    shapes = {key: value.shape for key, value in model.state_dict().items() if key != "encoder.embed_tokens.weight"}
-    groups, size = [list[str]()], 0.0
-    for key, shape in shapes.items():
-        if size and size + 4 * shape.numel() > SHARD_BYTES:
-            groups, size = [*groups, []], 0.0
-        groups[-1].append(key)
-        size += 4 * shape.numel()
-    places = {}
-    for number, keys in enumerate(groups, 1):
-        file = f"{name}-{number:05d}-of-{len(groups):05d}.safetensors"
-        norms = {key for key in keys if "norm" in key and len(shapes[key]) == 1}
-        state = {key: torch.ones(shapes[key]) if key in norms else 0.02 * torch.randn(shapes[key]) for key in keys}
-        save_file(state, folder / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(keys, file)
-    total = 4 * sum(shape.numel() for shape in shapes.values())
-    (folder / f"{name}.safetensors.index.json").write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2)
-    )
-
-
 def write_foundation(folder: Path, size: str) -> None:
-    """A folder as ``hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers`` makes it."""
+    """A folder as ``hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers`` makes it; one component is in memory at once."""
     tiny = size == "tiny"
-    options = TINY | {"in_channels": 4, "out_channels": 4} if tiny else WAN21[f"Wan2.1-T2V-{size.upper()}"]
-    tokenizer = make_tokenizer()
-    widths = {"d_model": options["text_dim"], "d_kv": 8, "d_ff": 32, "num_heads": 4, "vocab_size": len(tokenizer)}
-    if not tiny:
-        widths |= {"d_kv": 64, "d_ff": 10240, "num_heads": 64, "vocab_size": UMT5_VOCAB_SIZE}
-    config = UMT5Config(**widths, num_layers=1, feed_forward_proj="gated-gelu", dropout_rate=0.0)
-    with torch.device("meta"):
-        models = {"transformer": WanTransformer3DModel(**options), "text_encoder": UMT5EncoderModel(config)}
-    for name, model in models.items():
-        (folder / name).mkdir(parents=True)
-        if isinstance(model, WanTransformer3DModel):
-            model.save_config(folder / name)
-        else:
-            config.architectures = ["UMT5EncoderModel"]
-            config.save_pretrained(folder / name)
-        write_weights(model, folder / name, "diffusion_pytorch_model" if name == "transformer" else "model")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    (make_vae(8, 4) if tiny else AutoencoderKLWan()).save_pretrained(folder / "vae")
-    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
-    UniPCMultistepScheduler(**flow).save_pretrained(folder / "scheduler")
-    kinds = {"tokenizer": "T5TokenizerFast", "text_encoder": "UMT5EncoderModel", "vae": "AutoencoderKLWan"}
-    kinds |= {"transformer": "WanTransformer3DModel", "scheduler": "UniPCMultistepScheduler"}
-    libraries = {name: "transformers" if name in ("tokenizer", "text_encoder") else "diffusers" for name in kinds}
-    index = {"_class_name": "WanPipeline"} | {name: [libraries[name], kind] for name, kind in kinds.items()}
+    options = TINY if tiny else WAN21[f"Wan2.1-T2V-{size.upper()}"]
+    tokenizer, widths = (
+        Foundation().tokenizer,
+        {"d_kv": 64, "d_ff": 10240, "num_heads": 64, "vocab_size": UMT5_VOCAB_SIZE},
+    )
+    if tiny:
+        widths = {"d_kv": 8, "d_ff": 32, "num_heads": 4, "vocab_size": len(tokenizer)}
+    config = UMT5Config(d_model=options["text_dim"], **widths, num_layers=1, feed_forward_proj="gated-gelu")
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    vae = make_vae(4, 8) if tiny else AutoencoderKLWan()
+    WanPipeline(tokenizer, None, vae, scheduler, None).save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    for name, kind in {"text_encoder": UMT5EncoderModel, "transformer": WanTransformer3DModel}.items():
+        index[name] = [kind.__module__.partition(".")[0], kind.__name__]
+        model = kind(config) if name == "text_encoder" else kind(**options)
+        model.save_pretrained(folder / name, max_shard_size="5GB")
+        del model
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
 def write_short(folder: Path, source: Path, num_layers: int) -> None:
     """The same foundation with fewer layers."""
-    (folder / "transformer").mkdir(parents=True)
-    for name in (*COMPONENTS, "model_index.json"):
-        if name != "transformer":
-            (folder / name).symlink_to((source / name).resolve())
+    folder.mkdir()
+    for name in {*COMPONENTS, "model_index.json"} - {"transformer"}:
+        (folder / name).symlink_to((source / name).resolve())
     config = WanTransformer3DModel.load_config(source / "transformer")
-    with torch.device("meta"):
-        model = WanTransformer3DModel.from_config({**config, "num_layers": num_layers})
-    model.save_config(folder / "transformer")
-    write_weights(model, folder / "transformer", "diffusion_pytorch_model")
+    options = known_options(WanTransformer3DModel, config) | {"num_layers": num_layers}
+    WanTransformer3DModel(**options).save_pretrained(folder / "transformer")
 
 
 def commands(scale: str) -> Iterator[tuple[str, list[str]]]:
