@@ -318,8 +318,14 @@ def test_a_configuration_may_name_weights_to_evaluate(in_tmp: Path, checkpoint: 
     shutil.copy(checkpoint, "runs/refine/checkpoints/last.ckpt")
     args, saved = ["validate", *REFINE, "--config=mine.yaml"], Path("runs/refine/tensorboard/config.yaml")
     saved.parent.mkdir()
-    for start, uses_last in ((checkpoint, True), ("runs/recall/checkpoints/last.ckpt", False), ("null", False)):
-        saved.write_text(f"model: {{init_from: {start}}}")
+    starts = (
+        (checkpoint, "null"),
+        ("runs/recall/checkpoints/last.ckpt", "null"),
+        ("null", "null"),
+        ("null", "resumed.ckpt"),
+    )
+    for (start, resumed), uses_last in zip(starts, (True, False, False, True), strict=True):
+        saved.write_text(f"model: {{init_from: {start}}}\nckpt_path: {resumed}")
         cli = WithoutRun(args)
         assert (cli.config["validate"].ckpt_path is not None) == uses_last == (cli.model.init_from is None)
     saved.unlink()

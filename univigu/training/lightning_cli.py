@@ -206,9 +206,10 @@ class UniViGUCLI(LightningCLI):
 
 
 def _trained_from(root: Path, default: str) -> str | None:
-    """The ``model.init_from`` of the training in a folder, as its curves' folder records it."""
-    saved = root / "tensorboard" / "config.yaml"
-    return yaml.safe_load(saved.read_text())["model"]["init_from"] if saved.exists() else default
+    """The ``model.init_from`` of the training in a folder, as its curves' folder records it; ``default`` if unknown."""
+    file = root / "tensorboard" / "config.yaml"
+    saved = yaml.safe_load(file.read_text()) if file.exists() else {"ckpt_path": None, "model": {"init_from": default}}
+    return default if saved["ckpt_path"] else saved["model"]["init_from"]  # a resumed one does not record it
 
 
 def _takes_last_run(model: Namespace) -> bool:
