@@ -208,7 +208,7 @@ class UniViGUCLI(LightningCLI):
 def _trained_from(root: Path, default: str) -> str | None:
     """The ``model.init_from`` of the training in a folder, as its curves' folder records it; ``default`` if unknown."""
     file = root / "tensorboard" / "config.yaml"
-    saved = yaml.safe_load(file.read_text()) if file.exists() else {"ckpt_path": None, "model": {"init_from": default}}
+    saved: dict[str, Any] = yaml.safe_load(file.read_text()) if file.exists() else {"ckpt_path": "unknown"}
     return default if saved["ckpt_path"] else saved["model"]["init_from"]  # a resumed one does not record it
 
 
