@@ -20,6 +20,7 @@ from univigu.cli import main
 from univigu.data.video import encode_mp4, read_video
 from univigu.models.options import ArchitectureOptions
 from univigu.models.transformer import is_text_parameter
+from univigu.sampling.options import SamplingOptions
 from univigu.shapes.renderer import render
 from univigu.shapes.scenes import sample_scene
 from univigu.training.lightning_cli import (
@@ -29,6 +30,7 @@ from univigu.training.lightning_cli import (
     lock_folder,
     move_earlier_logs,
 )
+from univigu.training.module import UniViGU
 from univigu.training.parallel import ShardedStrategy
 from univigu.training.parser import REPLACED
 from univigu.training.prediction import predict_batch
@@ -190,8 +192,6 @@ def test_questions_are_answered(predict: Predict, clips: Path) -> None:
 
 def test_a_question_is_a_condition(foundation: str) -> None:
     """What is asked reaches the model: the logits under it are others than under the empty prompt."""
-    from univigu.training.module import UniViGU
-
     module = UniViGU(foundation, predict_task="qa")
     seen: list[torch.Tensor] = []
     module.configure_model()
@@ -205,6 +205,7 @@ def test_a_question_is_a_condition(foundation: str) -> None:
         "text": ["a red circle"],
         "strength": [None],
         "video": render(sample_scene(0), 64, 64, 9)[None],
+        "clip": [0],
     }
     module.sampling.caption_steps = 1
     data = SimpleNamespace(prompt_length=16)
@@ -212,6 +213,29 @@ def test_a_question_is_a_condition(foundation: str) -> None:
     predict_batch(module, {**batch, "text": ["where is the blue ring"]}, data)
     predict_batch(module, batch, data)
     assert torch.equal(seen[0], seen[2]) and (seen[0] - seen[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_the_questions_about_a_video_share_its_pass(foundation: str, reads: bool) -> None:
+    """If the video does not read them; in any case they are answered as one by one."""
+    options = ArchitectureOptions("mask", clean_video_reads_text=False, clean_video_reads_prompt=reads)
+    module = UniViGU(foundation, predict_task="qa", architecture=options, sampling=SamplingOptions(caption_steps=2))
+    module.configure_model()
+    torch.nn.init.normal_(module.transformer.text_head.linear.weight)
+    module.transformer.register_to_config(text_length=8)
+    passes: list[int] = []
+    module.transformer.patch_embedding.register_forward_hook(lambda _, __, output: passes.append(len(output)))
+    clips, asked = [0, 0, 1, 2, 2], ["a red circle", "where is it", "a", "which", "a"]
+    rows = {"index": range(5), "path": ["v"] * 5, "error": [None] * 5, "text": asked, "strength": [None] * 5}
+    videos = torch.stack([render(sample_scene(i), 64, 64, 9) for i in range(3)])
+    data = SimpleNamespace(prompt_length=16)
+    together = predict_batch(module, {**rows, "clip": clips, "video": videos}, data)
+    assert passes == ([2, 2, 1] if reads else [2, 1])
+    for i, clip in enumerate(clips):
+        row = {name: values[i : i + 1] for name, values in rows.items()}
+        (alone,) = predict_batch(module, {**row, "clip": [0], "video": videos[clip][None]}, data)
+        assert alone.row["answer"] == together[i].row["answer"]
+    assert len({result.row["answer"] for result in together}) == 5
 
 
 def test_an_interrupted_run_continues_exactly(in_tmp: Path, small_data: list[str], checkpoint: Path) -> None:

@@ -198,15 +198,6 @@ def test_a_task_names_the_component_that_it_lacks(pipe: UniViGUPipeline, part: s
         UniViGUPipeline(**(pipe.components | {part: None})).joint("a red circle", **SIZE)
 
 
-def test_the_second_transformer_of_wan22_serves_alone(pipe: UniViGUPipeline) -> None:
-    """A boundary of 1 leaves every step to ``transformer_2``."""
-    parts = pipe.components | {"transformer": None, "transformer_2": pipe.transformer, "boundary_ratio": 1.0}
-    second = UniViGUPipeline(**parts)
-    second.set_progress_bar_config(disable=True)
-    frames = [p("a red circle", generator=seeds(3), **SIZE, **QUICK).frames for p in (pipe, second)]
-    assert np.array_equal(*frames)
-
-
 def test_a_wan_pipeline_with_our_transformer_becomes_ours(pipe: UniViGUPipeline, folder: Path) -> None:
     wan = WanPipeline.from_pretrained(folder)
     assert type(wan) is WanPipeline and type(wan.transformer) is type(pipe.transformer)
@@ -282,13 +273,3 @@ def test_caches_of_blocks_work_for_videos_and_are_refused_for_texts(config: Any)
         pipe.caption(CLIP, **READ)
     pipe.transformer.disable_cache()
     assert pipe.caption(CLIP, **READ).tokens.shape == (1, 12)
-
-
-def test_a_time_for_each_token_reaches_wans_forward() -> None:
-    """As Wan2.2 5B has it."""
-    wan = tiny.make_wan()
-    model = tiny.make_unified(wan)
-    latents, prompt = torch.randn(1, tiny.CHANNELS, 2, 4, 4), torch.randn(1, 5, tiny.TEXT_DIM)
-    times = torch.linspace(0, 900, 8)[None]
-    with torch.no_grad():
-        assert torch.equal(model(latents, times, prompt).sample, wan(latents, times, prompt).sample)

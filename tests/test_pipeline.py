@@ -29,9 +29,11 @@ QUICK = {"num_inference_steps": 2, "max_sequence_length": 16}
 READ = {"caption_steps": 2, "max_sequence_length": 16}
 
 
-def make_pipe(text_flow: str = "mask", kind: type[UniViGUPipeline] = univigu.UniViGUPipeline) -> UniViGUPipeline:
+def make_pipe(
+    text_flow: str = "mask", kind: type[UniViGUPipeline] = univigu.UniViGUPipeline, **architecture: Any
+) -> UniViGUPipeline:
     wan = tiny.make_pipeline()
-    model = tiny.make_unified(wan.transformer, len(wan.tokenizer), text_flow=text_flow)
+    model = tiny.make_unified(wan.transformer, len(wan.tokenizer), text_flow=text_flow, **architecture)
     model.register_to_config(text_length=12)
     pipe = kind(wan.tokenizer, wan.text_encoder, wan.vae, wan.scheduler, model)
     pipe.set_progress_bar_config(disable=True)
@@ -95,6 +97,21 @@ def test_questions_are_conditions(pipe: UniViGUPipeline, videos: np.ndarray) -> 
         task(videos, questions, generator=seeds(1, 2), **READ) for task in (pipe.answer, pipe.caption)
     )
     assert torch.equal(answered.tokens, captioned.tokens) and len(answered.text) == 2
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_several_questions_about_a_video_are_answered_as_each_alone(reads: bool, videos: np.ndarray) -> None:
+    """With one pass of a video that reads neither text nor prompt."""
+    pipe = make_pipe(clean_video_reads_text=reads, clean_video_reads_prompt=reads)
+    questions, read = ["what color is it", "which shape", "", "which shape"], READ | {"temperature": 1.0}
+    passes: list[int] = []
+    pipe.transformer.patch_embedding.register_forward_hook(lambda *_: passes.append(1))
+    together = pipe.caption(videos[0], questions, generator=seeds(1, 2, 3, 4), **read)
+    assert len(passes) == (8 if reads else 1)
+    alone = [pipe.caption(videos[0], text, generator=seeds(i + 1), **read) for i, text in enumerate(questions)]
+    assert together.text == [output.text[0] for output in alone] and len(set(together.text)) == 4
+    with pytest.raises(ValueError, match="4 of them for 2 videos"):
+        pipe.caption(videos, questions, **read)
 
 
 def test_samples_are_the_same_in_any_batch(pipe: UniViGUPipeline) -> None:
@@ -233,7 +250,6 @@ def test_an_option_that_a_task_would_ignore_is_refused(pipe: UniViGUPipeline, vi
         (caption, {"guidance_scale": 2.0}, r"guidance_scale=2\.0: caption .* uses .*caption_guidance_scale"),
         (caption, {"solver": "euler"}, "solver='euler': caption does not use it; it uses caption_steps,"),
         (joint, {"caption_steps": 5}, "caption_steps=5: joint does not use it; it uses num_inference_steps"),
-        (joint, {"batch_guidance": True}, "batch_guidance=True: joint does not use it"),
         (joint, {"joint_lag": 0, "caption_refresh": 2}, "caption_refresh=2: .* use it with joint_lag over 0"),
         (edit, {"caption_steps": 5}, "caption_steps=5: edit does not use it; it uses num_inference_steps"),
         (edit, {"temperature": 1.0}, r"temperature=1\.0: edit does not use it; it uses num_inference_steps,"),
@@ -251,7 +267,7 @@ def test_an_option_that_a_task_would_ignore_is_refused(pipe: UniViGUPipeline, vi
         with pytest.raises(ValueError, match=f"{name}=1: .* does not use it; it uses "):
             task(**{name: 1})
 
-    whole = SamplingOptions(num_inference_steps=1, caption_steps=1, batch_guidance=True, caption_refresh=2)
+    whole = SamplingOptions(num_inference_steps=1, caption_steps=1, caption_refresh=2)
     for task in (caption, joint, edit):
         task(options=whole)
     joint(num_inference_steps=1, joint_lag=1, caption_refresh=2, text_order="confidence")

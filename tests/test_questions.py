@@ -163,14 +163,20 @@ def test_a_share_of_the_understand_samples_answers_questions(folder: Path) -> No
     assert detokenize(tokenizer, after.text_ids)[1] == "moving left." and after.is_question.tolist() == [False, True]
 
     shown: list[torch.Tensor] = []
+    asked: list[torch.Tensor] = []
 
     def model(video: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor, *text: Any) -> Any:
         shown.append(embeds)
+        asked.append(text[0].prompt_embeds)
         return module.transformer(video, timestep, embeds, *text)
 
     model.config, model.token_table = module.transformer.config, module.transformer.token_table
     module.objective(model, after, (0, 2, 0), ConditionDropout(1.0, 1.0, 1.0))
     assert torch.equal(shown[0][0], after.null_embeds[0]) and torch.equal(shown[0][1], after.prompt_embeds[1])
+    assert asked[0] is None
+    module.transformer.register_to_config(clean_video_reads_prompt=False)  # only the text sees the question
+    module.objective(model, after, (0, 2, 0), ConditionDropout(1.0, 1.0, 1.0))
+    assert torch.equal(shown[1], after.null_embeds.expand(2, -1, -1)) and torch.equal(asked[1], shown[0])
 
 
 def test_a_sample_without_a_fitting_question_keeps_its_caption(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
 from tools.make_foundation import make_vae
@@ -51,8 +51,26 @@ def make_unified(wan: WanTransformer3DModel, vocab_size: int = 11, **options: An
     return model.eval()
 
 
-def make_pipeline() -> WanPipeline:
-    """All the components of WanPipeline, random; 8x8 spatial and 4x temporal compression as Wan's."""
+def make_wan22_vae() -> AutoencoderKLWan:
+    """Wan2.2 TI2V-5B's VAE but for its widths: 48 channels, residual blocks, 16x16 spatial and 4x temporal."""
+    return AutoencoderKLWan(
+        base_dim=4,
+        decoder_base_dim=6,
+        z_dim=48,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        scale_factor_temporal=4,
+    )
+
+
+def make_pipeline(wan22: bool = False) -> WanPipeline:
+    """All the components of WanPipeline, random; 8x8 spatial and 4x temporal compression as Wan's, or as Wan2.2 5B."""
     torch.manual_seed(0)
     tokenizer = Foundation().tokenizer
     text_encoder = UMT5EncoderModel(
@@ -69,13 +87,15 @@ def make_pipeline() -> WanPipeline:
             feed_forward_proj="gated-gelu",
         )
     )
-    vae = make_vae(CHANNELS, 8)
-    vae.register_to_config(latents_mean=[0.1] * CHANNELS, latents_std=[1.5] * CHANNELS)
+    vae = make_wan22_vae() if wan22 else make_vae(CHANNELS, 8)
+    channels = vae.config.z_dim
+    vae.register_to_config(latents_mean=[0.1] * channels, latents_std=[1.5] * channels)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return WanPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder.eval(),
         vae=vae.eval(),
-        transformer=make_wan(),
+        transformer=make_wan(in_channels=channels, out_channels=channels),
         scheduler=scheduler,
+        expand_timesteps=wan22,
     )

@@ -45,8 +45,8 @@ from univigu.training.parallel import reshard
 PREFIX = "transformer."
 EMA_PREFIX = "ema."  # of callbacks.WeightEMA
 SHARDED_PREFIX = "state_dict."  # of weights in a sharded checkpoint, written by Lightning
-FREE = ("clean_video_reads_text", "clean_video_timestep", "text_length", *CONVENTIONS)
-"""Options that shape no weight. A run chooses the first two itself; the others are taken from the checkpoint."""
+FREE = ("clean_video_reads_text", "clean_video_reads_prompt", "clean_video_timestep", "text_length", *CONVENTIONS)
+"""Options that shape no weight. A run chooses the first three itself; the others are taken from the checkpoint."""
 
 
 def check_checkpoint_file(path: Path) -> None:

@@ -27,7 +27,7 @@ from univigu.flow.random import Generators
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
 from univigu.models.conventions import Conventions
 from univigu.models.encode import encode_prompts
-from univigu.models.foundation import EMBEDDED_FOUNDATION, EMBEDDED_MODEL, Foundation, set_conv_layout
+from univigu.models.foundation import EMBEDDED_FOUNDATION, EMBEDDED_MODEL, TWO_TRANSFORMERS, Foundation, set_conv_layout
 from univigu.models.frames import crop, to_pixels
 from univigu.models.tokens import BRIEF_QUESTION, Vocabulary, clean_text, detokenize, replace_words, tokenize
 from univigu.models.transformer import UniViGUTransformer3DModel
@@ -175,26 +175,25 @@ class UniViGUPipeline(WanPipeline):
         vae: AutoencoderKLWan,
         scheduler: Any,
         transformer: UniViGUTransformer3DModel | None = None,
-        transformer_2: WanTransformer3DModel | UniViGUTransformer3DModel | None = None,
+        transformer_2: WanTransformer3DModel | None = None,
         boundary_ratio: float | None = None,
         expand_timesteps: bool = False,
     ) -> None:
+        if transformer_2 is not None:
+            raise ValueError(f"transformer_2: {TWO_TRANSFORMERS}")
         if transformer is not None and not isinstance(transformer, UniViGUTransformer3DModel):
             raise ValueError(
                 f"transformer: expected a UniViGUTransformer3DModel, got {type(transformer).__name__}; train its text "
                 "stream with `lightning fit --config configs/recall.yaml --model.foundation FOLDER`"
             )
-        super().__init__(
-            tokenizer, text_encoder, vae, scheduler, transformer, transformer_2, boundary_ratio, expand_timesteps
-        )
+        super().__init__(tokenizer, text_encoder, vae, scheduler, transformer, None, boundary_ratio, expand_timesteps)
         if self.vae is not None:
             set_conv_layout(self.vae)
 
     @property
     def conventions(self) -> Conventions:
         """Those of the transformer, or of the folder if it was loaded without one."""
-        model = self.transformer or self.transformer_2
-        return Conventions.of(self._transformer_config if model is None else model.config)
+        return Conventions.of(self._transformer_config if self.transformer is None else self.transformer.config)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As in diffusers; the VAE's kernels get the memory format of the device."""
@@ -221,7 +220,7 @@ class UniViGUPipeline(WanPipeline):
             kwargs["transformer"] = UniViGUTransformer3DModel.from_pretrained(EMBEDDED_MODEL, **own)
         check_files(Path(folder), subfolders=True)
         pipe = super().from_pretrained(folder, **kwargs)
-        if "transformer" in kwargs and pipe.transformer is None and pipe.transformer_2 is None:
+        if "transformer" in kwargs and pipe.transformer is None:
             options = {name: kwargs[name] for name in ("cache_dir", "revision", "token") if name in kwargs}
             pipe._transformer_config = WanTransformer3DModel.load_config(folder, subfolder="transformer", **options)
         return pipe
@@ -251,12 +250,15 @@ class UniViGUPipeline(WanPipeline):
         width: int | None = None,
         **options: Any,
     ) -> UniViGUOutput:
-        """Describe videos; the text is conditioned on the prompt, by default on none."""
+        """Describe videos; the text is conditioned on the prompt, by default on none.
+
+        Several prompts about one video share its pass where the model lets them, see docs/INFERENCE.md.
+        """
         prompt = None if prompt == "" else prompt
         return self._run("caption", prompt, video, (height, width), output_type=None, **options)
 
     def answer(self, video: Any, question: str | list[str], **options: Any) -> UniViGUOutput:
-        """Answer questions about videos: a caption whose condition is the question, which is not empty."""
+        """Answer questions about videos, or several about one: captions whose conditions are the questions."""
         if not all(text.strip() for text in ([question] if isinstance(question, str) else question)):
             raise ValueError(f"question={question!r}: expected a question, got an empty one")
         return self.caption(video, question, **options)
@@ -325,7 +327,7 @@ class UniViGUPipeline(WanPipeline):
             count = len(inputs["latents"])
         if words and prompt is None:
             prompt = runner.describe(inputs["latents"], max_sequence_length, generator)
-        prompts = None if prompt is None else self._prompts(prompt, count, max_sequence_length)
+        prompts = None if prompt is None else self._prompts(prompt, count, max_sequence_length, task == "caption")
         if words and prompts is not None:
             prompts = [replace_words(text, words) for text in prompts]
         samples = runner.sample(task, prompts, max_sequence_length, **inputs)
@@ -369,14 +371,14 @@ class UniViGUPipeline(WanPipeline):
         assert self.transformer is not None
         return TaskRunner(self, self.transformer, lambda: self.scheduler, options, self._execution_device)
 
-    def _prompts(self, prompt: str | list[str], count: int | None, length: int) -> list[str]:
-        """A list of prompts that fit their slot, one prompt repeated ``count`` times."""
+    def _prompts(self, prompt: str | list[str], count: int | None, length: int, several: bool) -> list[str]:
+        """A list of prompts that fit their slot: one for each of ``count`` videos, or several for a single one."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise ValueError("prompt=[]: expected at least one")
         if count is not None and len(prompts) == 1:
             prompts = prompts * count
-        if count is not None and len(prompts) != count:
+        if count is not None and count != len(prompts) and (count > 1 or not several):
             raise ValueError(f"prompt: {len(prompts)} of them for {count} videos; give one for all or one for each")
         check_prompts(self.tokenizer, prompts, length)
         return prompts

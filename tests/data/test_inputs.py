@@ -278,6 +278,22 @@ def test_batches_of_pairs(foundation: str, clip: str, tmp_path: Path) -> None:
     assert batch["video"].shape == (2, 9, 3, 64, 64) and batch["video"].dtype == torch.uint8
 
 
+def test_the_questions_about_a_video_come_together(foundation: str, clip: str, tmp_path: Path) -> None:
+    """With their video once, and at most 16 of them, whatever the batch size."""
+    (tmp_path / "broken.mp4").write_text("not a video")
+    other = tmp_path / "other.mp4"
+    other.write_bytes(Path(clip).read_bytes())
+    asked = [(clip, "a"), (str(tmp_path / "broken.mp4"), "a"), (str(other), "a"), (clip, "red " * 70), (clip, "b")]
+    rows = [{"video": video, "question": text} for video, text in asked]
+    (batch,) = predict(foundation, pairs=rows, predict_task="qa", prompt_length=64)
+    assert batch["index"] == [0, 3, 4, 1, 2] and batch["ok"] == [True, False, True, False, True]
+    assert len(batch["video"]) == 2 and [batch["clip"][i] for i in (0, 2, 4)] == [0, 0, 1]
+    assert "broken.mp4: not a readable video" in batch["error"][3] and "over the limit of 64" in batch["error"][1]
+    many = [{"video": clip, "question": f"{number}"} for number in range(20)]
+    batches = predict(foundation, pairs=many, predict_task="qa", batch_size=1)
+    assert [batch["index"] for batch in batches] == [list(range(16)), list(range(16, 20))]
+
+
 def test_arguments_that_do_not_fit(foundation: str, clip: str) -> None:
     for task, options in (("edit", {"videos": clip}), ("qa", {"prompts": "a"}), ("caption", {"pairs": [{}]})):
         with pytest.raises(DataError, match=rf"model\.predict_task='{task}' needs data\.(pairs|videos), not data\."):

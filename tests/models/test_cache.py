@@ -125,6 +125,60 @@ def test_the_prompts_keys_are_computed_once_for_video_alone(monkeypatch: pytest.
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["shared", "own"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_pass_of_the_video_alone_serves_its_texts(attention: str, count: int) -> None:
+    """Each under its own prompt; of the last block the video computes only its keys and values."""
+    options = {"clean_video_timestep": 250.0, "clean_video_reads_text": False, "clean_video_reads_prompt": False}
+    model, (latents, clean, null) = make(text_attention=attention, **options), draw_video()
+    prompts = torch.randn(count * BATCH, 5, tiny.TEXT_DIM, generator=torch.Generator().manual_seed(5))
+    last, calls = model.blocks[-1], {}
+    names = ("attn1.to_q", "attn1.to_k", "attn1.to_out.0", "attn2.to_q", "ffn", "attn1_t.to_k")
+    for name in names if attention == "own" else names[:-1]:
+        last.get_submodule(name).register_forward_hook(
+            lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1})
+        )
+    cache = AttentionCache(text_tokens=count * LENGTH)
+    assert model(latents, clean, null, cache=cache, predict_video=False).sample is None
+    assert calls == {"attn1.to_k": 1} | ({"attn1_t.to_k": 1} if attention == "own" else {})
+    for step in range(2):
+        tokens = torch.cat([draw_text(2 * step + number) for number in range(count)])
+        text = TextInputs(tokens, torch.full((len(tokens),), 900.0 - 300 * step), prompt_embeds=prompts)
+        cached = model(None, None, None, text, cache=cache).text
+        repeated = (x.repeat_interleave(count, dim=0) for x in (latents, clean, null))
+        expected = model(*repeated, text).text
+        torch.testing.assert_close(cached, expected, rtol=1e-5, atol=1e-5)
+        other = model(None, None, None, text._replace(prompt_embeds=prompts.flip(0)), cache=cache).text
+        assert (other - expected).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_text_without_the_videos_output_is_the_same() -> None:
+    model, video, text = make(), draw_video(), TextInputs(draw_text(0), times(700.0))
+    ffn: list[int] = []
+    model.blocks[-1].ffn.register_forward_hook(lambda *_: ffn.append(1))
+    expected = model(*video, text)
+    assert len(ffn) == 1
+    found = model(*video, text, predict_video=False)
+    assert len(ffn) == 1 and found.sample is None
+    torch.testing.assert_close(found.text, expected.text, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_time_for_each_token() -> None:
+    """As Wan2.2 5B's pipeline gives it, with cached prompts and beside text."""
+    model, (latents, _, prompt) = make(), draw_video()
+    each = torch.linspace(0, 900, 12).expand(BATCH, -1)
+    expected = model(latents, each, prompt).sample
+    assert torch.equal(tiny.make_wan()(latents, each, prompt).sample, expected)
+    torch.testing.assert_close(model(latents, each, prompt, cache=AttentionCache()).sample, expected)
+    text = TextInputs(draw_text(0), times(700.0))
+    equal = [model(latents, time, prompt, text) for time in (times(300.0), times(300.0)[:, None].expand(-1, 12))]
+    torch.testing.assert_close(equal[0].sample, equal[1].sample, rtol=1e-5, atol=1e-5)
+    assert (model(latents, each, prompt, text).sample - equal[0].sample).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["shared", "own"])
 def test_fused_projections(attention: str) -> None:
     model, video, cache = make(clean_video_reads_text=False, text_attention=attention), draw_video(), AttentionCache()
     expected = model(*video, TextInputs(draw_text(1), times(300.0))).text
@@ -150,5 +204,15 @@ def test_misuse_is_named() -> None:
         with pytest.raises(ValueError, match="another prompt's embeddings"):
             model(latents, clean, prompt + 1e-3, TextInputs(text, times(1.0)), cache=cache)
         model(latents, clean, prompt.clone(), TextInputs(text, times(1.0)), cache=cache)  # a copy is no other prompt
-        with pytest.raises(ValueError, match=r"shape \[3, 5\]: the cache was filled with \[3, 7\]"):
+        with pytest.raises(ValueError, match=r"shape \[3, 5\]: the cache has room for 7 tokens"):
             model(None, None, None, TextInputs(text[:, :5], times(1.0)), cache=cache)
+        with pytest.raises(ValueError, match="clean video that does not read text"):
+            model(latents, clean, prompt, cache=AttentionCache(text_tokens=7), predict_video=False)
+        alone = make(clean_video_reads_text=False)
+        with pytest.raises(ValueError, match="clean video that does not read text"):
+            alone(latents, clean + 1, prompt, cache=AttentionCache(text_tokens=7), predict_video=False)
+        with pytest.raises(ValueError, match=r"fills a cache, AttentionCache\(text_tokens"):
+            alone(latents, clean, prompt, predict_video=False)
+        own = TextInputs(text, times(1.0), prompt_embeds=prompt)
+        with pytest.raises(ValueError, match="prompt_embeds: with a cache"):
+            alone(latents, clean, prompt, own, cache=AttentionCache())

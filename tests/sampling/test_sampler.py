@@ -48,8 +48,9 @@ class Watch:
         return self.model(*args, **kwargs)
 
 
-def make_sampler(flow: str = "mask", reads_text: bool = True, **options: Any) -> Tasks:
-    model = tiny.make_unified(tiny.make_wan(), VOCAB, text_flow=flow, clean_video_reads_text=reads_text)
+def make_sampler(flow: str = "mask", reads_text: bool = True, model: Any = None, **options: Any) -> Tasks:
+    architecture = {"text_flow": flow, "clean_video_reads_text": reads_text, **(model or {})}
+    model = tiny.make_unified(tiny.make_wan(), VOCAB, **architecture)
     defaults = {"num_inference_steps": 3, "caption_steps": 4, "joint_lag": 0, "text_order": "random"}
     sampling = SamplingOptions(**(defaults | options))
     return Tasks(
@@ -189,11 +190,12 @@ def test_the_text_of_joint_may_end_after_the_video(embeds: Any, reads_text: bool
     seen: list[StepState] = []
     samples = sampler.joint(prompts, null, SHAPE, LENGTH, generators(1, 2, 3), seen.append)
     calls = sampler.model.calls
-    assert [round(float(kwargs["text"].timestep[0])) for _, kwargs in calls] == [1000, 800, 600, 400, 200]
+    texts = [kwargs["text"] for _, kwargs in calls if "text" in kwargs]
+    assert [round(float(text.timestep[0])) for text in texts] == [1000, 800, 600, 400, 200]
     # the finished video under the prompt; one that reads no text is computed once
     for args, _ in calls[3:] if reads_text else calls[3:4]:
         assert torch.equal(args[0], samples.latents) and not args[1].any() and torch.equal(args[2], prompts)
-    assert reads_text or calls[4][0] == (None, None, None)
+    assert reads_text or calls[4][0] == calls[5][0] == (None, None, None)
     assert [(state.step, state.num_steps) for state in seen] == [(i, 5) for i in range(5)]
     assert [state.video_time for state in seen[2:]] == [1.0] * 3 and torch.equal(seen[-1].text, samples.tokens)
     assert not (samples.tokens == VOCAB).any() and (seen[2].text == VOCAB).any()
@@ -252,7 +254,7 @@ def without_cache(sampler: Tasks) -> Tasks:
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             if args[0] is not None:
                 self.calls = [args]
-            return self.model(*self.calls[0], **{name: value for name, value in kwargs.items() if name != "cache"})
+            return self.model(*self.calls[0], text=kwargs.get("text"))
 
     sampler.model = Plain(model)
     return sampler
@@ -269,7 +271,7 @@ def test_a_video_that_does_not_read_is_computed_once(embeds: Any, flow: str, gui
     arguments = (clean, prompts, null, LENGTH, generators(1, 2, 3))
     cached = sampler.caption(*arguments, on_step=lambda s: states.append(s.text))
     passes = 2 if guidance else 1
-    assert text_only(sampler.model.calls) == [False] * passes + [True] * 3 * passes
+    assert text_only(sampler.model.calls) == [False, True] * passes + [True] * 3 * passes
     plain_states: list[torch.Tensor] = []
     plain = without_cache(make_sampler(flow, reads_text=False, **options))
     if not guidance:
@@ -287,13 +289,46 @@ def test_the_noise_that_guidance_contrasts_with_reads_text(embeds: Any, refresh:
     sampler = make_sampler("embedding", reads_text=False, caption_guidance_scale=2.0, caption_refresh=refresh)
     sampler.caption(torch.randn(3, *SHAPE), prompts, null, LENGTH, generators(1, 2, 3))
     calls = list(sampler.model.calls)
-    passes = ["vt"[alone] for alone in text_only(calls)]
-    assert "".join(passes[::2]) == "vttt" and "".join(passes[1::2]) == noise
-    for (args, kwargs), reads in zip(calls[:2], (False, True), strict=True):
-        texts = (kwargs["text"], kwargs["text"]._replace(tokens=kwargs["text"].tokens + 1.0))
+    passes = "".join("vt"[alone] for alone in text_only(calls))
+    assert passes[:2] == "vt" and passes[1::2] == "tttt" and passes[2::2] == noise
+    text = calls[1][1]["text"]
+    for (args, _), reads in zip((calls[0], calls[2]), (False, True), strict=True):
+        texts = (text, text._replace(tokens=text.tokens + 1.0))
         with torch.no_grad():
             one, other = (sampler.model.model(*args, text).sample for text in texts)
         assert torch.equal(one, other) != reads
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("shares", ["questions", "captions", "reads the prompt", "reads text", "noise"])
+def test_several_texts_about_a_video(embeds: Any, flow: str, shares: str) -> None:
+    """They share its pass where it does not depend on them, and are what each is alone."""
+    (prompts, null), clean = embeds, torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(9))
+    asked = (null if shares == "captions" else prompts)[[0, 0, 0] if shares == "captions" else [0, 1, 2]].repeat(
+        2, 1, 1
+    )
+    guidance = {"caption_guidance_scale": 2.0, "caption_guidance": "video" if shares == "noise" else "prompt"}
+    options = {"temperature": 1.0, **(guidance if shares in ("noise", "questions") else {})}
+    model = {"clean_video_reads_prompt": shares in ("captions", "reads the prompt", "reads text")}
+    sampler = make_sampler(flow, shares == "reads text", model, **options)
+    together = sampler.caption(clean, asked, null, LENGTH, generators(*range(6)))
+    passes = text_only(sampler.model.calls).count(False)
+    assert passes == {"questions": 2, "captions": 1, "reads the prompt": 3, "reads text": 12, "noise": 15}[shares]
+    for row in range(6):
+        video = clean[row // 3 : row // 3 + 1]
+        alone = sampler.caption(video, asked[row : row + 1], null, LENGTH, generators(row)).tokens
+        assert torch.equal(alone[0], together.tokens[row])
+    assert len({tuple(tokens) for tokens in together.tokens.tolist()}) == (2 if flow == "embedding" else 6)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_a_video_that_does_not_read_the_prompt_is_the_plain_computation(embeds: Any, flow: str) -> None:
+    (prompts, null), clean = embeds, torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(9))
+    sampler = make_sampler(flow, False, {"clean_video_reads_prompt": False}, temperature=1.0)
+    cached = sampler.caption(clean, prompts, null, LENGTH, generators(1, 2, 3)).tokens
+    plain = without_cache(sampler).caption(clean, prompts, null, LENGTH, generators(1, 2, 3)).tokens
+    assert torch.equal(cached, plain)
+    assert torch.equal(sampler.model.calls[0][2], null.expand(3, -1, -1))
 
 
 @pytest.mark.parametrize(("refresh", "expected"), [(1, "vvvvv"), (2, "vtvtv"), (9, "vtttt")])
@@ -388,21 +423,18 @@ def test_the_last_step_says_so(embeds: Any, task: str) -> None:
 # ---------------------------------------------------------------------- other ways to make video
 
 
-def test_conditional_and_unconditional_in_one_batch(embeds: Any) -> None:
-    prompts, null = embeds
-    both, turns = make_sampler(batch_guidance=True), make_sampler()
-    videos = [sampler.generate(prompts, null, SHAPE, generators(1, 2, 3)).latents for sampler in (both, turns)]
-    torch.testing.assert_close(*videos, rtol=1e-4, atol=1e-4)
-    assert [len(args[0]) for args, _ in both.model.calls] == [6] * 3 and len(turns.model.calls) == 6
-
-
-@pytest.mark.parametrize("batched", [False, True])
-def test_guidance_only_in_its_interval(embeds: Any, batched: bool) -> None:
-    sampler = make_sampler(solver="euler", num_inference_steps=4, guidance_interval=(0.05, 0.3), batch_guidance=batched)
+def test_guidance_only_in_its_interval(embeds: Any) -> None:
+    sampler = make_sampler(solver="euler", num_inference_steps=4, guidance_interval=(0.05, 0.3))
     sampler.generate(*embeds, SHAPE, generators(1, 2, 3))
     # times of the steps with shift 3: 0, 0.1, 0.25, 0.5
-    rows = [[3, 3, 3, 3, 3, 3], [3, 6, 6, 3]][batched]
-    assert [len(args[0]) for args, _ in sampler.model.calls] == rows
+    assert [args[2][0].equal(embeds[1][0]) for args, _ in sampler.model.calls] == [
+        False,
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_heun_evaluates_twice_a_step(embeds: Any) -> None:

@@ -49,7 +49,7 @@ class VideoTextDataModule(LightningDataModule):
             (docs/DATA.md); or a list of sources with weights (docs/SOURCES.md).  None takes the embedded world.
         num_train_clips: clips of the embedded world's training split.
         num_val_clips: clips of its validation split, and of its test split.
-        batch_size: samples of a batch on each device.
+        batch_size: samples of a batch on each device; in prediction videos, each with its questions.
         num_workers: loader processes; 0 loads in the training process.
         height: height of the videos in pixels.
         width: width of the videos in pixels.
@@ -300,7 +300,7 @@ class VideoTextDataModule(LightningDataModule):
         return SampleLoader(self._dataset(split, refs), batches, self.errors, self.num_workers, own)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """One row an input, in order, unusable ones included; see ``univigu.data.inputs``."""
+        """One row an input, unusable ones included, a video's questions together; see ``univigu.data.inputs``."""
         assert self._inputs is not None
         workers: dict[str, Any] = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
         return DataLoader(self._inputs, batch_size=self.batch_size, collate_fn=self._inputs.collate, **workers)

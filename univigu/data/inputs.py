@@ -29,6 +29,8 @@ INPUTS = dict(caption="videos", generate="prompts", joint="prompts", edit="pairs
 """The option of the data module that a task reads its inputs from."""
 TextField = Literal["prompt", "question"]
 DEFAULT_STRENGTH = 0.8
+MAX_QUESTIONS = 16
+"""Most questions about a video that are answered together."""
 
 
 @dataclass(frozen=True)
@@ -184,42 +186,65 @@ def _pairs_of(row: Row, field: TextField) -> list[PredictionInput]:
         return [replace(pair, error=f"{row.where}: {failure}")]
 
 
-class PredictionInputs(Dataset[dict[str, Any]]):
-    """The inputs (all with a video, or all with a text only) as rows, decoded and checked; see ``collate``."""
+class PredictionInputs(Dataset[list[dict[str, Any]]]):
+    """The inputs (all with a video, or all with a text only) as rows, decoded and checked; see ``collate``.
+
+    An item has the rows of one input, or of up to ``MAX_QUESTIONS`` questions about a video, which is read once.
+    """
 
     def __init__(
         self, inputs: Sequence[PredictionInput], size: Bucket, tokenizer: PreTrainedTokenizerBase, prompt_length: int
     ) -> None:
         self.inputs, self.size, self.tokenizer, self.prompt_length = inputs, size, tokenizer, prompt_length
+        groups: dict[Any, list[int]] = {}
+        for index, item in enumerate(inputs):
+            asked = item.video is not None and item.text is not None and item.strength is None
+            groups.setdefault(item.video if asked else index, []).append(index)
+        self.groups = [
+            group[start : start + MAX_QUESTIONS]
+            for group in groups.values()
+            for start in range(0, len(group), MAX_QUESTIONS)
+        ]
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return len(self.groups)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.inputs[index]
-        frames, error = None, item.error
+    def __getitem__(self, number: int) -> list[dict[str, Any]]:
+        items = [self.inputs[index] for index in self.groups[number]]
+        errors, frames = [self._error_of(item) for item in items], None
+        if items[0].video is not None and None in errors:
+            try:
+                frames = read_video(items[0].video, self.size.num_frames, self.size.height, self.size.width)
+            except VideoError as failure:
+                errors = [error or str(failure) for error in errors]
+        rows = []
+        for index, item, error in zip(self.groups[number], items, errors, strict=True):
+            row = {"index": index, "error": error, "ok": error is None}
+            texts = {"text": item.text, "strength": item.strength, "replace": item.replace}
+            shown = {"path": item.video, "video": frames, **texts}
+            rows.append(row | ({"prompt": item.text} if item.video is None else shown))
+        return rows
+
+    def _error_of(self, item: PredictionInput) -> str | None:
         try:
-            if error is None and item.text is not None:
+            if item.error is None and item.text is not None:
                 tokenize(self.tokenizer, [item.text], self.prompt_length)
-            if error is None and item.video is not None:
-                frames = read_video(item.video, self.size.num_frames, self.size.height, self.size.width)
-        except (TextTooLongError, VideoError) as failure:
-            error = str(failure)
-        row = {"index": index, "error": error, "ok": error is None}
-        if item.video is None:
-            return {**row, "prompt": item.text}
-        texts = {"text": item.text, "strength": item.strength, "replace": item.replace}
-        return {**row, "path": item.video, "video": frames, **texts}
+        except TextTooLongError as failure:
+            return str(failure)
+        return item.error
 
-    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def collate(self, groups: list[list[dict[str, Any]]]) -> dict[str, Any]:
         """A batch: lists ``index``, ``error``, ``ok``, and ``prompt`` or ``path`` of all rows.
 
-        With ``path`` come lists ``text``, ``strength`` and ``replace``, and ``video``, uint8 [n, F, C, H, W] of
-        the n rows without an error.
+        With ``path`` come lists ``text``, ``strength`` and ``replace``, and ``video``, uint8 [n, F, C, H, W] of the n
+        videos that can be used, in which ``clip`` has each row's number.
         """
+        rows = [row for group in groups for row in group]
         batch: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
         if "video" in batch:
-            videos = [frames for frames in batch["video"] if frames is not None]
+            shown = [group[0]["video"] is not None for group in groups]
+            videos = [group[0]["video"] for group, usable in zip(groups, shown, strict=True) if usable]
             none = torch.zeros(0, self.size.num_frames, 3, self.size.height, self.size.width, dtype=torch.uint8)
             batch["video"] = torch.stack(videos) if videos else none
+            batch["clip"] = [sum(shown[:number]) for number, group in enumerate(groups) for _ in group]
         return batch

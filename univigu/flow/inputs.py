@@ -27,3 +27,5 @@ class TextInputs(NamedTuple):
     """The previous step's prediction of the data [B, L, D], for the ``embedding`` flow's self-conditioning."""
     reader: TextReader | None = None
     """Replaces the text output by a function of the head's hidden states, see ``univigu.models.text.TextHead``."""
+    prompt_embeds: torch.Tensor | None = None
+    """Embeddings [B, S, text_dim] of the prompt (or question) that only the text reads. None: the video's prompt."""

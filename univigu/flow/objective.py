@@ -218,10 +218,18 @@ class UniFlowObjective:
     Args:
         shift: timestep shift of the video, above 0; the sampler should use the same one. 1 is no shift.
         text_time_power: power of the text's times, above 0, see ``univigu.flow.time.sample_text_times``.
+        clean_video_reads_prompt: as in ``univigu.models.options.ArchitectureOptions``.
     """
 
-    def __init__(self, text_flow: TextFlow, shift: float = 3.0, text_time_power: float = 1.0) -> None:
+    def __init__(
+        self,
+        text_flow: TextFlow,
+        shift: float = 3.0,
+        text_time_power: float = 1.0,
+        clean_video_reads_prompt: bool = True,
+    ) -> None:
         self.text_flow, self.shift, self.text_time_power = text_flow, shift, text_time_power
+        self.clean_video_reads_prompt = clean_video_reads_prompt
 
     def __call__(
         self,
@@ -277,6 +285,9 @@ class UniFlowObjective:
                 output = model(*inputs)
             else:
                 shown = texts.inputs(rows)
+                if task == "understand" and not self.clean_video_reads_prompt:
+                    inputs = (*inputs[:2], batch.null_embeds.expand(count, -1, -1))
+                    shown = shown._replace(prompt_embeds=embeds[rows])
                 if texts.flow.self_conditioning and twice:
                     shown = texts.self_conditioned(model, inputs, shown)
                 output = model(*inputs, shown)

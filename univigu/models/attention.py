@@ -38,7 +38,8 @@ def joint_attention(
     key_mask: torch.Tensor | None = None,
     video_only: VideoOnly = False,
     cache: LayerCache | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    for_text: bool = False,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Bidirectional self-attention over [video ; text], normalised streams [B, N, D] and [B, L, D].
 
     Args:
@@ -48,14 +49,19 @@ def joint_attention(
         key_mask: bool [B, 1, 1, N + L]; False hides a key from every query.
         video_only: samples whose video does not depend on the text.
         cache: where to keep the keys and values for ``text_attention``.
+        for_text: leave out the video's output.
     """
     rotate_v, rotate_t = partial(rotate_video, rotary=rotary_v), partial(rotate_text, rotary=rotary_t)
-    query_v, of_video = _query(attn, video, rotate_v), _key_value(attn, video, rotate_v)
     query_t, of_text = _query(attn_t or attn, text, rotate_t), _key_value(attn_t or attn, text, rotate_t)
-    read_by_text = _concatenate(of_video if attn_t is None else _key_value(attn_t, video, rotate_v), of_text)
+    shown = _key_value(attn_t or attn, video, rotate_v)
+    read_by_text = _concatenate(shown, of_text)
     if cache is not None and cache.keep_video:
         cache.joint = read_by_text
+    if for_text:
+        return None, _project_out(attn_t or attn, _attend(attn, query_t, *read_by_text, key_mask))
 
+    query_v = _query(attn, video, rotate_v)
+    of_video = shown if attn_t is None else _key_value(attn, video, rotate_v)
     if attn_t is None and video_only is False:
         query = torch.cat([query_v, query_t], dim=1)
         out_v, out_t = _attend(attn, query, *read_by_text, key_mask).split([video.shape[1], text.shape[1]], dim=1)
@@ -65,6 +71,21 @@ def joint_attention(
     if attn_t is not None:
         return _project_out(attn, out_v), _project_out(attn_t, out_t)
     return apply_together(partial(_project_out, attn), out_v, out_t)
+
+
+def video_attention(
+    attn: WanAttention,
+    attn_t: WanAttention | None,
+    video: torch.Tensor,
+    rotary: Rotary,
+    cache: LayerCache,
+    for_text: bool,
+) -> torch.Tensor | None:
+    """The video's half of :func:`joint_attention` where it does not read text; keeps keys and values for texts."""
+    rotate = partial(rotate_video, rotary=rotary)
+    of_video = _key_value(attn, video, rotate)
+    cache.keep(*(of_video if attn_t is None else _key_value(attn_t, video, rotate)))
+    return None if for_text else _project_out(attn, _attend(attn, _query(attn, video, rotate), *of_video, None))
 
 
 def _concatenate(video: KeyValue, text: KeyValue) -> KeyValue:
@@ -111,14 +132,21 @@ def text_attention(
 ) -> torch.Tensor:
     """The text's half of ``joint_attention``, with the video's keys and values from the cache.
 
-    The text's keys and values overwrite the end of the cached buffers, so that the video's are not copied.
+    The text's keys and values overwrite the end of the cached buffers, so that the video's are not copied. Several
+    texts about one video [B * K, L, D] are one sequence of K * L tokens; the mask hides the others from each.
     """
     assert cache.joint is not None
-    rotate = partial(rotate_text, rotary=rotary_t)
     key, value = cache.joint
-    start = key.shape[1] - text.shape[1]
-    key[:, start:], value[:, start:] = _key_value(attn, text, rotate)
-    return _project_out(attn, _attend(attn, _query(attn, text, rotate), key, value, key_mask))
+
+    def beside_video(states: torch.Tensor) -> torch.Tensor:
+        return rearrange(states, "(b k) l h d -> b (k l) h d", b=len(key))
+
+    rotate = partial(rotate_text, rotary=rotary_t)
+    own_key, own_value = map(beside_video, _key_value(attn, text, rotate))
+    start = key.shape[1] - own_key.shape[1]
+    key[:, start:], value[:, start:] = own_key, own_value
+    heads = _attend(attn, beside_video(_query(attn, text, rotate)), key, value, key_mask)
+    return _project_out(attn, rearrange(heads, "b (k l) h d -> (b k) l h d", l=text.shape[1]))
 
 
 def prompt_attention(

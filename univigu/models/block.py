@@ -10,7 +10,14 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from torch import nn
 
-from univigu.models.attention import VideoOnly, apply_together, joint_attention, prompt_attention, text_attention
+from univigu.models.attention import (
+    VideoOnly,
+    apply_together,
+    joint_attention,
+    prompt_attention,
+    text_attention,
+    video_attention,
+)
 from univigu.models.cache import LayerCache
 from univigu.models.internals import register_block
 from univigu.models.options import TextAttention
@@ -23,11 +30,13 @@ class TextStream(NamedTuple):
     states: torch.Tensor
     """[B, L, D]."""
     modulation: torch.Tensor
-    """Projected time embedding, [B, 6, D]."""
+    """Projected time embedding, [B, 1, 6, D]."""
     rotary: Rotary | None = None
     """Rotary table; None for learned positions."""
     key_mask: torch.Tensor | None = None
-    """bool [B, 1, 1, N + L]; False hides a key of [video ; text]."""
+    """bool [B, 1, 1, N + L]; False hides a key of [video ; text]. Of K texts a video [B, 1, K * L, N + K * L]."""
+    context: torch.Tensor | None = None
+    """The text's own prompt [B, S, D]; None: the video's."""
 
 
 class UniViGUTransformerBlock(WanTransformerBlock):
@@ -51,11 +60,12 @@ class UniViGUTransformerBlock(WanTransformerBlock):
         self,
         hidden_states: torch.Tensor | None,  # [B, N, D]; None: only the text, with the video's cached keys
         encoder_hidden_states: torch.Tensor | None,  # [B, S, D]
-        temb: torch.Tensor | None,  # [B, 6, D]
+        temb: torch.Tensor | None,  # [B, 1 or N, 6, D]; [B, 6, D] or [B, N, 6, D] in Wan's own forward
         rotary_emb: Rotary | None,
         text: TextStream | None = None,  # None: only the video
         video_only: VideoOnly = False,
         cache: LayerCache | None = None,
+        for_text: bool = False,  # leave out what only the video's output needs
     ) -> Any:
         """The video's states, and the text's if there is text: a tensor or a tuple of two."""
         if hidden_states is None:
@@ -68,25 +78,38 @@ class UniViGUTransformerBlock(WanTransformerBlock):
         # Both streams share one table of modulation; each has its own time.
         shift_v, scale_v, gate_v, *ffn_v = self._modulation(temb)
         normed_v = modulate(self.norm1, hidden_states, shift_v, scale_v)
-        if text is None:  # as the parent, with the prompt's cached keys
-            video = _gated(hidden_states, self.attn1(normed_v, None, None, rotary_emb), gate_v)
-            video = self._read_prompt(video, encoder_hidden_states, cache)
-            return self._feed_forward(self.ffn, video, *ffn_v)
+        if text is None:  # as the parent, with the prompt's cached keys, or keeping the video's own for texts
+            assert cache is not None
+            if cache.text_tokens:
+                video_out = video_attention(self.attn1, self.attn1_t, normed_v, rotary_emb, cache, for_text)
+                cache = None  # texts have their own prompt
+            else:
+                video_out = self.attn1(normed_v, None, None, rotary_emb)
+            if video_out is None:
+                return None
+            alone = self._read_prompt(_gated(hidden_states, video_out, gate_v), encoder_hidden_states, cache)
+            return self._feed_forward(self.ffn, alone, *ffn_v)
         shift_t, scale_t, gate_t, *ffn_t = self._modulation(text.modulation)
         normed_t = modulate(self.norm1, text.states, shift_t, scale_t)
 
         # 1. Self-attention over [video ; text]
         tables = (rotary_emb, text.rotary)
         video_out, text_out = joint_attention(
-            self.attn1, self.attn1_t, normed_v, normed_t, *tables, text.key_mask, video_only, cache
+            self.attn1, self.attn1_t, normed_v, normed_t, *tables, text.key_mask, video_only, cache, for_text
         )
-        video, states = _gated(hidden_states, video_out, gate_v), _gated(text.states, text_out, gate_t)
+        states = _gated(text.states, text_out, gate_t)
+        video = None if video_out is None else _gated(hidden_states, video_out, gate_v)
 
         # 2. Cross-attention onto the prompt, both streams as queries
-        video, states = apply_together(lambda x: self._read_prompt(x, encoder_hidden_states, cache), video, states)
+        if video is not None and text.context is None:
+            video, states = apply_together(lambda x: self._read_prompt(x, encoder_hidden_states, cache), video, states)
+        else:
+            video = None if video is None else self._read_prompt(video, encoder_hidden_states, cache)
+            context = encoder_hidden_states if text.context is None else text.context
+            states = self._read_prompt(states, context, cache)
 
         # 3. Feed-forward, one expert for each modality
-        video = self._feed_forward(self.ffn, video, *ffn_v)
+        video = None if video is None else self._feed_forward(self.ffn, video, *ffn_v)
         return video, self._feed_forward(self.ffn_t or self.ffn, states, *ffn_t)
 
     def _forward_text(self, text: TextStream, cache: LayerCache) -> torch.Tensor:
@@ -94,7 +117,7 @@ class UniViGUTransformerBlock(WanTransformerBlock):
         shift, scale, gate, *ffn = self._modulation(text.modulation)
         normed = modulate(self.norm1, text.states, shift, scale)
         attended = text_attention(self.attn1_t or self.attn1, normed, text.rotary, cache, text.key_mask)
-        states = self._read_prompt(_gated(text.states, attended, gate), None, cache)
+        states = self._read_prompt(_gated(text.states, attended, gate), text.context, cache)
         return self._feed_forward(self.ffn_t or self.ffn, states, *ffn)
 
     def _read_prompt(
@@ -109,7 +132,7 @@ class UniViGUTransformerBlock(WanTransformerBlock):
         return _gated(states, expert(modulate(self.norm3, states, shift, scale)), gate)
 
     def _modulation(self, temb: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (self.scale_shift_table + temb.float()).chunk(6, dim=1)
+        return (self.scale_shift_table + temb.float()).unbind(2)
 
 
 register_block(UniViGUTransformerBlock)

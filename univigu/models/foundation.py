@@ -22,6 +22,7 @@ EMBEDDED_FOUNDATION = str(Path(__file__).resolve().parents[1] / "assets" / "foun
 EMBEDDED_MODEL = str(Path(EMBEDDED_FOUNDATION).with_name("model"))
 """The unified transformer that ships, trained on the embedded world, in float16; its other components are the
 foundation's."""
+TWO_TRANSFORMERS = "two transformers (Wan2.2 A14B) are not supported; take a Wan2.1 model or Wan2.2 TI2V-5B"
 VOCABULARY = "vocabulary.json"
 """In a pruned folder: the list of the tokenizer's ids that texts are made of, see tools/convert.py."""
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
@@ -67,6 +68,7 @@ class Foundation:
 
     Raises:
         FileNotFoundError: the folder or one of its components is missing, by name.
+        ValueError: it holds two transformers.
     """
 
     def __init__(
@@ -85,6 +87,8 @@ class Foundation:
             if self.path.name.startswith("Wan") and not self.path.exists():
                 message += f"; download it: hf download Wan-AI/{self.path.name} --local-dir {path}"
             raise FileNotFoundError(message)
+        if (self.path / "transformer_2").is_dir():
+            raise ValueError(f"foundation={str(path)!r}: {TWO_TRANSFORMERS}")
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

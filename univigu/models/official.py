@@ -48,7 +48,8 @@ WAN_KEYS = (
 )
 """Weights from which the sizes of a Wan transformer are read."""
 ARCHITECTURE = {"separate_text_ffn": True, "text_attention": "shared", "text_positions": 0}
-CONDITIONS = {"clean_video_reads_text": True, "clean_video_timestep": 0, "text_length": 256} | vars(OFFICIAL)
+CONDITIONS = {"clean_video_reads_text": True, "clean_video_reads_prompt": True, "clean_video_timestep": 0}
+CONDITIONS |= {"text_length": 256} | vars(OFFICIAL)
 """Training conditions of the official model, which a file of weights does not record."""
 
 

@@ -36,6 +36,9 @@ class ArchitectureOptions:
     clean_video_reads_text: bool = True
     """Whether clean video (timestep 0) attends to text. False makes its keys and values independent of the text, so
     that captioning computes them once."""
+    clean_video_reads_prompt: bool = True
+    """Whether clean video beside text attends to the prompt (or question). False shows it the null condition, so that
+    one pass of it serves any number of questions; it needs ``clean_video_reads_text: false``."""
     clean_video_timestep: float = 0.0
     """Conditioning timestep for clean video beside text, in [0, 1000)."""
 
@@ -50,6 +53,8 @@ class ArchitectureOptions:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {choices}")
         if self.text_positions < 0:
             raise ValueError(f"text_positions={self.text_positions!r}: expected at least 0")
+        if self.clean_video_reads_text and not self.clean_video_reads_prompt:
+            raise ValueError("clean_video_reads_prompt=False: expected with clean_video_reads_text=False only")
         timestep = self.clean_video_timestep
         if not 0 <= timestep < NUM_TRAIN_TIMESTEPS:
             raise ValueError(f"clean_video_timestep={timestep!r}: expected a number in [0, {NUM_TRAIN_TIMESTEPS})")

@@ -94,7 +94,7 @@ def check_text(
     if hidden_states is not None and hidden_states.shape[0] != batch:
         raise ValueError(f"text.tokens has {batch} rows: expected {hidden_states.shape[0]}, as hidden_states")
     for name, value, dtype, shape in (
-        ("timestep", timestep, None, [batch]),
+        ("timestep", timestep, None, [batch, *([] if timestep is None else timestep.shape[1:2])]),
         ("text.timestep", text.timestep, None, [batch]),
         ("text.mask", text.mask, torch.bool, [batch, length]),
         ("text.positions", text.positions, torch.int64, [batch, length]),

@@ -24,6 +24,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput, apply_lora_scale
 from einops import rearrange
 from torch import nn
+from torch.nn.functional import pad
 
 from univigu.flow.inputs import TextInputs, TextReader
 from univigu.flow.text import EMBEDDING_INPUT_SCALE
@@ -128,6 +129,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         text_attention: TextAttention = "shared",
         separate_text_ffn: bool = True,
         clean_video_reads_text: bool = True,
+        clean_video_reads_prompt: bool = True,
         clean_video_timestep: float = 0.0,
         text_length: int = 256,
         latents_normalized: bool = True,
@@ -181,20 +183,23 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         cache: AttentionCache | None = None,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
+        predict_video: bool = True,
     ) -> UniViGUTransformerOutput | tuple[torch.Tensor | None, ...]:
         """Predict the video's velocity and the text's posterior at their own times.
 
         Args:
             hidden_states: normalised video latents [B, C, T, H, W]. None computes only the text, with the video's
                 keys and values from ``cache``; ``timestep`` and ``encoder_hidden_states`` are then None, too.
-            timestep: the video's Wan timestep 1000 * (1 - t), [B]; 0 is clean, fractions are kept.
+            timestep: the video's Wan timestep 1000 * (1 - t), [B], or one for each token [B, N] as Wan2.2 5B has it; 0
+                is clean, fractions are kept.
             encoder_hidden_states: prompt embeddings [B, S, text_dim], zero past the prompt's end.
             text: the text's inputs; None leaves the text stream out, and the video output is bit-equal to Wan's.
             cache: keys and values to keep and to reuse, see ``AttentionCache``; only without gradients.
+            predict_video: False leaves out what only ``sample`` needs: most of the last block, and the head.
 
         A ValueError names shapes or dtypes that do not fit together, and a cache that belongs to another call.
         """
-        if hidden_states is not None and text is None and cache is None:  # Wan's own model
+        if hidden_states is not None and text is None and cache is None and predict_video:  # Wan's own model
             (sample,) = super().forward(
                 hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, return_dict=False
             )
@@ -211,35 +216,49 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         assert timestep is not None and encoder_hidden_states is not None
         grid, stream = hidden_states.shape[2:], None
         video_only: VideoOnly = False
-        if text is not None:
-            clean = timestep == 0
+        for_text = text is None and not predict_video
+        if for_text and (self.config.clean_video_reads_text or bool((timestep != 0).any())):
+            raise ValueError("predict_video=False: without text it is for clean video that does not read text")
+        if for_text and (cache is None or not cache.text_tokens):
+            raise ValueError("predict_video=False: without text it fills a cache, AttentionCache(text_tokens=...)")
+        if text is not None or for_text:
+            clean = timestep.view(len(timestep), -1).eq(0).all(1)
             if not self.config.clean_video_reads_text:
                 video_only = same_for_all(clean)
             if self.config.clean_video_timestep:
-                timestep = timestep.float().masked_fill(clean, self.config.clean_video_timestep)
+                timestep = timestep.float().where(timestep > 0, self.config.clean_video_timestep)
         if cache is not None:
             cache.begin(encoder_hidden_states, len(self.blocks))
 
         # 1. Video tokens and their positions; the video's time; the prompt
         rotary = self.rope(hidden_states)
         video = rearrange(self.patch_embedding(hidden_states), "b d t h w -> b (t h w) d").contiguous()  # [B, N, D]
+        times = None if timestep.ndim == 1 else timestep.shape[1]
         temb, modulation, context, image_context = self.condition_embedder(
-            timestep, encoder_hidden_states, encoder_hidden_states_image
+            timestep.flatten(), encoder_hidden_states, encoder_hidden_states_image, times
         )
-        modulation = modulation.unflatten(1, (6, -1))
+        temb, modulation = temb.reshape(len(video), -1, video.shape[2]), modulation.unflatten(-1, (6, -1))
+        modulation = modulation.reshape(len(video), -1, *modulation.shape[-2:])
         if image_context is not None:
             context = torch.cat([image_context, context], dim=1)
 
         # 2. Text tokens, their positions and the text's time
         if text is not None:
-            stream, temb_t = self._embed_text(text, video.shape[1], video.dtype, temb.dtype)
-            if cache is not None and cache.keep_video:
-                cache.video_tokens, cache.text_tokens = video.shape[1], stream.states.shape[1]
+            stream, temb_t = self._embed_text(text, len(video), video.shape[1], video.dtype, temb.dtype)
+            if text.prompt_embeds is not None:
+                if cache is not None:
+                    raise ValueError("text.prompt_embeds: with a cache only in passes without video")
+                own = self.condition_embedder.text_embedder(text.prompt_embeds.to(encoder_hidden_states.dtype))
+                stream = stream._replace(context=own)
+        if cache is not None and cache.keep_video and (text is not None or for_text):
+            cache.video_tokens = video.shape[1]
+            cache.text_tokens = cache.text_tokens if text is None else text.tokens.shape[1]
 
         # 3. Blocks
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else cache.layers[i]
-            inputs = (video, context, modulation, rotary, stream, video_only, layer)
+            last = not predict_video and i + 1 == len(self.blocks)
+            inputs = (video, context, modulation, rotary, stream, video_only, layer, last)
             training = torch.is_grad_enabled() and self.gradient_checkpointing
             states = checkpointed(self, block, *inputs) if training else block(*inputs)
             if stream is None:
@@ -248,7 +267,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
                 video, stream = states[0], stream._replace(states=states[1])
 
         # 4. Heads
-        sample = self._video_head(video, temb, grid)
+        sample = self._video_head(video, temb, grid) if predict_video else None
         if text is None or stream is None:
             return UniViGUTransformerOutput(sample=sample) if return_dict else (sample,)
         logits = self._text_head(stream.states, temb_t, text.reader)
@@ -257,17 +276,21 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
     def _forward_text(self, text: TextInputs | None, cache: AttentionCache | None) -> torch.Tensor:
         """Only the text, with the cached video and prompt."""
         if text is None or cache is None or cache.prompt_embeds is None or not cache.video_tokens:
-            raise ValueError("hidden_states=None: expected text and a cache filled by a pass with video and text")
-        shape, filled = list(text.tokens.shape[:2]), [cache.prompt_embeds.shape[0], cache.text_tokens]
-        if shape != filled:
-            raise ValueError(f"text.tokens has shape {shape}: the cache was filled with {filled}")
-        stream, temb = self._embed_text(text, cache.video_tokens, cache.states_dtype, cache.prompt_embeds.dtype)
+            raise ValueError("hidden_states=None: expected text and a cache filled by a pass with video")
+        rows, length = text.tokens.shape[:2]
+        if rows % cache.videos or rows * length != cache.videos * cache.text_tokens:
+            room = f"{cache.text_tokens} tokens beside each of {cache.videos} videos"
+            raise ValueError(f"text.tokens has shape {[rows, length]}: the cache has room for {room}")
+        dtypes = cache.states_dtype, cache.prompt_embeds.dtype
+        stream, temb = self._embed_text(text, cache.videos, cache.video_tokens, *dtypes)
+        if text.prompt_embeds is not None and cache.take_prompt(text.prompt_embeds):
+            stream = stream._replace(context=self.condition_embedder.text_embedder(text.prompt_embeds))
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             stream = stream._replace(states=block(None, None, None, None, stream, cache=layer))
         return self._text_head(stream.states, temb, text.reader)
 
     def _embed_text(
-        self, text: TextInputs, video_tokens: int, dtype: torch.dtype, time_dtype: torch.dtype
+        self, text: TextInputs, videos: int, video_tokens: int, dtype: torch.dtype, time_dtype: torch.dtype
     ) -> tuple[TextStream, torch.Tensor]:
         """The text stream before the first block, and the text's time embedding [B, D]."""
         if text.tokens.ndim == 2:
@@ -284,16 +307,21 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             rotary = text_rotary_table(positions, self.config.attention_head_dim)
         else:
             states = states + self.text_position_embed(positions)
-        if text.mask is not None:  # every video key may be attended to
-            seen = text.mask.new_ones(text.mask.shape[0], video_tokens)
-            key_mask = torch.cat([seen, text.mask], dim=1)[:, None, None]
+        count = len(states) // videos  # texts about each video, none of which sees another
+        if text.mask is not None or count > 1:
+            shown = states.new_ones(states.shape[:2], dtype=torch.bool) if text.mask is None else text.mask
+            key_mask = rearrange(shown, "(b k) l -> b 1 1 (k l)", k=count)
+            if count > 1:
+                number = torch.arange(count, device=states.device).repeat_interleave(states.shape[1])
+                key_mask = key_mask & (number[:, None] == number)
+            key_mask = pad(key_mask, (video_tokens, 0), value=True)  # every video key may be attended to
         sinusoid = self.condition_embedder.timesteps_proj(text.timestep)
         temb, modulation = self.time_embedding_t(sinusoid, time_dtype)
-        return TextStream(states.to(dtype), modulation, rotary, key_mask), temb
+        return TextStream(states.to(dtype), modulation[:, None], rotary, key_mask), temb
 
     def _video_head(self, video: torch.Tensor, temb: torch.Tensor, grid: torch.Size) -> torch.Tensor:
         """Tokens [B, N, D] -> latents [B, C, T, H, W]; the parent's output head."""
-        shift, scale = (self.scale_shift_table.to(temb.device) + temb[:, None]).chunk(2, dim=1)
+        shift, scale = (self.scale_shift_table.to(temb.device) + temb[:, :, None]).unbind(2)
         video = self.proj_out(modulate(self.norm_out, video, shift, scale))
         pt, ph, pw = self.config.patch_size
         t, h, w = grid[0] // pt, grid[1] // ph, grid[2] // pw

@@ -17,7 +17,7 @@ _CLEAN_VIDEO = ("caption_refresh", "caption_guidance_scale", "caption_guidance")
 TASK_OPTIONS: dict[str, tuple[str, ...]] = {
     "caption": ("caption_steps", *_CLEAN_VIDEO, *_TEXT),
     "joint": (*_VIDEO, "joint_lag", *_CLEAN_VIDEO, *_TEXT),
-    "edit": (*_VIDEO, "batch_guidance"),
+    "edit": _VIDEO,
 }
 """Options that a task uses; ``text_order`` with the mask flow only."""
 
@@ -35,9 +35,6 @@ class SamplingOptions:
     """Classifier-free guidance on the video; 1 or less switches it off."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Flow times (0 noise, 1 data) between which guidance is on (Kynkaanniemi et al., 2024, arXiv:2404.07724)."""
-    batch_guidance: bool = False
-    """Compute the conditional and the unconditional prediction of ``generate`` and ``edit`` in one batch: faster on an
-    idle accelerator, twice the activations. Tasks with text compute them in turn, because the second has no text."""
     solver: Solver = "scheduler"
     """"scheduler": the one of the foundation's folder. Others are diffusers' flow-matching "euler" and "heun", "unipc"
     and "dpm" (DPM++ 2M), with that one's shift."""

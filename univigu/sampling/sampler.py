@@ -56,7 +56,7 @@ class SampleInputs:
 
     prompt_embeds: torch.Tensor
     """Encoded prompts [B, S, text_dim]. Of a caption the condition, [B or 1, ...]: the encoded empty prompt, a brief
-    prompt, or a question, whose answer the text then is."""
+    prompt, or a question, whose answer the text then is. [B * K, ...] are K of them about each video, in its order."""
     null_embeds: torch.Tensor
     """The encoded empty prompt [1, S, text_dim]."""
     latents: torch.Tensor | None = None
@@ -85,41 +85,28 @@ class VideoRun:
     """The video of one sampling run, with its guidance; the prompt's keys and values are computed once."""
 
     def __init__(
-        self,
-        model: Any,
-        solver: VideoSolver,
-        state: torch.Tensor,
-        inputs: SampleInputs,
-        options: SamplingOptions,
-        together: bool,
+        self, model: Any, solver: VideoSolver, state: torch.Tensor, inputs: SampleInputs, options: SamplingOptions
     ) -> None:
-        self.model, self.solver, self.state, self.options, self.together = model, solver, state, options, together
-        prompt = inputs.prompt_embeds.to(model.dtype)
+        self.model, self.solver, self.state, self.options = model, solver, state, options
         null = inputs.null_embeds.expand(len(state), -1, -1).to(model.dtype)
-        self.conditions = {"prompt": prompt, "null": null}
-        if together:
-            self.conditions["both"] = torch.cat([prompt, null])
+        self.conditions = {"prompt": inputs.prompt_embeds.to(model.dtype), "null": null}
         self.caches = {name: AttentionCache(keep_video=False) for name in self.conditions}
 
     def advance(self, i: int, text: TextInputs | None) -> torch.Tensor | None:
         """Take step i; returns the text's logits if text is computed along."""
         scale, (low, high) = self.options.guidance_scale, self.options.guidance_interval
-        guided, logits = scale > 1 and low <= self.solver.times[i] <= high, None
-        if guided and self.together:
-            prediction, unconditional = self._predict(i, "both").sample.chunk(2)
-        else:  # a pass with prompt and text, and for guidance one with neither
-            output = self._predict(i, "prompt", text)
-            prediction, logits = output.sample, output.text
-            unconditional = self._predict(i, "null").sample if guided else prediction
-        if guided:
+        # A pass with prompt and text, and for guidance one with neither.
+        output = self._predict(i, "prompt", text)
+        prediction = output.sample
+        if scale > 1 and low <= self.solver.times[i] <= high:
+            unconditional = self._predict(i, "null").sample
             prediction = unconditional + scale * (prediction - unconditional)
         self.state = self.solver.step(prediction, i, self.state)
+        logits: torch.Tensor | None = output.text
         return logits
 
     def _predict(self, i: int, condition: str, text: TextInputs | None = None) -> Any:
         latents = self.state.to(self.model.dtype)
-        if condition == "both":
-            latents = torch.cat([latents, latents])
         timestep = self.solver.timestep(i, len(latents), latents.device)
         return self.model(latents, timestep, self.conditions[condition], text=text, cache=self.caches[condition])
 
@@ -131,17 +118,26 @@ class VideoContext:
     latents: torch.Tensor
     timestep: torch.Tensor
     prompt_embeds: torch.Tensor
+    """Of each text, [B, S, text_dim], or [B * K, S, text_dim] where K texts share a video."""
+    video_embeds: torch.Tensor
+    """What the video reads, [B, S, text_dim]."""
     refresh: int | None
-    """Recompute it every so many steps; None: compute it once, because it does not depend on the text."""
+    """Recompute it with the text every so many steps; None: compute it once, because it does not depend on the text."""
 
     def __post_init__(self) -> None:
         self.cache = AttentionCache(keep_video=self.refresh != 1)
 
     def logits(self, model: Any, step: int, text: TextInputs) -> torch.Tensor:
-        """The model's logits [B, L, V] at a step; the video is computed along with them only when it is due."""
-        due = step == 0 if self.refresh is None else step % self.refresh == 0
-        video = (self.latents, self.timestep, self.prompt_embeds) if due else (None, None, None)
-        return model(*video, text=text, cache=self.cache).text
+        """The model's logits [B, L, V] at a step; the video is computed only when it is due."""
+        video = self.latents, self.timestep, self.video_embeds
+        if self.refresh is not None:
+            due = step % self.refresh == 0
+            return model(*(video if due else [None] * 3), text=text, cache=self.cache, predict_video=False).text
+        if step == 0:
+            self.cache = AttentionCache(text_tokens=text.timestep.numel() // len(self.latents) * text.tokens.shape[1])
+            model(*video, cache=self.cache, predict_video=False)
+        text = text._replace(prompt_embeds=self.prompt_embeds)
+        return model(None, None, None, text=text, cache=self.cache).text
 
 
 @dataclass
@@ -197,6 +193,9 @@ class Sampler:
     def sample(self, task: Task, inputs: SampleInputs) -> Samples:
         """Samples of a task, which is a choice of where each modality starts."""
         video, solver, text, generator = inputs.latents, None, None, inputs.generator
+        texts = len(inputs.prompt_embeds) // len(video) if task == "caption" and video is not None else 1
+        if texts > 1 and not self._shares_video(inputs.prompt_embeds.unflatten(0, (-1, texts))):
+            return self._in_turn(inputs, texts)
         if task in ("generate", "joint"):
             video, solver = _noise(inputs.prompt_embeds, inputs.shape, generator), self._solver(start=0.0)
         assert video is not None
@@ -209,9 +208,31 @@ class Sampler:
         if task in ("caption", "joint"):
             steps = self.options.caption_steps if solver is None else len(solver.times) + self.options.joint_lag
             flow = self.text_flow.bind(self.model)
-            state = flow.initial(len(video), inputs.text_length, generator, video.device)
+            rows = max(len(video), len(inputs.prompt_embeds))
+            state = flow.initial(rows, inputs.text_length, generator, video.device)
             text = TextRun(flow, state, [flow.warp(i / steps) for i in range(steps + 1)], generator)
         return self._denoise(inputs, video, solver, text)
+
+    def _shares_video(self, prompts: torch.Tensor) -> bool:
+        """Whether one pass of each video serves all its texts, exactly: their prompts are [B, K, S, text_dim]."""
+        config, options = self.model.config, self.options
+        if config.clean_video_reads_text or (
+            options.caption_guidance_scale != 1 and options.caption_guidance == "video"
+        ):
+            return False
+        return not config.clean_video_reads_prompt or bool((prompts == prompts[:, :1]).all())
+
+    def _in_turn(self, inputs: SampleInputs, texts: int) -> Samples:
+        """Each video's texts one after the other, because each of them needs its own pass of the video."""
+        assert inputs.latents is not None
+        made, generator = [], inputs.generator
+        for number in range(texts):
+            rows = slice(number, None, texts)
+            own = generator[rows] if isinstance(generator, list) else generator
+            part = self.sample("caption", replace(inputs, prompt_embeds=inputs.prompt_embeds[rows], generator=own))
+            assert part.tokens is not None
+            made.append(part.tokens)
+        return Samples(inputs.latents, torch.stack(made, dim=1).flatten(0, 1))
 
     def _denoise(
         self, inputs: SampleInputs, video: torch.Tensor, solver: VideoSolver | None, text: TextRun | None
@@ -219,8 +240,7 @@ class Sampler:
         """The solver's steps of the video, the text along with them if there is any; then the text's other steps."""
         run, contexts, logits = None, [], None
         if solver is not None:
-            together = self.options.batch_guidance and text is None
-            run = VideoRun(self.model, solver, video, inputs, self.options, together)
+            run = VideoRun(self.model, solver, video, inputs, self.options)
         video_steps = 0 if solver is None else len(solver.times)
         num_steps = video_steps if text is None else len(text.times) - 1
         for i in range(num_steps):
@@ -258,16 +278,20 @@ class Sampler:
 
         The noise of ``caption_guidance`` "video" reads text in every model, so caching it is always an approximation.
         """
-        batch, options, dtype = latents.shape[0], self.options, self.model.dtype
-        embeds = inputs.prompt_embeds.expand(batch, -1, -1).to(dtype)
-        refresh = options.caption_refresh if self.model.config.clean_video_reads_text else None
-        clean = VideoContext(latents.to(dtype), _timestep(1.0, latents), embeds, refresh)
+        options, config, dtype = self.options, self.model.config, self.model.dtype
+        rows = max(len(latents), len(inputs.prompt_embeds))
+        embeds, null = (x.expand(rows, -1, -1).to(dtype) for x in (inputs.prompt_embeds, inputs.null_embeds))
+        refresh = options.caption_refresh if config.clean_video_reads_text else None
+        read = embeds if config.clean_video_reads_prompt else null
+        if rows > len(latents):
+            read = read[:: rows // len(latents)]
+        clean = VideoContext(latents.to(dtype), _timestep(1.0, latents), embeds, read, refresh)
         if options.caption_guidance_scale == 1:
             return [clean]
         if options.caption_guidance == "video":
             noise = _noise(latents, latents.shape[1:], inputs.generator).to(dtype)
-            return [clean, VideoContext(noise, _timestep(0.0, latents), embeds, options.caption_refresh)]
-        return [clean, replace(clean, prompt_embeds=inputs.null_embeds.expand(batch, -1, -1).to(dtype))]
+            return [clean, VideoContext(noise, _timestep(0.0, latents), embeds, embeds, options.caption_refresh)]
+        return [clean, replace(clean, prompt_embeds=null, video_embeds=null[: len(latents)])]
 
     def _solver(self, start: float) -> VideoSolver:
         solver = self.scheduler if self.options.solver == "scheduler" else self.options.solver

@@ -236,7 +236,7 @@ class UniViGU(EvaluatedModule):
         """The losses of the present stage."""
         config = self._model.config
         flow = make_text_flow(config.text_flow, config.vocab_size)
-        return UniFlowObjective(flow, self.shift, self.stage.text_time_power)
+        return UniFlowObjective(flow, self.shift, self.stage.text_time_power, config.clean_video_reads_prompt)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         stage, size = self.stage, len(batch["key"])

@@ -109,6 +109,8 @@ class _CastInputs:
             inputs["hidden_states"] = inputs["hidden_states"].to(self.dtype)
         if inputs["encoder_hidden_states"] is not None:
             inputs["encoder_hidden_states"] = self._cast_prompt(inputs["encoder_hidden_states"])
+        if (text := inputs.get("text")) is not None and text.prompt_embeds is not None:
+            inputs["text"] = text._replace(prompt_embeds=self._cast_prompt(text.prompt_embeds))
         return (), inputs
 
     def _cast_prompt(self, embeds: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,18 +58,20 @@ def predict_batch(module: UniViGU, batch: dict[str, Any], data: LightningDataMod
         given = dict(zip(INPUTS[task], values, strict=False))
         row = {**given, **outputs, "error": error, "seconds": 0.0, "seed": module.seed + index}
         results.append(Prediction(index, row))
-    valid = [result for result in results if result.row["error"] is None]
-    strengths = [result.row.get("strength") for result in valid]
-    for strength in dict.fromkeys(strengths):  # each strength has its own start time
-        rows = [i for i, value in enumerate(strengths) if value == strength]
-        _predict(module, [valid[i] for i in rows], data, batch["video"][rows] if "video" in batch else None)
-    for result in valid:
+    clips = batch.get("clip", range(count))
+    valid = [(result, clip) for result, clip in zip(results, clips, strict=True) if result.row["error"] is None]
+    texts = Counter(clip for _, clip in valid)
+    kinds = [(result.row.get("strength"), texts[clip]) for result, clip in valid]
+    for kind in dict.fromkeys(kinds):  # each strength has its own start time, each video of a batch as many questions
+        items, shown = zip(*(pair for pair, value in zip(valid, kinds, strict=True) if value == kind), strict=True)
+        _predict(module, items, data, batch["video"][list(dict.fromkeys(shown))] if "video" in batch else None)
+    for result, _ in valid:
         result.row["seconds"] = round((time.perf_counter() - start) / len(valid), 4)
     return results
 
 
-def _predict(module: UniViGU, items: list[Prediction], data: Any, video: torch.Tensor | None) -> None:
-    """Run the task on items that need the same options."""
+def _predict(module: UniViGU, items: Sequence[Prediction], data: Any, video: torch.Tensor | None) -> None:
+    """Run the task on items that need the same options; as many of them a video."""
     tasks, task = module.tasks, module.predict_task
     latents = None if video is None else module.latents_of({"video": video})
     if task == "edit" and latents is not None:
