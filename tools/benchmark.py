@@ -1,6 +1,7 @@
 """Measure speeds on the CPU, side by side in one run.
 
     python tools/benchmark.py caption     # a caption with and without the cache
+    python tools/benchmark.py questions   # eight questions about a clip against one
     python tools/benchmark.py data        # the loader on videos and on latents, against decord itself
 
 Each prints a table of medians; the variants take turns.
@@ -32,7 +33,6 @@ from univigu.data.index import index_folder
 from univigu.data.loader import TrainLoader
 from univigu.data.processes import SpawnPool
 from univigu.data.sample import SampleRef
-from univigu.models.cache import AttentionCache
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.sampling.options import SamplingOptions
@@ -73,9 +73,11 @@ def caption_flops(options: argparse.Namespace, prompt_length: int, tokens: int, 
     return 2.0 * tokens * layer * options.layers + 2.0 * options.text_tokens * width * options.vocab_size
 
 
-def caption(options: argparse.Namespace) -> dict[str, float]:
-    """Captions by random weights: the cached sampler, and the same without its cache."""
-    prompt_length = 64
+PROMPT_LENGTH = 64
+
+
+def captioner(options: argparse.Namespace) -> tuple[UniViGUTransformer3DModel, Callable[[Any, range], torch.Tensor]]:
+    """A model with random weights, and a function that gives the texts of some of its prompts about each video."""
     torch.manual_seed(0)
     model = UniViGUTransformer3DModel(
         num_attention_heads=options.width // 32,
@@ -89,29 +91,40 @@ def caption(options: argparse.Namespace) -> dict[str, float]:
         vocab_size=options.vocab_size,
         text_flow="uniform",
         clean_video_reads_text=False,
+        clean_video_reads_prompt=False,
     ).eval()
     torch.nn.init.normal_(model.text_head.linear.weight, std=0.2)  # it starts at zero, and draws would be all alike
     frames = options.video_tokens // 256
     if frames * 256 != options.video_tokens:
         raise SystemExit(f"--video-tokens {options.video_tokens}: expected a multiple of 256")
     latents = torch.randn(options.batch_size, 16, frames, 32, 32)
-    embeds = torch.randn(options.batch_size, prompt_length, 64)
+    embeds = torch.randn(32, PROMPT_LENGTH, 64)
     sampling = SamplingOptions(caption_steps=options.steps, temperature=1.0)
-    tokens: dict[str, torch.Tensor] = {}
 
-    def sample(name: str, sampled: Any) -> None:
+    def write(sampled: Any, prompts: range) -> torch.Tensor:
         sampler = Sampler(sampled, FlowMatchEulerDiscreteScheduler(), sampling)
-        generator = torch.Generator().manual_seed(1)
-        inputs = SampleInputs(embeds, embeds[:1], latents, text_length=options.text_tokens, generator=generator)
+        shown = embeds[prompts.start : prompts.stop].repeat(len(latents), 1, 1)
+        seeds = [torch.Generator().manual_seed(100 * row + i) for row in range(len(latents)) for i in prompts]
+        inputs = SampleInputs(shown, embeds[-1:], latents, text_length=options.text_tokens, generator=seeds)
         made = sampler.sample("caption", inputs).tokens
         assert made is not None
-        tokens[name] = made
+        return made.unflatten(0, (len(latents), -1))
 
-    ways = {"cached": lambda: sample("cached", model), "uncached": lambda: sample("uncached", Uncached(model))}
+    return model, write
+
+
+def caption(options: argparse.Namespace) -> dict[str, float]:
+    """Captions by random weights: the cached sampler, and the same without its cache."""
+    model, write = captioner(options)
+    tokens: dict[str, torch.Tensor] = {}
+    ways: dict[str, Callable[[], Any]] = {
+        "cached": lambda: tokens.update(cached=write(model, range(1))),
+        "uncached": lambda: tokens.update(uncached=write(Uncached(model), range(1))),
+    }
     seconds = race(ways, options.repeats)
     both = options.video_tokens + options.text_tokens
-    full = caption_flops(options, prompt_length, both, both)
-    text = caption_flops(options, prompt_length, options.text_tokens, both)
+    full = caption_flops(options, PROMPT_LENGTH, both, both)
+    text = caption_flops(options, PROMPT_LENGTH, options.text_tokens, both)
     bound = options.steps * full / (full + (options.steps - 1) * text)
     same = (tokens["cached"] == tokens["uncached"]).float().mean().item()
     title = f"{options.steps} steps, {options.video_tokens} + {options.text_tokens} tokens, batch {options.batch_size}"
@@ -122,6 +135,24 @@ def caption(options: argparse.Namespace) -> dict[str, float]:
     return {"ratio": ratio, "bound": bound, "same": same}
 
 
+def questions(options: argparse.Namespace) -> dict[str, float]:
+    """Eight questions about a clip, which share its pass, against one question."""
+    model, write = captioner(options)
+    tokens: dict[str, torch.Tensor] = {}
+    ways: dict[str, Callable[[], Any]] = {
+        "one question": lambda: write(model, range(1)),
+        "8 questions": lambda: tokens.update(together=write(model, range(8))),
+        "one by one": lambda: tokens.update(alone=torch.cat([write(model, range(i, i + 1)) for i in range(8)], dim=1)),
+    }
+    seconds = race(ways, options.repeats)
+    same = (tokens["together"] == tokens["alone"]).float().mean().item()
+    title = f"{options.steps} steps, {options.video_tokens} + {options.text_tokens} tokens"
+    show(f"answers, {title}\n{where()}", seconds, "one by one")
+    ratio = seconds["8 questions"] / seconds["one question"]
+    print(f"8 questions cost {ratio:.2f} times one (goal: 1.6); same tokens as one by one: {same:.2%}")
+    return {"ratio": ratio, "same": same}
+
+
 class Uncached:
     """The model without its cache: every pass computes the video, too."""
 
@@ -129,10 +160,10 @@ class Uncached:
         self.model, self.config, self.dtype, self.token_table = model, model.config, model.dtype, model.token_table
         self._video: tuple[Any, ...] = ()
 
-    def __call__(self, *video: Any, cache: AttentionCache | None = None, **text: Any) -> Any:
+    def __call__(self, *video: Any, text: Any = None, **_: Any) -> Any:
         if video[0] is not None:
             self._video = video
-        return self.model(*self._video, **text)
+        return None if text is None else self.model(*self._video, text)
 
 
 # ---------------------------------------------------------------------------- data
@@ -201,6 +232,7 @@ CAPTION = {"text-tokens": 64, "video-tokens": 1280, "vocab-size": 4096, "width":
 DATA = {"size": "480x832x33", "clips": 16, "batch-size": 1, "workers": 1, "repeats": 5}
 OPTIONS: dict[str, dict[str, Any]] = {
     "caption": CAPTION | {"steps": 50, "batch-size": 1, "repeats": 3},
+    "questions": CAPTION | {"video-tokens": 3840, "text-tokens": 32, "steps": 8, "batch-size": 1, "repeats": 3},
     "data": DATA | {"foundation": EMBEDDED_FOUNDATION, "folder": "runs/data/benchmark"},
 }
 """Options of each command, with their defaults."""
@@ -209,7 +241,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def main(args: list[str] | None = None) -> dict[str, float]:
     parser = ToolParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for function in (caption, data):
+    for function in (caption, questions, data):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(measure=function)
         command.add_argument("--threads", type=int, help="default: torch's, one per core")

@@ -137,7 +137,7 @@ def test_a_pass_of_the_video_alone_serves_its_texts(attention: str, count: int) 
         last.get_submodule(name).register_forward_hook(
             lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1})
         )
-    cache = AttentionCache(text_tokens=count * LENGTH)
+    cache = AttentionCache(text_tokens=LENGTH)
     assert model(latents, clean, null, cache=cache, predict_video=False).sample is None
     assert calls == {"attn1.to_k": 1} | ({"attn1_t.to_k": 1} if attention == "own" else {})
     for step in range(2):

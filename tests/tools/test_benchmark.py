@@ -31,7 +31,14 @@ def test_batches_must_be_whole(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+SIZE = "--vocab-size 50 --text-tokens 4 --video-tokens 256 --width 32 --ffn-dim 32 --layers 1 --steps 3 --repeats 1"
+
+
 def test_captions_are_the_same_with_and_without_the_cache() -> None:
-    size = "--vocab-size 50 --text-tokens 4 --video-tokens 256 --width 32 --ffn-dim 32 --layers 1 --steps 3 --repeats 1"
-    found = tool.main(["caption", *size.split()])
+    found = tool.main(["caption", *SIZE.split()])
     assert found["same"] == 1 and found["bound"] > 1
+
+
+def test_answers_are_the_same_together_and_one_by_one() -> None:
+    found = tool.main(["questions", *SIZE.split()])
+    assert found["same"] == 1 and found["ratio"] > 0

@@ -299,7 +299,7 @@ class VideoTextDataModule(LightningDataModule):
         batches, own = eval_batches(len(refs), self.batch_size, buckets=[ref.bucket for ref in refs], **self._ranks())
         return SampleLoader(self._dataset(split, refs), batches, self.errors, self.num_workers, own)
 
-    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+    def predict_dataloader(self) -> DataLoader[list[dict[str, Any]]]:
         """One row an input, unusable ones included, a video's questions together; see ``univigu.data.inputs``."""
         assert self._inputs is not None
         workers: dict[str, Any] = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}

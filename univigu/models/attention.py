@@ -133,20 +133,18 @@ def text_attention(
     """The text's half of ``joint_attention``, with the video's keys and values from the cache.
 
     The text's keys and values overwrite the end of the cached buffers, so that the video's are not copied. Several
-    texts about one video [B * K, L, D] are one sequence of K * L tokens; the mask hides the others from each.
+    texts about one video [B * K, L, D] attend in turn.
     """
     assert cache.joint is not None
-    key, value = cache.joint
-
-    def beside_video(states: torch.Tensor) -> torch.Tensor:
-        return rearrange(states, "(b k) l h d -> b (k l) h d", b=len(key))
-
     rotate = partial(rotate_text, rotary=rotary_t)
-    own_key, own_value = map(beside_video, _key_value(attn, text, rotate))
-    start = key.shape[1] - own_key.shape[1]
-    key[:, start:], value[:, start:] = own_key, own_value
-    heads = _attend(attn, beside_video(_query(attn, text, rotate)), key, value, key_mask)
-    return _project_out(attn, rearrange(heads, "b (k l) h d -> (b k) l h d", l=text.shape[1]))
+    query, (own_key, own_value) = _query(attn, text, rotate), _key_value(attn, text, rotate)
+    key, value = cache.joint
+    start, count, heads = key.shape[1] - text.shape[1], len(text) // len(key), []
+    for number in range(count):
+        rows = slice(number, None, count)
+        key[:, start:], value[:, start:] = own_key[rows], own_value[rows]
+        heads.append(_attend(attn, query[rows], key, value, None if key_mask is None else key_mask[rows]))
+    return _project_out(attn, heads[0] if count == 1 else torch.stack(heads, dim=1).flatten(0, 1))
 
 
 def prompt_attention(

@@ -34,7 +34,7 @@ class TextStream(NamedTuple):
     rotary: Rotary | None = None
     """Rotary table; None for learned positions."""
     key_mask: torch.Tensor | None = None
-    """bool [B, 1, 1, N + L]; False hides a key of [video ; text]. Of K texts a video [B, 1, K * L, N + K * L]."""
+    """bool [B, 1, 1, N + L]; False hides a key of [video ; text]."""
     context: torch.Tensor | None = None
     """The text's own prompt [B, S, D]; None: the video's."""
 

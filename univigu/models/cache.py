@@ -38,7 +38,7 @@ class AttentionCache:
     not read text (``clean_video_reads_text: false``, timestep 0), else an approximation. The prompt's are always exact.
 
     Such a video needs no text beside it: ``model(latents, timestep, prompt_embeds, cache=cache, predict_video=False)``
-    fills an ``AttentionCache(text_tokens=K * L)``, which then serves K texts of L tokens about each video.
+    fills an ``AttentionCache(text_tokens=L)``, which then serves any number of texts of L tokens about each video.
     """
 
     keep_video: bool = True

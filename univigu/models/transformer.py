@@ -24,7 +24,6 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput, apply_lora_scale
 from einops import rearrange
 from torch import nn
-from torch.nn.functional import pad
 
 from univigu.flow.inputs import TextInputs, TextReader
 from univigu.flow.text import EMBEDDING_INPUT_SCALE
@@ -244,7 +243,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
 
         # 2. Text tokens, their positions and the text's time
         if text is not None:
-            stream, temb_t = self._embed_text(text, len(video), video.shape[1], video.dtype, temb.dtype)
+            stream, temb_t = self._embed_text(text, video.shape[1], video.dtype, temb.dtype)
             if text.prompt_embeds is not None:
                 if cache is not None:
                     raise ValueError("text.prompt_embeds: with a cache only in passes without video")
@@ -278,11 +277,10 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         if text is None or cache is None or cache.prompt_embeds is None or not cache.video_tokens:
             raise ValueError("hidden_states=None: expected text and a cache filled by a pass with video")
         rows, length = text.tokens.shape[:2]
-        if rows % cache.videos or rows * length != cache.videos * cache.text_tokens:
+        if rows % cache.videos or length != cache.text_tokens:
             room = f"{cache.text_tokens} tokens beside each of {cache.videos} videos"
             raise ValueError(f"text.tokens has shape {[rows, length]}: the cache has room for {room}")
-        dtypes = cache.states_dtype, cache.prompt_embeds.dtype
-        stream, temb = self._embed_text(text, cache.videos, cache.video_tokens, *dtypes)
+        stream, temb = self._embed_text(text, cache.video_tokens, cache.states_dtype, cache.prompt_embeds.dtype)
         if text.prompt_embeds is not None and cache.take_prompt(text.prompt_embeds):
             stream = stream._replace(context=self.condition_embedder.text_embedder(text.prompt_embeds))
         for block, layer in zip(self.blocks, cache.layers, strict=True):
@@ -290,7 +288,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         return self._text_head(stream.states, temb, text.reader)
 
     def _embed_text(
-        self, text: TextInputs, videos: int, video_tokens: int, dtype: torch.dtype, time_dtype: torch.dtype
+        self, text: TextInputs, video_tokens: int, dtype: torch.dtype, time_dtype: torch.dtype
     ) -> tuple[TextStream, torch.Tensor]:
         """The text stream before the first block, and the text's time embedding [B, D]."""
         if text.tokens.ndim == 2:
@@ -307,14 +305,9 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             rotary = text_rotary_table(positions, self.config.attention_head_dim)
         else:
             states = states + self.text_position_embed(positions)
-        count = len(states) // videos  # texts about each video, none of which sees another
-        if text.mask is not None or count > 1:
-            shown = states.new_ones(states.shape[:2], dtype=torch.bool) if text.mask is None else text.mask
-            key_mask = rearrange(shown, "(b k) l -> b 1 1 (k l)", k=count)
-            if count > 1:
-                number = torch.arange(count, device=states.device).repeat_interleave(states.shape[1])
-                key_mask = key_mask & (number[:, None] == number)
-            key_mask = pad(key_mask, (video_tokens, 0), value=True)  # every video key may be attended to
+        if text.mask is not None:  # every video key may be attended to
+            seen = text.mask.new_ones(text.mask.shape[0], video_tokens)
+            key_mask = torch.cat([seen, text.mask], dim=1)[:, None, None]
         sinusoid = self.condition_embedder.timesteps_proj(text.timestep)
         temb, modulation = self.time_embedding_t(sinusoid, time_dtype)
         return TextStream(states.to(dtype), modulation[:, None], rotary, key_mask), temb

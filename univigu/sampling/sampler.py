@@ -134,7 +134,7 @@ class VideoContext:
             due = step % self.refresh == 0
             return model(*(video if due else [None] * 3), text=text, cache=self.cache, predict_video=False).text
         if step == 0:
-            self.cache = AttentionCache(text_tokens=text.timestep.numel() // len(self.latents) * text.tokens.shape[1])
+            self.cache = AttentionCache(text_tokens=text.tokens.shape[1])
             model(*video, cache=self.cache, predict_video=False)
         text = text._replace(prompt_embeds=self.prompt_embeds)
         return model(None, None, None, text=text, cache=self.cache).text
