@@ -318,7 +318,7 @@ def test_several_texts_about_a_video(embeds: Any, flow: str, shares: str) -> Non
         video = clean[row // 3 : row // 3 + 1]
         alone = sampler.caption(video, asked[row : row + 1], null, LENGTH, generators(row)).tokens
         assert torch.equal(alone[0], together.tokens[row])
-    assert len({tuple(tokens) for tokens in together.tokens.tolist()}) == (2 if flow == "embedding" else 6)
+    assert len({tuple(tokens) for tokens in together.tokens.tolist()}) > 4
 
 
 @pytest.mark.parametrize("flow", FLOWS)
