@@ -13,10 +13,9 @@ from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.inputs import PredictionInput, find_videos, read_pairs, read_prompts
 from univigu.data.sample import DataError
 from univigu.data.synthesis.run import Synthesis
-from univigu.data.synthesis.sources import VideoOptions
+from univigu.data.synthesis.sources import Pipeline, VideoOptions
 from univigu.data.video import encode_mp4, read_video
-from univigu.evaluation.exports import ExportOptions
-from univigu.evaluation.vbench import plan
+from univigu.evaluation.vbench import ExportOptions, plan
 from univigu.models.tokens import MAX_CHARACTERS, TextTooLongError, token_count, tokenize
 from univigu.shapes import renderer, scenes
 from univigu.training.parser import DATA, Parser
@@ -126,7 +125,7 @@ def test_what_looks_like_a_path_is_never_a_prompt(name: str, tmp_path: Path, fou
         lines = {"txt": prompts, "csv": ["prompt", *(f'"{p}"' for p in prompts)], "jsonl": map(json.dumps, rows)}
         path.write_text(json.dumps(rows) if kind == "json" else "\n".join(lines[kind]))
     errors = [None, *([] if kind == "txt" else ["an empty prompt"]), "characters, over 65536"]
-    synthesis = Synthesis(str(path), foundation, VideoOptions())
+    synthesis = Synthesis(str(path), Pipeline(foundation, VideoOptions(), "cpu"))
     videos = plan(str(path), None, ExportOptions(videos_per_prompt=1))
     for found in (read_prompts(str(path)), read_prompts([str(path)]), synthesis.rows):
         assert found[0] == ("a cat", None) and len(found) == len(errors)
@@ -134,7 +133,11 @@ def test_what_looks_like_a_path_is_never_a_prompt(name: str, tmp_path: Path, fou
             assert error is not None and error.endswith(str(expected))
     assert [row["error"] is None for row in videos] == [error is None for error in errors]
     for value in missing:
-        readers = (read_prompts, lambda v: read_prompts(["a", v]), lambda v: Synthesis(v, foundation, VideoOptions()))
+        readers = (
+            read_prompts,
+            lambda v: read_prompts(["a", v]),
+            lambda v: Synthesis(v, Pipeline(foundation, VideoOptions(), "cpu")),
+        )
         for read in (*readers, lambda v: plan(v, None, ExportOptions())):
             with pytest.raises(DataError, match=rf"prompts='{value}': (cannot be read|expected a file)"):
                 read(value)

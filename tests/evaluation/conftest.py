@@ -34,7 +34,6 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_bytes(encode_mp4(frames))
     (folder / "2.MP4").write_bytes(b"no video")
     (folder / "notes.txt").write_text("nothing")
-    (folder / "vid.jsonl").write_text('{"vid": 1}\n')
     return folder
 
 

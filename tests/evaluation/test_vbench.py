@@ -13,8 +13,7 @@ import torch
 from univigu import UniViGUPipeline
 from univigu.data.sample import DataError
 from univigu.data.video import encode_mp4, read_video
-from univigu.evaluation.exports import ExportOptions
-from univigu.evaluation.vbench import plan, video_name
+from univigu.evaluation.vbench import ExportOptions, plan, video_name
 
 Evaluate = Callable[[list[str]], int]
 Capture = pytest.CaptureFixture[str]

@@ -13,13 +13,13 @@ Options = TypeVar("Options")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def add_options(parser: Any, options: Any, without: tuple[str, ...] = ()) -> None:
-    """Add ``--field-name`` to a parser for every other field, with the dataclass's default and description."""
+def add_options(parser: Any, options: Any) -> None:
+    """Add ``--field-name`` to a parser for each number or text of a dataclass, with its default and description."""
     parsed = [docstring_parser.parse_from_object(kind) for kind in reversed(type(options).__mro__[:-1])]
     descriptions = {item.arg_name: item.description or "" for doc in parsed for item in doc.params}
     for name, kind in get_type_hints(type(options)).items():
         kind = next((arg for arg in get_args(kind) if arg is not type(None)), kind)
-        if kind in (int, float, str) and name not in without:
+        if kind in (int, float, str):
             text = descriptions.get(name, "").replace("%", "%%")
             parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(options, name), help=text)
 

@@ -8,20 +8,44 @@ names and prompts, which also serves prompts that are no valid file names.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from univigu.data.build import Engine
+from univigu.data.build import Engine, build_folder
 from univigu.data.inputs import read_list, text_of
-from univigu.data.rows import to_json, to_line
+from univigu.data.options import check_least
+from univigu.data.rows import split_lines, to_json, to_line
 from univigu.data.sample import DataError
-from univigu.data.synthesis.sources import Pipeline, pipeline_class
+from univigu.data.shards import Manifest, ShardInfo, replacing, sha256_of
+from univigu.data.synthesis.sources import Pipeline, VideoOptions, pipeline_class
 from univigu.data.video import encode_mp4
-from univigu.evaluation.exports import Export, ExportOptions, Row, write_files
+from univigu.models.fingerprint import folder_fingerprint
 
 MAX_NAME = 255  # bytes of a file name on the usual file systems
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ExportOptions(VideoOptions):
+    """How the videos are generated."""
+
+    steps: int = 50
+    """Denoising steps."""
+    guidance_scale: float | None = 5.0
+    """Classifier-free guidance."""
+    batch_size: int = 1
+    """Videos generated at once."""
+    videos_per_prompt: int = 5
+    """Videos of each prompt: VBench expects 5, and 25 for temporal flickering."""
+    prompt_length: int = 512
+    """Tokens that prompts are padded and cut to; how many are cut is recorded."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, prompt_length=1)
 
 
 def video_name(prompt: str, index: int) -> str:
@@ -65,19 +89,32 @@ def plan(prompts: str, augmented: str | None, options: ExportOptions) -> list[Ro
 
 
 @dataclass
-class VideoExport(Export):
-    """Generates the videos of rows."""
+class VideoExport:
+    """A job: generates the videos of a batch of rows, and writes the rows. Rows with an "error" are not generated."""
 
-    def run(self, rows: list[Row]) -> list[Mapping[str, bytes]]:
-        texts, length = [row["text"] for row in rows], self.options.prompt_length
-        clips = self.model.clips(texts, [row["seed"] for row in rows], max_sequence_length=length)
-        files: list[Mapping[str, bytes]] = []
-        for row, frames, tokens in zip(rows, clips, self.model.token_counts(texts), strict=True):
-            row["tokens_cut"] = max(0, tokens - length)
+    output: Path
+    model: Pipeline
+    options: ExportOptions
+
+    def __call__(self, path: Path, job: list[Row]) -> ShardInfo:
+        rows = [dict(row) for row in job]
+        todo, length = [row for row in rows if row["error"] is None], self.options.prompt_length
+        texts, seeds = [row["text"] for row in todo], [row["seed"] for row in todo]
+        clips = self.model.clips(texts, seeds, max_sequence_length=length) if todo else []
+        tokens = self.model.token_counts(texts) if todo else []
+        for row, frames, count in zip(todo, clips, tokens, strict=True):
+            row["tokens_cut"] = max(0, count - length)
             if frames is None:
                 row["error"] = "the model gave numbers that are not finite"
-            files.append({} if frames is None else {f"videos/{row['video']}": encode_mp4(frames, self.options.fps)})
-        return files
+                continue
+            video = self.output / "videos" / row["video"]
+            video.parent.mkdir(exist_ok=True)
+            with replacing(video, path) as temporary:  # VBench reads the whole folder
+                temporary.write_bytes(encode_mp4(frames, self.options.fps))
+        with replacing(path) as temporary:
+            temporary.write_text("".join(map(to_line, rows)), encoding="utf-8")
+        failed = [{"reason": "error", "value": row["error"]} for row in rows if row["error"]]
+        return ShardInfo(path.name, len(rows) - len(failed), path.stat().st_size, sha256_of(path), failed)
 
 
 def export_vbench(
@@ -93,11 +130,21 @@ def export_vbench(
 
     The output folder gets ``videos/*.mp4``, ``prompts.json`` (name: prompt, VBench's custom input) and ``videos.jsonl``
     (video, prompt, text, index, seed, tokens_cut, error), whose rows are returned. The model is a pipeline's folder,
-    ours or any text-to-video pipeline of diffusers.
+    ours or any text-to-video pipeline of diffusers. Finished batches are kept in the hidden folder ``.parts``; the next
+    call tries those with errors again.
     """
     planned = plan(prompts, augmented, options)
     pipeline_class(model, "--model")
-    rows = VideoExport(output, Pipeline(model, options, device, "--model"), options).write(planned, engine)
+    digest = hashlib.sha256(repr([[row["prompt"], row["text"]] for row in planned]).encode()).hexdigest()
+    parameters = {"model": folder_fingerprint(model), "inputs": digest, **asdict(options)}
+    size, parts = options.batch_size, output / ".parts"
+    jobs = {f"{start:08d}.jsonl": planned[start : start + size] for start in range(0, len(planned), size)}
+    work = VideoExport(output, Pipeline(model, options, device, "--model"), options)
+    build_folder(parts, Manifest("rows", parameters), jobs, work, engine, retry_skipped=True)
+    lines = [line for name in jobs for line in split_lines((parts / name).read_text("utf-8"))[:-1]]
+    rows = [json.loads(line) for line in lines]
     made = {row["video"]: row["prompt"] for row in rows if row["error"] is None}
-    write_files(output, {"prompts.json": to_json(made, 1) + "\n", "videos.jsonl": "".join(map(to_line, rows))})
+    for name, text in (("prompts.json", to_json(made, 1) + "\n"), ("videos.jsonl", "".join(map(to_line, rows)))):
+        with replacing(output / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return rows
