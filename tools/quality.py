@@ -4,8 +4,9 @@
     python tools/quality.py refresh --model my_model # captions: how rarely the video may be recomputed
     python tools/quality.py edit --model my_model    # edits: what changes, what stays
 
-``--model`` is a UniViGUPipeline folder (tools/convert.py pipeline) trained on the embedded world.  The clips are those
-of the test split, with combinations that training never shows.  Each command prints a table.
+``--model`` is a UniViGUPipeline folder (tools/convert.py pipeline) trained on the embedded world; without it the model
+that ships is measured.  The clips are those of the test split, with combinations that training never shows.  Each
+command prints a table.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from univigu.cli import ToolParser, exit_code
 from univigu.data.processes import this_device
 from univigu.data.progress import track
 from univigu.data.video import to_uint8
+from univigu.models.tokens import BRIEF_QUESTION, replace_words
 from univigu.pipeline import UniViGUPipeline
 from univigu.sampling.options import SamplingOptions
 from univigu.shapes.metrics import ShapesTextAccuracy, score
@@ -117,6 +119,17 @@ def changed(scene: Scene, attribute: str, seed: int) -> Scene:
     return replace(scene, objects=(replace(first, **{attribute: value}), *others))
 
 
+def rewritten(text: str, scene: Scene, target: Scene) -> str:
+    """A prompt of a scene with the words changed in which the target differs; unchanged if it does not hold them."""
+    old, new = (f"{s.objects[0].size} {s.objects[0].color} {s.objects[0].shape}" for s in (scene, target))
+    if old == new:
+        old, new = (f"{s.background} background" for s in (scene, target))
+    try:
+        return replace_words(text, {old: new})
+    except ValueError:
+        return text
+
+
 def edit_row(
     pipe: UniViGUPipeline, scenes: list[Scene], attribute: str, strength: float, options: argparse.Namespace
 ) -> tuple[float, float, float]:
@@ -124,9 +137,11 @@ def edit_row(
     shown, kept, starts = [], [], []
     wanted = iter([changed(scene, attribute, seed) for seed, scene in enumerate(scenes)])
     sampling = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
-    for _, video, generators in batches(scenes, options.batch_size):
-        targets = [next(wanted) for _ in generators]
-        prompts = [prompt_of(target) for target in targets]
+    for part, video, generators in batches(scenes, options.batch_size):
+        targets, texts = [next(wanted) for _ in part], list(map(prompt_of, part))
+        if options.prompts == "own":
+            texts = pipe.answer(video, [BRIEF_QUESTION] * len(part), generator=generators).text
+        prompts = list(map(rewritten, texts, part, targets))
         made = pipe.edit(video, prompts, strength, generator=generators, output_type="pt", **sampling)
         for clip, target in zip(to_uint8(made.frames), targets, strict=True):
             result = score(detect(clip), target)
@@ -138,7 +153,9 @@ def edit_row(
 
 def edit(options: argparse.Namespace, pipe: UniViGUPipeline, scenes: list[Scene]) -> Table:
     """Edits of one attribute at a time."""
-    title = f"edits of one attribute, guidance {options.guidance_scale}, {options.num_inference_steps} steps"
+    title = (
+        f"edits of {options.prompts} prompts, guidance {options.guidance_scale}, {options.num_inference_steps} steps"
+    )
     table = Table("changed", "strength", "change shown", "others kept", "start kept", title=title)
     for attribute, strength in track([(name, strength) for strength in options.strength for name in EDITED]):
         shares = edit_row(pipe, scenes, attribute, strength, options)
@@ -152,14 +169,17 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     for function in (steps, refresh, edit):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(measure=function)
-        command.add_argument("--model", type=Path, required=True, help="UniViGUPipeline folder")
+        command.add_argument("--model", type=Path, help="UniViGUPipeline folder; default: the model that ships")
         command.add_argument("--clips", type=int, default=64)
         command.add_argument("--batch-size", type=int, default=32)
         command.add_argument("--device", default=this_device())
     commands.choices["steps"].add_argument("--steps", type=int, nargs="+", default=[4, 6, 8, 10, 16, 50])
     commands.choices["refresh"].add_argument("--refresh", type=int, nargs="+", default=[2, 5, 10, 25, 50])
     commands.choices["refresh"].add_argument("--caption-steps", type=int, default=50)
-    commands.choices["edit"].add_argument("--strength", type=float, nargs="+", default=[0.8, 0.9])
+    commands.choices["edit"].add_argument("--strength", type=float, nargs="+", default=[0.8])
+    commands.choices["edit"].add_argument(
+        "--prompts", choices=["own", "true"], default="own", help="read by the model?"
+    )
     commands.choices["edit"].add_argument("--num-inference-steps", type=int, default=20)
     commands.choices["edit"].add_argument("--guidance-scale", type=float, default=2.0)
     return parser.parse_args(args)

@@ -11,6 +11,7 @@ import torch
 from tools import quality
 from univigu.pipeline import UniViGUPipeline
 from univigu.shapes import scenes
+from univigu.shapes.texts import prompt_of
 
 
 def test_one_thing_changes_and_nothing_else() -> None:
@@ -18,6 +19,7 @@ def test_one_thing_changes_and_nothing_else() -> None:
         scene = scenes.sample_scene(seed, "test")
         for attribute in quality.EDITED:
             other = quality.changed(scene, attribute, seed)
+            assert quality.rewritten(prompt_of(scene), scene, other) == prompt_of(other)
             assert other == quality.changed(scene, attribute, seed)
             before, after = scene.to_dict(), other.to_dict()
             place = [(before, after)] if attribute == "background" else [(before["objects"][0], after["objects"][0])]
@@ -38,7 +40,7 @@ def test_it_runs(untrained_model: str, capsys: pytest.CaptureFixture[str]) -> No
     # the shipped generator does edit: colours and backgrounds of a few clips at full strength
     pipe = UniViGUPipeline.from_pretrained(untrained_model)
     pipe.set_progress_bar_config(disable=True)
-    options = Namespace(batch_size=4, num_inference_steps=12, guidance_scale=2.0)
+    options = Namespace(batch_size=4, num_inference_steps=12, guidance_scale=2.0, prompts="true")
     drawn = [scenes.sample_scene(seed, "test") for seed in range(12)]
     shown, kept, _ = quality.edit_row(pipe, drawn, "background", 1.0, options)
     assert shown == 1.0 and kept > 0.8
