@@ -281,11 +281,8 @@ class UniViGUPipeline(WanPipeline):
     ) -> UniViGUOutput:
         """Regenerate videos under a new prompt, from noise level ``strength`` in (0, 1]; 1 keeps nothing.
 
-        The prompt is a full new one, or that of the video with the words of ``replace`` changed, such as
-        ``{"red": "blue"}``. Without a prompt the model describes the video itself (:meth:`TaskRunner.describe`).
-
-        Raises:
-            ValueError: there is neither a prompt nor ``replace``, or a word of it does not occur in a prompt.
+        The prompt is a full new one. With ``replace`` its words are changed, such as ``{"red": "blue"}``, which must
+        occur in it; then the default is the model's own prompt of the video.
         """
         if prompt is None and not replace:
             raise ValueError("prompt=None: edit needs a prompt, or the words to replace in the model's own")
@@ -325,11 +322,10 @@ class UniViGUPipeline(WanPipeline):
         else:
             inputs["latents"] = runner.encode_video(self._pixels(video, *size))
             count = len(inputs["latents"])
-        if words and prompt is None:
-            prompt = runner.describe(inputs["latents"], max_sequence_length, generator)
+        if words:
+            texts = runner.describe(inputs["latents"], max_sequence_length, generator) if prompt is None else prompt
+            prompt = [replace_words(text, words) for text in ([texts] if isinstance(texts, str) else texts)]
         prompts = None if prompt is None else self._prompts(prompt, count, max_sequence_length, task == "caption")
-        if words and prompts is not None:
-            prompts = [replace_words(text, words) for text in prompts]
         samples = runner.sample(task, prompts, max_sequence_length, **inputs)
         frames = None if output_type is None else samples.latents
         if frames is not None and output_type != "latent":
