@@ -208,7 +208,7 @@ def take_for_use(
     rebuild: bool,
     dtype: WeightDtype,
 ) -> UniViGUTransformer3DModel:
-    """Replace a checkpoint's weights by those to use (:func:`usable_weights`); returns the model to load them into.
+    """Replace a checkpoint's weights by those to use (``usable_weights``); returns the model to load them into.
 
     It is a new model, which has them, if the architecture differs (``rebuild``) or the adapters do: those of ``model``
     stay separate only if the checkpoint has adapters with the same options ``lora``.
@@ -293,7 +293,7 @@ def export_foundation(checkpoint_path: str | Path, source: str | Path, target: s
 
 
 def export_pipeline(checkpoint_path: str | Path, foundation: str | Path, target: str | Path) -> None:
-    """Write a folder for :class:`univigu.pipeline.UniViGUPipeline`: a training checkpoint inside its foundation."""
+    """Write a folder for ``univigu.pipeline.UniViGUPipeline``: a training checkpoint inside its foundation."""
     _export(load_weights(checkpoint_path), Path(foundation), Path(target), "UniViGUPipeline")
 
 

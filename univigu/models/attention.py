@@ -81,7 +81,7 @@ def video_attention(
     cache: LayerCache,
     for_text: bool,
 ) -> torch.Tensor | None:
-    """The video's half of :func:`joint_attention` where it does not read text; keeps keys and values for texts."""
+    """The video's half of ``joint_attention`` where it does not read text; keeps keys and values for texts."""
     rotate = partial(rotate_video, rotary=rotary)
     of_video = _key_value(attn, video, rotate)
     cache.keep(*(of_video if attn_t is None else _key_value(attn_t, video, rotate)))

@@ -53,7 +53,7 @@ def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor
 
 
 def vocabulary_of(folder: Path) -> dict[str, Any]:
-    """As :attr:`Foundation.vocabulary`."""
+    """As ``Foundation.vocabulary``."""
     if (folder / VOCABULARY).is_file():
         ids = json.loads((folder / VOCABULARY).read_text())
         return {"vocab_size": len(ids), "token_ids": ids}

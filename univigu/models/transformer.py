@@ -364,7 +364,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         architecture: ArchitectureOptions | None = None,
         token_ids: list[int] | None = None,
     ) -> dict[str, Any]:
-        """The configuration of a model that extends a Wan transformer, as of :meth:`from_wan`."""
+        """The configuration of a model that extends a Wan transformer, as of ``from_wan``."""
         if isinstance(wan, WanTransformer3DModel):
             config: Any = wan.config
         else:

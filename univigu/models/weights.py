@@ -111,7 +111,7 @@ class WeightFiles(Mapping[str, torch.Tensor]):
 def read_weights(path: str | Path) -> Mapping[str, Any]:
     """What is in a .safetensors file, a folder of such files, or a file of ``torch.save``; nothing in it is run.
 
-    A CheckpointError if there is no such file, or as :func:`check_files`.
+    A CheckpointError if there is no such file, or as ``check_files``.
     """
     path = Path(path)
     if not path.exists():
@@ -153,7 +153,7 @@ def load_strictly(
     Args:
         source: what the state dict was read from.
         names: the name in the state dict of each of the model's weights to load, by default all by their own names.
-        dtype: as of :func:`dtype_of`; None keeps the state dict's.
+        dtype: as of ``dtype_of``; None keeps the state dict's.
         copy: also what needs no conversion; otherwise the model takes the state dict's own tensors.
 
     A CheckpointError names ``source`` and every missing and unexpected key and wrong shape.
