@@ -19,7 +19,7 @@ from tests.conftest import REPO
 from univigu.cli import main
 from univigu.data.video import encode_mp4, read_video
 from univigu.models.options import ArchitectureOptions
-from univigu.models.transformer import is_text_parameter
+from univigu.models.text import is_text_parameter
 from univigu.sampling.options import SamplingOptions
 from univigu.shapes.renderer import render
 from univigu.shapes.scenes import sample_scene

@@ -26,8 +26,9 @@ from univigu.models.foundation import COMPONENTS, VOCABULARY, Foundation
 from univigu.models.lora import LoraOptions, is_lora_parameter, lora_differences, lora_options, merge_lora
 from univigu.models.options import check_replaced
 from univigu.models.sharded import sharded_reader
+from univigu.models.text import is_text_parameter
 from univigu.models.tokens import clean_text
-from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
+from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import (
     CheckpointError,
     WeightDtype,

@@ -25,8 +25,8 @@ from univigu.cli import ToolParser
 from univigu.data.options import add_options, check_dtype, check_least, read_options
 from univigu.data.processes import this_device
 from univigu.data.video import encode_mp4, probe_video, read_video, to_uint8
-from univigu.models.tokens import BRIEF_QUESTION
-from univigu.pipeline import TaskRunner, UniViGUPipeline, check_prompts
+from univigu.models.tokens import BRIEF_QUESTION, check_prompts
+from univigu.pipeline import TaskRunner, UniViGUPipeline
 from univigu.shapes.renderer import render
 from univigu.shapes.scenes import CANVAS, FPS, NUM_FRAMES, sample_scene
 from univigu.shapes.texts import prompt_of, questions_of

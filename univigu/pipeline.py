@@ -29,7 +29,16 @@ from univigu.models.conventions import Conventions
 from univigu.models.encode import encode_prompts
 from univigu.models.foundation import EMBEDDED_FOUNDATION, EMBEDDED_MODEL, TWO_TRANSFORMERS, Foundation, set_conv_layout
 from univigu.models.frames import crop, to_pixels
-from univigu.models.tokens import BRIEF_QUESTION, Vocabulary, clean_text, detokenize, replace_words, tokenize
+from univigu.models.tokens import (
+    BRIEF_QUESTION,
+    Vocabulary,
+    check_prompts,
+    clean_text,
+    detokenize,
+    list_prompts,
+    replace_words,
+    tokenize,
+)
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import check_files, compute_device
 from univigu.sampling.options import SamplingOptions
@@ -50,11 +59,6 @@ class UniViGUOutput(BaseOutput):
     """One text for each sample; None for tasks that make only video. Of ``edit`` with ``replace`` the new prompts."""
     tokens: Tensor | None = None
     """The texts' token ids, int64 [B, L]."""
-
-
-def check_prompts(tokenizer: Any, prompts: list[str], max_sequence_length: int) -> None:
-    """Raise a TextTooLongError for a prompt that does not fit, which WanPipeline's encoding would truncate."""
-    tokenize(tokenizer, prompts, max_sequence_length, f"max_sequence_length={max_sequence_length}: prompt")
 
 
 class TaskRunner:
@@ -325,7 +329,9 @@ class UniViGUPipeline(WanPipeline):
         if words:
             texts = runner.describe(inputs["latents"], max_sequence_length, generator) if prompt is None else prompt
             prompt = [replace_words(text, words) for text in ([texts] if isinstance(texts, str) else texts)]
-        prompts = None if prompt is None else self._prompts(prompt, count, max_sequence_length, task == "caption")
+        prompts = None if prompt is None else list_prompts(prompt, count, several=task == "caption")
+        if prompts is not None:
+            check_prompts(self.tokenizer, prompts, max_sequence_length)
         samples = runner.sample(task, prompts, max_sequence_length, **inputs)
         frames = None if output_type is None else samples.latents
         if frames is not None and output_type != "latent":
@@ -366,18 +372,6 @@ class UniViGUPipeline(WanPipeline):
     def _runner(self, options: SamplingOptions | None = None) -> TaskRunner:
         assert self.transformer is not None
         return TaskRunner(self, self.transformer, lambda: self.scheduler, options, self._execution_device)
-
-    def _prompts(self, prompt: str | list[str], count: int | None, length: int, several: bool) -> list[str]:
-        """A list of prompts that fit their slot: one for each of ``count`` videos, or several for a single one."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise ValueError("prompt=[]: expected at least one")
-        if count is not None and len(prompts) == 1:
-            prompts = prompts * count
-        if count is not None and count != len(prompts) and (count > 1 or not several):
-            raise ValueError(f"prompt: {len(prompts)} of them for {count} videos; give one for all or one for each")
-        check_prompts(self.tokenizer, prompts, length)
-        return prompts
 
     def _pixels(self, video: Any, height: int | None, width: int | None) -> Tensor:
         """A video in any form as [B, C, F, H, W] in [-1, 1], cropped to 4k+1 frames of whole patches."""

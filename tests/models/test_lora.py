@@ -21,7 +21,8 @@ from univigu.evaluation.held_out import EvaluationOptions
 from univigu.flow.objective import TaskMixture
 from univigu.models.lora import LoraOptions, add_lora, is_lora_parameter, merge_lora
 from univigu.models.options import ArchitectureOptions
-from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
+from univigu.models.text import is_text_parameter
+from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.training.callbacks import StageSwitch
 from univigu.training.module import UniViGU
 from univigu.training.optim import OptimizerOptions, freeze_by_rate, parameter_groups, trained_and_frozen

@@ -20,7 +20,8 @@ from univigu.flow.text import make_text_flow
 from univigu.models.conventions import CONVENTIONS
 from univigu.models.lora import LoraOptions
 from univigu.models.official import ARCHITECTURE, official_differences
-from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
+from univigu.models.text import is_text_parameter
+from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import empty_model
 from univigu.training.optim import OptimizerOptions
 from univigu.training.plan import WAN21, Workload, added_parameters, count_step, make_plan, workloads_of

@@ -17,7 +17,8 @@ from tests import tiny
 from tests.training import test_stages as stages
 from univigu.checkpoint import load_weights
 from univigu.models.lora import LoraOptions
-from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
+from univigu.models.text import is_text_parameter
+from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.training.callbacks import StageSwitch, WeightEMA
 from univigu.training.lightning_cli import UniViGUCLI
 from univigu.training.module import UniViGU

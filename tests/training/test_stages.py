@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tests import tiny
 from univigu.flow.objective import TaskMixture
-from univigu.models.transformer import is_text_parameter
+from univigu.models.text import is_text_parameter
 from univigu.training.callbacks import StageSwitch
 from univigu.training.module import UniViGU
 from univigu.training.optim import OptimizerOptions

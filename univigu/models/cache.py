@@ -84,3 +84,9 @@ class AttentionCache:
         assert self.prompt_embeds is not None
         # Hooks that move a model's inputs may hand on a copy.
         return self.prompt_embeds is prompt_embeds or torch.equal(self.prompt_embeds, prompt_embeds)
+
+    def check_room(self, rows: int, length: int) -> None:
+        """Raise a ValueError if texts of that number and length do not belong to the cached videos."""
+        if rows % self.videos or length != self.text_tokens:
+            room = f"{self.text_tokens} tokens beside each of {self.videos} videos"
+            raise ValueError(f"text.tokens has shape {[rows, length]}: the cache has room for {room}")

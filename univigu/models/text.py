@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -10,8 +11,25 @@ from diffusers.models.normalization import FP32LayerNorm
 from torch import nn
 
 from univigu.flow.inputs import TextInputs, TextReader
+from univigu.models.cache import AttentionCache
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+TEXT_TABLES = ("vocab_embed", "text_position_embed", "text_endpoint_proj", "text_head")
+"""Modules of the text stream that are no copies of Wan's."""
+
+
+def is_text_parameter(name: str) -> bool:
+    """Whether a transformer's parameter belongs to the text stream and not to Wan."""
+    return copied_from(name) != name
+
+
+def copied_from(name: str) -> str | None:
+    """The weight of Wan that a transformer's parameter starts as; None for the text's tables, which are drawn."""
+    if set(TEXT_TABLES) & set(name.split(".")):
+        return None
+    return re.sub(r"_t(?=\.|$)", "", name.replace("time_embedding_t.", "condition_embedder."))
 
 
 class TextTimeEmbedding(nn.Module):
@@ -104,3 +122,11 @@ def check_text(
             raise ValueError(f"{name} is {value.dtype} {list(value.shape)}: expected {dtype or 'float'} {shape}")
     if 0 < config.text_positions < length:
         raise ValueError(f"text.tokens has {length} positions: the model has {config.text_positions}")
+
+
+def check_prefill(config: Any, timestep: torch.Tensor, cache: AttentionCache | None) -> None:
+    """Raise a ValueError if a pass of video without text cannot fill the cache for it."""
+    if config.clean_video_reads_text or bool((timestep != 0).any()):
+        raise ValueError("predict_video=False: without text it is for clean video that does not read text")
+    if cache is None or not cache.text_tokens:
+        raise ValueError("predict_video=False: without text it fills a cache, AttentionCache(text_tokens=...)")

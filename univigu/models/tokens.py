@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ftfy
 import torch
@@ -119,3 +120,20 @@ def detokenize(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[st
         end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
         texts.append(tokenizer.decode(row[:end], skip_special_tokens=True).strip())
     return texts
+
+
+def check_prompts(tokenizer: Any, prompts: list[str], max_sequence_length: int) -> None:
+    """Raise a TextTooLongError for a prompt that does not fit, which WanPipeline's encoding would truncate."""
+    tokenize(tokenizer, prompts, max_sequence_length, f"max_sequence_length={max_sequence_length}: prompt")
+
+
+def list_prompts(prompt: str | list[str], count: int | None, several: bool) -> list[str]:
+    """A list of prompts: one for each of ``count`` videos or, if there may be several, any number for a single one."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise ValueError("prompt=[]: expected at least one")
+    if count is not None and len(prompts) == 1:
+        prompts = prompts * count
+    if count is not None and count != len(prompts) and (count > 1 or not several):
+        raise ValueError(f"prompt: {len(prompts)} of them for {count} videos; give one for all or one for each")
+    return prompts

@@ -12,7 +12,6 @@ Without text tokens its output is the parent's, bit for bit.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +32,15 @@ from univigu.models.cache import AttentionCache
 from univigu.models.conventions import Conventions, NullCondition, PromptPadding
 from univigu.models.internals import checkpointed
 from univigu.models.options import ArchitectureOptions, TextAttention, TextFlowName, check_replaced
-from univigu.models.text import TextHead, TextTimeEmbedding, check_text, text_rotary_table
+from univigu.models.text import (
+    TEXT_TABLES,
+    TextHead,
+    TextTimeEmbedding,
+    check_prefill,
+    check_text,
+    copied_from,
+    text_rotary_table,
+)
 from univigu.models.weights import (
     WeightDtype,
     check_complete,
@@ -47,21 +54,6 @@ from univigu.models.weights import (
     reading,
     transformer_folder,
 )
-
-TEXT_TABLES = ("vocab_embed", "text_position_embed", "text_endpoint_proj", "text_head")
-"""Modules of the text stream that are no copies of Wan's."""
-
-
-def is_text_parameter(name: str) -> bool:
-    """Whether a transformer's parameter belongs to the text stream and not to Wan."""
-    return copied_from(name) != name
-
-
-def copied_from(name: str) -> str | None:
-    """The weight of Wan that a transformer's parameter starts as; None for the text's tables, which are drawn."""
-    if set(TEXT_TABLES) & set(name.split(".")):
-        return None
-    return re.sub(r"_t(?=\.|$)", "", name.replace("time_embedding_t.", "condition_embedder."))
 
 
 @dataclass
@@ -216,10 +208,8 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         grid, stream = hidden_states.shape[2:], None
         video_only: VideoOnly = False
         for_text = text is None and not predict_video
-        if for_text and (self.config.clean_video_reads_text or bool((timestep != 0).any())):
-            raise ValueError("predict_video=False: without text it is for clean video that does not read text")
-        if for_text and (cache is None or not cache.text_tokens):
-            raise ValueError("predict_video=False: without text it fills a cache, AttentionCache(text_tokens=...)")
+        if for_text:
+            check_prefill(self.config, timestep, cache)
         if text is not None or for_text:
             clean = timestep.view(len(timestep), -1).eq(0).all(1)
             if not self.config.clean_video_reads_text:
@@ -276,10 +266,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         """Only the text, with the cached video and prompt."""
         if text is None or cache is None or cache.prompt_embeds is None or not cache.video_tokens:
             raise ValueError("hidden_states=None: expected text and a cache filled by a pass with video")
-        rows, length = text.tokens.shape[:2]
-        if rows % cache.videos or length != cache.text_tokens:
-            room = f"{cache.text_tokens} tokens beside each of {cache.videos} videos"
-            raise ValueError(f"text.tokens has shape {[rows, length]}: the cache has room for {room}")
+        cache.check_room(*text.tokens.shape[:2])
         stream, temb = self._embed_text(text, cache.video_tokens, cache.states_dtype, cache.prompt_embeds.dtype)
         if text.prompt_embeds is not None and cache.take_prompt(text.prompt_embeds):
             stream = stream._replace(context=self.condition_embedder.text_embedder(text.prompt_embeds))

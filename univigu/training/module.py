@@ -33,8 +33,9 @@ from univigu.models.conventions import CONVENTIONS
 from univigu.models.foundation import EMBEDDED_FOUNDATION, Foundation
 from univigu.models.lora import LoraOptions, add_lora
 from univigu.models.options import ArchitectureOptions, check_replaced
+from univigu.models.text import is_text_parameter
 from univigu.models.tokens import fit_slot
-from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
+from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import dtype_of, load_model
 from univigu.pipeline import TaskRunner
 from univigu.sampling.options import SamplingOptions

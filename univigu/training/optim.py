@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from univigu.models.lora import LoraOptions, is_lora_parameter
-from univigu.models.transformer import is_text_parameter
+from univigu.models.text import is_text_parameter
 from univigu.training.stages import Stage
 
 BETAS = (0.9, 0.95)

@@ -21,7 +21,8 @@ from univigu.flow.text import make_text_flow
 from univigu.models.foundation import vocabulary_of
 from univigu.models.lora import LoraOptions, add_lora, is_lora_parameter
 from univigu.models.official import UMT5_VOCAB_SIZE
-from univigu.models.transformer import UniViGUTransformer3DModel, is_text_parameter
+from univigu.models.text import is_text_parameter
+from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import empty_model, known_options
 from univigu.training.optim import OptimizerOptions, freeze_by_rate, is_block_matrix, parameter_groups
 from univigu.training.stages import Stage
