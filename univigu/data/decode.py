@@ -11,8 +11,9 @@ import resource
 import signal
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -26,6 +27,8 @@ MAX_PIXELS = 8192 * 4320
 """Largest frame that is decoded: 8K."""
 MAX_MEMORY = 8 << 30
 """Address space of the process in bytes."""
+MAX_KEPT = 2**24
+"""Largest file in bytes whose packets are all kept in memory."""
 OPTIONS = {"threads": "1", "protocol_whitelist": "none"}
 """Of FFmpeg; the second keeps playlists from opening other files and addresses."""
 METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
@@ -59,13 +62,18 @@ def nearest(times: np.ndarray, num_frames: int) -> np.ndarray:
 
 def read(file: Any, num_frames: int, height: int, width: int) -> np.ndarray:
     """Frames as displayed, scaled to cover the size and cropped at the centre: uint8 [F, H, W, 3]."""
-    packets = []
+    packets, small = [], file.seek(0, io.SEEK_END) <= MAX_KEPT
     with _open(file) as (kind, stream):
-        aspect = float(stream.sample_aspect_ratio or 1)
-        if kind not in PILLOW_FORMATS:
-            packets = [(packet.pts, packet.is_keyframe, packet.is_discard) for packet in _demux(stream)]
-    fill = _Filler(np.empty((num_frames, height, width, 3), np.uint8), aspect)
-    if not _read_by_packets(file, packets, fill):
+        fill = _Filler(np.empty((num_frames, height, width, 3), np.uint8), float(stream.sample_aspect_ratio or 1))
+        kept = []
+        for packet in _demux(stream) if kind not in PILLOW_FORMATS else ():
+            packets.append((packet.pts, packet.is_keyframe, packet.is_discard))
+            if small:
+                kept.append(packet)
+        # Opening a small file again would take longer than decoding it.
+        if small and _read_by_packets(partial(_decode_packets, kind, stream, kept), packets, fill):
+            return fill.frames
+    if small or not _read_by_packets(partial(_decode, file), packets, fill):
         fill.missing = num_frames
         _read_by_frames(file, sum(not hidden for *_, hidden in packets), fill)
     return fill.frames
@@ -86,7 +94,9 @@ def probe(file: Any) -> tuple[int, int, int]:
     raise DecodeError("holds no video frame")
 
 
-def _read_by_packets(file: Any, packets: list[tuple[int, bool, bool]], fill: _Filler) -> bool:
+def _read_by_packets(
+    decode: Callable[[np.ndarray | None], Iterator[Any]], packets: list[tuple[int, bool, bool]], fill: _Filler
+) -> bool:
     """Fill by the times of the packets; False if the decoder does not give these frames in this order."""
     times = [pts for pts, _, hidden in packets if not hidden]
     if not times or None in times or len(set(times)) < len(times):
@@ -95,7 +105,7 @@ def _read_by_packets(file: Any, packets: list[tuple[int, bool, bool]], fill: _Fi
     ordered = np.sort(times)
     wanted = ordered[nearest(ordered, len(fill.frames))]
     last = None
-    for frame in _decode(file, _needed(packets, set(wanted.tolist()))):
+    for frame in decode(_needed(packets, set(wanted.tolist()))):
         if frame.pts is None or (last is not None and frame.pts <= last):
             return False
         if all_keys and frame.pict_type != PictureType.I:  # the file marks every frame as a key frame, but not all are
@@ -175,15 +185,20 @@ def _decode(file: Any, needed: np.ndarray | None = None) -> Iterator[Any]:
         if kind in PILLOW_FORMATS:
             yield from _pictures(file)
             return
-        previous = -1
-        for number, packet in enumerate(_demux(stream)):
-            if needed is None or kind not in INDEXED_FORMATS or needed[number]:
-                if number > previous + 1:
-                    yield from _frames(stream, None)
-                    stream.codec_context.flush_buffers()
-                previous = number
-                yield from _frames(stream, packet)
-        yield from _frames(stream, None)
+        yield from _decode_packets(kind, stream, _demux(stream), needed)
+
+
+def _decode_packets(kind: str, stream: Any, packets: Iterable[Any], needed: np.ndarray | None) -> Iterator[Any]:
+    """As ``_decode``, of a stream's packets."""
+    previous = -1
+    for number, packet in enumerate(packets):
+        if needed is None or kind not in INDEXED_FORMATS or needed[number]:
+            if number > previous + 1:
+                yield from _frames(stream, None)
+                stream.codec_context.flush_buffers()
+            previous = number
+            yield from _frames(stream, packet)
+    yield from _frames(stream, None)
 
 
 def _frames(stream: Any, packet: Any) -> list[Any]:
