@@ -149,16 +149,17 @@ def parse_command(args: list[str]) -> None:
         OnlyParse(args)
 
 
-def run_ranks(function: Callable[..., object], *args: Any, processes: int = 2) -> None:
+def run_ranks(function: Callable[..., object], *args: Any, processes: int = 2, join: bool = True) -> Any:
     """Call a function in several processes that know each other by torch.distributed, on the CPU, as torchrun would.
 
-    They are forks, which import nothing anew, unless this process has used a GPU.
+    They are forks, which import nothing anew, unless this process has used a GPU.  Without ``join`` it gives torch's
+    context of the running processes, of which none is ended where another fails.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     method = "spawn" if torch.cuda.is_initialized() else "fork"
-    start_processes(_as_rank, (processes, port, function, args), processes, start_method=method)
+    return start_processes(_as_rank, (processes, port, function, args), processes, join, start_method=method)
 
 
 def _as_rank(rank: int, processes: int, port: int, function: Callable[..., object], args: tuple[Any, ...]) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import signal
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed.checkpoint import load
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -24,7 +27,9 @@ from univigu.cli import main
 from univigu.flow import objective
 from univigu.flow.objective import TaskMixture
 from univigu.flow.random import make_generator
+from univigu.models.lora import LoraOptions
 from univigu.models.options import ArchitectureOptions
+from univigu.models.sharded import sharded_reader
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.training.callbacks import LastCheckpoint, StageSwitch, WeightEMA
 from univigu.training.module import UniViGU
@@ -114,13 +119,14 @@ def train(
     compile_backend: str | None = None,
     saves: int | None = None,
     text_flow: Any = "mask",
+    callbacks: tuple[Callback, ...] = (),
     **options: Any,
 ) -> Diary:
     """A run of this process's share, with a checkpoint at every ``saves`` steps; one process stands for two."""
     torch.set_num_threads(1)
     kind = UniViGU if processes == 2 else AsTwo
-    architecture = ArchitectureOptions(text_flow, separate_text_ffn=options.pop("separate_text_ffn", True))
-    options = {"architecture": architecture, "gradient_checkpointing": True} | options
+    changes = {name: options.pop(name) for name in ("separate_text_ffn", "text_attention") if name in options}
+    options = {"architecture": ArchitectureOptions(text_flow, **changes), "gradient_checkpointing": True} | options
     module = kind(folder, seed=3, optimizer=ADAMW, compile_blocks=compile_backend is not None, **options)
     objective.MAX_LOGITS = 500  # in this process
     module.compile_backend = compile_backend or ""
@@ -132,8 +138,8 @@ def train(
         max_steps=steps,
         strategy=ShardedStrategy(compute_dtype=compute_dtype) if sharded else "auto",
         gradient_clip_val=0.5,
-        enable_checkpointing=bool(saves),
-        callbacks=[StageSwitch(STAGES), diary, *saver],
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in (*saver, *callbacks)),
+        callbacks=[StageSwitch(STAGES), diary, *saver, *callbacks],
         **QUIET,
     )
     share = Subset(Clips(), range(int(os.environ.get("RANK", 0)), len(Clips()), processes))
@@ -183,6 +189,33 @@ def average(folder: str, root: str, *, processes: int, distributed: bool) -> Dia
     return Diary()
 
 
+def refuse(folder: str, root: str, *, processes: int, sharded: bool = True, refusals: None = None) -> Diary:
+    """A run with adapters, resumed with other options; the errors go to a file, without the checkpoint's path."""
+    first: dict[str, Any] = {"lora": LoraOptions(rank=2)}
+    kind: dict[str, Any] = {"processes": processes, "sharded": sharded}
+    train(folder, root, steps=1, saves=1, **first, **kind)
+    path, found = f"{root}/step=1.ckpt", {}
+    for name, change in {
+        "rank": {"lora": LoraOptions(rank=3)},
+        "no adapters": {"lora": None},
+        "own attention": {"text_attention": "own"},
+        "mean": {"callbacks": (WeightEMA(),)},
+    }.items():
+        with pytest.raises(MisconfigurationException) as error:
+            train(folder, root, steps=2, ckpt_path=path, **first | change, **kind)
+        found[name] = str(error.value).replace(path, "")
+    Path(root, f"refused-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found))
+    return Diary()
+
+
+class DieWhileSaving(Callback):
+    """Kills the second process in the middle of saving a step."""
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if trainer.global_step == 8 and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def launch(processes: int, folder: Path, *jobs: dict[str, Any]) -> list[list[Diary]]:
     """Run jobs in other processes; the diaries of each, by process."""
     root = Path(jobs[0]["root"])
@@ -201,7 +234,10 @@ def run_jobs(root: Path, jobs: list[dict[str, Any]]) -> None:
     """What each of the processes does."""
     warnings.filterwarnings("error", message="FSDP2-wrapped module")  # of outputs that are views
     processes = int(os.environ["WORLD_SIZE"])
-    diaries = [(average if "distributed" in job else train)(processes=processes, **job) for job in jobs]
+    kinds = {"distributed": average, "refusals": refuse}
+    diaries = [
+        next((kind for name, kind in kinds.items() if name in job), train)(processes=processes, **job) for job in jobs
+    ]
     pages = [{"losses": diary.losses, "moved": diary.moved} for diary in diaries]
     (root / f"diary-{os.environ['RANK']}.json").write_text(json.dumps(pages))
 
@@ -232,6 +268,7 @@ def two(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespa
         {"root": str(root / "folder"), "distributed": True},
         {"root": str(root / "file"), "distributed": False},
         {"root": str(root / "compiled"), "compile_backend": "aot_eager", "steps": 2},
+        {"root": str(root / "refused"), "refusals": None},
         {"root": str(root / "switch"), "compile_backend": "eager", "steps": 12, "ckpt_path": f"{root}/step=8.ckpt"},
     )
     return SimpleNamespace(diaries=launch(2, folder, *jobs), root=root)
@@ -275,7 +312,7 @@ def test_bfloat16_trains_past_a_stage_that_freezes_whole_blocks(two: SimpleNames
 def test_compiled_blocks_train_as_others(plain: SimpleNamespace, two: SimpleNamespace) -> None:
     """With their own backward pass; and from an uncompiled checkpoint on, past the switch of stages."""
     assert_losses([diaries[5] for diaries in two.diaries], plain, range(2), 1e-4)
-    assert_losses([diaries[6] for diaries in two.diaries], plain, range(8, 12), 1e-4)
+    assert_losses([diaries[7] for diaries in two.diaries], plain, range(8, 12), 1e-4)
 
 
 @pytest.mark.slow
@@ -293,6 +330,35 @@ def test_checkpoints_go_from_two_processes_to_one_and_back(
     assert_losses([second], plain, range(12, 18))
     back = launch(2, folder, {"root": str(tmp_path / "back"), "ckpt_path": str(tmp_path / "late" / "step=16.ckpt")})
     assert_losses([diaries[0] for diaries in back], plain, range(16, 20))
+
+
+@pytest.mark.slow
+def test_a_resume_with_another_model_is_refused_as_without_sharding(
+    folder: Path, two: SimpleNamespace, tmp_path: Path
+) -> None:
+    refuse(str(folder), str(tmp_path), processes=1, sharded=False)
+    expected = json.loads((tmp_path / "refused-0.json").read_text())
+    parts = ("model.lora.rank': (2, 3)", "model.lora': (LoraOptions(", "text_attention': (", "callback': (False, True)")
+    for part, message in zip(parts, expected.values(), strict=True):
+        assert part in message and "\n" not in message
+    for rank in (0, 1):
+        assert json.loads((two.root / "refused" / f"refused-{rank}.json").read_text()) == expected
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other(folder: Path, plain: SimpleNamespace, tmp_path: Path) -> None:
+    """In a minute, with a message; the earlier checkpoint is whole and resumes on one process and on two."""
+    options = {"root": str(tmp_path), "callbacks": (LastCheckpoint(str(tmp_path), 4), DieWhileSaving())}
+    context = run_ranks(run_jobs, tmp_path, [{"folder": str(folder), **options}], join=False)
+    end = time.monotonic() + 60
+    for process in context.processes:
+        process.join(max(0, end - time.monotonic()))
+    assert [process.exitcode for process in context.processes] == [1, -signal.SIGKILL]
+    assert "RuntimeError" in pickle.loads(Path(context.error_files[0]).read_bytes())
+    assert sharded_reader(tmp_path / "last.ckpt") and not (tmp_path / "last.old").exists()
+    for processes in (1, 2):
+        resumed = {"root": f"{tmp_path}/{processes}", "ckpt_path": f"{tmp_path}/last.ckpt", "steps": 6}
+        assert_losses([diaries[0] for diaries in launch(processes, folder, resumed)], plain, range(4, 6))
 
 
 @pytest.mark.slow

@@ -172,9 +172,10 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """As Lightning's, with the optimizer state of exactly those weights that were saved with one."""
         path = Path(self.broadcast(checkpoint_path))
-        saved = (
-            sharded_reader(path).read_metadata().state_dict_metadata if path.is_dir() else {}
-        )  # or a CheckpointError
+        saved = sharded_reader(path).read_metadata().state_dict_metadata if path.is_dir() else {}  # or CheckpointError
+        entries = torch.load(path / "meta.pt" if path.is_dir() else path, "cpu", weights_only=True, mmap=True)
+        assert self.lightning_module is not None
+        self.lightning_module.on_load_checkpoint(entries)  # says how models differ, where torch would name a key
         with self._only_with_state(saved) if saved and self.optimizers else nullcontext():
             return super().load_checkpoint(path, weights_only=True)
 
