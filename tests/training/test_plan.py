@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import WanTransformer3DModel
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.conftest import REPO, added_memory, in_fork
+from tests.conftest import REPO, added_memory, in_fork, run_ranks
 from tools import plan as plan_tool
 from univigu.flow.objective import TaskMixture, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
@@ -24,6 +26,7 @@ from univigu.models.text import is_text_parameter
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import empty_model
 from univigu.training.optim import OptimizerOptions
+from univigu.training.parallel import build_sharded
 from univigu.training.plan import WAN21, Workload, added_parameters, count_step, make_plan, workloads_of
 from univigu.training.stages import Stage
 
@@ -145,8 +148,13 @@ def small(**changes: Any) -> Workload:
 
 
 def real_step(work: Workload, checkpointing: bool, batch_size: int = 1) -> None:
-    """A step of it on the CPU, with the optimizer's."""
-    model = UniViGUTransformer3DModel(**work.transformer).train()
+    """A step of it on the CPU, with the optimizer's; sharded where there are several processes."""
+    model = UniViGUTransformer3DModel(**work.transformer)
+    if dist.is_initialized():
+        mesh, full = init_device_mesh("cpu", (dist.get_world_size(),)), model
+        model = build_sharded(lambda: full, lambda model: None, mesh, torch.device("cpu"), torch.float32)
+        del full
+    model.train()
     if checkpointing:
         model.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
@@ -211,3 +219,20 @@ def test_memory_is_what_a_run_takes(checkpointing: bool) -> None:
     steps = partial(real_step, tiny, checkpointing), partial(real_step, work, checkpointing)
     measured = in_fork(added_memory, *steps, start="spawn")
     assert planned == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.slow
+def test_memory_is_what_two_processes_take(tmp_path: Path) -> None:
+    """In the second process: the first one builds the whole model."""
+    work = small(transformer=SMALL | {"num_layers": 6})
+    run_ranks(measure_share, work, tmp_path / "measured")
+    measured = int((tmp_path / "measured").read_text())
+    assert make_plan(work, 2, checkpointing=True).total == pytest.approx(measured, rel=0.1)
+
+
+def measure_share(work: Workload, path: Path) -> None:
+    dist.init_process_group("gloo")
+    tiny = replace(work, transformer=SMALL | {"num_layers": 1})
+    measured = added_memory(partial(real_step, tiny, True), partial(real_step, work, True))
+    if dist.get_rank() == 1:
+        path.write_text(str(measured))
