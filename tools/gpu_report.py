@@ -202,8 +202,7 @@ class Report:
         convert(model, torch.bfloat16)
         for steps in (many, few):
             self.row("caption, frozen, bfloat16, exact cache", partial(self.caption, model, steps))
-        for block in model.blocks:
-            block.compile(backend=self.compiler)
+        model.compile_repeated_blocks(backend=self.compiler)
         for steps in (many, few):
             self.row("caption, frozen, bfloat16, compiled", partial(self.caption, model, steps))
         self.row("video, bfloat16, compiled", lambda: self.video(model, video_steps))

@@ -391,7 +391,7 @@ class UniViGUPipeline(WanPipeline):
                 tensors = {"latents": state.latents, "text": state.text, "state": state}
                 callback(self, state.step, NUM_TRAIN_TIMESTEPS * (1.0 - time), tensors)
             if state.last or self._interrupt:  # a caption may end early
-                bar.close()
+                bar = bar.close()  # None: several texts in turn have a bar each
             return self._interrupt
 
         return on_step

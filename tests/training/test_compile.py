@@ -24,10 +24,10 @@ VOCAB = 11
 
 
 def make(compiled: bool) -> UniViGUTransformer3DModel:
-    model = tiny.make_unified(tiny.make_wan(num_layers=1), VOCAB, text_flow="mask", clean_video_reads_text=False)
+    options = {"clean_video_reads_text": False, "clean_video_reads_prompt": False}
+    model = tiny.make_unified(tiny.make_wan(), VOCAB, text_flow="mask", **options)
     if compiled:
-        for block in model.blocks:
-            block.compile(backend="aot_eager")  # needs no C++ compiler
+        model.compile_repeated_blocks(backend="aot_eager")  # needs no C++ compiler
     return model
 
 
@@ -39,10 +39,11 @@ def inputs() -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.slow
-def test_training_and_sampling_are_the_same() -> None:
+def test_training_and_every_task_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     latents, prompt, text = inputs()
     results: list[dict[str, torch.Tensor]] = []
     compiled_calls = []
+    monkeypatch.setattr(torch.compiler.config, "fail_on_recompile_limit_hit", True)  # else the rest is not compiled
     for compiled in (False, True):
         model = make(compiled)
         compiled_calls.append(all(block._compiled_call_impl is not None for block in model.blocks))
@@ -56,6 +57,9 @@ def test_training_and_sampling_are_the_same() -> None:
         found["caption"] = sampler.caption(latents, prompt, prompt[:1], 7, generator).tokens
         joint = sampler.joint(prompt, prompt[:1], latents.shape[1:], 7, generator)
         found |= {"joint": joint.tokens, "video": joint.latents}
+        found["answers"] = sampler.caption(latents[:1], prompt, prompt[:1], 7, generator).tokens
+        found["generate"] = sampler.generate(prompt, prompt[:1], latents.shape[1:], generator).latents
+        found["edit"] = sampler.edit(latents, 0.5, prompt, prompt[:1], generator).latents
         results.append({**found, "sample": out.sample, "text": out.text})
     assert compiled_calls == [False, True]
     plain, compiled_results = results

@@ -207,10 +207,9 @@ class UniViGU(EvaluatedModule):
         if self.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if self.compile_blocks:
-            for block in model.blocks:  # diffusers would find them by their class, which sharding changes
-                # Checkpointing recomputes with the code of the newest size, which must be the forward's, too.
-                dynamic = False if self.gradient_checkpointing else None
-                block.compile(backend=self.compile_backend, dynamic=dynamic)
+            # Checkpointing recomputes with the code of the newest size, which must be the forward's, too.
+            dynamic = False if self.gradient_checkpointing else None
+            model.compile_repeated_blocks(backend=self.compile_backend, dynamic=dynamic)
         self.transformer = model
 
     def enter_stage(self, stage: Stage, name: str = "") -> None:
