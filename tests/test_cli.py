@@ -37,7 +37,7 @@ from univigu.training.prediction import predict_batch
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
 FIT = ("recall", "refine", "two_stage", "foundation")
-OVERLAYS = ("frozen", "wan2.1-1.3b", "wan2.1-14b", "fsdp")
+OVERLAYS = ("frozen", "wan2.1-1.3b", "wan2.1-14b", "fsdp", "gpu-24gb", "lora")
 RECALL = ["--config=configs/recall.yaml", "--config=configs/frozen.yaml"]
 REFINE = ["--config=configs/refine.yaml", "--config=configs/frozen.yaml"]
 # Few steps and small pictures, real parts.

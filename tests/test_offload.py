@@ -60,7 +60,19 @@ def offload_layers(pipe: UniViGUPipeline) -> None:
     assert pipe.vae.device.type == "meta" and compute_device(pipe.vae).type == "cpu"
 
 
-@pytest.mark.parametrize(("offload", "flow"), [(offload_whole, "mask"), (offload_layers, "embedding")])
+def offload_groups(pipe: UniViGUPipeline) -> None:
+    pipe.enable_group_offload(torch.device("cpu"), num_blocks_per_group=1)
+
+
+def test_group_offloading_computes_on_the_device_that_it_loads_to() -> None:
+    pipe = make_pipe("embedding")
+    pipe.enable_group_offload(torch.device("cuda"), num_blocks_per_group=1)  # nothing is moved before it is used
+    assert [compute_device(part).type for part in (pipe.text_encoder, pipe.transformer, pipe.vae)] == ["cuda"] * 3
+
+
+@pytest.mark.parametrize(
+    ("offload", "flow"), [(offload_whole, "mask"), (offload_layers, "embedding"), (offload_groups, "embedding")]
+)
 def test_every_task_is_the_same(offload: Any, flow: str) -> None:
     expected, pipe = every_task(make_pipe(flow)), make_pipe(flow)
     offload(pipe)
@@ -82,10 +94,13 @@ def test_components_come_in_the_order_of_their_use() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+@pytest.mark.parametrize(
+    "method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"]
+)
 def test_offloading_on_a_gpu(method: str) -> None:
-    expected, pipe = every_task(make_pipe("mask").to("cuda")), make_pipe("mask")
-    getattr(pipe, method)()
+    expected, pipe = every_task(make_pipe("embedding").to("cuda")), make_pipe("embedding")
+    options = {"onload_device": torch.device("cuda"), "num_blocks_per_group": 1} if "group" in method else {}
+    getattr(pipe, method)(**options)
     for task, made in every_task(pipe).items():
         assert np.allclose(made, expected[task], atol=1e-3), task
     assert all(weight.device.type in ("cpu", "meta") for weight in pipe.transformer.parameters())

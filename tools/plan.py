@@ -35,7 +35,7 @@ def show_plan(name: str, work: Workload, options: argparse.Namespace, console: C
         ("video tokens a clip", f"{plan.video_tokens:,}"),
         ("operations a step and process", f"{plan.flops / 1e12:,.3f} T ({checkpointed.flops / 1e12:,.3f} T with"
          " checkpointing)"),
-        ("weights (float32 share)", f"{plan.weights / gigabyte:.3f} GB"),
+        ("weights", f"{plan.weights / gigabyte:.3f} GB"),
         ("gathered at once", f"{plan.gathered / gigabyte:.3f} GB"),
         ("gradients", f"{plan.gradients / gigabyte:.3f} GB"),
         ("optimizer", f"{plan.optimizer / gigabyte:.3f} GB"),

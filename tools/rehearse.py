@@ -10,7 +10,6 @@ is trained has --train-layers of the transformer's layers, since optimizer state
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -18,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -37,17 +37,16 @@ from univigu.shapes.texts import prompt_of
 from univigu.training.plan import WAN21
 
 TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2, "text_dim": 32}
-TINY |= {"in_channels": 4, "out_channels": 4}
-FRAMES, SIDE = 5, 64
+TINY |= dict.fromkeys(("in_channels", "out_channels"), 4)
 COMMANDS = """
 synthesize, 2 steps | tools/synthesize.py --prompts prompts.txt --pipeline wan --height 64 --width 64 --num-frames 5
     --fps 16 --steps 2 --batch-size 1 --dtype bfloat16 --min-caption 1 --device cpu --output data/train
 encode | tools/encode.py --source data --output data-encoded --foundation wan --height 64 --width 64 --num-frames 5
     --dtype float16 --device cpu
 prune the vocabulary | tools/convert.py prune --foundation short --texts data --output pruned
-fit recall, 2 steps | FIT --config=configs/recall.yaml SCALE --config=configs/frozen.yaml
+fit recall, 2 steps | -m univigu.cli fit --config=configs/recall.yaml SCALE --config=configs/frozen.yaml FIT
     --trainer.default_root_dir=recall
-fit refine, 2 steps | FIT --config=configs/refine.yaml SCALE --config=configs/frozen.yaml
+fit refine, 2 steps | -m univigu.cli fit --config=configs/refine.yaml SCALE --config=configs/frozen.yaml FIT
     --trainer.default_root_dir=refine --model.init_from=recall/checkpoints/last.ckpt
 convert | tools/convert.py pipeline --checkpoint refine/checkpoints/last.ckpt --foundation pruned --output model
 predict | CAPTION --model.foundation=model --model.init_from=model/transformer --trainer.precision=bf16-true
@@ -55,16 +54,14 @@ predict, all layers and tokens, bfloat16 | CAPTION --model.foundation=wan --mode
     --trainer.precision=bf16-true
 predict, all layers and tokens, float32 | CAPTION --model.foundation=wan --model.init_from=null
 """
-"""Name and command of each step, for the folder of the rehearsal."""
 CLIP = "--data.height=64 --data.width=64 --data.num_frames=5 --data.num_workers=0 --trainer.accelerator=cpu"
 SHORT = {
-    "FIT": f"-m univigu.cli fit {CLIP} --model.foundation=pruned --data.shards=data-encoded --data.batch_size=1 "
-    "--data.length_filter.min_caption=1 --model.optimizer.name=muon --trainer.precision=bf16-true --trainer.max_steps=2"
-    " --trainer.limit_val_batches=0 --media.every_n_steps=0 --report.num_samples=1 --model.sampling.caption_steps=1",
-    "CAPTION": f"-m univigu.cli predict {CLIP} --config=configs/caption.yaml --data.videos=clip.mp4 "
-    "--trainer.default_root_dir=caption --model.sampling.caption_steps=2",
+    "FIT": f"{CLIP} --model.foundation=pruned --data.shards=data-encoded --data.batch_size=1 --trainer.max_steps=2"
+    " --trainer.precision=bf16-true --trainer.limit_val_batches=0 --data.length_filter.min_caption=1"
+    " --report.num_samples=1 --model.optimizer.name=muon --media.every_n_steps=0 --model.sampling.caption_steps=1",
+    "CAPTION": f"-m univigu.cli predict --config=configs/caption.yaml {CLIP} --data.videos=clip.mp4"
+    " --trainer.default_root_dir=caption --model.sampling.caption_steps=2",
 }
-"""What the commands abbreviate."""
 
 
 def write_foundation(folder: Path, size: str) -> None:
@@ -90,14 +87,15 @@ def write_foundation(folder: Path, size: str) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
-def write_short(folder: Path, source: Path, num_layers: int) -> None:
-    """The same foundation with fewer layers."""
-    folder.mkdir()
+def write_folders(root: Path, size: str, num_layers: int) -> None:
+    """The foundation, and the same one with fewer layers."""
+    write_foundation(root / "wan", size)
+    (root / "short").mkdir()
     for name in {*COMPONENTS, "model_index.json"} - {"transformer"}:
-        (folder / name).symlink_to((source / name).resolve())
-    config = WanTransformer3DModel.load_config(source / "transformer")
+        (root / "short" / name).symlink_to((root / "wan" / name).resolve())
+    config = WanTransformer3DModel.load_config(root / "wan" / "transformer")
     options = known_options(WanTransformer3DModel, config) | {"num_layers": num_layers}
-    WanTransformer3DModel(**options).save_pretrained(folder / "transformer")
+    WanTransformer3DModel(**options).save_pretrained(root / "short" / "transformer")
 
 
 def commands(scale: str) -> Iterator[tuple[str, list[str]]]:
@@ -111,37 +109,31 @@ def commands(scale: str) -> Iterator[tuple[str, list[str]]]:
 
 def measure(command: list[str], root: Path) -> tuple[float, int]:
     """Run a command with this interpreter in a folder; its seconds and peak memory in bytes."""
-    start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *command], cwd=root)
+    start, process = time.perf_counter(), subprocess.Popen([sys.executable, *command], cwd=root)
     _, status, usage = os.wait4(process.pid, 0)
     if os.waitstatus_to_exitcode(status):
         raise ValueError(f"this command failed: {' '.join(command)}")
     return time.perf_counter() - start, 1024 * usage.ru_maxrss
 
 
-def rehearse(root: Path, size: str, num_layers: int) -> list[tuple[str, float, float]]:
-    """Write the folders and run every command; (name, seconds, gigabytes) of each."""
-    write_foundation(root / "wan", size)
-    write_short(root / "short", root / "wan", num_layers)
+def rehearse(output: Path, size: str, train_layers: int, float32: bool) -> Table:
+    """Write the folders and run every command; a table with seconds and peak memory of each."""
+    (root := output.resolve()).mkdir(parents=True)  # a FileExistsError if there is a rehearsal
+    # In a process of its own: a process's peak includes that of the one that starts it.
+    writer = get_context("spawn").Process(target=write_folders, args=(root, size, train_layers))
+    writer.start()
+    writer.join()
     (root / "prompts.txt").write_text("".join(prompt_of(sample_scene(seed)) + "\n" for seed in range(2)))
-    (root / "clip.mp4").write_bytes(encode_mp4(torch.randint(0, 256, (FRAMES, 3, SIDE, SIDE), dtype=torch.uint8)))
+    (root / "clip.mp4").write_bytes(encode_mp4(torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)))
     for name in ("tools", "configs"):
         (root / name).symlink_to(Path(__file__).resolve().parents[1] / name)
-    rows = []
+    table = Table("step", "seconds", "peak GB", title=f"Wan2.1 {size}, random weights")
     for name, command in commands("" if size == "tiny" else f"--config=configs/wan2.1-{size}.yaml"):
-        seconds, peak = measure(command, root)
-        rows.append((name, seconds, peak / 1e9))
-        print(f"{name}: {seconds:.0f} s, {peak / 1e9:.2f} GB", flush=True)
-    return rows
-
-
-def run(options: argparse.Namespace) -> None:
-    if options.output.exists():
-        raise ValueError(f"--output {options.output}: it is there already; delete it or choose another")
-    table = Table("step", "seconds", "peak GB", title=f"Wan2.1 {options.size}, random weights")
-    for name, seconds, peak in rehearse(options.output, options.size, options.train_layers):
-        table.add_row(name, f"{seconds:.0f}", f"{peak:.2f}")
-    Console().print(table)
+        if float32 or not name.endswith("float32"):
+            seconds, peak = measure(command, root)
+            print(f"{name}: {seconds:.0f} s, {peak / 1e9:.2f} GB", flush=True)
+            table.add_row(name, f"{seconds:.0f}", f"{peak / 1e9:.2f}")
+    return table
 
 
 def main(args: list[str] | None = None) -> int:
@@ -149,8 +141,9 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/rehearsal"), help="folder of everything it writes")
     parser.add_argument("--size", choices=["tiny", "1.3b", "14b"], default="1.3b", help="of the transformer and VAE")
     parser.add_argument("--train-layers", type=int, default=4, help="layers of the transformer that is trained")
-    options = parser.parse_args(args)
-    return exit_code(lambda: run(options))
+    parser.add_argument("--float32", action="store_true", help="caption in float32, too (18 GB at 1.3b)")
+    chosen = parser.parse_args(args)
+    return exit_code(lambda: Console().print(rehearse(**vars(chosen))))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch.distributed.tensor import distribute_tensor
 from univigu.models.conventions import CONVENTIONS
 from univigu.models.foundation import COMPONENTS, VOCABULARY, Foundation
 from univigu.models.lora import LoraOptions, is_lora_parameter, lora_differences, lora_options, merge_lora
-from univigu.models.options import check_replaced
+from univigu.models.options import ArchitectureOptions, check_replaced
 from univigu.models.sharded import sharded_reader
 from univigu.models.text import is_text_parameter
 from univigu.models.tokens import clean_text
@@ -133,6 +133,22 @@ def load_weights(
         return _from_weights(config, weights, path, dtype)
     model = empty_model(UniViGUTransformer3DModel, config)
     load_strictly(model, read_weights(folder), path, dtype=dtype)
+    return model
+
+
+def start_weights(
+    init_from: str | None, foundation: Foundation, architecture: ArchitectureOptions, dtype: WeightDtype
+) -> UniViGUTransformer3DModel:
+    """The transformer that training starts from: a foundation's, extended, or weights for the same architecture."""
+    start = {"wan": foundation.path, "architecture": architecture, **foundation.vocabulary}
+    if init_from is None:
+        return UniViGUTransformer3DModel.from_wan(**start, torch_dtype=dtype)
+    config = UniViGUTransformer3DModel.wan_config(**start)
+    if init_from != "random":
+        return load_weights(init_from, config, dtype)
+    model = UniViGUTransformer3DModel(**config)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtype_of(model, name, dtype))
     return model
 
 

@@ -206,6 +206,8 @@ def test_freezing_and_adapters_cost_less() -> None:
     assert split.weights == everything.weights // 4 and split.gathered > 0 == everything.gathered
     assert recomputed.activations < everything.activations
     assert make_plan(small(**layers, averaged=True)).weights == 2 * everything.weights
+    half = make_plan(small(**layers, stage=frozen, half=True, compute_dtype=torch.bfloat16))
+    assert half.weights == 2 * text.parameters + 2 * text.trained_parameters and half.gathered == 0
     with pytest.raises(ValueError, match="world_size=0"):
         make_plan(small(), 0)
 

@@ -14,9 +14,9 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKLWan
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
-from univigu.models.weights import compute_device, load_model, reading
+from univigu.models.weights import WeightFiles, check_complete, compute_device, load_model, reading
 
 EMBEDDED_FOUNDATION = str(Path(__file__).resolve().parents[1] / "assets" / "foundation")
 EMBEDDED_MODEL = str(Path(EMBEDDED_FOUNDATION).with_name("model"))
@@ -97,10 +97,22 @@ class Foundation:
 
     @cached_property
     def text_encoder(self) -> UMT5EncoderModel:
-        # Straight to its device: with many processes a node, as many copies would not fit into the host's memory.
-        place = {} if self._device.type == "cpu" else {"device_map": {"": self._device}}
-        options = {"dtype": self._text_encoder_dtype, **place}
-        model = load_model(UMT5EncoderModel, self.path / "text_encoder", allow_unexpected=True, **options)
+        folder, where = self.path / "text_encoder", (self._device, self._text_encoder_dtype)
+        if not any(folder.glob("*.safetensors")):
+            model = load_model(UMT5EncoderModel, folder, allow_unexpected=True, dtype=self._text_encoder_dtype)
+            return model.to(self._device).requires_grad_(False).eval()
+        # One weight after the other, straight to its device: transformers maps all files at once, and with many
+        # processes a node, as many copies would not fit into the host's memory.
+        with reading(folder), torch.device("meta"):
+            model = UMT5EncoderModel(UMT5Config.from_pretrained(folder))
+        state, own = WeightFiles(folder), model.state_dict()
+        tied = {name: "shared.weight" for name in ("encoder.embed_tokens.weight",) if name not in state}
+        missing = [name for name in own if tied.get(name, name) not in state]
+        wrong = [name for name in own if name in state and state[name].shape != own[name].shape]
+        check_complete(folder, {"missing_keys": missing, "mismatched_keys": wrong}, allow_unexpected=True)
+        weights = {name: state[name].to(*where) for name in own if name in state}
+        model.load_state_dict(weights, strict=False, assign=True)
+        model.tie_weights()
         return model.requires_grad_(False).eval()
 
     @cached_property

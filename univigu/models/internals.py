@@ -28,8 +28,11 @@ def register_block(block: type[torch.nn.Module]) -> None:
 
 
 def execution_device(module: torch.nn.Module) -> torch.device | None:
-    """Where accelerate's offloading runs a module; None for a module that is not offloaded."""
+    """Where accelerate's or diffusers' offloading runs a module; None for a module that is not offloaded."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is None and (registry := getattr(module, "_diffusers_hook", None)) is not None:
+        group = registry.get_hook("group_offloading")
+        device = None if group is None else group.config.onload_device
     return None if device is None else torch.device(device)
 
 

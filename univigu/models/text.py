@@ -12,6 +12,7 @@ from torch import nn
 
 from univigu.flow.inputs import TextInputs, TextReader
 from univigu.models.cache import AttentionCache
+from univigu.models.weights import WeightDtype, dtype_of
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
@@ -30,6 +31,24 @@ def copied_from(name: str) -> str | None:
     if set(TEXT_TABLES) & set(name.split(".")):
         return None
     return re.sub(r"_t(?=\.|$)", "", name.replace("time_embedding_t.", "condition_embedder."))
+
+
+@torch.no_grad()
+def init_text_tables(model: Any, dtype: WeightDtype | None = None) -> None:
+    """Draw the weights of a transformer's text stream that are no copies of Wan's; given a dtype, anew on the CPU."""
+    for name in TEXT_TABLES:
+        if (module := getattr(model, name)) is None:
+            continue
+        if dtype is not None:
+            for part, parameter in module.named_parameters():
+                parameter.data = parameter.data.to(dtype_of(model, f"{name}.{part}", dtype))
+            module.to_empty(device="cpu")
+        for part, parameter in module.named_parameters():
+            if "embed" in name:
+                # Small beside what attention adds, so that the token hides nothing that is read off the video.
+                parameter.normal_(std=0.1)
+            else:  # the first prediction is uniform
+                parameter.fill_(float(part == "norm_final.weight"))
 
 
 class TextTimeEmbedding(nn.Module):

@@ -33,19 +33,19 @@ from univigu.models.conventions import Conventions, NullCondition, PromptPadding
 from univigu.models.internals import checkpointed
 from univigu.models.options import ArchitectureOptions, TextAttention, TextFlowName, check_replaced
 from univigu.models.text import (
-    TEXT_TABLES,
     TextHead,
     TextTimeEmbedding,
     check_prefill,
     check_text,
     copied_from,
+    init_text_tables,
     text_rotary_table,
 )
 from univigu.models.weights import (
     WeightDtype,
     check_complete,
     check_files,
-    dtype_of,
+    compute_device,
     embedding_rows,
     empty_model,
     known_options,
@@ -159,7 +159,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         self.scale_shift_table_t = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.text_head = TextHead(dim, vocab_size)
         self.text_endpoint_proj = nn.Linear(dim, dim, bias=False) if text_flow == "embedding" else None
-        self.init_text_tables()
+        init_text_tables(self)
 
     # ------------------------------------------------------------------ forward
 
@@ -313,7 +313,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
 
     def token_table(self) -> torch.Tensor:
         """The token embeddings with rows of RMS 1, float32 [V, D]: the data points of the ``embedding`` flow."""
-        table = embedding_rows(self.vocab_embed, self.config.vocab_size).float()
+        table = embedding_rows(self.vocab_embed, self.config.vocab_size).to(compute_device(self)).float()
         return table * torch.rsqrt(table.square().mean(-1, keepdim=True) + 1e-8)
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
@@ -345,7 +345,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             model.rope, torch_dtype = copy.deepcopy(wan.rope), wan.proj_out.weight.dtype  # in no state dict
         else:
             load_strictly(model, read_weights(transformer_folder(wan)), wan, copies, torch_dtype)
-        model.init_text_tables(torch_dtype)
+        init_text_tables(model, torch_dtype)
         return model
 
     @staticmethod
@@ -356,31 +356,12 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         token_ids: list[int] | None = None,
     ) -> dict[str, Any]:
         """The configuration of a model that extends a Wan transformer, as of ``from_wan``."""
-        if isinstance(wan, WanTransformer3DModel):
-            config: Any = wan.config
-        else:
-            folder = transformer_folder(wan)
-            with reading(folder):
+        config: Any = wan.config if isinstance(wan, WanTransformer3DModel) else None
+        if config is None:
+            with reading(folder := transformer_folder(wan)):
                 config = WanTransformer3DModel.load_config(folder)
         options = asdict(architecture or ArchitectureOptions()) | {"vocab_size": vocab_size, "token_ids": token_ids}
         return known_options(WanTransformer3DModel, config) | options
-
-    @torch.no_grad()
-    def init_text_tables(self, dtype: WeightDtype | None = None) -> None:
-        """Draw the weights of the text stream that are no copies of Wan's; given a dtype, anew on the CPU."""
-        for name in TEXT_TABLES:
-            if (module := getattr(self, name)) is None:
-                continue
-            if dtype is not None:
-                for part, parameter in module.named_parameters():
-                    parameter.data = parameter.data.to(dtype_of(self, f"{name}.{part}", dtype))
-                module.to_empty(device="cpu")
-            for part, parameter in module.named_parameters():
-                if "embed" in name:
-                    # Small beside what attention adds, so that the token hides nothing that is read off the video.
-                    parameter.normal_(std=0.1)
-                else:  # the first prediction is uniform
-                    parameter.fill_(float(part == "norm_final.weight"))
 
     @classmethod
     def from_config(cls, config: Any, *args: Any, **kwargs: Any) -> Any:

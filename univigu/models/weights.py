@@ -226,8 +226,8 @@ def compute_device(component: torch.nn.Module) -> torch.device:
 def embedding_rows(embedding: torch.nn.Embedding, count: int) -> torch.Tensor:
     """The first rows of an embedding, also if it is offloaded, or sharded (gradients are averaged over processes)."""
     weight = embedding.weight
-    if weight.is_meta:  # offloaded: its weights are there while it is called
-        return embedding(torch.arange(count, device=compute_device(embedding)))
+    if weight.device != (device := compute_device(embedding)):  # offloaded: its weights are there while it is called
+        return embedding(torch.arange(count, device=device))
     if isinstance(weight, DTensor):
         weight = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
     return weight[:count]

@@ -15,7 +15,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from univigu.checkpoint import check_resumed, config_differences, load_weights, take_for_use, take_sharded
+from univigu.checkpoint import (
+    check_resumed,
+    config_differences,
+    load_weights,
+    start_weights,
+    take_for_use,
+    take_sharded,
+)
 from univigu.data.inputs import PredictTask
 from univigu.data.sample import questions_of
 from univigu.data.video import to_model_range
@@ -33,15 +40,13 @@ from univigu.models.conventions import CONVENTIONS
 from univigu.models.foundation import EMBEDDED_FOUNDATION, Foundation
 from univigu.models.lora import LoraOptions, add_lora
 from univigu.models.options import ArchitectureOptions, check_replaced
-from univigu.models.text import is_text_parameter
 from univigu.models.tokens import fit_slot
 from univigu.models.transformer import UniViGUTransformer3DModel
-from univigu.models.weights import dtype_of, load_model
 from univigu.pipeline import TaskRunner
 from univigu.sampling.options import SamplingOptions
 from univigu.training.optim import OptimizerOptions, freeze_by_rate, make_optimizer, parameter_groups
 from univigu.training.parallel import ShardedStrategy, build_sharded, is_sharded, trained_weights_changed
-from univigu.training.precision import BFloat16Weights, compute_in_bfloat16
+from univigu.training.precision import BFloat16Weights, compute_in_bfloat16, load_generator, weight_dtype
 from univigu.training.prediction import Prediction, predict_batch
 from univigu.training.questions import ask_questions
 from univigu.training.stages import Stage
@@ -137,10 +142,8 @@ class UniViGU(EvaluatedModule):
             )
         precision = self.trainer.precision
         if precision in ("16-true", "64-true") or (self.device_mesh is not None and precision == "bf16-true"):
-            raise MisconfigurationException(
-                f"trainer.precision={precision!r}: expected 32-true, bf16-mixed or, if the model is not sharded, "
-                "bf16-true; ShardedStrategy has a compute_dtype"
-            )
+            choices = "32-true, bf16-mixed, or bf16-true for a model that is not sharded"
+            raise MisconfigurationException(f"trainer.precision={precision!r}: expected {choices}")
         if precision == "bf16-true":
             self.trainer.strategy.precision_plugin = BFloat16Weights()
         if every := stage == "fit" and self.trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
@@ -169,13 +172,8 @@ class UniViGU(EvaluatedModule):
             self._set_transformer(prepare(self._build_transformer()))
 
     def _weight_dtype(self, name: str) -> torch.dtype:
-        """The dtype of a transformer's weight: float32 if a stage trains it, else by the trainer's precision."""
-        if not self._half:
-            return torch.float32
-        group = "text" if is_text_parameter(name) else "video"
-        trains = any(self.optimizer_options.rates(stage)[group] > 0 for stage in self.stages)
-        trains = trains and self._fits and (group == "text" or self.lora is None)
-        return torch.float32 if trains else torch.bfloat16
+        rates = [self.optimizer_options.rates(stage) for stage in self.stages] if self._fits else []
+        return weight_dtype(name, rates, adapted=self.lora is not None) if self._half else torch.float32
 
     @property
     def _half(self) -> bool:
@@ -189,17 +187,7 @@ class UniViGU(EvaluatedModule):
         if self.init_from not in (None, "random") and self._trainer is not None and not self._fits:
             return load_weights(self.init_from, dtype=self._weight_dtype)  # with its own architecture
         torch.manual_seed(self.seed)  # for the text stream's new weights
-        wan, vocabulary = self.foundation.path, self.foundation.vocabulary
-        start = {"wan": wan, "architecture": self.architecture, **vocabulary}
-        if self.init_from is None:
-            return UniViGUTransformer3DModel.from_wan(**start, torch_dtype=self._weight_dtype)
-        config = UniViGUTransformer3DModel.wan_config(**start)
-        if self.init_from != "random":
-            return load_weights(self.init_from, config, self._weight_dtype)
-        model = UniViGUTransformer3DModel(**config)
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(dtype_of(model, name, self._weight_dtype))
-        return model
+        return start_weights(self.init_from, self.foundation, self.architecture, self._weight_dtype)
 
     def _set_transformer(self, model: UniViGUTransformer3DModel) -> None:
         if self._half and self.trainer.state.fn != "predict":
@@ -274,13 +262,8 @@ class UniViGU(EvaluatedModule):
                 f"stages: teacher_weight={self.stage.teacher_weight}: the foundation cannot teach a sharded model, nor "
                 "one whose latents are not normalised; set it to 0"
             )
-        folder = self.foundation.path / "transformer"
-        return (self._load_generator(folder).to(self.device).eval().requires_grad_(False),)
-
-    def _load_generator(self, folder: Path) -> WanTransformer3DModel:
-        dtype = torch.bfloat16 if self._half else torch.float32
-        wan = load_model(WanTransformer3DModel, folder, torch_dtype=dtype)
-        return compute_in_bfloat16(wan, self.device.type) if self._half else wan
+        wan = load_generator(self.foundation.path / "transformer", self._half, self.device)
+        return (wan.eval().requires_grad_(False),)
 
     def prepare(self, batch: dict[str, Any]) -> UniFlowBatch:
         """Encode a batch; precomputed latents and embeddings are used as they are."""
@@ -343,10 +326,10 @@ class UniViGU(EvaluatedModule):
                     self.log(f"val/{modality}_loss", values.mean(), prog_bar=True, batch_size=size, sync_dist=True)
 
     def make_evaluation(self) -> HeldOutEvaluation:
-        options, foundation = self.evaluation_options, self.foundation.path / "transformer"
+        options = self.evaluation_options
         if getattr(getattr(self.trainer, "datamodule", None), "precompute", False):  # else the first batch shows
             options.refuse_latents(self.stage.writes_text)
-        generator = self._load_generator(foundation)
+        generator = load_generator(self.foundation.path / "transformer", self._half, self.device)
         return HeldOutEvaluation(self.stage.target, self.shift, generator, options).to(self.device).eval()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
@@ -370,7 +353,6 @@ class UniViGU(EvaluatedModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Evaluation, prediction and plain loading take the checkpoint's architecture; a resumed fit must have it."""
-        fits = self._fits
         saved = checkpoint.get("univigu", {}).get("transformer_config")
         if saved is None:
             raise ValueError("ckpt_path: not a checkpoint of this project (it has no 'univigu' entry)")
@@ -381,9 +363,9 @@ class UniViGU(EvaluatedModule):
         differing = config_differences(saved, self._model.config)
         for name in {"text_length", *CONVENTIONS} & differing.keys():  # no weight depends on these
             self._model.register_to_config(**{name: differing.pop(name)[0]})
-        if differing and (fits or is_sharded(self._model)):
+        if differing and (self._fits or is_sharded(self._model)):
             raise MisconfigurationException(f"the checkpoint's model differs from the configuration: {differing}")
-        if fits:
+        if self._fits:
             check_resumed(checkpoint, path, self.lora, averages=hasattr(self, "ema"))
             return
         if hasattr(self, "ema"):  # of an earlier fit of this module; no callback updates it now

@@ -53,6 +53,8 @@ class Workload:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     compute_dtype: torch.dtype = torch.float32
     """Dtype of the weights in use and of the activations."""
+    half: bool = False
+    """Whether weights that are not trained are bfloat16, without shards: the trainer's precision bf16-true."""
     averaged: bool = False
     """Whether a running mean of the weights is kept."""
 
@@ -84,6 +86,7 @@ def workloads_of(args: list[str]) -> dict[str, Workload]:
     cli = ConfigOnlyCLI(args)
     model, data = cli.model, cli.datamodule
     strategy, callbacks = cli.trainer_options.strategy, cli.trainer_options.callbacks or []
+    half = cli.trainer_options.precision == "bf16-true"
     averaged = any(isinstance(c, WeightEMA) for c in (callbacks if isinstance(callbacks, list) else [callbacks]))
     transformer, vocabulary, (channels, temporal, spatial) = _sizes(Path(model.foundation_path))
     transformer |= asdict(model.architecture) | vocabulary
@@ -97,7 +100,12 @@ def workloads_of(args: list[str]) -> dict[str, Workload]:
             data.batch_size,
             model.lora,
             model.optimizer_options,
-            strategy.compute_dtype if isinstance(strategy, ShardedStrategy) else torch.float32,
+            strategy.compute_dtype
+            if isinstance(strategy, ShardedStrategy)
+            else torch.bfloat16
+            if half
+            else torch.float32,
+            half,
             averaged,
         )
         for name, stage in cli.stages.items()
@@ -240,7 +248,7 @@ class Plan:
     flops: float
     """Of a step."""
     weights: int
-    """Its float32 shard, and that of a running mean if there is one."""
+    """Its float32 shard, or with bf16-true 2 bytes of those not trained; and a running mean if there is one."""
     gathered: int
     """Gathered weights in the compute dtype; 0 in one process that computes in float32."""
     gradients: int
@@ -261,7 +269,8 @@ def make_plan(work: Workload, world_size: int = 1, checkpointing: bool = False) 
     modules = added_parameters(model).values()
     total, added, trained = (sum(row[i] for row in modules) for i in range(3))
     width = torch.empty(0, dtype=work.compute_dtype).element_size()
-    sharded = world_size > 1 or width < 4
+    sharded = world_size > 1 or (width < 4 and not work.half)
+    weights = 4 * trained + (2 if work.half else 4) * (total - trained)
     flops, activations = count_step(work, checkpointing)
     return Plan(
         parameters=total,
@@ -269,7 +278,7 @@ def make_plan(work: Workload, world_size: int = 1, checkpointing: bool = False) 
         trained_parameters=trained,
         video_tokens=work.video_tokens,
         flops=flops,
-        weights=4 * total * (2 if work.averaged else 1) // world_size,
+        weights=(weights + 4 * total * work.averaged) // world_size,
         gathered=width * _gathered_numbers(model) if sharded else 0,
         gradients=4 * trained // world_size,
         optimizer=_optimizer_bytes(model, work) // world_size,

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import torch
+from diffusers import WanTransformer3DModel
 from lightning.pytorch.plugins import Precision
 from torch import nn
+
+from univigu.models.text import is_text_parameter
+from univigu.models.weights import load_model
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -28,3 +34,19 @@ def compute_in_bfloat16(model: Model, device_type: str) -> Model:
         if name.endswith("time_embedder"):
             module.forward = torch.autocast(device_type, enabled=False)(module.forward)  # type: ignore[method-assign]
     return model
+
+
+def weight_dtype(name: str, rates: Iterable[Mapping[str, float]], adapted: bool) -> torch.dtype:
+    """The dtype with bf16-true of a weight, given the stages' learning rates of "text" and "video": float32 if trained.
+
+    ``adapted``: adapters are trained instead of the video's weights.
+    """
+    group = "text" if is_text_parameter(name) else "video"
+    trained = any(rate[group] > 0 for rate in rates) and not (adapted and group == "video")
+    return torch.float32 if trained else torch.bfloat16
+
+
+def load_generator(folder: Path, half: bool, device: torch.device) -> WanTransformer3DModel:
+    """A foundation's transformer, which takes float32 inputs also if its weights are bfloat16 (``half``)."""
+    wan = load_model(WanTransformer3DModel, folder, torch_dtype=torch.bfloat16 if half else torch.float32).to(device)
+    return compute_in_bfloat16(wan, device.type) if half else wan

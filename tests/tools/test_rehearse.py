@@ -1,0 +1,47 @@
+"""The rehearsal's commands at a tiny size, in this process."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tools import rehearse
+from univigu import cli
+from univigu.checkpoint import load_weights
+
+
+@pytest.mark.slow
+def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(command: list[str], root: Path) -> tuple[float, int]:
+        monkeypatch.chdir(root)
+        if command[0] == "-m":
+            cli.main(command[2:])
+        else:
+            main: Any = importlib.import_module(f"tools.{Path(command[0]).stem}").main
+            assert not main(command[1:])
+        return 1.0, 2 * 10**9
+
+    def process(target: Any, args: Any) -> Any:
+        return SimpleNamespace(start=lambda: target(*args), join=lambda: None)
+
+    monkeypatch.setattr(rehearse, "measure", measure)
+    monkeypatch.setattr(rehearse, "get_context", lambda _: SimpleNamespace(Process=process))
+    table = rehearse.rehearse(tmp_path / "made", "tiny", 1, float32=True)
+    assert table.row_count == 9 and list(table.columns[2].cells) == ["2.00"] * 9
+    root = tmp_path / "made"
+    trained = load_weights(root / "model/transformer")
+    assert trained.config.num_layers == 1 and trained.config.token_ids == json.loads(
+        (root / "pruned/vocabulary.json").read_text()
+    )
+    assert trained.text_head.linear.weight.abs().sum() > 0
+    with safe_open(root / "wan/transformer/diffusion_pytorch_model.safetensors", "pt") as file:
+        assert all(file.get_tensor(name).dtype == torch.float32 for name in file.keys())  # noqa: SIM118
+    (row,) = (root / "caption/captions.jsonl").read_text().splitlines()
+    assert json.loads(row)["error"] is None
