@@ -97,9 +97,9 @@ class Foundation:
 
     @cached_property
     def text_encoder(self) -> UMT5EncoderModel:
-        folder, where = self.path / "text_encoder", (self._device, self._text_encoder_dtype)
+        folder, dtype = self.path / "text_encoder", self._text_encoder_dtype
         if not any(folder.glob("*.safetensors")):
-            model = load_model(UMT5EncoderModel, folder, allow_unexpected=True, dtype=self._text_encoder_dtype)
+            model = load_model(UMT5EncoderModel, folder, allow_unexpected=True, dtype=dtype)
             return model.to(self._device).requires_grad_(False).eval()
         # One weight after the other, straight to its device: transformers maps all files at once, and with many
         # processes a node, as many copies would not fit into the host's memory.
@@ -110,7 +110,7 @@ class Foundation:
         missing = [name for name in own if tied.get(name, name) not in state]
         wrong = [name for name in own if name in state and state[name].shape != own[name].shape]
         check_complete(folder, {"missing_keys": missing, "mismatched_keys": wrong}, allow_unexpected=True)
-        weights = {name: state[name].to(*where) for name in own if name in state}
+        weights = {name: state.converted(name, dtype).to(self._device) for name in own if name in state}
         model.load_state_dict(weights, strict=False, assign=True)
         model.tie_weights()
         return model.requires_grad_(False).eval()

@@ -72,6 +72,10 @@ def check_files(path: Path, subfolders: bool = False) -> None:
             raise CheckpointError(f"{index}: keys that no file has: {missing}")
 
 
+MAX_MAPPED = 2**28
+"""Bytes of a file that are mapped into memory to convert them."""
+
+
 class WeightFiles(Mapping[str, torch.Tensor]):
     """The tensors of .safetensors files; each is mapped into memory when it is asked for, as long as it is used.
 
@@ -100,6 +104,16 @@ class WeightFiles(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         with reading(self._files[name]), safe_open(self._files[name], "pt") as content:
             return content.get_tensor(name)
+
+    def converted(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in another dtype; of a large one only a part of the file is mapped at a time."""
+        value = self[name]
+        if value.dtype == dtype or value.nbytes <= MAX_MAPPED:
+            return value.to(dtype, copy=True)
+        made, rows = torch.empty(value.shape, dtype=dtype), max(1, MAX_MAPPED * len(value) // value.nbytes)
+        for start in range(0, len(value), rows):
+            made[start : start + rows] = self[name][start : start + rows]  # mapped anew
+        return made
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -174,7 +188,10 @@ def load_strictly(
         if value.shape != parameters[ours].shape:
             shapes[theirs] = list(value.shape), list(parameters[ours].shape)
         elif not problems["missing keys"]:
-            loaded[ours] = value.to(value.dtype if dtype is None else dtype_of(model, ours, dtype), copy=copy)
+            wanted = value.dtype if dtype is None else dtype_of(model, ours, dtype)
+            loaded[ours] = (
+                state.converted(theirs, wanted) if isinstance(state, WeightFiles) else value.to(wanted, copy=copy)
+            )
     if any(problems.values()):
         found = ", ".join(f"{problem} {keys}" for problem, keys in problems.items() if keys)
         raise CheckpointError(f"{source}: weights do not fit: {found}")
