@@ -57,6 +57,7 @@ def build_folder(
         return found
     with locked(folder):
         _, manifest.shards = _load(folder, manifest, retry_skipped)  # another process may have written it meanwhile
+        manifest.complete = len(manifest.shards) == len(jobs)
         manifest.save(folder)
         names = sorted(jobs.keys() - {shard.name for shard in manifest.shards})
         _remove_temporaries(folder)  # of a killed run

@@ -102,14 +102,13 @@ class Pipeline(Model):
         o, pipe = self.options, self.pipe
         arguments: dict[str, Any] = {"prompt": prompts, "num_inference_steps": o.steps, "output_type": "pt"}
         arguments |= {"height": o.height, "width": o.width, "num_frames": o.num_frames}
-        arguments["generator"] = generators(seeds)
+        arguments["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         if o.guidance_scale is not None:
             arguments["guidance_scale"] = o.guidance_scale
         if o.negative_prompt is not None:
             arguments["negative_prompt"] = [o.negative_prompt] * len(prompts)
-        call = (
-            WanPipeline.__call__ if isinstance(pipe, WanPipeline) else pipe.__call__
-        )  # UniViGUPipeline's has **kwargs
+        # UniViGUPipeline's own has **kwargs.
+        call = WanPipeline.__call__ if isinstance(pipe, WanPipeline) else pipe.__call__
         known = inspect.signature(call).parameters
         if unknown := sorted(arguments.keys() - known):
             raise DataError(f"{type(pipe).__name__} makes no video of a text; it takes no {unknown}")
@@ -121,14 +120,3 @@ class Pipeline(Model):
         """Tokens of texts by the pipeline's tokenizer; 0 without one."""
         tokenizer = getattr(self.pipe, "tokenizer", None)
         return [0 if tokenizer is None else len(tokenizer(text, verbose=False)["input_ids"]) for text in texts]
-
-    def captions(self, frames: torch.Tensor, seeds: list[int], question: str, sampling: Any, length: int) -> list[str]:
-        """Captions of clips uint8 [B, F, C, H, W], or answers, by a UniViGUPipeline."""
-        options = {"generator": generators(seeds), "options": sampling, "max_sequence_length": length}
-        texts: list[str] = self.pipe.caption(frames.float() / 255, question or None, **options).text
-        return texts
-
-
-def generators(seeds: list[int]) -> list[torch.Generator]:
-    """A generator of each seed on the CPU."""
-    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
