@@ -17,7 +17,7 @@ import univigu
 from tests import tiny
 from tools import convert
 from univigu.data.video import to_uint8
-from univigu.models.tokens import BRIEF_QUESTION, TextTooLongError, replace_words, token_count
+from univigu.models.tokens import TextTooLongError, replace_words, token_count
 from univigu.pipeline import UniViGUPipeline
 from univigu.sampling.options import TASK_OPTIONS, SamplingOptions
 from univigu.shapes.renderer import render
@@ -145,7 +145,7 @@ def test_joint_makes_video_and_text(pipe: UniViGUPipeline, output_type: str) -> 
 
 
 def test_an_edit_by_caption_is_an_edit_under_the_models_own_prompt(pipe: UniViGUPipeline, videos: np.ndarray) -> None:
-    own = pipe.answer(videos[0], BRIEF_QUESTION, **{**READ, "caption_steps": 50}).text[0]
+    own = pipe.caption(videos[0], **{**READ, "caption_steps": 50}).text[0]
     words = {own.split()[0]: "one"}
     made = pipe.edit(videos[0], replace=words, generator=seeds(1), **QUICK)
     assert made.text == [replace_words(own, words)] != [own]

@@ -27,12 +27,13 @@ from univigu.cli import ToolParser, exit_code
 from univigu.data.processes import this_device
 from univigu.data.progress import track
 from univigu.data.video import to_uint8
-from univigu.models.tokens import BRIEF_QUESTION, replace_words
+from univigu.models.tokens import replace_words
 from univigu.pipeline import UniViGUPipeline
 from univigu.sampling.options import SamplingOptions
 from univigu.shapes.metrics import ShapesTextAccuracy, score
 from univigu.shapes.renderer import render
 from univigu.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, sample_scene
+from univigu.shapes.text_checker import brief_of
 from univigu.shapes.texts import prompt_of
 from univigu.shapes.video_checker import detect
 
@@ -140,7 +141,7 @@ def edit_row(
     for part, video, generators in batches(scenes, options.batch_size):
         targets, texts = [next(wanted) for _ in part], list(map(prompt_of, part))
         if options.prompts == "own":
-            texts = pipe.answer(video, [BRIEF_QUESTION] * len(part), generator=generators).text
+            texts = list(map(brief_of, pipe.caption(video, generator=generators).text))
         prompts = list(map(rewritten, texts, part, targets))
         made = pipe.edit(video, prompts, strength, generator=generators, output_type="pt", **sampling)
         for clip, target in zip(to_uint8(made.frames), targets, strict=True):

@@ -25,10 +25,11 @@ from univigu.cli import ToolParser
 from univigu.data.options import add_options, check_dtype, check_least, read_options
 from univigu.data.processes import this_device
 from univigu.data.video import encode_mp4, probe_video, read_video, to_uint8
-from univigu.models.tokens import BRIEF_QUESTION, check_prompts
+from univigu.models.tokens import check_prompts
 from univigu.pipeline import TaskRunner, UniViGUPipeline
 from univigu.shapes.renderer import render
 from univigu.shapes.scenes import CANVAS, FPS, NUM_FRAMES, sample_scene
+from univigu.shapes.text_checker import brief_of
 from univigu.shapes.texts import prompt_of, questions_of
 from univigu.viewer import TrajectoryRecorder
 
@@ -126,8 +127,8 @@ class Demo:
         return self._write(made.frames), made.text[0], recorder.framed()
 
     def describe(self, video: str | None, seed: int, progress: Progress = _silent) -> str:
-        """The model's own brief prompt of a video file, to be changed for ``edit``."""
-        return self._read(video, BRIEF_QUESTION, 16, seed, progress)[0]
+        """The model's own prompt of a video file, to be changed for ``edit``."""
+        return brief_of(self._read(video, None, 16, seed, progress)[0])
 
     def edit(
         self,

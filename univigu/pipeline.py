@@ -30,7 +30,6 @@ from univigu.models.encode import encode_prompts
 from univigu.models.foundation import EMBEDDED_FOUNDATION, EMBEDDED_MODEL, TWO_TRANSFORMERS, Foundation, set_conv_layout
 from univigu.models.frames import crop, to_pixels
 from univigu.models.tokens import (
-    BRIEF_QUESTION,
     Vocabulary,
     check_prompts,
     clean_text,
@@ -43,6 +42,7 @@ from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import check_files, compute_device
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.sampler import SampleInputs, Sampler, Samples, StepCallback, StepState, Task
+from univigu.shapes.text_checker import brief_of
 
 StepEndCallback = Callable[[Any, int, float, dict[str, Any]], Any]
 """``callback(pipeline, step, timestep, {"latents": ..., "text": ..., "state": StepState})``, as in diffusers; what it
@@ -115,9 +115,9 @@ class TaskRunner:
         return detokenize(self.components.tokenizer, samples.tokens)
 
     def describe(self, latents: Tensor, prompt_length: int, generator: Generators = None) -> list[str]:
-        """A brief prompt of each clean video, which the generator understands: the answer to ``BRIEF_QUESTION``."""
-        asked = [BRIEF_QUESTION] * len(latents)
-        return self.texts(self.sample("caption", asked, prompt_length, latents=latents, generator=generator))
+        """The model's caption of each clean video, as a prompt: a brief one in the embedded world."""
+        captions = self.texts(self.sample("caption", None, prompt_length, latents=latents, generator=generator))
+        return list(map(brief_of, captions))
 
     def generators(self, seeds: Iterable[int]) -> list[torch.Generator]:
         """One generator for each sample, so that a sample does not depend on its batch."""

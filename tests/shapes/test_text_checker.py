@@ -8,7 +8,7 @@ import pytest
 
 from univigu.shapes.metrics import reading_of
 from univigu.shapes.scenes import Object, Scene, sample_scene
-from univigu.shapes.text_checker import Reading, normalize_text, parse_caption, parse_prompt, parse_text
+from univigu.shapes.text_checker import Reading, brief_of, normalize_text, parse_caption, parse_prompt, parse_text
 from univigu.shapes.texts import caption_of, prompt_of
 
 SEEDS = range(150)
@@ -165,3 +165,11 @@ def test_broken_prompts():
     assert parse_prompt(prompt_of(TWO).replace("above ", "")).relation is None
     assert parse_prompt("a small red ring moving right quickly, above").count is None
     assert parse_prompt("a red ring staying still moving up quickly, on a gray background").objects[0].motion is None
+
+
+def test_a_caption_gives_its_brief_prompt() -> None:
+    for seed in range(100):
+        scene = sample_scene(seed)
+        assert brief_of(caption_of(scene)) == brief_of(prompt_of(scene)) == prompt_of(scene)
+    broken = caption_of(sample_scene(0)).replace("background", "wall")
+    assert brief_of(broken) == broken and brief_of("a cat jumps.") == "a cat jumps."

@@ -18,10 +18,6 @@ def clean_text(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-BRIEF_QUESTION = "what does the video show?"
-"""Asks for a brief prompt of the video; models learn it along with other questions."""
-
-
 def replace_words(text: str, words: Mapping[str, str]) -> str:
     """The text with words or phrases replaced by others: wherever they occur as a whole, in upper or lower case.
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from univigu.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, SPEEDS
+from univigu.shapes.texts import prompt_of
 
 Source = Literal["prompt", "caption", "video"]
 T = TypeVar("T")
@@ -87,6 +88,15 @@ def normalize_text(text: str) -> str:
 def parse_text(text: str) -> Reading:
     """Parse a prompt or a caption; captions contain words that no prompt has ("object", "clip", ...)."""
     return parse_caption(text) if _CAPTION_WORD.search(normalize_text(text)) else parse_prompt(text)
+
+
+def brief_of(text: str) -> str:
+    """The brief prompt that says the same as a detailed caption; a text that does not state all of it stays."""
+    reading = parse_text(text)
+    stated = [reading.background, reading.relation]
+    stated += [value for obj in reading.objects for value in (obj.size, obj.color, obj.shape, obj.motion, obj.speed)]
+    complete = reading.count == len(reading.objects) > 0 and None not in stated
+    return prompt_of(reading) if complete else text  # type: ignore[arg-type]  # it has all that is read of a scene
 
 
 def parse_prompt(text: str) -> Reading:

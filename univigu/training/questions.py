@@ -11,13 +11,10 @@ from typing import Any
 import torch
 
 from univigu.flow.objective import UniFlowBatch
-from univigu.models.tokens import BRIEF_QUESTION, TextTooLongError, tokenize
+from univigu.models.tokens import TextTooLongError, tokenize
 from univigu.pipeline import TaskRunner
 
 log = logging.getLogger(__name__)
-
-BRIEF_SHARE = 1 / 3
-"""Share of the questions that ask for the sample's prompt, so that an edit can begin with the model's own prompt."""
 
 
 def ask_questions(
@@ -31,24 +28,20 @@ def ask_questions(
 
     Args:
         inputs: the encoded batch, with target tokens.
-        batch: as from the loader; its ``qa`` holds each sample's pairs ``{question, answer}``, of which one is drawn,
-            or ``BRIEF_QUESTION``, whose answer is the prompt.
-        rows: the samples to ask about. One whose question or answer is too long or empty stays as it is.
+        batch: as from the loader; its ``qa`` holds each sample's pairs ``{question, answer}``, of which one is drawn.
+        rows: the samples to ask about. One without questions, or whose question or answer is too long, stays as it is.
     """
     assert inputs.text_ids is not None
     slot, length = inputs.prompt_embeds.shape[1], inputs.text_ids.shape[1]
     tokenizer, asked = tasks.components.tokenizer, {}
     for row in rows:
-        pair = {"question": BRIEF_QUESTION, "answer": batch["prompt"][row]}
-        if batch["qa"][row] and generator.random() > BRIEF_SHARE:
-            pair = generator.choice(batch["qa"][row])
-        if not pair["answer"].strip():
-            continue
-        try:
-            question = tokenize(tokenizer, [pair["question"]], slot, "question")
-            asked[row] = question, tokenize(tokenizer, [pair["answer"]], length, "answer")
-        except TextTooLongError as error:
-            log.warning("skipped a question of sample %r: %s", batch["key"][row], error)
+        if pairs := batch["qa"][row]:
+            pair = generator.choice(pairs)
+            try:
+                question = tokenize(tokenizer, [pair["question"]], slot, "question")
+                asked[row] = question, tokenize(tokenizer, [pair["answer"]], length, "answer")
+            except TextTooLongError as error:
+                log.warning("skipped a question of sample %r: %s", batch["key"][row], error)
     if not asked:
         return inputs
     where = torch.tensor(list(asked), device=inputs.text_ids.device)
