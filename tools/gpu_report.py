@@ -5,7 +5,7 @@
 
 The weights are random, which does not change the times.  The file is written after every row; a row that fails records
 its error.  A bare machine needs these packages besides torch, lightning, transformers, accelerate, torchmetrics, einops
-and safetensors: diffusers, peft, jsonargparse, docstring_parser, typeshed_client, ftfy, wcwidth, av, filelock.
+and safetensors: diffusers, peft, jsonargparse, docstring_parser, typeshed_client, ftfy, wcwidth, av, filelock, torchao.
 """
 
 from __future__ import annotations
@@ -50,19 +50,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured.
-
-    Args:
-        latents: (channels, frames, height, width) of a clip's latents.
-        steps: denoising steps of a long caption, a short caption, and a video.
-    """
+    """What is measured."""
 
     transformer: dict[str, Any]
     vocab_size: int
-    latents: tuple[int, int, int, int]
+    latents: tuple[int, int, int, int]  # channels, frames, height, width of a clip's
     prompt_length: int
     text_length: int
-    steps: tuple[int, int, int]
+    steps: tuple[int, int, int]  # of a long caption, a short caption, and a video
     vae: dict[str, Any]
 
 
@@ -206,6 +201,16 @@ class Report:
         for steps in (many, few):
             self.row("caption, frozen, bfloat16, compiled", partial(self.caption, model, steps))
         self.row("video, bfloat16, compiled", lambda: self.video(model, video_steps))
+        if self.device.type == "cuda":  # compiling takes minutes
+            self.row("caption, frozen, FP8, compiled", lambda: self.caption(self.quantize(model), many))
+
+    def quantize(self, model: UniViGUTransformer3DModel) -> UniViGUTransformer3DModel:
+        """FP8 weights and activations in the blocks, which are compiled again."""
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+        torch.compiler.reset()
+        quantize_(model.blocks, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+        return model
 
     @torch.no_grad()
     def vae(self) -> None:
