@@ -9,7 +9,11 @@ import pytest
 
 from tests.conftest import REPO, parse_command
 from univigu.cli import SUBCOMMANDS, ToolParser, answer_at_once, options_of
+from univigu.data.index import list_shards
+from univigu.data.sample import DataError
 from univigu.models.foundation import Foundation
+from univigu.models.weights import CheckpointError
+from univigu.pipeline import UniViGUPipeline
 from univigu.training.parser import CONFIGS, find_config
 
 FILES = {
@@ -115,6 +119,16 @@ def test_a_configuration_is_found_by_its_name(tmp_path: Path, monkeypatch: pytes
     assert find_config("recall.yaml") == "recall.yaml"
     with pytest.raises(SystemExit):
         find_config("other/recall.yaml")
+
+
+def test_a_missing_model_says_what_makes_it(tmp_path: Path) -> None:
+    folder = tmp_path / "my_model"
+    with pytest.raises(
+        CheckpointError, match=rf"{folder}: no such model; make it with: python tools/convert.py pipeline"
+    ):
+        UniViGUPipeline.from_pretrained(folder)
+    with pytest.raises(DataError, match=r"tools/synthesize.py makes shards"):
+        list_shards(tmp_path / "clips")
 
 
 def test_a_missing_foundation_says_where_it_comes_from(tmp_path: Path) -> None:

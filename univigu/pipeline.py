@@ -39,7 +39,7 @@ from univigu.models.tokens import (
     tokenize,
 )
 from univigu.models.transformer import UniViGUTransformer3DModel
-from univigu.models.weights import check_files, compute_device
+from univigu.models.weights import CheckpointError, check_files, compute_device
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.sampler import SampleInputs, Sampler, Samples, StepCallback, StepState, Task
 from univigu.shapes.text_checker import brief_of
@@ -222,6 +222,9 @@ class UniViGUPipeline(WanPipeline):
                 if isinstance(value, dict):
                     own[name] = value.get("transformer", value.get("default"))
             kwargs["transformer"] = UniViGUTransformer3DModel.from_pretrained(EMBEDDED_MODEL, **own)
+        if not Path(folder).exists() and folder.count("/") != 1:  # else it may be a repository of the Hub
+            make = "python tools/convert.py pipeline --checkpoint runs/refine/checkpoints/last.ckpt --output"
+            raise CheckpointError(f"{folder}: no such model; make it with: {make} {folder}")
         check_files(Path(folder), subfolders=True)
         pipe = super().from_pretrained(folder, **kwargs)
         if "transformer" in kwargs and pipe.transformer is None:

@@ -67,7 +67,10 @@ def list_shards(folder: str | Path) -> list[Path]:
     if folder.is_file() and folder.suffix.lower() in LIST_SUFFIXES:
         return [folder]
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder of shards, and no such list ({folder.name}.csv or .jsonl)")
+        raise DataError(
+            f"{folder}: no such folder of shards, and no such list ({folder.name}.csv or .jsonl); "
+            "tools/synthesize.py makes shards, docs/DATA.md tells their form"
+        )
     files = walk(folder)
     lists = [path for path in files if path.suffix.lower() in LIST_SUFFIXES and path.parent == folder]
     shards = sorted(lists + [path for path in files if path.name.lower().endswith(TARS)])
