@@ -116,8 +116,8 @@ class TaskRunner:
 
     def describe(self, latents: Tensor, prompt_length: int, generator: Generators = None) -> list[str]:
         """The model's caption of each clean video, as a prompt: a brief one in the embedded world."""
-        captions = self.texts(self.sample("caption", None, prompt_length, latents=latents, generator=generator))
-        return list(map(brief_of, captions))
+        samples = self.sample("caption", None, prompt_length, latents=latents, generator=generator)
+        return list(map(brief_of, self.texts(samples)))
 
     def generators(self, seeds: Iterable[int]) -> list[torch.Generator]:
         """One generator for each sample, so that a sample does not depend on its batch."""
@@ -286,11 +286,7 @@ class UniViGUPipeline(WanPipeline):
         replace: Mapping[str, str] | None = None,
         **options: Any,
     ) -> UniViGUOutput:
-        """Regenerate videos under a new prompt, from noise level ``strength`` in (0, 1]; 1 keeps nothing.
-
-        The prompt is a full new one. With ``replace`` its words are changed, such as ``{"red": "blue"}``, which must
-        occur in it; then the default is the model's own prompt of the video.
-        """
+        """Regenerate under a new prompt, or captions with words replaced; ``strength`` in (0, 1], 1 keeps nothing."""
         if prompt is None and not replace:
             raise ValueError("prompt=None: edit needs a prompt, or the words to replace in the model's own")
         return self._run("edit", prompt, video, (height, width), strength, replace, **options)
