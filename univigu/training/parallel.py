@@ -79,12 +79,13 @@ def shard(model: UniViGUTransformer3DModel, mesh: DeviceMesh, dtype: torch.dtype
     # Times must not be rounded, so FSDP2 casts no inputs; _CastInputs casts those that need it.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for module in (model.text_head, model):
+    embedders = model.condition_embedder.time_embedder, model.time_embedding_t.time_embedder  # float32 in Wan, too
+    for module in (*embedders, model.text_head, model):
         module.register_forward_hook(_own_outputs)  # before FSDP2's own hook looks at them
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    for embedding in (model.condition_embedder, model.time_embedding_t):  # float32 in Wan, too
-        fully_shard(embedding.time_embedder, mesh=mesh, mp_policy=exact, reshard_after_forward=True)
+    for embedder in embedders:
+        fully_shard(embedder, mesh=mesh, mp_policy=exact, reshard_after_forward=True)
     for table in (model.vocab_embed, model.text_head):
         fully_shard(table, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=policy)
