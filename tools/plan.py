@@ -22,6 +22,9 @@ from univigu.training.plan import Workload, added_parameters, make_plan, workloa
 # Dense bfloat16 operations a second, by the makers' data sheets.
 DEVICES = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
 
+CONVERTED = 0.3
+"""Gigabytes of the part of a large weight that is converted at a time; nothing else is held twice."""
+
 
 def show_plan(name: str, work: Workload, options: argparse.Namespace, console: Console) -> None:
     """Print one stage's numbers."""
@@ -36,6 +39,8 @@ def show_plan(name: str, work: Workload, options: argparse.Namespace, console: C
         ("operations a step and process", f"{plan.flops / 1e12:,.3f} T ({checkpointed.flops / 1e12:,.3f} T with"
          " checkpointing)"),
         ("weights", f"{plan.weights / gigabyte:.3f} GB"),
+        ("loading it for use takes of host memory", f"{2 * plan.parameters / gigabyte + CONVERTED:.1f} GB in bfloat16,"
+         f" {4 * plan.parameters / gigabyte + CONVERTED:.1f} GB in float32"),
         ("gathered at once", f"{plan.gathered / gigabyte:.3f} GB"),
         ("gradients", f"{plan.gradients / gigabyte:.3f} GB"),
         ("optimizer", f"{plan.optimizer / gigabyte:.3f} GB"),
