@@ -191,8 +191,9 @@ def test_a_visitor_edits_an_example(client: Any, tmp_path: Path, width: int) -> 
             edit = named(".overflow-dropdown button", "Edit")
             browser.click(visible(".overflow-menu > button"), until=edit)
         browser.click(edit, until=named("button", "Read the video"))
-        browser.click(visible(".gallery-item"), until=visible("video", "e.offsetWidth > 200"))
-        browser.wait(visible("video", "e.readyState > 1"))
+        chosen = "!e.closest('.gallery-item')"  # the examples are videos, too
+        browser.click(visible(".gallery-item"), until=visible("video", chosen))
+        browser.wait(visible("video", f"e.readyState > 1 && {chosen}"))
         browser.click(named("button", "Read the video"), until=f"{visible('textarea')}.value")
         browser.read(f"{visible('textarea')}.focus()")
         browser.call("Input.insertText", text=" one")

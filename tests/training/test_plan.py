@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -224,14 +225,13 @@ def test_memory_is_what_a_run_takes(checkpointing: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="needs the cores for itself: run it with -n0")
 def test_memory_is_what_two_processes_take(tmp_path: Path) -> None:
-    """In the second process: the first one builds the whole model."""
+    """In the second process: the first one builds the whole model. A late process would gather more at once."""
     work = small(transformer=SMALL | {"num_layers": 6})
-    planned, measured = make_plan(work, 2, checkpointing=True).total, list[int]()
-    while len(measured) < 3 and planned != pytest.approx(min(measured, default=0), rel=0.1):
-        run_ranks(measure_share, work, tmp_path / "measured")  # gloo buffers more when the other process is late
-        measured.append(int((tmp_path / "measured").read_text()))
-    assert planned == pytest.approx(min(measured), rel=0.1)
+    run_ranks(measure_share, work, tmp_path / "measured")
+    measured = int((tmp_path / "measured").read_text())
+    assert make_plan(work, 2, checkpointing=True).total == pytest.approx(measured, rel=0.1)
 
 
 def measure_share(work: Workload, path: Path) -> None:
