@@ -33,6 +33,15 @@ REPO = Path(__file__).resolve().parents[1]
 SMALL = {"num_train_clips": 8, "num_val_clips": 4, "batch_size": 4, "num_workers": 0}
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in workers: a fork cannot use the threads of its parent, and other numbers of threads give other bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first, so that no worker is left alone with them at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}

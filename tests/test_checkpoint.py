@@ -108,6 +108,13 @@ def test_weights_load_bit_equal(tmp_path: Path, model: Any, kind: str, given: bo
     assert loaded.config.clean_video_reads_text is not given
 
 
+def test_a_run_chooses_what_shapes_no_weight(model: UniViGUTransformer3DModel, tmp_path: Path) -> None:
+    chosen = {"clean_video_reads_text": False, "clean_video_reads_prompt": False, "clean_video_timestep": 300.0}
+    assert all(model.config[name] != value for name, value in chosen.items())
+    config = load_weights(save(tmp_path / "a.ckpt", model), plain_config(model) | chosen).config
+    assert {name: config[name] for name in chosen} == chosen
+
+
 @pytest.mark.parametrize("kind", ["ckpt", "folder"])
 def test_another_architecture_is_refused_by_option(tmp_path: Path, model: Any, kind: str) -> None:
     path = save_as(kind, tmp_path / "saved", model)

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from univigu.training.callbacks import LastCheckpoint, StageSwitch
 from univigu.training.module import UniViGU
 from univigu.training.stages import Stage
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 KILLS = int(os.environ.get("UNIVIGU_KILLS", 1))
 
 
@@ -41,15 +42,6 @@ def files(folder: Path) -> dict[str, str]:
     """Checksums of all files, hidden ones too."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A fork cannot use the threads of its parent, and other numbers of threads give other bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def killed(job: Callable[..., object], *args: Any, progress: Callable[[], int], until: int) -> None:

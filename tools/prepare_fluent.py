@@ -33,6 +33,8 @@ from univigu.data.build import build_folder
 from univigu.data.processes import SpawnPool
 from univigu.data.shards import Manifest, ShardInfo, write_shard
 from univigu.data.video import encode_mp4, even_indices
+from univigu.shapes.scenes import CANVAS
+from univigu.shapes.texts import region_of
 
 TONES = {"1f3fb": "light", "1f3fc": "medium-light", "1f3fd": "medium", "1f3fe": "medium-dark", "1f3ff": "dark"}
 YELLOW = "yellow"  # the tone of a person without one
@@ -156,8 +158,7 @@ def read_animation(file: str, size: int) -> tuple[np.ndarray, int]:
 
 def place(y: float, x: float) -> str:
     """The ninth of the frame with a point in [0, 1]."""
-    row, column = ("upper", "middle", "lower")[min(2, int(3 * y))], ("left", "center", "right")[min(2, int(3 * x))]
-    return f"{row} {column}"
+    return region_of((x * CANVAS, y * CANVAS))
 
 
 def main_colors(frame: np.ndarray) -> list[str]:

@@ -46,8 +46,10 @@ from univigu.training.parallel import reshard
 PREFIX = "transformer."
 EMA_PREFIX = "ema."  # of callbacks.WeightEMA
 SHARDED_PREFIX = "state_dict."  # of weights in a sharded checkpoint, written by Lightning
-FREE = ("clean_video_reads_text", "clean_video_reads_prompt", "clean_video_timestep", "text_length", *CONVENTIONS)
-"""Options that shape no weight. A run chooses the first three itself; the others are taken from the checkpoint."""
+CHOSEN = ("clean_video_reads_text", "clean_video_reads_prompt", "clean_video_timestep")
+"""Options that shape no weight and that a run chooses itself."""
+FREE = (*CHOSEN, "text_length", *CONVENTIONS)
+"""Options that shape no weight. Those that a run does not choose are taken from the checkpoint."""
 
 
 def check_checkpoint_file(path: Path) -> None:
@@ -128,7 +130,7 @@ def load_weights(
             del fixed["vocab_size"], fixed["token_ids"]
         if differing := config_differences(fixed, like):
             raise CheckpointError(f"{path}: made for another model; (checkpoint, configuration) differ in {differing}")
-        config |= {name: like[name] for name in ("clean_video_reads_text", "clean_video_timestep")}
+        config |= {name: like[name] for name in CHOSEN}
     if not is_folder:
         return _from_weights(config, weights, path, dtype)
     model = empty_model(UniViGUTransformer3DModel, config)

@@ -32,7 +32,7 @@ SHARDS = int(os.environ.get("UNIVIGU_SHARDS", 6))
 CLUSTER: dict[str, Any] = {"num_cpus": 2, "num_gpus": 2, "include_dashboard": False, "log_to_driver": False}
 """The GPUs are only numbers."""
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +40,6 @@ def cluster() -> Iterator[None]:
     ray.init(**CLUSTER)
     yield
     ray.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As in the workers; other numbers of threads give other bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

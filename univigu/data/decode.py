@@ -262,10 +262,8 @@ class _Filler:
         size = max(least[0], round(shown[0] * scale)), max(least[1], round(shown[1] * scale))
         _check_size(*size)
         hd, flags, matrix = is_hd(frame.height, frame.width), Interpolation.BILINEAR, None
-        if hd or size != (
-            frame.height,
-            frame.width,
-        ):  # FFmpeg's quick conversion, four times as fast, is for the others
+        # FFmpeg's quick conversion, four times as fast, is for the others.
+        if hd or size != (frame.height, frame.width):
             flags |= Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
         if hd and frame.colorspace == UNKNOWN_MATRIX and not frame.format.is_rgb:
             matrix = Colorspace.ITU709
