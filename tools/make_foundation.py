@@ -34,9 +34,8 @@ from univigu.data.video import to_model_range
 from univigu.models.tokens import clean_text
 from univigu.shapes.write import write_shapes
 
-NEIGHBOURS = (
-    4  # tokens on either side that each token's embedding must tell; with 8, width 64 learned none of them well
-)
+NEIGHBOURS = 4  # tokens on either side that each token's embedding must tell; with 8, width 64 learned none well
+TOKENS_A_STEP = 1024
 LONGEST_TEXT = 256
 PUNCTUATION = r"[.,;:!?()\"]"
 
@@ -130,21 +129,24 @@ class NeighbourHead(nn.Module):
         self.words = nn.Linear(dim, vocab_size)
         self.position = nn.Linear(dim, LONGEST_TEXT)
 
-    def forward(self, embeds: Tensor, ids: Tensor, which: Iterable[int]) -> Iterable[tuple[Tensor, Tensor]]:
-        """Logits and labels [B, L] (-100 is no label) of the position, then of the chosen neighbours.
+    def forward(
+        self, embeds: Tensor, ids: Tensor, which: Iterable[int], asked: Tensor
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """Logits [n, classes] and labels [n] (-100 is no label) of the position, then of the chosen neighbours.
 
         Args:
             embeds: [B, L, dim]
             ids: int64 [B, L], 0 is padding.
             which: numbers of the offsets.
+            asked: bool [B, L], the n tokens that are asked.
         """
-        seen, places = ids != 0, torch.arange(ids.shape[1], device=ids.device)
-        yield self.position(embeds), places.expand_as(ids).masked_fill(~seen, -100)
+        places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        yield self.position(embeds[asked]), places[asked]
         for number in which:
             offset = self.offsets[number]
-            labels = ids.roll(-offset, 1).masked_fill(~seen, -100)
             outside = (places + offset < 0) | (places + offset >= ids.shape[1])
-            yield self.words(self.shifts[number](embeds)), labels.masked_fill(outside | (labels == 0), -100)
+            labels = ids.roll(-offset, 1).masked_fill(outside | (ids.roll(-offset, 1) == 0), -100)
+            yield self.words(self.shifts[number](embeds[asked])), labels[asked]
 
 
 def train_text_encoder(
@@ -173,16 +175,18 @@ def train_text_encoder(
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
 
-    def read(ids: Tensor, which: Iterable[int]) -> Iterable[tuple[Tensor, Tensor]]:
+    def read(ids: Tensor, which: Iterable[int], share: float = 1.0) -> Iterable[tuple[Tensor, Tensor]]:
         mask = (ids != 0).long()
-        return head(encoder(ids, mask).last_hidden_state * mask[..., None], ids, which)
+        asked = (torch.rand(ids.shape, device=device) < share) & (ids != 0)
+        return head(encoder(ids, mask).last_hidden_state * mask[..., None], ids, which, asked)
 
     encoder.train()
     for step in track(range(steps), "training the text encoder"):
         texts, size = (prompts, 128) if captions is None or step % 2 == 0 else (captions, 16)
         ids = texts[torch.randint(0, len(texts), (size,))].to(device)
         which = torch.randperm(len(head.offsets))[:4].tolist()
-        loss = torch.stack([F.cross_entropy(a.mT, b) for a, b in read(ids, which)]).mean()
+        share = TOKENS_A_STEP / int((ids != 0).sum())  # logits over the vocabulary cost more than the encoder
+        loss = torch.stack([F.cross_entropy(a, b) for a, b in read(ids, which, share)]).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
@@ -324,7 +328,8 @@ def run(options: argparse.Namespace) -> None:
     samples = find_samples(options.data)
     texts = {split: read_texts(refs) for split, refs in samples.items()}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = make_tokenizer([text for row in texts["train"] for text in (row.prompt, row.caption)])
+    questions = [row.qa[i % len(row.qa)]["question"] for i, row in enumerate(texts["train"][::4]) if row.qa]
+    tokenizer = make_tokenizer([text for row in texts["train"] for text in (row.prompt, row.caption)] + questions)
     encoder = make_text_encoder(len(tokenizer), 16 * options.heads)
     vae = make_vae(options.channels)
     pipeline = WanPipeline(
@@ -338,16 +343,19 @@ def run(options: argparse.Namespace) -> None:
     )
     pipeline.save_pretrained(options.output)  # fails now if the folder is not writable
 
-    def ids(rows: Sequence[Texts], name: str) -> Tensor:
-        given = [getattr(row, name) for row in rows if getattr(row, name)]
-        kept = [text for text in given if len(tokenizer(text).input_ids) <= LONGEST_TEXT]
+    def ids(texts: Sequence[str], name: str) -> Tensor:
+        kept = [text for text in texts if len(tokenizer(text).input_ids) <= LONGEST_TEXT]
         if not kept:
             raise ValueError(f"--data: no {name} of at most {LONGEST_TEXT} tokens")
         return tokenizer(kept, padding=True, return_tensors="pt").input_ids
 
-    captions = ids(texts["train"], "caption") if any(row.caption for row in texts["train"]) else None
+    captions = [row.caption for row in texts["train"] if row.caption]
     accuracies = train_text_encoder(
-        encoder.to(device), ids(texts["train"], "prompt"), captions, ids(texts["val"], "prompt"), options.text_steps
+        encoder.to(device),
+        ids([row.prompt for row in texts["train"]] + questions, "prompt"),
+        ids(captions, "caption") if captions else None,
+        ids([row.prompt for row in texts["val"]], "prompt"),
+        options.text_steps,
     )
     print("text encoder, held-out prompts:", {name: round(value, 3) for name, value in accuracies.items()})
 

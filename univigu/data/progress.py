@@ -37,7 +37,10 @@ class LineProgress(Progress):
 def track(items: Sequence[Item], description: str = "working") -> Iterator[Item]:
     """Items of a sequence with the progress through them."""
     with LineProgress() as progress:
-        yield from progress.track(items, description=description)
+        task = progress.add_task(description, total=len(items))
+        for item in items:  # Progress.track counts only where a bar is shown
+            yield item
+            progress.advance(task)
 
 
 def _line(task: Task, numbers: Mapping[str, float], clips: float) -> str:

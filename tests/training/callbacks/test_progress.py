@@ -45,6 +45,13 @@ def test_a_line_every_few_seconds_and_at_the_end(clock: list[float], capsys: pyt
     ]
 
 
+def test_a_tracked_loop_prints_lines_as_it_goes(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    for number in track(range(4), "rendering"):
+        clock[0] += 3
+        assert len(capsys.readouterr().err.splitlines()) == number % 2  # after the steps 1 and 3, one line each
+    assert capsys.readouterr().err.startswith("rendering: 4/4")
+
+
 def test_in_a_terminal_it_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(progress, "Console", lambda stderr: Console(stderr=stderr, force_terminal=True))
     assert list(track(range(3), "rendering")) == [0, 1, 2]
