@@ -36,10 +36,13 @@ def test_neighbours_are_labelled_within_the_text_only() -> None:
     head = tool.NeighbourHead(dim=16, vocab_size=12)
     ids = torch.tensor([[7, 8, 9, 1, 0, 0]])
     after, before = head.offsets.index(1), head.offsets.index(-2)
-    (_, places), (_, right), (_, left) = head(torch.zeros(1, 6, 16), ids, [after, before])
-    assert places.tolist() == [[0, 1, 2, 3, -100, -100]]
-    assert right.tolist() == [[8, 9, 1, -100, -100, -100]]
-    assert left.tolist() == [[-100, -100, 7, 8, -100, -100]]
+    (_, places), (_, right), (_, left) = head(torch.zeros(1, 6, 16), ids, [after, before], ids != 0)
+    assert places.tolist() == [0, 1, 2, 3]
+    assert right.tolist() == [8, 9, 1, -100]
+    assert left.tolist() == [-100, -100, 7, 8]
+    asked = torch.tensor([[False, True, False, True, False, False]])
+    (_, places), (_, left) = head(torch.zeros(1, 6, 16), ids, [before], asked)
+    assert places.tolist() == [1, 3] and left.tolist() == [-100, 8]
 
 
 @pytest.mark.slow

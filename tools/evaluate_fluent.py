@@ -1,0 +1,292 @@
+"""Evaluate a model of the animated emoji (tools/prepare_fluent.py) without rules that check pixels.
+
+    python tools/convert.py pipeline --checkpoint runs/fluent/refine/checkpoints/last.ckpt --output runs/fluent/model
+    python tools/evaluate_fluent.py data/fluent --model runs/fluent/model --judge runs/fluent/judge --output runs/fluent
+
+Texts are read by the two sentences that the data set writes, and compared with the clip.  A generated video is judged
+by the nearest true clip of all splits, in pixels and in latents, and by the captions of another model, which was
+trained on true clips only.  Beside every figure stands what a random clip reaches, and beside the judge's what the
+judge reaches on true clips.  Results are written after each task; a task that has its results is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from univigu.cli import ToolParser, exit_code
+from univigu.data.index import find_split, index_folder
+from univigu.data.progress import track
+from univigu.data.video import even_indices
+from univigu.pipeline import UniViGUPipeline
+
+ATTRIBUTES = ("name", "role", "gender", "tone", "background")
+SUBJECT = re.compile(
+    r"^(?:the animation shows an? )?(?P<name>.+?)(?: with (?P<tone>[\w-]+) skin)?"
+    r"(?: in front of a plain|, on a) (?P<background>\w+) background"
+)
+BATCH = 16
+Attributes = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A true clip: uint8 [F, C, H, W], its texts, and what it shows; "" for an attribute that it does not have."""
+
+    video: Tensor
+    texts: dict[str, Any]
+    shown: Attributes
+
+
+def read_clips(folder: Path, split: str, size: tuple[int, int, int]) -> list[Clip]:
+    """All clips of a split, ``size`` is (F, H, W)."""
+    clips = []
+    for ref in track(index_folder(find_split(folder, split))[0], f"reading {split}"):
+        shard, offset, length = ref.members["json"]
+        with open(shard, "rb") as file:
+            file.seek(offset)
+            texts = json.loads(file.read(length))
+        shown = {name: str(texts["emoji"][name]).lower() for name in ATTRIBUTES}
+        clips.append(Clip(ref.video(*size).contiguous(), texts, shown))
+    return clips
+
+
+def spread(clips: Sequence[Clip], count: int) -> list[Clip]:
+    """Up to ``count`` clips, spread evenly."""
+    return [clips[i] for i in even_indices(len(clips), min(count, len(clips)))]
+
+
+def read_text(text: str, people: dict[str, Attributes]) -> Attributes:
+    """What a prompt or caption says; ``people`` has role and gender by name."""
+    found = SUBJECT.match(text.lower().strip())
+    said = {name: value or "" for name, value in found.groupdict().items()} if found else {}
+    return {**dict.fromkeys(ATTRIBUTES, ""), **said, **people.get(said.get("name", ""), {})}
+
+
+def accuracy(found: Iterable[Attributes], asked: Iterable[Attributes]) -> dict[str, float]:
+    """Percentages of attributes that are found as asked, of those that have them; "all" is role, gender and tone."""
+    right: dict[str, list[bool]] = {name: [] for name in (*ATTRIBUTES, "all")}
+    for a, b in zip(found, asked, strict=True):
+        for name in ATTRIBUTES:
+            if b[name]:
+                right[name].append(a[name] == b[name])
+        if b["role"]:
+            right["all"].append(all(a[name] == b[name] for name in ("role", "gender", "tone")))
+    return {name: round(100 * sum(values) / len(values), 1) for name, values in right.items() if values}
+
+
+def chance(asked: Sequence[Attributes], clips: Sequence[Clip]) -> dict[str, float]:
+    """The accuracies of random clips."""
+    chosen = torch.randint(len(clips), (20, len(asked)), generator=torch.Generator().manual_seed(0)).flatten()
+    return accuracy([clips[i].shown for i in chosen], [*asked] * 20)
+
+
+class Nearest:
+    """Finds the true clip nearest to a video, by squared distance of features."""
+
+    def __init__(self, clips: Sequence[Clip], features: Callable[[Tensor], Tensor], name: str) -> None:
+        self.clips, self.features = clips, features
+        videos = [clip.video for clip in clips]
+        parts = [self.features(torch.stack(videos[i : i + BATCH])) for i in track(range(0, len(videos), BATCH), name)]
+        self.known = torch.cat(parts)
+
+    def __call__(self, videos: Tensor) -> list[Attributes]:
+        """uint8 [B, F, C, H, W] -> what the nearest clips show."""
+        return [self.clips[i].shown for i in torch.cdist(self.features(videos), self.known).argmin(1)]
+
+
+def small(videos: Tensor) -> Tensor:
+    """uint8 [B, F, C, H, W] -> frames at half the size, float32 [B, D]."""
+    return F.avg_pool2d(videos.flatten(0, 1).float() / 255, 2).unflatten(0, videos.shape[:2]).flatten(1)
+
+
+class Evaluation:
+    """The tasks by name; each returns rows of accuracies."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.size = (options.num_frames, options.height, options.width)
+        self.pipe = UniViGUPipeline.from_pretrained(options.model)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.clips = {split: read_clips(options.data, split, self.size) for split in ("train", "val", "test")}
+        self.everything = [clip for clips in self.clips.values() for clip in clips]
+        self.people = {
+            clip.shown["name"]: {name: clip.shown[name] for name in ("role", "gender")} for clip in self.everything
+        }
+        persons = [clip for clip in self.clips["train"] if clip.shown["role"]]
+        self.prompts = {
+            "trained triples": spread(persons, options.clips),
+            "held-out triples": spread(self.clips["test"], options.clips),
+        }
+
+    @cached_property
+    def nearest(self) -> dict[str, Nearest]:
+        def latents(videos: Tensor) -> Tensor:
+            pixels = videos.transpose(1, 2).float() / 127.5 - 1
+            return self.pipe.vae.encode(pixels).latent_dist.mode().flatten(1)
+
+        return {
+            "nearest clip, pixels": Nearest(self.everything, small, "pixels"),
+            "nearest clip, latents": Nearest(self.everything, latents, "encoding"),
+        }
+
+    @cached_property
+    def judge(self) -> UniViGUPipeline:
+        pipe = UniViGUPipeline.from_pretrained(self.options.judge)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def describe(self, pipe: UniViGUPipeline, videos: Tensor) -> list[Attributes]:
+        """What a model's captions of uint8 videos [B, F, C, H, W] say."""
+        found = []
+        for number in track(range(0, len(videos), BATCH), "captions"):
+            output = pipe.caption(videos[number : number + BATCH], **self.text_options(number))
+            found += [read_text(text, self.people) for text in output.text or []]
+        return found
+
+    def text_options(self, seed: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(seed)
+        return {"generator": generator, "max_sequence_length": self.options.prompt_length, "caption_steps": 20}
+
+    def judged(self, videos: Tensor, asked: list[Attributes], of: str) -> dict[str, dict[str, float]]:
+        """Accuracies of generated videos by every judge."""
+        rows = {f"{of}: {name}": accuracy(nearest(videos), asked) for name, nearest in self.nearest.items()}
+        if self.options.judge:
+            rows[f"{of}: captions of the judge"] = accuracy(self.describe(self.judge, videos), asked)
+        return rows | {f"{of}: chance": chance(asked, self.everything)}
+
+    # ----------------------------------------------------------------- tasks
+
+    def caption(self) -> dict[str, dict[str, float]]:
+        rows = {}
+        for split, kind in (("val", "other backgrounds"), ("test", "held-out triples")):
+            chosen = spread(self.clips[split], self.options.clips)
+            videos, asked = torch.stack([clip.video for clip in chosen]), [clip.shown for clip in chosen]
+            rows[f"captions, {kind}"] = accuracy(self.describe(self.pipe, videos), asked)
+            if self.options.judge:
+                rows[f"captions of the judge, {kind}"] = accuracy(self.describe(self.judge, videos), asked)
+            rows[f"captions, {kind}: chance"] = chance(asked, self.everything)
+        return rows
+
+    def generate(self) -> dict[str, dict[str, float]]:
+        rows = {}
+        frames, height, width = self.size
+        sizes = {"num_frames": frames, "height": height, "width": width, "num_inference_steps": self.options.steps}
+        for kind, chosen in self.prompts.items():
+            videos = []
+            for number in track(range(0, len(chosen), BATCH), f"videos, {kind}"):
+                prompts = [clip.texts["prompt"] for clip in chosen[number : number + BATCH]]
+                options = {**self.text_options(number), "guidance_scale": self.options.guidance, **sizes}
+                options.pop("caption_steps")
+                videos.append(to_uint8(self.pipe(prompts, output_type="pt", **options).frames))
+            made = torch.cat(videos)
+            torch.save(made, self.options.output / f"generated, {kind}.pt")
+            rows |= self.judged(made, [clip.shown for clip in chosen], f"videos, {kind}")
+        return rows
+
+    def joint(self) -> dict[str, dict[str, float]]:
+        rows = {}
+        frames, height, width = self.size
+        for kind, chosen in self.prompts.items():
+            videos, said = list[Tensor](), list[Attributes]()
+            for number in track(range(0, len(chosen), BATCH), f"both, {kind}"):
+                prompts = [clip.texts["prompt"] for clip in chosen[number : number + BATCH]]
+                options = {**self.text_options(number), "num_frames": frames, "height": height, "width": width}
+                options.pop("caption_steps")
+                options |= {"joint_steps": self.options.steps, "guidance_scale": self.options.guidance}
+                output = self.pipe.joint(prompts, output_type="pt", **options)
+                videos.append(to_uint8(output.frames))
+                said += [read_text(text, self.people) for text in output.text or []]
+            asked = [clip.shown for clip in chosen]
+            rows[f"joint, {kind}: text and prompt"] = accuracy(said, asked)
+            rows |= self.judged(torch.cat(videos), said, f"joint, {kind}, video and text")
+        return rows
+
+    def edit(self) -> dict[str, dict[str, float]]:
+        """Another background or skin tone for clips of val."""
+        rows = {}
+        people = [clip for clip in self.clips["val"] if clip.shown["role"]]
+        for name in ("background", "tone"):
+            values = sorted({clip.shown[name] for clip in people})
+            chosen, asked, videos = spread(people, self.options.clips), list[Attributes](), list[Tensor]()
+            for number in track(range(0, len(chosen), BATCH), f"edits of the {name}"):
+                batch, prompts = chosen[number : number + BATCH], []
+                for clip in batch:
+                    old = clip.shown[name]
+                    shown = {**clip.shown, name: values[(values.index(old) + 1) % len(values)]}
+                    person = f"{shown['name']} with {shown['tone']} skin"
+                    prompts.append(f"{person}, on a {shown['background']} background")
+                    asked.append(shown)
+                options = {**self.text_options(number), "guidance_scale": self.options.guidance}
+                options |= {"video_steps": self.options.steps, "strength": self.options.strength}
+                options.pop("caption_steps")
+                clips = torch.stack([clip.video for clip in batch])
+                videos.append(to_uint8(self.pipe.edit(clips, prompts, output_type="pt", **options).frames))
+            rows |= self.judged(torch.cat(videos), asked, f"edits of the {name}")
+        return rows
+
+    def answer(self) -> dict[str, dict[str, float]]:
+        """Exact answers by kind of question."""
+        right: dict[str, list[bool]] = {}
+        for clip in track(spread(self.clips["test"], self.options.clips), "answers"):
+            questions = [pair["question"] for pair in clip.texts["qa"]]
+            options = {"max_sequence_length": self.options.prompt_length, "caption_steps": 20}
+            answers = self.pipe.answer(clip.video, questions, generator=torch.Generator().manual_seed(0), **options)
+            for pair, answer in zip(clip.texts["qa"], answers.text or [], strict=True):
+                right.setdefault(pair["kind"], []).append(answer.strip() == pair["answer"].lower())
+        return {"answers, held-out triples": {kind: round(100 * sum(r) / len(r), 1) for kind, r in right.items()}}
+
+
+def to_uint8(frames: Tensor) -> Tensor:
+    """Frames in [0, 1] as diffusers gives them."""
+    return (frames.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+@torch.no_grad()
+def run(options: argparse.Namespace) -> None:
+    options.output.mkdir(parents=True, exist_ok=True)
+    file = options.output / "results.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    evaluation = None
+    for task in options.tasks:
+        if task not in results:
+            evaluation = evaluation or Evaluation(options)
+            results[task] = getattr(evaluation, task)()
+            file.write_text(json.dumps(results, indent=1))
+        for row, values in results[task].items():
+            print(f"{row}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
+
+
+def main(args: list[str] | None = None) -> int:
+    tasks = ["caption", "generate", "joint", "edit", "answer"]
+    parser = ToolParser(description=__doc__)
+    parser.add_argument("data", type=Path, help="folder that tools/prepare_fluent.py wrote")
+    parser.add_argument("--model", required=True, help="folder of a pipeline (tools/convert.py pipeline)")
+    parser.add_argument("--judge", help="folder of another pipeline, trained on true clips only")
+    parser.add_argument("--output", type=Path, required=True, help="folder for results.json")
+    parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks)
+    parser.add_argument("--clips", type=int, default=200, help="clips or prompts of each row")
+    parser.add_argument("--height", type=int, default=64)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--num-frames", type=int, default=9)
+    parser.add_argument("--prompt-length", type=int, default=32, help="slot of the prompt in tokens, as in training")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps of videos")
+    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--strength", type=float, default=0.8, help="of edits")
+    options = parser.parse_args(args)
+    return exit_code(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
