@@ -204,7 +204,7 @@ class Evaluation:
                 prompts = [clip.texts["prompt"] for clip in chosen[number : number + BATCH]]
                 options = {**self.text_options(number), "num_frames": frames, "height": height, "width": width}
                 options.pop("caption_steps")
-                options |= {"joint_steps": self.options.steps, "guidance_scale": self.options.guidance}
+                options |= {"num_inference_steps": self.options.steps, "guidance_scale": self.options.guidance}
                 output = self.pipe.joint(prompts, output_type="pt", **options)
                 videos.append(to_uint8(output.frames))
                 said += [read_text(text, self.people) for text in output.text or []]
@@ -229,7 +229,7 @@ class Evaluation:
                     prompts.append(f"{person}, on a {shown['background']} background")
                     asked.append(shown)
                 options = {**self.text_options(number), "guidance_scale": self.options.guidance}
-                options |= {"video_steps": self.options.steps, "strength": self.options.strength}
+                options |= {"num_inference_steps": self.options.steps, "strength": self.options.strength}
                 options.pop("caption_steps")
                 clips = torch.stack([clip.video for clip in batch])
                 videos.append(to_uint8(self.pipe.edit(clips, prompts, output_type="pt", **options).frames))

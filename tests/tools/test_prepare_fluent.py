@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from PIL import Image
 from tools import prepare_fluent as tool
 from univigu.data.index import index_folder
 
-NAMES = {"🧑‍⚖️": "judge", "👨‍⚖️": "man judge", "👩‍⚖️": "woman judge", "🏃": "person running", "🏃‍♂️": "man running"}
-NAMES |= {"🏃‍♀️": "woman running", "👍": "thumbs up", "🎂": "birthday cake"}
+NAMES = {"🧑‍⚖️": "judge", "👨‍⚖️": "man judge", "👩‍⚖️": "woman judge", "🏄": "person surfing", "🏄‍♂️": "man surfing"}
+NAMES |= {"🏄‍♀️": "woman surfing", "👍": "thumbs up", "🎂": "birthday cake"}
 GROUP = "People & Body"
 
 
@@ -32,8 +33,8 @@ def names() -> dict[str, object]:
     [
         ("1f468-1f3fd-200d-2696-fe0f", ("man judge", "judge", "man", "medium")),
         ("1f9d1-200d-2696-fe0f", ("judge", "judge", "person", "yellow")),
-        ("1f3c3-1f3ff-200d-2640-fe0f", ("woman running", "running", "woman", "dark")),
-        ("1f3c3-1f3fb", ("person running", "running", "person", "light")),
+        ("1f3c4-1f3ff-200d-2640-fe0f", ("woman surfing", "surfing", "woman", "dark")),
+        ("1f3c4-1f3fb", ("person surfing", "surfing", "person", "light")),
         ("1f44d-1f3fc", ("thumbs up", "", "", "medium-light")),
         ("1f382", ("birthday cake", "", "", "")),
         ("1f9d1-1f3fb-200d-1f91d-200d-1f9d1-1f3ff", None),  # two people of two tones
@@ -75,12 +76,15 @@ def test_motion_is_described_by_what_moves() -> None:
     assert (motion["amount"], motion["place"], motion["cycles"]) == ("very little", "lower right", "one time")
 
 
-def write_package(folder: Path) -> Path:
+JUDGES = [f"1f468-{tone}-200d-2696-fe0f" for tone in tool.TONES]
+
+
+def write_package(folder: Path, people: Sequence[str] = JUDGES) -> Path:
     """Animations of 8 frames: a disk that grows, as packed by npm; one picture that does not move."""
     assets = folder / "package" / "assets"
     assets.mkdir(parents=True)
     rows, columns = np.mgrid[:32, :32] - 15.5
-    stems = [f"1f468-{tone}-200d-2696-fe0f" for tone in tool.TONES] + ["1f9d1-200d-2696-fe0f", "1f382"]
+    stems = [*people, "1f9d1-200d-2696-fe0f", "1f382"]
     for stem in stems:
         disks = [(np.hypot(rows, columns) < 4 + number) * 255 for number in range(8)]
         pictures = [np.stack([disk, 0 * disk, 0 * disk, disk], -1).astype(np.uint8) for disk in disks]
