@@ -281,6 +281,25 @@ def test_what_a_checkpoint_says_of_its_stages(trained: SimpleNamespace) -> None:
     assert state == {"index": 1, "stages": [{"name": name, **asdict(stage)} for name, stage in STAGES.items()]}
 
 
+def test_a_generator_alone_sees_captions_and_prompts_in_several_slots(folder: Path, tmp_path: Path) -> None:
+    slots: list[int] = []
+
+    class Watch(Callback):
+        def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+            embedder = pl_module.transformer.condition_embedder.text_embedder
+            embedder.register_forward_pre_hook(lambda module, args: slots.append(args[0].shape[1]))
+
+    class Captioned(Clips):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {**super().__getitem__(index), "caption": "a circle"}
+
+    alone = Stage(steps=18, tasks=TaskMixture(0, 0, 1), text_learning_rate=0.0, teacher_weight=0.0)
+    module = UniViGU(str(folder), optimizer=ADAMW, seed=3)
+    trainer = make_trainer(tmp_path, [StageSwitch({"foundation": alone}), Watch()], enable_checkpointing=False)
+    trainer.fit(module, DataLoader(Captioned(), batch_size=BATCH))
+    assert set(slots) == {8, 12, 128, 512}  # the prompt's three slots and the caption's
+
+
 def test_max_steps_can_only_shorten(folder: Path, tmp_path: Path) -> None:
     diary, _, _ = train(folder, tmp_path, STAGES, max_steps=1)
     assert list(diary.pages) == [0]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -103,6 +104,12 @@ class UniFlowBatch:
     is_question: torch.Tensor | None = None
     """bool [B]; samples whose condition is a question, which is never dropped, and whose target is its answer. None: no
     sample."""
+
+    def pad_prompts(self, length: int) -> UniFlowBatch:
+        """With prompts in a slot of at least ``length`` tokens; padding is zero."""
+        missing = max(0, length - self.prompt_embeds.shape[1])
+        prompts, null = (F.pad(embeds, (0, 0, 0, missing)) for embeds in (self.prompt_embeds, self.null_embeds))
+        return replace(self, prompt_embeds=prompts, null_embeds=null)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +50,10 @@ from univigu.training.precision import BFloat16Weights, compute_in_bfloat16, loa
 from univigu.training.prediction import Prediction, predict_batch
 from univigu.training.questions import ask_questions
 from univigu.training.stages import Stage
+
+GENERATOR_CONDITIONS = (("prompt", 0), ("prompt", 0), ("prompt", 0), ("prompt", 128), ("prompt", 512), ("caption", 0))
+"""A generator that is trained alone sees one of these conditions a step, in a slot of so many tokens (0: the data's):
+also in the slots of prediction and of WanPipeline, because padding takes part in attention."""
 
 
 class UniViGU(EvaluatedModule):
@@ -230,9 +234,14 @@ class UniViGU(EvaluatedModule):
         stage, size = self.stage, len(batch["key"])
         step = self.trainer.fit_loop.total_batch_idx
         joint, understand, _ = counts = stage.tasks.counts(size, step)
-        inputs = self.prepare(batch)
+        inputs, draw = self.prepare(batch), random.Random(f"{self.seed}, {self.global_rank}, {step}")
+        if not stage.writes_text and self.tasks.conventions.prompt_padding == "zeros":
+            text, slot = draw.choice(GENERATOR_CONDITIONS)
+            if text == "caption" and all(batch.get("caption", [""])):
+                embeds = self.tasks.encode_ids(batch["caption_ids"])
+                inputs = replace(inputs, prompt_embeds=embeds, null_embeds=self.tasks.encode_null(embeds.shape[1]))
+            inputs = inputs.pad_prompts(slot)
         if stage.question_share and understand:
-            draw = random.Random(f"{self.seed}, {self.global_rank}, {step}")
             number = int(understand * stage.question_share + draw.random())  # right on average
             rows = range(joint + understand - number, joint + understand)
             inputs = ask_questions(inputs, batch, rows, self.tasks, draw)
