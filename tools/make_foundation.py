@@ -220,11 +220,11 @@ def make_vae(channels: int = 8, base_dim: int = 16) -> AutoencoderKLWan:
     )
 
 
-def vae_loss(vae: AutoencoderKLWan, video: Tensor, kl_weight: float = 3e-4) -> Tensor:
+def vae_loss(vae: AutoencoderKLWan, video: Tensor, kl_weight: float) -> Tensor:
     """Weighted L1 reconstruction plus a KL term; pixels near what differs from the median colour weigh five times.
 
-    The KL term is so heavy that every detail that matters must exceed the posterior's noise: a generator only learns
-    details with a large share of the latents.
+    A heavy KL term leaves only details that exceed the posterior's noise: a generator only learns details with a large
+    share of the latents.  With 3e-4 simple shapes remain sharp; what has many details needs less.
     """
     with torch.autocast(video.device.type, dtype=torch.bfloat16):
         moments = vae.encode(video).latent_dist.parameters.float()
@@ -239,7 +239,7 @@ def vae_loss(vae: AutoencoderKLWan, video: Tensor, kl_weight: float = 3e-4) -> T
     return (weight * (decoded - video).abs()).mean() + kl_weight * kl
 
 
-def train_vae(vae: AutoencoderKLWan, clips: Tensor, steps: int, batch_size: int = 4) -> None:
+def train_vae(vae: AutoencoderKLWan, clips: Tensor, steps: int, kl_weight: float, batch_size: int = 4) -> None:
     """Train in place on clips, uint8 [N, F, C, H, W], then rotate the latents and record their statistics.
 
     The first 70% of the steps use windows of 5 frames (two latent frames), which is cheap and enough for a frame's
@@ -255,7 +255,7 @@ def train_vae(vae: AutoencoderKLWan, clips: Tensor, steps: int, batch_size: int 
         window = min(5, frames) if step < 0.7 * steps else frames
         start = int(torch.randint(0, frames - window + 1, ()))
         rows = torch.randint(0, len(clips), (batch_size,))
-        loss = vae_loss(vae, to_model_range(clips[rows, start : start + window]).to(device))
+        loss = vae_loss(vae, to_model_range(clips[rows, start : start + window]).to(device), kl_weight)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -361,7 +361,7 @@ def run(options: argparse.Namespace) -> None:
 
     size = (options.num_frames, options.height, options.width)
     clips = read_clips(samples["train"], options.num_clips, size)
-    train_vae(vae.to(device), clips, options.vae_steps)
+    train_vae(vae.to(device), clips, options.vae_steps, options.kl_weight)
     rotate_latents(vae, encode(vae, clips[:512]))
     record_latent_statistics(vae, encode(vae, clips[:512]))
     held = read_clips(samples["val"], 16, size)
@@ -386,6 +386,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=6, help="the transformer's blocks")
     parser.add_argument("--text-steps", type=int, default=2000)
     parser.add_argument("--vae-steps", type=int, default=12000)
+    parser.add_argument("--kl-weight", type=float, default=3e-4, help="of the VAE; less keeps more details")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(args)
     return exit_code(lambda: run(options))
