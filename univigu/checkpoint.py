@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -23,7 +26,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from univigu.models.conventions import CONVENTIONS
 from univigu.models.foundation import COMPONENTS, VOCABULARY, Foundation
-from univigu.models.lora import LoraOptions, is_lora_parameter, lora_differences, lora_options, merge_lora
+from univigu.models.lora import LoraOptions, lora_differences, lora_options, merge_lora
 from univigu.models.options import ArchitectureOptions, check_replaced
 from univigu.models.sharded import sharded_reader
 from univigu.models.text import is_text_parameter
@@ -112,14 +115,12 @@ def load_weights(
     """
     folder = Path(path)
     is_folder = (folder / "config.json").is_file()
-    weights: dict[str, Any] = {}
     if is_folder:
         with reading(folder):
             config = dict(UniViGUTransformer3DModel.load_config(folder))
     else:
         checkpoint = read_checkpoint(path)
-        config, weights = checkpoint["univigu"]["transformer_config"], usable_weights(checkpoint)
-        del checkpoint
+        config = checkpoint["univigu"]["transformer_config"]
     check_replaced(config, path)
     parameters = inspect.signature(UniViGUTransformer3DModel).parameters
     defaults = {name: option.default for name, option in parameters.items()}
@@ -132,7 +133,7 @@ def load_weights(
             raise CheckpointError(f"{path}: made for another model; (checkpoint, configuration) differ in {differing}")
         config |= {name: like[name] for name in CHOSEN}
     if not is_folder:
-        return _from_weights(config, weights, path, dtype)
+        return model_of(checkpoint, path, dtype, config)
     model = empty_model(UniViGUTransformer3DModel, config)
     load_strictly(model, read_weights(folder), path, dtype=dtype)
     return model
@@ -154,11 +155,15 @@ def start_weights(
     return model
 
 
-def _from_weights(
-    config: Mapping[str, Any], weights: dict[str, Any], path: Any, dtype: WeightDtype
+def model_of(
+    checkpoint: dict[str, Any], path: Any, dtype: WeightDtype, config: Mapping[str, Any] | None = None
 ) -> UniViGUTransformer3DModel:
-    """A model of a training checkpoint's weights, which are taken out of the dict one by one."""
-    model = empty_model(UniViGUTransformer3DModel, config)
+    """A model with the weights to use of a training checkpoint, by default of its architecture.
+
+    The weights are taken out of the checkpoint and converted one by one, so that nothing is in memory twice.
+    """
+    config = config or known_options(UniViGUTransformer3DModel, checkpoint["univigu"]["transformer_config"])
+    model, weights = empty_model(UniViGUTransformer3DModel, config), take_usable_weights(checkpoint)
     state: dict[str, torch.Tensor] = {}
     for key in [key for key in weights if key.startswith(PREFIX)]:
         name = key.removeprefix(PREFIX)
@@ -181,13 +186,13 @@ def config_differences(config: Mapping[str, Any], other: Mapping[str, Any]) -> d
     return differing
 
 
-def usable_weights(checkpoint: Mapping[str, Any], keep_lora: bool = False) -> dict[str, Any]:
-    """The weights of a training checkpoint to use: running means, if it has any, and adapters merged unless kept."""
-    state = checkpoint["state_dict"]
+def take_usable_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Take the weights out of a training checkpoint: running means, if it has any, with merged adapters."""
+    state = checkpoint.pop("state_dict")
     means = {PREFIX + key.removeprefix(EMA_PREFIX): value for key, value in state.items() if key.startswith(EMA_PREFIX)}
     state = {key: value for key, value in state.items() if not key.startswith(EMA_PREFIX)} | means
     lora = lora_options(checkpoint["univigu"].get("lora"))
-    return state if lora is None or keep_lora else merge_lora(state, lora)
+    return state if lora is None else merge_lora(state, lora)
 
 
 def saved_names(path: Path) -> set[str]:
@@ -198,7 +203,8 @@ def saved_names(path: Path) -> set[str]:
     return {name.removeprefix(SHARDED_PREFIX) for name in names if name.startswith(SHARDED_PREFIX)}
 
 
-def _has_means(names: Iterable[str]) -> bool:
+def has_means(names: Iterable[str]) -> bool:
+    """Whether running means are among the weights of a checkpoint."""
     return any(name.startswith(EMA_PREFIX) for name in names)
 
 
@@ -209,7 +215,7 @@ def check_resumed(checkpoint: Mapping[str, Any], path: Path, lora: LoraOptions |
     A MisconfigurationException names the options, with the checkpoint's and the configuration's values.
     """
     differing = lora_differences(checkpoint["univigu"].get("lora"), lora)
-    averaged = _has_means(checkpoint.get("state_dict") or saved_names(path))
+    averaged = has_means(checkpoint.get("state_dict") or saved_names(path))
     if averaged != averages:
         differing["the WeightEMA callback"] = (averaged, averages)
     if differing:
@@ -217,29 +223,6 @@ def check_resumed(checkpoint: Mapping[str, Any], path: Path, lora: LoraOptions |
             f"{path}: (checkpoint, configuration) differ in {differing}; resume with the checkpoint's, or start a new "
             "run from its weights with model.init_from instead of ckpt_path"
         )
-
-
-def take_for_use(
-    model: UniViGUTransformer3DModel,
-    checkpoint: dict[str, Any],
-    path: Path,
-    lora: LoraOptions | None,
-    rebuild: bool,
-    dtype: WeightDtype,
-) -> UniViGUTransformer3DModel:
-    """Replace a checkpoint's weights by those to use (``usable_weights``); returns the model to load them into.
-
-    It is a new model, which has them, if the architecture differs (``rebuild``) or the adapters do: those of ``model``
-    stay separate only if the checkpoint has adapters with the same options ``lora``.
-    """
-    adapted = any(is_lora_parameter(name) for name, _ in model.named_parameters())
-    kept = adapted and not rebuild and lora_options(checkpoint["univigu"].get("lora")) == lora
-    checkpoint["state_dict"] = usable_weights(checkpoint, keep_lora=kept)
-    if rebuild or (adapted and not kept):
-        config = known_options(UniViGUTransformer3DModel, checkpoint["univigu"]["transformer_config"])
-        model = _from_weights(config, checkpoint["state_dict"], path, dtype)
-        checkpoint["state_dict"] |= {PREFIX + name: value for name, value in model.state_dict().items()}
-    return model
 
 
 @torch.no_grad()
@@ -252,7 +235,7 @@ def take_sharded(model: torch.nn.Module, checkpoint: Mapping[str, Any], path: Pa
         raise MisconfigurationException(
             f"{path}: (checkpoint, configuration) differ in {differing}; evaluate with the checkpoint's"
         )
-    if not _has_means(saved_names(path)):
+    if not has_means(saved_names(path)):
         return
     reshard(model)
     weights = dict(model.named_parameters())
@@ -264,6 +247,44 @@ def take_sharded(model: torch.nn.Module, checkpoint: Mapping[str, Any], path: Pa
     for name, weight in weights.items():
         mean = means[EMA_PREFIX + name].to(weight.device)
         weight.copy_(distribute_tensor(mean, weight.device_mesh, weight.placements))  # type: ignore[attr-defined]
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames, and reads tensors and plain values only.
+
+    Lightning's own writes to the folder of temporary files and moves, which on another file system copies over the old
+    checkpoint: a kill or a full disk in that moment would leave neither.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a file; until it is complete and on the disk, the earlier one of this name stays."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.tmp")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException as error:
+            temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError | RuntimeError):  # torch's, where the disk is full
+                kept = "the earlier one is unchanged" if target.exists() else "there is no earlier one"
+                raise OSError(f"{target}: the checkpoint could not be written ({error}); {kept}") from error
+            raise
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a file or URL without running any code in it, whatever ``weights_only`` says; a file is mapped."""
+        try:
+            if "://" not in str(path) and zipfile.is_zipfile(path):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        except (UnpicklingError, RuntimeError, EOFError) as error:
+            raise unreadable(path, error) from error
 
 
 def used_tokens(foundation: Foundation, texts: Iterable[str]) -> list[int]:

@@ -21,8 +21,8 @@ import pytest
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
+from univigu.checkpoint import SafeCheckpointIO
 from univigu.models.weights import CheckpointError
-from univigu.training.checkpoint_io import SafeCheckpointIO
 from univigu.training.parallel import ShardedStrategy
 
 OLD = {"weight": torch.arange(1000)}

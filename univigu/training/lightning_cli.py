@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from univigu.checkpoint import check_checkpoint_file
+from univigu.checkpoint import SafeCheckpointIO, check_checkpoint_file
 from univigu.models.foundation import EMBEDDED_FOUNDATION, EMBEDDED_MODEL, Foundation
 from univigu.training.callbacks import (
     DataStatistics,
@@ -33,7 +33,6 @@ from univigu.training.callbacks import (
     TrainingMonitor,
 )
 from univigu.training.callbacks.checkpoint import FOLDER, find_last
-from univigu.training.checkpoint_io import SafeCheckpointIO
 from univigu.training.module import UniViGU
 from univigu.training.parallel import ShardedStrategy
 from univigu.training.parser import DATA, Parser

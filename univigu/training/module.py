@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from univigu.checkpoint import (
+    PREFIX,
     check_resumed,
     config_differences,
     load_weights,
+    model_of,
     start_weights,
-    take_for_use,
     take_sharded,
 )
 from univigu.data.inputs import PredictTask
@@ -33,6 +35,7 @@ from univigu.flow.objective import (
     UniFlowLosses,
     UniFlowObjective,
     by_noise_level,
+    num_positions,
 )
 from univigu.flow.random import make_generator
 from univigu.flow.text import make_text_flow
@@ -116,13 +119,12 @@ class UniViGU(EvaluatedModule):
     @property
     def foundation(self) -> Foundation:
         """The frozen components, on the module's device; each is loaded on its first use."""
-        return self._foundation[0].to(self.device)
+        return self._foundation.to(self.device)
 
     @cached_property
-    def _foundation(self) -> tuple[Foundation]:
-        # In a tuple, because frozen components belong neither to the module tree nor to checkpoints.
+    def _foundation(self) -> Foundation:
         dtype = getattr(torch, self.text_encoder_dtype or ("bfloat16" if self._half else "float32"))
-        return (Foundation(self.foundation_path, dtype, self.vae_tiling),)
+        return Foundation(self.foundation_path, dtype, self.vae_tiling)
 
     @property
     def tasks(self) -> TaskRunner:
@@ -241,6 +243,9 @@ class UniViGU(EvaluatedModule):
                 embeds = self.tasks.encode_ids(batch["caption_ids"])
                 inputs = replace(inputs, prompt_embeds=embeds, null_embeds=self.tasks.encode_null(embeds.shape[1]))
             inputs = inputs.pad_prompts(slot)
+        text_share = stage.text_share_at(self.stage_step)
+        patches = zip(inputs.latents.shape[2:], self._model.config.patch_size, strict=True)
+        self.sample_tokens = prod(n // p for n, p in patches) + num_positions(stage.text_length, text_share)
         if stage.question_share and understand:
             number = int(understand * stage.question_share + draw.random())  # right on average
             rows = range(joint + understand - number, joint + understand)
@@ -251,9 +256,9 @@ class UniViGU(EvaluatedModule):
             counts,
             dropout=stage.condition_dropout,
             generator=self._generator(step),
-            text_share=stage.text_share_at(self.stage_step),
+            text_share=text_share,
             step=step,
-            teacher=self._teacher[0] if stage.teacher_weight and stage.tasks.generate else None,
+            teacher=self._teacher if stage.teacher_weight and stage.tasks.generate else None,
         )
         loss = losses.total(size, stage.teacher_weight)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
@@ -264,15 +269,15 @@ class UniViGU(EvaluatedModule):
         return loss
 
     @cached_property
-    def _teacher(self) -> tuple[WanTransformer3DModel]:
-        """The frozen foundation; in a tuple, because it belongs neither to the module tree nor to checkpoints."""
+    def _teacher(self) -> WanTransformer3DModel:
+        """The frozen foundation; as a cached property it is no part of the module tree and of checkpoints."""
         if is_sharded(self._model) or not self.tasks.conventions.latents_normalized:
             raise MisconfigurationException(
                 f"stages: teacher_weight={self.stage.teacher_weight}: the foundation cannot teach a sharded model, nor "
                 "one whose latents are not normalised; set it to 0"
             )
         wan = load_generator(self.foundation.path / "transformer", self._half, self.device)
-        return (wan.eval().requires_grad_(False),)
+        return wan.eval().requires_grad_(False)
 
     def prepare(self, batch: dict[str, Any]) -> UniFlowBatch:
         """Encode a batch; precomputed latents and embeddings are used as they are."""
@@ -369,19 +374,18 @@ class UniViGU(EvaluatedModule):
         if self._trainer is not None:
             path = Path(self.trainer.strategy.broadcast(self.trainer.ckpt_path or path))
         check_replaced(saved, path)
+        if not self._fits and hasattr(self, "ema"):  # of an earlier fit of this module; no callback updates it now
+            del self.ema
+        if not self._fits and not is_sharded(self._model):
+            self._set_transformer(model_of(checkpoint, path, self._weight_dtype).to(self.device))
+            checkpoint["state_dict"] = {PREFIX + name: value for name, value in self._model.state_dict().items()}
+            return
         differing = config_differences(saved, self._model.config)
         for name in {"text_length", *CONVENTIONS} & differing.keys():  # no weight depends on these
             self._model.register_to_config(**{name: differing.pop(name)[0]})
-        if differing and (self._fits or is_sharded(self._model)):
+        if differing:
             raise MisconfigurationException(f"the checkpoint's model differs from the configuration: {differing}")
         if self._fits:
             check_resumed(checkpoint, path, self.lora, averages=hasattr(self, "ema"))
-            return
-        if hasattr(self, "ema"):  # of an earlier fit of this module; no callback updates it now
-            del self.ema
-        if is_sharded(self._model):
+        else:
             take_sharded(self._model, checkpoint, path, self.lora)
-            return
-        model = take_for_use(self._model, checkpoint, path, self.lora, bool(differing), self._weight_dtype)
-        if model is not self._model:
-            self._set_transformer(model.to(self.device))

@@ -89,8 +89,7 @@ def test_fit_names_step_stage_losses_rate_and_time_left(
 def test_processes_but_the_first_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
     lines = ProgressLines(seconds=0)
     lines.disable()
-    lines._begin("fit", 3)
-    lines._advance(Trainer(accelerator="cpu", logger=False, barebones=True), {"key": ["a"]})
+    lines._advance(Trainer(accelerator="cpu", logger=False, barebones=True), {"key": ["a"]}, "fit", 3)
     assert "fit" not in capsys.readouterr().err
 
 

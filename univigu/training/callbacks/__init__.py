@@ -1,11 +1,10 @@
 """Lightning callbacks, each with one purpose."""
 
 from univigu.training.callbacks.checkpoint import LastCheckpoint
-from univigu.training.callbacks.data import DataStatistics
 from univigu.training.callbacks.ema import WeightEMA
 from univigu.training.callbacks.held_out import CaptionAccuracy, FinalReport
 from univigu.training.callbacks.media import MediaLogger
-from univigu.training.callbacks.monitor import TrainingMonitor
+from univigu.training.callbacks.monitor import DataStatistics, TrainingMonitor
 from univigu.training.callbacks.predictions import PredictionWriter
 from univigu.training.callbacks.progress import ProgressLines
 from univigu.training.callbacks.stage import StageSwitch

@@ -1,19 +1,18 @@
-"""Scalars about the training itself: learning rates, gradient norm, throughput."""
+"""Scalars about the training itself: learning rates, gradient norm, throughput, and what each epoch consists of."""
 
 from __future__ import annotations
 
 import resource
 import sys
 import time
-from math import prod
+from collections import Counter
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch.distributed.tensor import DTensor
 
-from univigu.flow.objective import num_positions
-from univigu.training.module import UniViGU
+from univigu.data.loader import TrainLoader
 
 
 class TrainingMonitor(Callback):
@@ -33,34 +32,24 @@ class TrainingMonitor(Callback):
         self.every_n_steps = every_n_steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin(trainer)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin(trainer)  # validation is not part of the training time
-
-    def _begin(self, trainer: Trainer) -> None:
         self._started, self._batches, self._samples, self._tokens = time.perf_counter(), 0, 0, 0
         self._waited = getattr(trainer.train_dataloader, "waited", None)
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
+    on_validation_end = on_train_start  # validation is not part of the training time
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if trainer.global_step % self.every_n_steps:
             return
-        norms = [p.grad.norm() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if norms:
-            norm = torch.stack(norms).norm()
-            pl_module.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        pl_module.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
         for group in optimizer.param_groups:
             pl_module.log(f"lr/{group['name']}", group["lr"])
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, UniViGU)
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._batches += 1
         self._samples += len(batch["key"])
-        self._tokens += len(batch["key"]) * _tokens(pl_module, batch)
+        self._tokens += len(batch["key"]) * pl_module.sample_tokens
         if self._batches < self.every_n_steps:
             return
         if pl_module.device.type == "cuda":
@@ -75,19 +64,7 @@ class TrainingMonitor(Callback):
         if self._waited is not None:
             rates["data_wait_share"] = (trainer.train_dataloader.waited - self._waited) / elapsed  # type: ignore[union-attr]
         pl_module.log_dict({f"throughput/{name}": value for name, value in rates.items()})
-        self._begin(trainer)
-
-
-def _tokens(module: UniViGU, batch: Any) -> int:
-    """Tokens of a sample in a training step, of video and text."""
-    tasks, stage = module.tasks, module.stage
-    if "latents" in batch:
-        shape = batch["latents"].shape[1:]
-    else:
-        frames, _, height, width = batch["video"].shape[1:]
-        shape = tasks.latents_shape(height, width, frames)
-    video = prod(n // p for n, p in zip(shape[1:], tasks.transformer.config.patch_size, strict=True))
-    return video + num_positions(stage.text_length, stage.text_share_at(module.stage_step))
+        self.on_train_start(trainer, pl_module)
 
 
 def _memory_bytes(device: torch.device) -> int:
@@ -95,3 +72,37 @@ def _memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class DataStatistics(Callback):
+    """Logs at the end of every epoch its samples on all ranks, and counts of the samples that are left out.
+
+    ``data/epoch/*``: numbers of samples, of those that were not new in the epoch, and of each source and bucket.
+    ``data/filtered/*``: samples of the training split that the filters and the index leave out; ``data/unusable/*``:
+    unusable samples of all splits so far.
+
+    It needs no state: the samples of an epoch follow from the loader's position. An unreadable sample counts itself,
+    not its replacement. With loaders of another kind nothing is logged.
+    """
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loader = trainer.train_dataloader
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        if not isinstance(loader, TrainLoader) or not done or not trainer.is_global_zero:
+            return
+        refs = loader.samples(loader.position - done, loader.position)
+        repeated = len(refs) - len({(ref.source, ref.shard, ref.key, ref.question) for ref in refs})
+        counts = {"samples": len(refs), "repeated": repeated}
+        num_sources = 1 + max(ref.source for ref in loader.dataset.refs)
+        if num_sources > 1:
+            sources = Counter(ref.source for ref in refs)
+            counts |= {f"source_{number}": sources[number] for number in range(num_sources)}
+        if len(loader.dataset.buckets) > 1:
+            buckets = Counter(ref.bucket for ref in refs)
+            counts |= {f"bucket_{bucket}": buckets[number] for number, bucket in enumerate(loader.dataset.buckets)}
+        filtered = getattr(getattr(trainer, "datamodule", None), "filter_counts", {}).get("train", {})
+        dropped = {name: count for name, count in filtered.items() if name != "kept"}
+        groups = {"epoch": counts, "filtered": dropped, "unusable": loader.errors.counts}
+        metrics = {f"data/{group}/{name}": float(n) for group, part in groups.items() for name, n in part.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)

@@ -7,6 +7,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
+from rich.progress import TaskID
 
 from univigu.data.progress import LineProgress
 
@@ -23,44 +24,33 @@ class ProgressLines(ProgressBar):
         """Lightning calls it on all processes but the first."""
         self._enabled = False
 
-    def enable(self) -> None:
-        self._enabled = True
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._task: TaskID | None = None
 
-    def _begin(self, description: str, total: float, done: int = 0) -> None:
-        self._task = self.progress.add_task(description, total=total, completed=done)
-
-    def _advance(self, trainer: Trainer, batch: Any, batches: int = 1) -> None:
-        """Count a step (of some batches), or a batch."""
-        if self._enabled:
-            clips = len(batch["key"] if "key" in batch else batch["index"]) * batches * trainer.world_size
-            self.progress.advance(self._task, 1, trainer.progress_bar_metrics, clips)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin("fit", trainer.max_steps, trainer.global_step)
-        self._step = trainer.global_step
+    def _advance(
+        self, trainer: Trainer, batch: Any, description: str, total: float, done: int = 0, batches: int = 1
+    ) -> None:
+        """Count a step (of some batches), or a batch; ``done`` were counted before the first."""
+        if not self._enabled:
+            return
+        if self._task is None:
+            self._task = self.progress.add_task(description, total=total, completed=done)
+        self.progress.update(self._task, description=description)
+        clips = len(batch["key"] if "key" in batch else batch["index"]) * batches * trainer.world_size
+        self.progress.advance(self._task, 1, trainer.progress_bar_metrics, clips)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step > self._step:  # with gradient accumulation a step takes several batches
-            self._step = trainer.global_step
-            self.progress.update(self._task, description=f"fit {pl_module.stage_name}")
-            self._advance(trainer, batch, trainer.accumulate_grad_batches)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._begin("validate", sum(trainer.num_val_batches))
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin("test", sum(trainer.num_test_batches))
-
-    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._begin(f"predict {pl_module.predict_task}", sum(trainer.num_predict_batches))
+        step, batches = trainer.global_step, trainer.accumulate_grad_batches
+        if (batch_idx + 1) % batches == 0:
+            self._advance(trainer, batch, f"fit {pl_module.stage_name}", trainer.max_steps, step - 1, batches)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._advance(trainer, args[2])
+            self._advance(trainer, args[2], "validate", sum(trainer.num_val_batches))
 
     def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        self._advance(trainer, args[2])
+        self._advance(trainer, args[2], "test", sum(trainer.num_test_batches))
 
-    def on_predict_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        self._advance(trainer, args[2])
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        self._advance(trainer, args[1], f"predict {pl_module.predict_task}", sum(trainer.num_predict_batches))

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from univigu.training.module import UniViGU
 from univigu.training.optim import trained_and_frozen
 from univigu.training.stages import Stage
 
@@ -44,19 +43,18 @@ class StageSwitch(Callback):
             global_step -= stage.steps
         return len(self.stages) - 1, self.stages[-1].steps - 1
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         # Evaluation and prediction refer to the last stage.
-        assert isinstance(pl_module, UniViGU)
         pl_module.stages = self.stages
         self._fitting = stage == "fit"
         self._enter(0 if self._fitting else len(self.stages) - 1, pl_module)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         limit = trainer.max_steps
         if limit == -1 or limit > self.total_steps:
             trainer.fit_loop.epoch_loop.max_steps = self.total_steps
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         length, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
         if not math.isfinite(length):
             return
@@ -70,8 +68,7 @@ class StageSwitch(Callback):
             epochs = math.ceil((trainer.max_steps - trainer.global_step) * accumulated / length) + resumed
             trainer.fit_loop.max_epochs = trainer.current_epoch + epochs
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        assert isinstance(pl_module, UniViGU)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         index, step = self.locate(trainer.global_step)
         if index != self.index:
             self._enter(index, pl_module)
@@ -86,8 +83,7 @@ class StageSwitch(Callback):
             for group in optimizer.param_groups:
                 group["lr"] = rates[group["name"].partition("_")[0]] * group["rate"] * factor
 
-    def _enter(self, index: int, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, UniViGU)
+    def _enter(self, index: int, pl_module: Any) -> None:
         self.index = index
         pl_module.enter_stage(self.stages[index], self.names[index])
 
