@@ -1,33 +1,43 @@
-"""What ``lightning predict`` makes of a batch of inputs."""
+"""``lightning predict``: what it makes of a batch of inputs, and how the results are written."""
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from rich.console import Console
 
-from univigu.data.video import to_frames
+from univigu.data.rows import to_line
+from univigu.data.sample import DataError
+from univigu.data.shards import replacing
+from univigu.data.video import encode_mp4, to_frames
 from univigu.models.tokens import replace_words, tokenize
 
 if TYPE_CHECKING:
     from univigu.pipeline import TaskRunner
     from univigu.training.module import UniViGU
 
-INPUTS = {
-    "caption": ("video",),
-    "qa": ("video", "question"),
-    "edit": ("source", "prompt", "strength", "replace"),
-    "generate": ("prompt",),
-    "joint": ("prompt",),
+FIELDS = {
+    "caption": (["video"], ["caption"]),
+    "qa": (["video", "question"], ["answer"]),
+    "edit": (["source", "prompt", "strength", "replace"], ["video"]),
+    "generate": (["prompt"], ["video", "caption"]),
+    "joint": (["prompt"], ["video", "caption"]),
 }
-"""Fields of a result's row that describe its input: the video or prompt, the text about the video, options of edits."""
-OUTPUTS = {"caption": ("caption",), "qa": ("answer",), "edit": ("video",)}
-"""Fields with the results; of other tasks they are the video and the caption."""
+"""Fields of a result's row by task: of the input (video or prompt, text about it, options of edits), and results."""
+LISTS = {"caption": "captions.jsonl", "qa": "answers.jsonl"}
+"""Names of the lists of tasks that give only text; of others it is ``MANIFEST``."""
+MANIFEST = "manifest.jsonl"
+VIDEO = re.compile(r"\d{5,}\.mp4|\.\d{5,}\.mp4\.\w+\.tmp")
 
 
 @dataclass
@@ -53,17 +63,18 @@ def predict_batch(module: UniViGU, batch: dict[str, Any], data: LightningDataMod
     start, task, count = time.perf_counter(), module.predict_task, len(batch["index"])
     columns = [batch["path"] if "path" in batch else batch["prompt"]]
     columns += [batch.get(name, [None] * count) for name in ("text", "strength", "replace")]
-    results, outputs = [], dict.fromkeys(OUTPUTS.get(task, ("video", "caption")))
+    results, (inputs, outputs) = [], FIELDS[task]
     for index, error, *values in zip(batch["index"], batch["error"], *columns, strict=True):
-        given = dict(zip(INPUTS[task], values, strict=False))
-        row = {**given, **outputs, "error": error, "seconds": 0.0, "seed": module.seed + index}
+        row = dict(zip(inputs, values, strict=False)) | dict.fromkeys(outputs)
+        row |= {"error": error, "seconds": 0.0, "seed": module.seed + index}
         results.append(Prediction(index, row))
     clips = batch.get("clip", range(count))
     valid = [(result, clip) for result, clip in zip(results, clips, strict=True) if result.row["error"] is None]
-    texts = Counter(clip for _, clip in valid)
-    kinds = [(result.row.get("strength"), texts[clip]) for result, clip in valid]
-    for kind in dict.fromkeys(kinds):  # each strength has its own start time, each video of a batch as many questions
-        items, shown = zip(*(pair for pair, value in zip(valid, kinds, strict=True) if value == kind), strict=True)
+    texts, groups = Counter(clip for _, clip in valid), dict[Any, list[tuple[Prediction, int]]]()
+    for result, clip in valid:  # each strength has its own start time, each video of a batch as many questions
+        groups.setdefault((result.row.get("strength"), texts[clip]), []).append((result, clip))
+    for group in groups.values():
+        items, shown = zip(*group, strict=True)
         _predict(module, items, data, batch["video"][list(dict.fromkeys(shown))] if "video" in batch else None)
     for result, _ in valid:
         result.row["seconds"] = round((time.perf_counter() - start) / len(valid), 4)
@@ -115,3 +126,68 @@ def fill_in_prompts(tasks: TaskRunner, rows: list[dict[str, Any]], latents: torc
             tokenize(tasks.components.tokenizer, [row["prompt"]], length)
         except ValueError as error:
             row["error"] = str(error)
+
+
+class PredictionWriter(BasePredictionWriter):
+    """One JSON object a line for every input, in the order of the inputs, failed ones included.
+
+    Captions go to ``captions.jsonl`` (video, caption, error, seconds, seed), answers to ``answers.jsonl`` (with the
+    question), videos to ``videos/00000.mp4`` and so on, with ``manifest.jsonl`` (prompt, video, caption, error,
+    seconds, seed; of edits also source, strength and replace).  Files are written atomically.
+    Results of an earlier call of this kind are removed when prediction starts.
+
+    Args:
+        output_dir: folder of the files; None is ``trainer.default_root_dir``.
+        fps: frames a second of written videos.
+    """
+
+    failed = False
+    """Whether no input could be used."""
+    _folder: Path
+    _list: str
+    _rows: dict[int, dict[str, Any]]
+
+    def __init__(self, output_dir: str | None = None, fps: int = 8) -> None:
+        super().__init__(write_interval="batch")
+        self.output_dir, self.fps = output_dir, fps
+
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Remove the results of an earlier call; raises DataError if some of them are inputs of this one."""
+        folder = Path(self.output_dir or trainer.default_root_dir)
+        self._list = LISTS.get(pl_module.predict_task, MANIFEST)
+        old = [folder / self._list]
+        if self._list == MANIFEST:
+            old += sorted(path for path in (folder / "videos").glob("*") if VIDEO.fullmatch(path.name))
+        dataset = getattr(trainer.predict_dataloaders, "dataset", None)
+        inputs = {os.path.realpath(item.video) for item in getattr(dataset, "inputs", ()) if item.video}
+        if read := [path for path in old if os.path.realpath(path) in inputs]:
+            raise DataError(f"{read[0]}: is to be read, but would be replaced; choose another trainer.default_root_dir")
+        if trainer.is_global_zero:
+            for path in old:
+                path.unlink(missing_ok=True)
+        trainer.strategy.barrier("earlier predictions removed")
+        self._folder, self._rows = folder, {}
+
+    def write_on_batch_end(self, trainer: Trainer, pl_module: Any, prediction: Any, *args: Any) -> None:
+        for item in prediction:
+            if item.video is not None:
+                path = self._folder / "videos" / f"{item.index:05d}.mp4"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as temporary:
+                    temporary.write_bytes(encode_mp4(item.video, self.fps))
+                item.row["video"] = str(path)
+            self._rows[item.index] = item.row
+
+    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
+        found: list[Any] = [self._rows] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(found, self._rows)
+        if trainer.is_global_zero:
+            rows = {number: row for part in found for number, row in part.items()}
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self._folder / self._list) as temporary:
+                temporary.write_text("".join(to_line(rows[number]) for number in sorted(rows)), encoding="utf-8")
+            failed = sum(row["error"] is not None for row in rows.values())
+            self.failed = failed == len(rows)
+            text = f"wrote {self._folder / self._list}: {len(rows)} rows, {failed} of them errors"
+            Console().print(text, soft_wrap=True, highlight=False)

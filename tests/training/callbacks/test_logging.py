@@ -28,8 +28,7 @@ from tests.conftest import REPO
 from tests.training import test_stages as stages
 from univigu.cli import main
 from univigu.training.callbacks import FinalReport, LastCheckpoint, MediaLogger, StageSwitch, TrainingMonitor
-from univigu.training.callbacks.held_out import HeldOutCallback
-from univigu.training.callbacks.media import log_video, markdown_table
+from univigu.training.callbacks.held_out import HeldOutCallback, log_video, markdown_table
 from univigu.training.module import UniViGU
 
 CALLBACKS = """
@@ -134,7 +133,7 @@ def test_csv_gets_every_scalar(
 ) -> None:
     """Of the same values as TensorBoard; no time is spent on samples that it cannot store."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("univigu.training.callbacks.media.caption_samples", None)
+        patch.setattr("univigu.training.callbacks.held_out.caption_samples", None)
         fit(tmp_path, *small_data, "--trainer.val_check_interval=2", "--trainer.logger=CSVLogger")
     (path,) = (tmp_path / "runs/recall").rglob("metrics.csv")
     assert not list(tmp_path.rglob("*tfevents*")) and (path.parent / "config.yaml").is_file()

@@ -2,12 +2,11 @@
 
 from univigu.training.callbacks.checkpoint import LastCheckpoint
 from univigu.training.callbacks.ema import WeightEMA
-from univigu.training.callbacks.held_out import CaptionAccuracy, FinalReport
-from univigu.training.callbacks.media import MediaLogger
+from univigu.training.callbacks.held_out import CaptionAccuracy, FinalReport, MediaLogger
 from univigu.training.callbacks.monitor import DataStatistics, TrainingMonitor
-from univigu.training.callbacks.predictions import PredictionWriter
 from univigu.training.callbacks.progress import ProgressLines
 from univigu.training.callbacks.stage import StageSwitch
+from univigu.training.prediction import PredictionWriter
 
 __all__ = [
     "CaptionAccuracy",

@@ -1,23 +1,30 @@
-"""Callbacks that caption held-out clips: learning curves of what the captions state, and a report at the end."""
+"""Callbacks that use the model on held-out clips: pictures and texts, curves of what captions state, a final report."""
 
 from __future__ import annotations
 
+import io
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from univigu.data.sample import questions_of
+from univigu.data.video import to_frames
 from univigu.pipeline import TaskRunner
 from univigu.shapes.metrics import ShapesTextAccuracy
 from univigu.training.module import UniViGU
+from univigu.viewer import enlarged
 
 log = logging.getLogger(__name__)
+
+SCALE, FPS = 2, 8
+"""Enlargement of the logged videos, and their frames a second."""
 
 
 class HeldOutCallback(Callback):
@@ -34,10 +41,7 @@ class HeldOutCallback(Callback):
         self._samples: dict[str, Any] | None = None
         self._last_step = 0
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, UniViGU)
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         # With gradient accumulation a step stays the same for several batches.
         if self.every_n_steps and step != self._last_step and step % self.every_n_steps == 0:
@@ -104,9 +108,8 @@ class CaptionAccuracy(HeldOutCallback):
     """
 
     def __init__(self, every_n_steps: int = 200, num_clips: int = 64, batch_size: int = 32) -> None:
-        for name, value, least in (("num_clips", num_clips, 2), ("batch_size", batch_size, 1)):
-            if value < least:
-                raise ValueError(f"{name}={value}: expected at least {least}")
+        if num_clips < 2 or batch_size < 1:
+            raise ValueError(f"num_clips={num_clips}, batch_size={batch_size}: expected at least 2 and 1")
         super().__init__(every_n_steps, num_clips)
         self.batch_size = batch_size
 
@@ -144,9 +147,8 @@ class FinalReport(HeldOutCallback):
         self.num_shown = num_shown
 
     @torch.no_grad()
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """After the last checkpoint, with the weights to use (see ``WeightEMA``)."""
-        assert isinstance(pl_module, UniViGU)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         console, curves = Console(quiet=not trainer.is_global_zero), trainer.log_dir  # which all processes ask for
@@ -177,3 +179,72 @@ class FinalReport(HeldOutCallback):
         if accuracy := {} if questions else attribute_accuracy(captions, samples, target):
             numbers = ", ".join(f"{name} {value:.0%}" for name, value in accuracy.items())
             console.print(f"accuracy over {len(captions)} held-out clips: {numbers}", highlight=False)
+
+
+class MediaLogger(HeldOutCallback):
+    """Logs held-out clips (once), their captions beside the true texts, and generated videos to TensorBoard or
+    Weights & Biases.
+
+    Args:
+        every_n_steps: how often, in optimizer steps; 0 switches it off.
+        num_samples: number of held-out clips, the same ones every time.
+    """
+
+    def __init__(self, every_n_steps: int = 400, num_samples: int = 4) -> None:
+        super().__init__(every_n_steps, num_samples)
+        self._clips_logged = False
+
+    def evaluate(self, trainer: Trainer, pl_module: UniViGU) -> None:
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, (TensorBoardLogger, WandbLogger))]
+        samples, step = self.samples(trainer) if loggers else {}, trainer.global_step
+        if not samples:
+            return
+        if not trainer.is_global_zero:
+            loggers = []
+        latents, tasks = pl_module.latents_of(samples), pl_module.tasks
+        if pl_module.stage.writes_text:
+            captions = caption_samples(tasks, samples, latents, questions_of(samples))
+            rows = zip(samples["key"], samples[pl_module.stage.target], captions, strict=True)
+            log_table(loggers, "held_out/captions", ["clip", "truth", "model"], list(rows), step)
+            if not self._clips_logged:
+                log_video(loggers, "held_out/clips", to_frames(tasks.decode(latents)), step)
+            self._clips_logged = True
+        length, generator = samples["prompt_ids"].shape[1], tasks.generators(range(len(latents)))
+        made = tasks.sample("generate", samples["prompt"], length, shape=tuple(latents.shape[1:]), generator=generator)
+        log_video(loggers, "held_out/generated", to_frames(tasks.decode(made.latents)), step)
+        log_table(loggers, "held_out/prompts", ["prompt"], [(prompt,) for prompt in samples["prompt"]], step)
+
+
+MediaLoggers = Sequence[TensorBoardLogger | WandbLogger]
+
+
+def log_table(loggers: MediaLoggers, tag: str, columns: list[str], rows: Sequence[Sequence[str]], step: int) -> None:
+    """Log texts as a table."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_table(tag, columns, [list(row) for row in rows], step=step)
+        else:
+            logger.experiment.add_text(tag, markdown_table(columns, rows), step)
+
+
+def markdown_table(columns: list[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, whatever the texts contain: each cell on one line, with bars escaped as in HTML."""
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[" ".join(text.split()).replace("|", "&#124;") for text in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def log_video(loggers: MediaLoggers, tag: str, frames: torch.Tensor, step: int) -> None:
+    """Log clips uint8 [B, F, C, H, W] side by side as one GIF, which needs no moviepy."""
+    first, *others = enlarged(torch.cat(list(frames.cpu()), dim=-1), SCALE)  # [F, C, H, B * W]
+    buffer = io.BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=others, duration=round(1000 / FPS), loop=0)
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_video(tag, [io.BytesIO(buffer.getvalue())], step=step, format=["gif"])
+            continue
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        size = {"width": first.width, "height": first.height, "colorspace": 3}
+        image = Summary.Image(**size, encoded_image_string=buffer.getvalue())
+        logger.experiment.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
