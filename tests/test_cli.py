@@ -24,7 +24,6 @@ from univigu.sampling.options import SamplingOptions
 from univigu.shapes.renderer import render
 from univigu.shapes.scenes import sample_scene
 from univigu.training.lightning_cli import (
-    ConfigOnlyCLI,
     TrainingConfig,
     UniViGUCLI,
     lock_folder,
@@ -410,8 +409,8 @@ def test_evaluation_with_models_that_are_not_there(
 # ---------------------------------------------------------------- overlays
 
 
-def parse(*names: str) -> ConfigOnlyCLI:
-    return ConfigOnlyCLI([f"--config=configs/{name}.yaml" for name in names])
+def parse(*names: str) -> UniViGUCLI:
+    return UniViGUCLI([f"--config=configs/{name}.yaml" for name in names], run=False)
 
 
 @pytest.mark.parametrize("name", ["recall", "refine"])
@@ -432,7 +431,7 @@ def test_overlays_change_the_scale(in_tmp: Path, name: str, sizes: list[str]) ->
     assert model.foundation_path.endswith(f"Wan2.1-T2V-{sizes[-1].upper()}-Diffusers")
     assert model.architecture == ArchitectureOptions() and model.gradient_checkpointing
     assert (data.height, data.width, data.num_frames, data.caption_length) == (480, 832, 81, 256)
-    strategy = cli.trainer_options.strategy
+    strategy = cli.trainer.strategy
     assert isinstance(strategy, ShardedStrategy) and strategy.compute_dtype == torch.bfloat16
 
 

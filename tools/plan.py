@@ -35,7 +35,7 @@ def show_plan(name: str, work: Workload, options: argparse.Namespace, console: C
     rows = [
         ("parameters", f"{plan.parameters:,} ({plan.wan_parameters:,} of them Wan's)"),
         ("trained in this stage", f"{plan.trained_parameters:,}"),
-        ("video tokens a clip", f"{plan.video_tokens:,}"),
+        ("video tokens a clip", f"{work.video_tokens:,}"),
         ("operations a step and process", f"{plan.flops / 1e12:,.3f} T ({checkpointed.flops / 1e12:,.3f} T with"
          " checkpointing)"),
         ("weights", f"{plan.weights / gigabyte:.3f} GB"),

@@ -124,14 +124,14 @@ def test_what_is_missing_is_named(folders: list[Path], tmp_path: Path) -> None:
 
 
 def test_the_command_line_takes_sources_and_buckets(tmp_path: Path) -> None:
-    from univigu.training.lightning_cli import ConfigOnlyCLI
+    from univigu.training.lightning_cli import UniViGUCLI
 
     config = tmp_path / "data.yaml"
     config.write_text(
         "data:\n  shards:\n    - {path: a, weight: 3}\n    - {path: 's3://b', weight: 1}\n"
         "  buckets:\n    - {height: 480, width: 832, num_frames: 81}\n    - {height: 832, width: 480, num_frames: 81}\n"
     )
-    parsed = ConfigOnlyCLI(["--config", "configs/recall.yaml", "--config", str(config)]).datamodule
+    parsed = UniViGUCLI(["--config=configs/recall.yaml", f"--config={config}"], run=False).datamodule
     assert [(source.path, source.weight) for source in parsed.sources] == [("a", 3), ("s3://b", 1)]
     assert [bucket.width for bucket in parsed.buckets] == [832, 480]
 

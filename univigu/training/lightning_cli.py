@@ -111,8 +111,7 @@ class UniViGUCLI(LightningCLI):
             return
         config = self.config[subcommand]
         root = config.trainer.default_root_dir
-        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
-        for logger in loggers:
+        for logger in _listed(config.trainer.logger):
             if isinstance(logger, Namespace) and logger.init_args.get("save_dir") in (None, "."):
                 logger.init_args.save_dir = root or "."
         last = find_last(Path(config.checkpoint.dirpath or Path(root or ".") / FOLDER))
@@ -141,9 +140,8 @@ class UniViGUCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the callbacks and the logger that every run of the subcommand has."""
         config = self._options()
-        trainer, own = config.trainer, config.trainer.callbacks or []
-        callbacks: list[Callback] = list(own) if isinstance(own, list) else [own]
-        plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
+        trainer, callbacks = config.trainer, _listed(config.trainer.callbacks)
+        plugins = _listed(trainer.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, SafeCheckpointIO()]
         if self.subcommand == "predict":
@@ -168,7 +166,8 @@ class UniViGUCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def after_instantiate_classes(self) -> None:
-        Foundation(self.model.foundation_path)  # raises if the folder is not a foundation
+        if self.subcommand is not None:
+            Foundation(self.model.foundation_path)  # raises if the folder is not a foundation
 
     def fit(self, **options: Any) -> None:
         """Train, as the only training in ``trainer.default_root_dir``."""
@@ -215,20 +214,9 @@ def _takes_last_run(model: Namespace) -> bool:
     return model.init_from == LAST_RUN and model.foundation == EMBEDDED_FOUNDATION
 
 
-class ConfigOnlyCLI(UniViGUCLI):
-    """Parses the options of ``lightning fit``; makes the model and data objects, but no trainer."""
-
-    trainer_options: Namespace
-
-    def __init__(self, args: list[str]) -> None:
-        super().__init__(args, run=False)
-
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        options = self._options()
-        self.trainer_options, self.stages = options.trainer, select_stages(options.stages, options.run)
-
-    def after_instantiate_classes(self) -> None:
-        """The foundation need not exist."""
+def _listed(option: Any) -> list[Any]:
+    """The values of an option that takes one, several or none."""
+    return list(option) if isinstance(option, list) else [option] if option else []
 
 
 @rank_zero_only

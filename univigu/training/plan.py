@@ -80,14 +80,12 @@ def workloads_of(args: list[str]) -> dict[str, Workload]:
         FileNotFoundError: the foundation does not exist, and its name is none of Wan2.1's.
     """
     from univigu.training.callbacks import WeightEMA
-    from univigu.training.lightning_cli import ConfigOnlyCLI
-    from univigu.training.parallel import ShardedStrategy
+    from univigu.training.lightning_cli import UniViGUCLI
 
-    cli = ConfigOnlyCLI(args)
-    model, data = cli.model, cli.datamodule
-    strategy, callbacks = cli.trainer_options.strategy, cli.trainer_options.callbacks or []
-    half = cli.trainer_options.precision == "bf16-true"
-    averaged = any(isinstance(c, WeightEMA) for c in (callbacks if isinstance(callbacks, list) else [callbacks]))
+    here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1"]  # not where it will run
+    cli = UniViGUCLI([*args, *here], run=False)
+    model, data, trainer = cli.model, cli.datamodule, cli.trainer
+    half = trainer.precision == "bf16-true"
     transformer, vocabulary, (channels, temporal, spatial) = _sizes(Path(model.foundation_path))
     transformer |= asdict(model.architecture) | vocabulary
     shape = latents_shape(Bucket(data.height, data.width, data.num_frames), temporal, spatial)
@@ -100,13 +98,9 @@ def workloads_of(args: list[str]) -> dict[str, Workload]:
             data.batch_size,
             model.lora,
             model.optimizer_options,
-            strategy.compute_dtype
-            if isinstance(strategy, ShardedStrategy)
-            else torch.bfloat16
-            if half
-            else torch.float32,
+            getattr(trainer.strategy, "compute_dtype", torch.bfloat16 if half else torch.float32),  # of ShardedStrategy
             half,
-            averaged,
+            averaged=any(isinstance(callback, WeightEMA) for callback in trainer.callbacks),  # type: ignore[attr-defined]
         )
         for name, stage in cli.stages.items()
     }
@@ -115,9 +109,8 @@ def workloads_of(args: list[str]) -> dict[str, Workload]:
 def _sizes(foundation: Path) -> tuple[dict[str, Any], dict[str, Any], tuple[int, int, int]]:
     """The transformer's options, its vocabulary's and the VAE's (channels, temporal, spatial)."""
     if (foundation / "transformer" / "config.json").is_file():
-        transformer, vae = (
-            json.loads((foundation / name / "config.json").read_text()) for name in ("transformer", "vae")
-        )
+        files = (foundation / name / "config.json" for name in ("transformer", "vae"))
+        transformer, vae = (json.loads(file.read_text()) for file in files)
         scales = (vae["z_dim"], vae.get("scale_factor_temporal", TEMPORAL), vae.get("scale_factor_spatial", SPATIAL))
         return transformer, vocabulary_of(foundation), scales
     for name, options in WAN21.items():
@@ -145,12 +138,13 @@ def count_step(work: Workload, checkpointing: bool) -> tuple[float, int]:
     # The meta device cannot look up which clips are clean; the cost differs by 0.8% of attention.
     model.register_to_config(clean_video_reads_text=True)
     model.register_forward_pre_hook(lambda module, args: (args[0].to(module.dtype), *args[1:]))
+    objective = UniFlowObjective(make_text_flow(model.config.text_flow, model.config.vocab_size))
     total, counter, mixture = 0.0, _StepCounter(model), asdict(work.stage.tasks)
     for task in filter(mixture.get, TASKS):
         share = mixture[task] / sum(mixture.values())
         batch_size, before = max(1, round(share * work.batch_size)), counter.flops
         with counter, patch(_WAN, _flash_attention), patch(_OURS, _flash_attention):
-            loss = _loss(work, model, task, batch_size)
+            loss = objective(model, *_batch(work, model, task, batch_size)).total(batch_size)
             if loss.requires_grad:
                 loss.backward()
             del loss
@@ -159,20 +153,13 @@ def count_step(work: Workload, checkpointing: bool) -> tuple[float, int]:
     return total, counter.peak_bytes
 
 
-def _loss(work: Workload, model: UniViGUTransformer3DModel, task: str, batch_size: int) -> torch.Tensor:
-    """The loss of a batch of one task, as training computes it."""
-    flow = make_text_flow(model.config.text_flow, model.config.vocab_size)
-    text_dim, dtype = model.config.text_dim, model.dtype
-    ids = torch.zeros(batch_size, work.stage.text_length, dtype=torch.int64, device=META)
-    batch = UniFlowBatch(
-        torch.empty(batch_size, *work.latents, device=META),
-        torch.empty(batch_size, work.prompt_length, text_dim, device=META, dtype=dtype),
-        torch.empty(1, work.prompt_length, text_dim, device=META, dtype=dtype),
-        None if task == "generate" else ids,
-    )
-    counts = [batch_size * (name == task) for name in TASKS]
-    losses = UniFlowObjective(flow)(model, batch, counts)
-    return losses.total(batch_size)
+def _batch(work: Workload, model: UniViGUTransformer3DModel, task: str, size: int) -> tuple[UniFlowBatch, list[int]]:
+    """A batch of one task, as training encodes it, and its numbers of samples by task."""
+    prompt = torch.empty(size, work.prompt_length, model.config.text_dim, device=META, dtype=model.dtype)
+    ids = torch.zeros(size, work.stage.text_length, dtype=torch.int64, device=META)
+    latents = torch.empty(size, *work.latents, device=META)
+    batch = UniFlowBatch(latents, prompt, prompt[:1], None if task == "generate" else ids)
+    return batch, [size * (name == task) for name in TASKS]
 
 
 _WAN = "diffusers.models.transformers.transformer_wan.dispatch_attention_fn"
@@ -244,7 +231,6 @@ class Plan:
     """Of the transformer, Wan's and the text stream's."""
     wan_parameters: int
     trained_parameters: int
-    video_tokens: int
     flops: float
     """Of a step."""
     weights: int
@@ -276,7 +262,6 @@ def make_plan(work: Workload, world_size: int = 1, checkpointing: bool = False) 
         parameters=total,
         wan_parameters=total - added,
         trained_parameters=trained,
-        video_tokens=work.video_tokens,
         flops=flops,
         weights=(weights + 4 * total * work.averaged) // world_size,
         gathered=width * _gathered_numbers(model) if sharded else 0,
