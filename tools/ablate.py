@@ -2,10 +2,9 @@
 
     python tools/ablate.py                         # every variant, three seeds
     python tools/ablate.py --only recipe random    # some of them
-    python tools/ablate.py --report                # no training, only the tables of finished runs
 
-Further options go to ``lightning fit``.  Runs lie in ``--output``, one folder each with its curves in metrics.csv, and
-tables.md beside them.  Finished runs are not repeated, so an interrupted sweep continues.
+Further options go to ``lightning fit``.  Runs lie in ``--output``, one folder each with its curves in metrics.csv.
+tables.md beside them is written after every run.  Finished runs are not repeated, so an interrupted sweep continues.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 from univigu.cli import ToolParser, exit_code
 from univigu.cli import main as lightning
@@ -26,7 +24,6 @@ from univigu.cli import main as lightning
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GOALS = (0.5, 0.7, 0.9)  # mean accuracies; the tables tell when a run first reaches them
 ATTRIBUTES = ("count", "background", "size", "color", "shape", "motion", "speed", "relation")
-SETTINGS = ("steps", "every", "clips", "caption_steps", "overrides")  # the same for all runs of a table
 CONDITIONS = {"caption": "no prompt", "caption_with_prompt": "own prompt", "caption_with_other_prompt": "other prompt"}
 
 # The frozen recipe does not train the generator; variants that need it trained are compared with "trained".
@@ -65,13 +62,9 @@ class Run:
     folder: Path
 
     @property
-    def done(self) -> bool:
-        return (self.folder / "done").exists()
-
-    def settings(self) -> dict[str, Any]:
-        """The values of ``SETTINGS`` that a finished run was trained with."""
-        settings: dict[str, Any] = json.loads((self.folder / "done").read_text())
-        return settings
+    def done(self) -> Path:
+        """The file that a finished run has; it holds the options of the run."""
+        return self.folder / "done"
 
     def curve(self, name: str) -> dict[int, float]:
         """Values of a logged metric by step."""
@@ -86,9 +79,6 @@ class Run:
         """The first measured step whose mean accuracy reaches the goal."""
         curve = self.curve("val/caption/mean").items()
         return next((str(step) for step, value in curve if value >= goal), "never")
-
-
-# ------------------------------------------------------------------ training
 
 
 def arguments(run: Run, options: argparse.Namespace) -> list[str]:
@@ -116,36 +106,16 @@ def arguments(run: Run, options: argparse.Namespace) -> list[str]:
     return [*configs, *(f"--{k}={v}" for k, v in values.items()), *VARIANTS[run.variant][2], *options.overrides]
 
 
-def train(run: Run, options: argparse.Namespace) -> None:
-    """Train a run that is not finished; one that was interrupted starts again."""
-    if run.done:
-        return
-    shutil.rmtree(run.folder, ignore_errors=True)
-    run.folder.mkdir(parents=True)
-    print(f"{run.folder.name} ...", flush=True)
-    lightning(["fit", *arguments(run, options)])
-    (run.folder / "done").write_text(json.dumps({name: getattr(options, name) for name in SETTINGS}) + "\n")
-
-
-def check_settings(runs: list[Run], options: argparse.Namespace) -> None:
-    """All runs of a table must have the same settings; with ``--report`` the options become those of the runs.
-
-    Raises:
-        ValueError: a finished run was trained with other settings.
-    """
-    finished = [run for run in runs if run.done]
-    if options.report and finished:
-        vars(options).update(finished[0].settings())
-    for run in finished:
-        for name, value in run.settings().items():
-            if value != getattr(options, name):
-                raise ValueError(
-                    f"{run.folder}: made with {name}={value}, asked for is {getattr(options, name)}; remove it or give "
-                    "another --output"
-                )
-
-
-# ----------------------------------------------------------------- reporting
+def check_settings(run: Run, asked: list[str]) -> None:
+    """Raise ValueError if a finished run was trained with other options: all runs of a table have the same."""
+    made = json.loads(run.done.read_text())
+    if made != asked:
+        other = " ".join(option for option in made if option not in asked)
+        wanted = " ".join(option for option in asked if option not in made)
+        raise ValueError(
+            f"{run.folder}: made with {other or 'fewer options'}, asked for is {wanted or 'fewer options'}; remove it "
+            "or give another --output"
+        )
 
 
 def percent(values: list[float]) -> str:
@@ -153,35 +123,55 @@ def percent(values: list[float]) -> str:
     return f"{100 * mean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def tables(groups: dict[str, list[Run]], options: argparse.Namespace) -> str:
+def tables(runs: list[Run], options: argparse.Namespace) -> str:
     """Markdown: accuracy by attribute, the steps to reach the goals, and the effect of the condition."""
+    groups = {name: [run for run in runs if run.variant == name] for name in options.only}
+    groups = {name: group for name, group in groups.items() if group}
 
     def row(*cells: str) -> str:
         return "| " + " | ".join(cells) + " |"
 
-    seeds = max(map(len, groups.values()))
     head = ("changed", "to", "mean", *ATTRIBUTES, *(f"steps to {goal:.0%}" for goal in GOALS))
     lines = [
-        f"{options.steps} steps of recall, {seeds} seeds, {options.clips} held-out clips, captions of the video "
-        f"without a prompt ({options.caption_steps} denoising steps). Percent, mean ± standard deviation over "
-        "seeds; a clip counts as right in an attribute only if all its objects are. The last columns: the first "
-        f"step (every {options.every}) with such a mean accuracy, for each seed.",
+        f"{options.steps} steps of recall, {max(map(len, groups.values()))} seeds, {options.clips} held-out clips, "
+        f"captions of the video without a prompt ({options.caption_steps} denoising steps). Percent, mean ± standard "
+        "deviation over seeds; a clip counts as right in an attribute only if all its objects are. The last columns: "
+        f"the first step (every {options.every}) with such a mean accuracy, for each seed.",
         "",
         row(*head),
         "|---" * len(head) + "|",
     ]
-    for name, runs in groups.items():
-        cells = [percent([run.final(f"val/caption/{key}") for run in runs]) for key in ("mean", *ATTRIBUTES)]
-        cells += [", ".join(run.first_step(goal) for run in runs) for goal in GOALS]
+    for name, group in groups.items():
+        cells = [percent([run.final(f"val/caption/{key}") for run in group]) for key in ("mean", *ATTRIBUTES)]
+        cells += [", ".join(run.first_step(goal) for run in group) for goal in GOALS]
         lines.append(row(*VARIANTS[name][:2], *cells))
     lines += ["", "Mean accuracy under three conditions; with another clip's prompt, copying the prompt is wrong:", ""]
     lines += [row("condition dropout", *CONDITIONS.values()), "|---|---|---|---|"]
     for name, title in {"dropout0": "0", "dropout50": "0.5", "recipe": "0.9 (the recipe)"}.items():
-        if name in groups:
-            lines.append(
-                row(title, *(percent([run.final(f"val/{key}/mean") for run in groups[name]]) for key in CONDITIONS))
-            )
-    return "\n".join(lines)
+        if group := groups.get(name, []):
+            lines.append(row(title, *(percent([run.final(f"val/{key}/mean") for run in group]) for key in CONDITIONS)))
+    return "\n".join(lines) + "\n"
+
+
+def sweep(options: argparse.Namespace) -> None:
+    """Train what is not finished, seed by seed, so that an interrupted sweep compares all variants."""
+    if options.seeds < 1:  # fit itself checks the other numbers
+        raise ValueError(f"--seeds {options.seeds}: expected at least 1")
+    names = [(name, seed) for seed in range(options.seeds) for name in options.only]
+    runs = [Run(name, seed, (options.output / f"{name}-{seed}").resolve()) for name, seed in names]
+    asked = [arguments(run, options) for run in runs]
+    for run, settings in zip(runs, asked, strict=True):
+        if run.done.exists():
+            check_settings(run, settings)
+    for run, settings in zip(runs, asked, strict=True):
+        if not run.done.exists():
+            shutil.rmtree(run.folder, ignore_errors=True)  # one that was interrupted starts again
+            run.folder.mkdir(parents=True)
+            print(f"{run.folder.name} ...", flush=True)
+            lightning(["fit", *settings])
+            run.done.write_text(json.dumps(settings))
+        (options.output / "tables.md").write_text(tables([run for run in runs if run.done.exists()], options))
+    print(f"wrote {options.output / 'tables.md'}")
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:
@@ -193,26 +183,8 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=100, help="steps between two measurements")
     parser.add_argument("--clips", type=int, default=128, help="held-out clips per measurement")
     parser.add_argument("--caption-steps", type=int, default=20, help="denoising steps per caption")
-    parser.add_argument("--report", action="store_true", help="train nothing")
     options, options.overrides = parser.parse_known_args(args)
     return options
-
-
-def sweep(options: argparse.Namespace) -> None:
-    if options.seeds < 1:  # fit itself checks the other numbers
-        raise ValueError(f"--seeds {options.seeds}: expected at least 1")
-    # seed by seed, so that an interrupted sweep compares all variants
-    names = [(name, seed) for seed in range(options.seeds) for name in options.only]
-    runs = [Run(name, seed, (options.output / f"{name}-{seed}").resolve()) for name, seed in names]
-    check_settings(runs, options)
-    for run in () if options.report else runs:
-        train(run, options)
-    groups = {name: [run for run in runs if run.variant == name and run.done] for name in options.only}
-    if not any(groups.values()):
-        raise ValueError(f"{options.output}: no finished run to report")
-    path = options.output / "tables.md"
-    path.write_text(tables({name: done for name, done in groups.items() if done}, options) + "\n")
-    print(f"wrote {path}")
 
 
 def main(args: list[str] | None = None) -> int:

@@ -24,13 +24,14 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from rich.console import Console
 from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from univigu.cli import ToolParser
 from univigu.data.buckets import Bucket
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.encode import encode_shards
 from univigu.data.index import index_folder
-from univigu.data.loader import TrainLoader
 from univigu.data.processes import SpawnPool
 from univigu.data.sample import SampleRef
 from univigu.models.foundation import EMBEDDED_FOUNDATION
@@ -39,118 +40,64 @@ from univigu.sampling.options import SamplingOptions
 from univigu.sampling.sampler import SampleInputs, Sampler
 from univigu.shapes.write import world_fingerprint, write_shapes
 
+Ways = dict[str, Callable[[], Any]]
 
-def race(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each variant; they take turns, after one untimed round."""
+
+def race(ways: Ways, repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Median seconds and result of each variant; they take turns, after one untimed round."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    results: dict[str, Any] = {}
     for turn in range(repeats + 1):
         for name, way in ways.items():
             start = time.perf_counter()
-            way()
+            results[name] = way()
             if turn:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: statistics.median(values) for name, values in seconds.items()}, results
 
 
-def show(title: str, seconds: dict[str, float], baseline: str, unit: float = 1.0, name: str = "seconds") -> None:
-    table = Table("", name, f"times faster than {baseline}", title=title)
+def show(options: argparse.Namespace, seconds: dict[str, float], baseline: str) -> None:
+    given = ", ".join(f"{name} {value}" for name, value in vars(options).items() if name != "measure")
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    title = f"{given}\n{machine}, torch {torch.__version__}"
+    table = Table("", "seconds", f"times faster than {baseline}", title=title)
     for way, value in seconds.items():
-        table.add_row(way, f"{value / unit:.4g}", f"{seconds[baseline] / value:.1f}")
+        table.add_row(way, f"{value:.4g}", f"{seconds[baseline] / value:.1f}")
     Console(width=110).print(table)
-
-
-def where() -> str:
-    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 # ---------------------------------------------------------------------------- captions
 
 
-def caption_flops(options: argparse.Namespace, prompt_length: int, tokens: int, keys: int) -> float:
-    """Operations of one forward pass over so many tokens with so many self-attention keys."""
-    width, ffn = options.width, options.ffn_dim
-    layer = 6 * width**2 + 2 * keys * width + 2 * prompt_length * width + 2 * width * ffn
-    return 2.0 * tokens * layer * options.layers + 2.0 * options.text_tokens * width * options.vocab_size
-
-
-PROMPT_LENGTH = 64
-
-
 def captioner(options: argparse.Namespace) -> tuple[UniViGUTransformer3DModel, Callable[[Any, range], torch.Tensor]]:
-    """A model with random weights, and a function that gives the texts of some of its prompts about each video."""
+    """A model with random weights, and a function that gives the texts of some of its prompts about a video."""
     torch.manual_seed(0)
     model = UniViGUTransformer3DModel(
-        num_attention_heads=options.width // 32,
+        num_attention_heads=4,
         attention_head_dim=32,
-        in_channels=16,
-        out_channels=16,
         text_dim=64,
         freq_dim=64,
-        ffn_dim=options.ffn_dim,
-        num_layers=options.layers,
-        vocab_size=options.vocab_size,
+        ffn_dim=512,
+        num_layers=8,
+        vocab_size=4096,
         text_flow="uniform",
         clean_video_reads_text=False,
         clean_video_reads_prompt=False,
     ).eval()
     torch.nn.init.normal_(model.text_head.linear.weight, std=0.2)  # it starts at zero, and draws would be all alike
-    frames = options.video_tokens // 256
-    if frames * 256 != options.video_tokens:
-        raise SystemExit(f"--video-tokens {options.video_tokens}: expected a multiple of 256")
-    latents = torch.randn(options.batch_size, 16, frames, 32, 32)
-    embeds = torch.randn(32, PROMPT_LENGTH, 64)
+    latents, embeds = torch.randn(1, 16, options.frames, 32, 32), torch.randn(32, 64, 64)
     sampling = SamplingOptions(caption_steps=options.steps, temperature=1.0)
 
     def write(sampled: Any, prompts: range) -> torch.Tensor:
         sampler = Sampler(sampled, FlowMatchEulerDiscreteScheduler(), sampling)
-        shown = embeds[prompts.start : prompts.stop].repeat(len(latents), 1, 1)
-        seeds = [torch.Generator().manual_seed(100 * row + i) for row in range(len(latents)) for i in prompts]
+        seeds = [torch.Generator().manual_seed(i) for i in prompts]
+        shown = embeds[prompts.start : prompts.stop]
         inputs = SampleInputs(shown, embeds[-1:], latents, text_length=options.text_tokens, generator=seeds)
-        made = sampler.sample("caption", inputs).tokens
-        assert made is not None
-        return made.unflatten(0, (len(latents), -1))
+        tokens = sampler.sample("caption", inputs).tokens
+        assert tokens is not None
+        return tokens
 
     return model, write
-
-
-def caption(options: argparse.Namespace) -> dict[str, float]:
-    """Captions by random weights: the cached sampler, and the same without its cache."""
-    model, write = captioner(options)
-    tokens: dict[str, torch.Tensor] = {}
-    ways: dict[str, Callable[[], Any]] = {
-        "cached": lambda: tokens.update(cached=write(model, range(1))),
-        "uncached": lambda: tokens.update(uncached=write(Uncached(model), range(1))),
-    }
-    seconds = race(ways, options.repeats)
-    both = options.video_tokens + options.text_tokens
-    full = caption_flops(options, PROMPT_LENGTH, both, both)
-    text = caption_flops(options, PROMPT_LENGTH, options.text_tokens, both)
-    bound = options.steps * full / (full + (options.steps - 1) * text)
-    same = (tokens["cached"] == tokens["uncached"]).float().mean().item()
-    title = f"{options.steps} steps, {options.video_tokens} + {options.text_tokens} tokens, batch {options.batch_size}"
-    show(f"a batch of captions, {title}\n{where()}", seconds, "uncached")
-    ratio = seconds["uncached"] / seconds["cached"]
-    print(f"cached: {ratio:.1f}x the uncached loop (by operations at most {bound:.1f}x)")
-    print(f"same tokens from the same random numbers, cached and uncached: {same:.2%}")
-    return {"ratio": ratio, "bound": bound, "same": same}
-
-
-def questions(options: argparse.Namespace) -> dict[str, float]:
-    """Eight questions about a clip, which share its pass, against one question."""
-    model, write = captioner(options)
-    tokens: dict[str, torch.Tensor] = {}
-    ways: dict[str, Callable[[], Any]] = {
-        "one question": lambda: write(model, range(1)),
-        "8 questions": lambda: tokens.update(together=write(model, range(8))),
-        "one by one": lambda: tokens.update(alone=torch.cat([write(model, range(i, i + 1)) for i in range(8)], dim=1)),
-    }
-    seconds = race(ways, options.repeats)
-    same = (tokens["together"] == tokens["alone"]).float().mean().item()
-    title = f"{options.steps} steps, {options.video_tokens} + {options.text_tokens} tokens"
-    show(f"answers, {title}\n{where()}", seconds, "one by one")
-    ratio = seconds["8 questions"] / seconds["one question"]
-    print(f"8 questions cost {ratio:.2f} times one (goal: 1.6); same tokens as one by one: {same:.2%}")
-    return {"ratio": ratio, "same": same}
 
 
 class Uncached:
@@ -166,6 +113,43 @@ class Uncached:
         return None if text is None else self.model(*self._video, text)
 
 
+def operations(way: Callable[[], Any]) -> int:
+    """Operations of a call; torch counts those of attention only in its plain form."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        way()
+    return counter.get_total_flops()
+
+
+def caption(options: argparse.Namespace) -> dict[str, float]:
+    """Captions by random weights: the cached sampler, and the same without its cache."""
+    model, write = captioner(options)
+    ways: Ways = {"cached": lambda: write(model, range(1)), "uncached": lambda: write(Uncached(model), range(1))}
+    bound = operations(ways["uncached"]) / operations(ways["cached"])
+    seconds, tokens = race(ways, options.repeats)
+    same = (tokens["cached"] == tokens["uncached"]).float().mean().item()
+    show(options, seconds, "uncached")
+    ratio = seconds["uncached"] / seconds["cached"]
+    print(f"cached: {ratio:.1f}x the uncached loop (by operations at most {bound:.1f}x)")
+    print(f"same tokens from the same random numbers, cached and uncached: {same:.2%}")
+    return {"ratio": ratio, "bound": bound, "same": same}
+
+
+def questions(options: argparse.Namespace) -> dict[str, float]:
+    """Eight questions about a clip, which share its pass, against one question."""
+    model, write = captioner(options)
+    ways: Ways = {
+        "one question": lambda: write(model, range(1)),
+        "8 questions": lambda: write(model, range(8)),
+        "one by one": lambda: torch.cat([write(model, range(i, i + 1)) for i in range(8)]),
+    }
+    seconds, tokens = race(ways, options.repeats)
+    same = (tokens["8 questions"] == tokens["one by one"]).float().mean().item()
+    show(options, seconds, "one by one")
+    ratio = seconds["8 questions"] / seconds["one question"]
+    print(f"8 questions cost {ratio:.2f} times one (goal: 1.6); same tokens as one by one: {same:.2%}")
+    return {"ratio": ratio, "same": same}
+
+
 # ---------------------------------------------------------------------------- data
 
 
@@ -174,29 +158,36 @@ def data(options: argparse.Namespace) -> dict[str, float]:
     if options.clips % (options.batch_size * options.workers):
         raise SystemExit(f"--clips {options.clips}: expected a multiple of --batch-size times --workers")
     bucket = Bucket.parse(options.size)
-    folder = Path(options.folder) / f"{bucket}-{options.clips}-{world_fingerprint()}"
-    size = asdict(bucket)
+    folder = Path("runs/data/benchmark") / f"{bucket}-{options.clips}-{world_fingerprint()}"
+    size: dict[str, Any] = asdict(bucket)
     with SpawnPool(options.workers) as pool:
         for split, count in (("train", options.clips), ("val", 1)):
             videos = folder / "videos" / split
             write_shapes(videos, split, count, shard_size=4, engine=pool.map, **size)  # type: ignore[arg-type]
-            encode_shards(videos, folder / "latents" / split, options.foundation, buckets=[bucket], engine=pool.map)
-        loaders = {name: _loader(folder / name, options, size) for name in ("videos", "latents")}
-        refs, errors = index_folder(folder / "videos" / "train")
-        assert len(refs) == options.clips and not errors
+            encode_shards(videos, folder / "latents" / split, EMBEDDED_FOUNDATION, buckets=[bucket], engine=pool.map)
+        refs, _ = index_folder(folder / "videos" / "train")
 
-        def plain() -> None:
+        def plain() -> int:
             jobs = [pool.submit(read_bare, refs[i :: options.workers]) for i in range(options.workers)]
-            assert sum(job.result() for job in jobs) == options.clips * bucket.num_frames
+            return sum(job.result() for job in jobs)
 
-        def drain(name: str) -> None:
-            assert sum(len(batch["key"]) for batch in loaders[name]) == options.clips
+        def loader(kind: str) -> Callable[[], int]:
+            module = VideoTextDataModule(
+                shards=str(folder / kind),
+                precompute=False,
+                batch_size=options.batch_size,
+                num_workers=options.workers,
+                **size,
+            )
+            module.setup("fit")
+            batches = module.train_dataloader()
+            return lambda: sum(len(batch["key"]) for batch in batches)
 
-        ways = {"decord": plain, "loader, videos": lambda: drain("videos"), "loader, latents": lambda: drain("latents")}
-        seconds = race(ways, options.repeats)
-    processes = f"{options.workers} process(es) of one thread, batch {options.batch_size}"
-    title = f"a clip of {bucket}, {options.clips} clips, {processes}\n{where()}"
-    show(title, seconds, "decord", options.clips * 1e-3, "ms")
+        ways = {"decord": plain, "loader, videos": loader("videos"), "loader, latents": loader("latents")}
+        seconds, clips = race(ways, options.repeats)
+    assert set(clips.values()) == {options.clips}
+    seconds = {name: value / options.clips for name, value in seconds.items()}
+    show(options, seconds, "decord")
     video_ratio = seconds["decord"] / seconds["loader, videos"]
     latents_ratio = seconds["loader, videos"] / seconds["loader, latents"]
     print(f"on videos the loader gives {video_ratio:.0%} of decord's clips (goal: 90%)")
@@ -205,35 +196,19 @@ def data(options: argparse.Namespace) -> dict[str, float]:
 
 
 def read_bare(refs: list[SampleRef]) -> int:
-    """Decode all frames of these clips with decord; returns their number."""
+    """Decode all frames of these clips with decord; returns the number of clips."""
     import decord
 
-    frames = 0
     for ref in refs:
         reader = decord.VideoReader(io.BytesIO(ref.read("mp4")), num_threads=1)
-        frames += len(reader.get_batch(range(len(reader))).asnumpy())
-    return frames
+        reader.get_batch(range(len(reader))).asnumpy()
+    return len(refs)
 
 
-def _loader(shards: Path, options: argparse.Namespace, size: dict[str, int]) -> TrainLoader:
-    module = VideoTextDataModule(
-        foundation=options.foundation,
-        shards=str(shards),
-        precompute=False,
-        batch_size=options.batch_size,
-        num_workers=options.workers,
-        **size,
-    )
-    module.setup("fit")
-    return module.train_dataloader()
-
-
-CAPTION = {"text-tokens": 64, "video-tokens": 1280, "vocab-size": 4096, "width": 128, "ffn-dim": 512, "layers": 8}
-DATA = {"size": "480x832x33", "clips": 16, "batch-size": 1, "workers": 1, "repeats": 5}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "caption": CAPTION | {"steps": 50, "batch-size": 1, "repeats": 3},
-    "questions": CAPTION | {"video-tokens": 3840, "text-tokens": 32, "steps": 8, "batch-size": 1, "repeats": 3},
-    "data": DATA | {"foundation": EMBEDDED_FOUNDATION, "folder": "runs/data/benchmark"},
+    "caption": {"frames": 5, "text-tokens": 64, "steps": 50, "repeats": 3},
+    "questions": {"frames": 15, "text-tokens": 32, "steps": 8, "repeats": 3},
+    "data": {"size": "480x832x33", "clips": 16, "batch-size": 1, "workers": 1, "repeats": 5},
 }
 """Options of each command, with their defaults."""
 
@@ -244,12 +219,9 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     for function in (caption, questions, data):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(measure=function)
-        command.add_argument("--threads", type=int, help="default: torch's, one per core")
         for option, default in OPTIONS[function.__name__].items():
             command.add_argument(f"--{option}", type=type(default), default=default)
     options = parser.parse_args(args)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     found: dict[str, float] = options.measure(options)
     return found
 

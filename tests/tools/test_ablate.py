@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.conftest import parse_command
 from tools import ablate
 
+OPTIONS = ["--output=runs", "--steps=300", "--clips=64", "--caption-steps=8", "--only", "recipe", "random"]
 
-def fake_run(folder: Path, curve: dict[int, float], name: str, seed: int, **settings: Any) -> None:
-    """A finished run with a given learning curve."""
-    folder = folder / f"{name}-{seed}"
+
+def fake_run(curve: dict[int, float], name: str, seed: int, *options: str) -> None:
+    """A finished run with a given learning curve, made with ``OPTIONS`` and others."""
+    folder = Path("runs", f"{name}-{seed}").resolve()
     folder.mkdir(parents=True)
     columns = [f"val/caption/{key}" for key in ("mean", *ablate.ATTRIBUTES)]
     columns += [f"val/{key}/mean" for key in ablate.CONDITIONS if key != "caption"]
     rows = [["step", "train/loss", *columns], ["0", "3.0", *[""] * len(columns)]]
     rows += [[str(step), "", *[str(value)] * len(columns)] for step, value in curve.items()]
     (folder / "metrics.csv").write_text("\n".join(",".join(row) for row in rows) + "\n")
-    settings = {"steps": 300, "every": 100, "clips": 64, "caption_steps": 8, "overrides": []} | settings
-    (folder / "done").write_text(json.dumps(settings))
+    made = ablate.arguments(ablate.Run(name, seed, folder), ablate.parse([*OPTIONS, *options]))
+    (folder / "done").write_text(json.dumps(made))
 
 
 @pytest.mark.slow
@@ -53,8 +54,8 @@ def test_numbers_of_the_tables(in_tmp: Path) -> None:
     curves = {"recipe": [{100: 0.5, 200: 0.9}, {100: 0.95, 200: 1.0}], "random": [{100: 0.2, 200: 0.3}] * 2}
     for name, seeds in curves.items():
         for seed, curve in enumerate(seeds):
-            fake_run(Path("runs"), curve, name, seed)
-    assert ablate.main(["--report", "--output", "runs", "--seeds", "2"]) == 0
+            fake_run(curve, name, seed)
+    assert ablate.main([*OPTIONS, "--seeds=2"]) == 0
     text = Path("runs/tables.md").read_text()
     assert "300 steps of recall, 2 seeds, 64 held-out clips" in text and "(8 denoising steps)" in text
     recipe, random = (line for line in text.splitlines() if "±" in line and "steps" not in line and line.count("|") > 9)
@@ -63,15 +64,12 @@ def test_numbers_of_the_tables(in_tmp: Path) -> None:
 
 
 def test_runs_with_other_settings_are_not_mixed(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fake_run(Path("runs"), {100: 0.5}, "recipe", 0)
-    assert ablate.main(["--output", "runs", "--seeds", "1", "--only", "recipe", "--steps", "400"]) == 2
-    assert "recipe-0: made with steps=300, asked for is 400; remove it or give another" in capsys.readouterr().err
-    fake_run(Path("runs"), {100: 0.5}, "random", 0, clips=32)
-    assert ablate.main(["--output", "runs", "--report"]) == 2
-    assert "random-0: made with clips=32, asked for is 64" in capsys.readouterr().err
+    fake_run({100: 0.5}, "recipe", 0)
+    assert ablate.main([*OPTIONS, "--seeds=1", "--steps=400"]) == 2
+    told = "recipe-0: made with --stages.recall.steps=300, asked for is --stages.recall.steps=400; remove it or give"
+    assert told in capsys.readouterr().err
+    fake_run({100: 0.5}, "random", 0, "--model.vae_tiling=true")
+    assert ablate.main([*OPTIONS, "--seeds=1"]) == 2
+    assert "random-0: made with --model.vae_tiling=true, asked for is fewer options" in capsys.readouterr().err
     assert not Path("runs/tables.md").exists()
-
-
-def test_no_run_is_no_report(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ablate.main(["--report", "--output", "nowhere"]) == 2
-    assert "no finished run" in capsys.readouterr().err
+    assert ablate.main([*OPTIONS, "--seeds=0"]) == 2 and "--seeds 0" in capsys.readouterr().err

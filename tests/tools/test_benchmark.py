@@ -11,11 +11,10 @@ from tools import benchmark as tool
 
 
 @pytest.mark.slow
-def test_reading_is_measured_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = ["data", "--size=64x64x9", "--clips=4", "--batch-size=2", "--repeats=1", f"--folder={tmp_path}"]
-    found = tool.main(args)
+def test_reading_is_measured_side_by_side(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = tool.main(["data", "--size=64x64x9", "--clips=4", "--batch-size=2", "--repeats=1"])
     printed = capsys.readouterr().out
-    (folder,) = tmp_path.iterdir()
+    (folder,) = Path("runs/data/benchmark").iterdir()
     assert {path.name for path in folder.iterdir()} == {"videos", "latents"}
     rows = dict(re.findall(r"│ (decord|loader, \w+) +│ ([\d.]+) ", printed))
     times = {name: float(value) for name, value in rows.items()}
@@ -25,13 +24,13 @@ def test_reading_is_measured_side_by_side(tmp_path: Path, capsys: pytest.Capture
     assert abs(int(share) - 100 * found["video_ratio"]) <= 1
 
 
-def test_batches_must_be_whole(tmp_path: Path) -> None:
+def test_batches_must_be_whole(in_tmp: Path) -> None:
     with pytest.raises(SystemExit, match="--clips 5: expected a multiple"):
-        tool.main(["data", "--clips=5", "--batch-size=2", f"--folder={tmp_path}"])
-    assert not any(tmp_path.iterdir())
+        tool.main(["data", "--clips=5", "--batch-size=2"])
+    assert not Path("runs").exists()
 
 
-SIZE = "--vocab-size 50 --text-tokens 4 --video-tokens 256 --width 32 --ffn-dim 32 --layers 1 --steps 3 --repeats 1"
+SIZE = "--text-tokens 4 --frames 1 --steps 2 --repeats 1"
 
 
 def test_captions_are_the_same_with_and_without_the_cache() -> None:
