@@ -1,4 +1,4 @@
-"""Train recall many times, each time with one choice changed and over several seeds, and write tables.
+"""Train recall many times, each time with one choice changed and over several seeds, and write a table.
 
     python tools/ablate.py                         # every variant, three seeds
     python tools/ablate.py --only recipe random    # some of them
@@ -22,9 +22,9 @@ from univigu.cli import ToolParser, exit_code
 from univigu.cli import main as lightning
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-GOALS = (0.5, 0.7, 0.9)  # mean accuracies; the tables tell when a run first reaches them
+GOALS = (0.5, 0.7, 0.9)  # mean accuracies; the table tells when a run first reaches them
 ATTRIBUTES = ("count", "background", "size", "color", "shape", "motion", "speed", "relation")
-CONDITIONS = {"caption": "no prompt", "caption_with_prompt": "own prompt", "caption_with_other_prompt": "other prompt"}
+PROMPTED = ("caption_with_prompt", "caption_with_other_prompt")
 
 # The frozen recipe does not train the generator; variants that need it trained are compared with "trained".
 TRAINED = (
@@ -67,13 +67,10 @@ class Run:
         return self.folder / "done"
 
     def curve(self, name: str) -> dict[int, float]:
-        """Values of a logged metric by step."""
+        """Values of a logged metric by step; NaN at step 0 if it was never logged."""
         with (self.folder / "metrics.csv").open() as file:
-            return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
-
-    def final(self, name: str) -> float:
-        """The last value of a metric, NaN if it was never logged."""
-        return list(self.curve(name).values() or [float("nan")])[-1]
+            rows = [row for row in csv.DictReader(file) if row.get(name)]
+        return {int(row["step"]): float(row[name]) for row in rows} or {0: float("nan")}
 
     def first_step(self, goal: float) -> str:
         """The first measured step whose mean accuracy reaches the goal."""
@@ -107,7 +104,7 @@ def arguments(run: Run, options: argparse.Namespace) -> list[str]:
 
 
 def check_settings(run: Run, asked: list[str]) -> None:
-    """Raise ValueError if a finished run was trained with other options: all runs of a table have the same."""
+    """Raise ValueError if a finished run was trained with other options: all runs of the table have the same."""
     made = json.loads(run.done.read_text())
     if made != asked:
         other = " ".join(option for option in made if option not in asked)
@@ -118,38 +115,28 @@ def check_settings(run: Run, asked: list[str]) -> None:
         )
 
 
-def percent(values: list[float]) -> str:
-    """Mean and, of several values, standard deviation in percent."""
-    return f"{100 * mean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def tables(runs: list[Run], options: argparse.Namespace) -> str:
-    """Markdown: accuracy by attribute, the steps to reach the goals, and the effect of the condition."""
-    groups = {name: [run for run in runs if run.variant == name] for name in options.only}
-    groups = {name: group for name, group in groups.items() if group}
-
-    def row(*cells: str) -> str:
-        return "| " + " | ".join(cells) + " |"
-
-    head = ("changed", "to", "mean", *ATTRIBUTES, *(f"steps to {goal:.0%}" for goal in GOALS))
+def table(runs: list[Run], options: argparse.Namespace) -> str:
+    """Markdown: for each variant the accuracies of its seeds, and the steps to reach the goals."""
+    names = [f"caption/{key}" for key in ("mean", *ATTRIBUTES)] + [f"{name}/mean" for name in PROMPTED]
+    head = ["changed", "to", "mean", *ATTRIBUTES, "own prompt", "other prompt", *(f"steps to {g:.0%}" for g in GOALS)]
     lines = [
-        f"{options.steps} steps of recall, {max(map(len, groups.values()))} seeds, {options.clips} held-out clips, "
-        f"captions of the video without a prompt ({options.caption_steps} denoising steps). Percent, mean ± standard "
-        "deviation over seeds; a clip counts as right in an attribute only if all its objects are. The last columns: "
-        f"the first step (every {options.every}) with such a mean accuracy, for each seed.",
+        f"{options.steps} steps of recall, {options.seeds} seeds, {options.clips} held-out clips, "
+        f"captions of the video without a prompt ({options.caption_steps} denoising steps). "
+        "Percent, mean ± standard deviation over seeds. "
+        "A clip counts as right in an attribute only if all its objects are. "
+        "The mean is also given under the clip's own prompt and under another clip's, where copying is wrong. "
+        f"The last columns: the first step (every {options.every}) with such a mean accuracy, for each seed.",
         "",
-        row(*head),
+        f"| {' | '.join(head)} |",
         "|---" * len(head) + "|",
     ]
-    for name, group in groups.items():
-        cells = [percent([run.final(f"val/caption/{key}") for run in group]) for key in ("mean", *ATTRIBUTES)]
+    for variant in dict.fromkeys(run.variant for run in runs):
+        group = [run for run in runs if run.variant == variant]
+        cells = list(VARIANTS[variant][:2])
+        for values in [[100 * list(run.curve(f"val/{name}").values())[-1] for run in group] for name in names]:
+            cells.append(f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else ""))
         cells += [", ".join(run.first_step(goal) for run in group) for goal in GOALS]
-        lines.append(row(*VARIANTS[name][:2], *cells))
-    lines += ["", "Mean accuracy under three conditions; with another clip's prompt, copying the prompt is wrong:", ""]
-    lines += [row("condition dropout", *CONDITIONS.values()), "|---|---|---|---|"]
-    for name, title in {"dropout0": "0", "dropout50": "0.5", "recipe": "0.9 (the recipe)"}.items():
-        if group := groups.get(name, []):
-            lines.append(row(title, *(percent([run.final(f"val/{key}/mean") for run in group]) for key in CONDITIONS)))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -170,7 +157,7 @@ def sweep(options: argparse.Namespace) -> None:
             print(f"{run.folder.name} ...", flush=True)
             lightning(["fit", *settings])
             run.done.write_text(json.dumps(settings))
-        (options.output / "tables.md").write_text(tables([run for run in runs if run.done.exists()], options))
+        (options.output / "tables.md").write_text(table([run for run in runs if run.done.exists()], options))
     print(f"wrote {options.output / 'tables.md'}")
 
 

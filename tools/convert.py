@@ -52,9 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     official.add_argument("--prompt-padding", choices=["zeros", "encoded"], default=OFFICIAL.prompt_padding)
     export = commands.add_parser("export-official", help="checkpoint or transformer folder -> the preview's .pth")
     export.add_argument("--step", type=int, default=0, help="number to store beside the weights")
-    export.add_argument(
-        "--accept-differences", action="store_true", help="also what was trained otherwise than the official model"
-    )
+    export.add_argument("--accept-differences", action="store_true", help="also a model of other conventions")
     wan = commands.add_parser("wan", help="Wan's original .pth or .safetensors -> WanTransformer3DModel folder")
     wan.add_argument("--config", type=Path, help="folder whose config.json gives the sizes; default: by the weights")
     prune = commands.add_parser("prune", help="WanPipeline folder (with --checkpoint: transformer) for fewer tokens")
@@ -71,31 +69,32 @@ def convert(options: argparse.Namespace) -> None:
     """Do what the options say; a ValueError if the output folder holds anything, which could be part of a model."""
     if options.output.is_dir() and any(options.output.iterdir()):
         raise ValueError(f"--output {options.output}: this folder is not empty; delete it or choose another")
-    if options.command == "foundation":
-        export_foundation(options.checkpoint, options.source, options.output)
-    elif options.command == "pipeline":
-        export_pipeline(options.checkpoint, options.foundation, options.output)
-    elif options.command == "import-official":
-        conventions = Conventions(options.latents == "normalized", options.null_condition, options.prompt_padding)
-        model = import_official(options.checkpoint, options.wan, options.text_flow, conventions)
-        model.save_pretrained(options.output)
-    elif options.command == "export-official":
-        export_official(load_weights(options.checkpoint), options.output, options.step, options.accept_differences)
-    elif options.command == "wan":
-        import_wan(options.checkpoint, options.config).save_pretrained(options.output)
-    elif options.command == "prune":
-        samples = [ref.texts() for folder in options.texts for ref in index_folder(folder)[0]]
-        answers = [pair["answer"] for texts in samples for pair in texts.qa or []]
-        written = [text for texts in samples for text in (texts.prompt, texts.caption)]
-        ids = used_tokens(Foundation(options.foundation), [*written, *answers, *options.keep])
-        if options.checkpoint is None:
-            prune_foundation(options.foundation, ids, options.output)
-        else:
-            prune_model(load_weights(options.checkpoint), ids).save_pretrained(options.output)
-        print(f"{len(ids)} tokens")
-    else:
-        load_weights(options.checkpoint).save_pretrained(options.output)
-    print(f"wrote {options.output}")
+    checkpoint, output = options.checkpoint, options.output
+    match options.command:
+        case "foundation":
+            export_foundation(checkpoint, options.source, output)
+        case "transformer":
+            load_weights(checkpoint).save_pretrained(output)
+        case "pipeline":
+            export_pipeline(checkpoint, options.foundation, output)
+        case "import-official":
+            conventions = Conventions(options.latents == "normalized", options.null_condition, options.prompt_padding)
+            import_official(checkpoint, options.wan, options.text_flow, conventions).save_pretrained(output)
+        case "export-official":
+            export_official(load_weights(checkpoint), output, options.step, options.accept_differences)
+        case "wan":
+            import_wan(checkpoint, options.config).save_pretrained(output)
+        case "prune":
+            samples = [ref.texts() for folder in options.texts for ref in index_folder(folder)[0]]
+            answers = [pair["answer"] for texts in samples for pair in texts.qa or []]
+            written = [text for texts in samples for text in (texts.prompt, texts.caption)]
+            ids = used_tokens(Foundation(options.foundation), [*written, *answers, *options.keep])
+            if checkpoint is None:
+                prune_foundation(options.foundation, ids, output)
+            else:
+                prune_model(load_weights(checkpoint), ids).save_pretrained(output)
+            print(f"{len(ids)} tokens")
+    print(f"wrote {output}")
 
 
 def main(args: list[str] | None = None) -> int:

@@ -35,9 +35,7 @@ def record(pipe: UniViGUPipeline, prompt: str, seed: int, options: argparse.Name
     """The steps of a joint sample, see ``TrajectoryRecorder``."""
     recorder = TrajectoryRecorder(pipe, every=2, scale=1)
     generator = torch.Generator(pipe.device).manual_seed(seed)
-    order = "confidence" if pipe.transformer.config.text_flow == "mask" else "random"
-    drawn: dict[str, Any] = {"guidance_scale": options.guidance_scale, "joint_lag": options.lag, "text_order": order}
-    drawn["num_inference_steps"] = options.steps
+    drawn = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale, "joint_lag": options.lag}
     pipe.joint(prompt, height=64, width=64, num_frames=9, generator=generator, callback_on_step_end=recorder, **drawn)
     return recorder.steps
 

@@ -26,34 +26,38 @@ CONVERTED = 0.3
 """Gigabytes of the part of a large weight that is converted at a time; nothing else is held twice."""
 
 
-def show_plan(name: str, work: Workload, options: argparse.Namespace, console: Console) -> None:
+def show_plan(title: str, work: Workload, options: argparse.Namespace, console: Console) -> None:
     """Print one stage's numbers."""
     plan, checkpointed = (make_plan(work, options.world_size, checkpointing) for checkpointing in (False, True))
-    gigabyte = 1e9
-    title = f"stage {name}, batch {work.batch_size} on each of {options.world_size}"
-    table = Table("", "", title=title, show_header=False)
-    rows = [
-        ("parameters", f"{plan.parameters:,} ({plan.wan_parameters:,} of them Wan's)"),
-        ("trained in this stage", f"{plan.trained_parameters:,}"),
-        ("video tokens a clip", f"{work.video_tokens:,}"),
-        ("operations a step and process", f"{plan.flops / 1e12:,.3f} T ({checkpointed.flops / 1e12:,.3f} T with"
-         " checkpointing)"),
-        ("weights", f"{plan.weights / gigabyte:.3f} GB"),
-        ("loading it for use takes of host memory", f"{2 * plan.parameters / gigabyte + CONVERTED:.1f} GB in bfloat16,"
-         f" {4 * plan.parameters / gigabyte + CONVERTED:.1f} GB in float32"),
-        ("gathered at once", f"{plan.gathered / gigabyte:.3f} GB"),
-        ("gradients", f"{plan.gradients / gigabyte:.3f} GB"),
-        ("optimizer", f"{plan.optimizer / gigabyte:.3f} GB"),
-        ("activations", f"{plan.activations / gigabyte:.3f} GB"),
-        ("activations, checkpointed", f"{checkpointed.activations / gigabyte:.3f} GB"),
-        ("together", f"{plan.total / gigabyte:.3f} GB, checkpointed {checkpointed.total / gigabyte:.3f} GB"),
-    ]  # fmt: skip
-    for label, value in rows:
-        table.add_row(label, value)
+    table = Table("", "", title=f"{title}, batch {work.batch_size} on each of {options.world_size}", show_header=False)
+    table.add_row("parameters", f"{plan.parameters:,} ({plan.wan_parameters:,} of them Wan's)")
+    table.add_row("trained in this stage", f"{plan.trained_parameters:,}")
+    table.add_row("video tokens a clip", f"{work.video_tokens:,}")
+    operations = f"{plan.flops / 1e12:,.3f} T ({checkpointed.flops / 1e12:,.3f} T with checkpointing)"
+    table.add_row("operations a step and process", operations)
+    half, whole = (width * plan.parameters / 1e9 + CONVERTED for width in (2, 4))
+    loading = f"{half:.1f} GB in bfloat16, {whole:.1f} GB in float32"
+    table.add_row("loading it for use takes of host memory", loading)
+    for name in ("weights", "gathered", "gradients", "optimizer"):
+        table.add_row(name, f"{getattr(plan, name) / 1e9:.3f} GB")
+    for name in ("activations", "total"):
+        kept, recomputed = (getattr(counted, name) / 1e9 for counted in (plan, checkpointed))
+        table.add_row(name, f"{kept:.3f} GB, checkpointed {recomputed:.3f} GB")
     if options.device:
         seconds = plan.flops / (DEVICES[options.device] * options.utilisation)
         table.add_row(f"a step on {options.device}, {options.utilisation:.0%} used", f"{seconds:.3f} s")
     console.print(table)
+
+
+def show_modules(title: str, work: Workload, console: Console) -> None:
+    """Print what the text stream (and adapters) add to Wan."""
+    table = Table("module", "parameters", "added to Wan", "trained", title=title)
+    rows = added_parameters(work.model())
+    total, added, trained = (sum(row[i] for row in rows.values()) for i in range(3))
+    for module, numbers in [*rows.items(), ("together", (total, added, trained))]:
+        table.add_row(module, *(f"{number:,}" for number in numbers))
+    console.print(table)
+    console.print(f"added: {added / (total - added):.1%} of Wan's own {total - added:,}")
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> None:
@@ -64,7 +68,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
         if options.modules:
             show_modules(f"stage {name}" + (", LoRA" if work.lora else ""), work, console)
         else:
-            show_plan(name, work, options, console)
+            show_plan(f"stage {name}", work, options, console)
     if not options.modules:
         console.print("Not counted: the frozen text encoder and VAE, the libraries' own memory, fragmentation.")
 
@@ -77,17 +81,6 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--modules", action="store_true", help="parameters added and trained, per module")
     options, rest = parser.parse_known_args(args)
     return exit_code(lambda: run(options, rest))
-
-
-def show_modules(title: str, work: object, console: Console) -> None:
-    """Print what the text stream (and adapters) add to Wan."""
-    table = Table("module", "parameters", "added to Wan", "trained", title=title)
-    rows = added_parameters(work.model())  # type: ignore[attr-defined]
-    sums = [sum(row[i] for row in rows.values()) for i in range(3)]
-    for module, numbers in [*rows.items(), ("together", tuple(sums))]:
-        table.add_row(module, *(f"{number:,}" for number in numbers))
-    console.print(table)
-    console.print(f"added: {sums[1] / (sums[0] - sums[1]):.1%} of Wan's own {sums[0] - sums[1]:,}")
 
 
 if __name__ == "__main__":

@@ -66,18 +66,15 @@ SHORT = {
 
 def write_foundation(folder: Path, size: str) -> None:
     """A folder as ``hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers`` makes it; one component is in memory at once."""
-    tiny = size == "tiny"
+    tiny, tokenizer = size == "tiny", Foundation().tokenizer
     options = TINY if tiny else WAN21[f"Wan2.1-T2V-{size.upper()}"]
-    tokenizer, widths = (
-        Foundation().tokenizer,
-        {"d_kv": 64, "d_ff": 10240, "num_heads": 64, "vocab_size": UMT5_VOCAB_SIZE},
-    )
-    if tiny:
-        widths = {"d_kv": 8, "d_ff": 32, "num_heads": 4, "vocab_size": len(tokenizer)}
-    config = UMT5Config(d_model=options["text_dim"], **widths, num_layers=1, feed_forward_proj="gated-gelu")
+    widths = (8, 32, 4, len(tokenizer)) if tiny else (64, 10240, 64, UMT5_VOCAB_SIZE)
+    named = dict(zip(("d_kv", "d_ff", "num_heads", "vocab_size"), widths, strict=True))
+    config = UMT5Config(d_model=options["text_dim"], **named, num_layers=1, feed_forward_proj="gated-gelu")
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    vae = make_vae(4, 8) if tiny else AutoencoderKLWan()
-    WanPipeline(tokenizer, None, vae, scheduler, None).save_pretrained(folder)
+    WanPipeline(tokenizer, None, make_vae(4, 8) if tiny else AutoencoderKLWan(), scheduler, None).save_pretrained(
+        folder
+    )
     index = json.loads((folder / "model_index.json").read_text())
     for name, kind in {"text_encoder": UMT5EncoderModel, "transformer": WanTransformer3DModel}.items():
         index[name] = [kind.__module__.partition(".")[0], kind.__name__]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import html
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from inspect import signature
@@ -72,10 +72,6 @@ Progress = Callable[[tuple[int, int]], Any]
 """Called with the steps done and their number."""
 
 
-def _silent(done: tuple[int, int]) -> None:
-    pass
-
-
 class Demo:
     """The page's functions; each returns what it made and the page of its trajectory.
 
@@ -94,41 +90,43 @@ class Demo:
         self.folder = Path(self._temporary.name if folder is None else folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.pipe.set_progress_bar_config(disable=True)
+        self.size = {name: getattr(self.options, name) for name in ("height", "width", "num_frames")}
         self.count = 0
 
-    def caption(self, video: str | None, steps: int, seed: int, progress: Progress = _silent) -> tuple[str, str]:
+    def caption(self, video: str | None, steps: int, seed: int, progress: Progress | None = None) -> tuple[str, str]:
         """Text from a video file, and the trajectory."""
-        return self._read(video, None, steps, seed, progress)
+        made, page = self._run(self.pipe.caption, seed, progress, self._frames(video), caption_steps=int(steps))
+        return made.text[0], page
 
     def ask(
-        self, video: str | None, question: str, steps: int, seed: int, progress: Progress = _silent
+        self, video: str | None, question: str, steps: int, seed: int, progress: Progress | None = None
     ) -> tuple[str, str]:
         """Answer to a question about a video file, and the trajectory."""
-        return self._read(video, _required(question, "question"), steps, seed, progress)
+        question, frames = _required(question, "question"), self._frames(video)
+        made, page = self._run(self.pipe.caption, seed, progress, frames, question, caption_steps=int(steps))
+        return made.text[0], page
 
     def generate(
-        self, prompt: str, steps: int, guidance: float, seed: int, progress: Progress = _silent
+        self, prompt: str, steps: int, guidance: float, seed: int, progress: Progress | None = None
     ) -> tuple[str, str]:
         """Video from a prompt: path of an mp4 file, and the trajectory."""
-        prompt, recorder = _required(prompt, "prompt"), _Recorder(self.pipe, progress)
+        prompt, options = _required(prompt, "prompt"), self.size | _video_options(steps, guidance)
         # The pipeline's own call, WanPipeline's, would cut it; the other tasks check for themselves.
         check_prompts(self.pipe.tokenizer, [prompt], self.options.max_sequence_length)
-        made = self.pipe(prompt, **self._size(), **self._options(recorder, seed), **_video_options(steps, guidance))
-        return self._write(made.frames), recorder.framed()
+        made, page = self._run(self.pipe, seed, progress, prompt, **options)
+        return self._write(made.frames), page
 
     def joint(
-        self, prompt: str, steps: int, guidance: float, seed: int, progress: Progress = _silent
+        self, prompt: str, steps: int, guidance: float, seed: int, progress: Progress | None = None
     ) -> tuple[str, str, str]:
         """Video and its text together: path of an mp4 file, the text, and the trajectory."""
-        prompt, recorder = _required(prompt, "prompt"), _Recorder(self.pipe, progress)
-        options = self._size() | self._options(recorder, seed) | _video_options(steps, guidance)
-        made = self.pipe.joint(prompt, **options)
-        assert made.text is not None
-        return self._write(made.frames), made.text[0], recorder.framed()
+        prompt, options = _required(prompt, "prompt"), self.size | _video_options(steps, guidance)
+        made, page = self._run(self.pipe.joint, seed, progress, prompt, **options)
+        return self._write(made.frames), made.text[0], page
 
-    def describe(self, video: str | None, seed: int, progress: Progress = _silent) -> str:
+    def describe(self, video: str | None, seed: int, progress: Progress | None = None) -> str:
         """The model's own prompt of a video file, to be changed for ``edit``."""
-        return brief_of(self._read(video, None, 16, seed, progress)[0])
+        return brief_of(self.caption(video, 16, seed, progress)[0])
 
     def edit(
         self,
@@ -138,37 +136,27 @@ class Demo:
         steps: int,
         guidance: float,
         seed: int,
-        progress: Progress = _silent,
+        progress: Progress | None = None,
     ) -> tuple[str, str]:
         """A video file regenerated under another prompt: path of an mp4 file, and the trajectory."""
-        prompt, recorder = _required(new_prompt, "prompt"), _Recorder(self.pipe, progress)
-        options = self._options(recorder, seed) | _video_options(steps, guidance)
-        made = self.pipe.edit(self._frames(video), prompt, strength, **options)
-        return self._write(made.frames), recorder.framed()
+        given, options = (_required(new_prompt, "prompt"), strength), _video_options(steps, guidance)
+        made, page = self._run(self.pipe.edit, seed, progress, self._frames(video), *given, **options)
+        return self._write(made.frames), page
 
     def examples(self) -> list[str]:
         """Example clips as mp4 files."""
-        size = self.options.height, self.options.width, self.options.num_frames
-        return [self._save(render(scene, *size)) for scene in EXAMPLES]
+        return [self._save(render(scene, **self.size)) for scene in EXAMPLES]
 
-    def _read(
-        self, video: str | None, question: str | None, steps: int, seed: int, progress: Progress
-    ) -> tuple[str, str]:
+    def _run(
+        self, task: Callable[..., Any], seed: int, progress: Progress | None, *given: Any, **options: Any
+    ) -> tuple[Any, str]:
+        """What a task of the pipeline makes, and the page of its trajectory."""
         recorder = _Recorder(self.pipe, progress)
-        options = self._options(recorder, seed)
-        made = self.pipe.caption(self._frames(video), question, caption_steps=int(steps), **options)
-        assert made.text is not None
-        return made.text[0], recorder.framed()
-
-    def _size(self) -> dict[str, Any]:
-        return {name: getattr(self.options, name) for name in ("height", "width", "num_frames")}
-
-    def _options(self, recorder: _Recorder, seed: int) -> dict[str, Any]:
-        return {
-            "generator": torch.Generator().manual_seed(int(seed)),
-            "max_sequence_length": self.options.max_sequence_length,
-            "callback_on_step_end": recorder,
-        }
+        options |= {"generator": torch.Generator().manual_seed(int(seed)), "callback_on_step_end": recorder}
+        made = task(*given, max_sequence_length=self.options.max_sequence_length, **options)
+        # In a frame of its own, so that its style and script stay inside.
+        source = html.escape(recorder.page(), quote=True)
+        return made, f'<iframe srcdoc="{source}" title="steps" style="width: 100%; height: 640px; border: 0"></iframe>'
 
     def _frames(self, video: str | None) -> torch.Tensor:
         """[1, F, C, H, W] in [0, 1]."""
@@ -191,19 +179,15 @@ class Demo:
 class _Recorder(TrajectoryRecorder):
     """Records the steps and reports their progress."""
 
-    def __init__(self, pipe: UniViGUPipeline, progress: Progress) -> None:
+    def __init__(self, pipe: UniViGUPipeline, progress: Progress | None) -> None:
         super().__init__(pipe)
         self.progress = progress
 
     def __call__(self, pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> dict[str, Any]:
         state = tensors.get("state")
-        self.progress((step + 1, pipe.num_timesteps if state is None else state.num_steps))
+        if self.progress is not None:
+            self.progress((step + 1, pipe.num_timesteps if state is None else state.num_steps))
         return super().__call__(pipe, step, timestep, tensors)
-
-    def framed(self) -> str:
-        """The trajectory in a frame of its own, so that its style and script stay inside."""
-        source = html.escape(self.page(), quote=True)
-        return f'<iframe srcdoc="{source}" title="steps" style="width: 100%; height: 640px; border: 0"></iframe>'
 
 
 def _video_options(steps: int, guidance: float) -> dict[str, Any]:
@@ -293,11 +277,7 @@ def launch(page: Any, demo: Demo, port: int | None = None, **options: Any) -> An
     """Serve the page to this machine only."""
     import gradio
 
-    fonts: Mapping[str, Any] = {
-        "font": ["system-ui", "sans-serif"],
-        "font_mono": ["monospace"],
-    }  # none from the network
-    theme = gradio.themes.Default(**fonts)
+    theme: Any = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no downloads
     given = {"server_name": HOST, "server_port": port, "max_file_size": MAX_FILE_SIZE, "theme": theme, **options}
     return page.launch(allowed_paths=[str(demo.folder)], **given)
 
@@ -321,9 +301,7 @@ def main(args: list[str]) -> None:
     pipe = UniViGUPipeline.from_pretrained(given.model, torch_dtype=check_dtype(given.dtype, "--dtype"))
     demo = Demo(pipe.to(given.device), options)
     tasks = TaskRunner(pipe, pipe.transformer, lambda: pipe.scheduler)
-    tasks.latents_shape(
-        options.height, options.width, options.num_frames
-    )  # a wrong size is named before the page opens
+    tasks.latents_shape(**demo.size)  # a wrong size is named before the page opens
     page = build(demo)
     try:
         launch(page, demo, given.port)

@@ -18,7 +18,7 @@ def fake_run(curve: dict[int, float], name: str, seed: int, *options: str) -> No
     folder = Path("runs", f"{name}-{seed}").resolve()
     folder.mkdir(parents=True)
     columns = [f"val/caption/{key}" for key in ("mean", *ablate.ATTRIBUTES)]
-    columns += [f"val/{key}/mean" for key in ablate.CONDITIONS if key != "caption"]
+    columns += [f"val/{key}/mean" for key in ablate.PROMPTED]
     rows = [["step", "train/loss", *columns], ["0", "3.0", *[""] * len(columns)]]
     rows += [[str(step), "", *[str(value)] * len(columns)] for step, value in curve.items()]
     (folder / "metrics.csv").write_text("\n".join(",".join(row) for row in rows) + "\n")
@@ -50,7 +50,7 @@ def test_every_variant_is_an_option_of_fit(variant: str, tmp_path: Path) -> None
     parse_command(["fit", *ablate.arguments(ablate.Run(variant, 0, tmp_path), ablate.parse([]))])
 
 
-def test_numbers_of_the_tables(in_tmp: Path) -> None:
+def test_numbers_of_the_table(in_tmp: Path) -> None:
     curves = {"recipe": [{100: 0.5, 200: 0.9}, {100: 0.95, 200: 1.0}], "random": [{100: 0.2, 200: 0.3}] * 2}
     for name, seeds in curves.items():
         for seed, curve in enumerate(seeds):

@@ -126,7 +126,12 @@ class HeldOutEvaluation(nn.Module):
             samples = tasks.sample("caption", questions, length, latents=inputs.latents, generator=generator)
             captions = self._captions(tasks, samples, inputs.text_ids, batch)
             if questions:  # an answer does not describe the scene
-                self._answers(captions, batch)
+                answers = zip(captions, batch[self.target], batch["kind"], strict=True)
+                right = [
+                    {kind if isinstance(kind, str) else "other": normalize_text(text) == normalize_text(true)}
+                    for text, true, kind in answers
+                ]
+                self.add("answer/properties", len(right), right)
             else:
                 self.add("caption/properties", len(known), captions, batch["scene"])
         if "video" in batch:
@@ -159,15 +164,6 @@ class HeldOutEvaluation(nn.Module):
         if pairs := [(text, [true]) for text, true in zip(captions, batch[self.target], strict=True) if true.strip()]:
             self.add("caption/scores", len(pairs), *zip(*pairs, strict=True))
         return captions
-
-    def _answers(self, answers: list[str], batch: Mapping[str, Any]) -> None:
-        truth = batch[self.target]
-        right = [normalize_text(text) == normalize_text(true) for text, true in zip(answers, truth, strict=True)]
-        by_kind = [
-            {kind if isinstance(kind, str) else "other": value}
-            for kind, value in zip(batch["kind"], right, strict=True)
-        ]
-        self.add("answer/properties", len(right), by_kind)
 
     def _true_videos(
         self, tasks: TaskRunner, videos: torch.Tensor, latents: torch.Tensor, captions: list[str] | None

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,33 +89,26 @@ def plan(prompts: str, augmented: str | None, options: ExportOptions) -> list[Ro
     return list(videos.values())
 
 
-@dataclass
-class VideoExport:
-    """A job: generates the videos of a batch of rows, and writes the rows. Rows with an "error" are not generated."""
-
-    output: Path
-    model: Pipeline
-    options: ExportOptions
-
-    def __call__(self, path: Path, job: list[Row]) -> ShardInfo:
-        rows = [dict(row) for row in job]
-        todo, length = [row for row in rows if row["error"] is None], self.options.prompt_length
-        texts, seeds = [row["text"] for row in todo], [row["seed"] for row in todo]
-        clips = self.model.clips(texts, seeds, max_sequence_length=length) if todo else []
-        tokens = self.model.token_counts(texts) if todo else []
-        for row, frames, count in zip(todo, clips, tokens, strict=True):
-            row["tokens_cut"] = max(0, count - length)
-            if frames is None:
-                row["error"] = "the model gave numbers that are not finite"
-                continue
-            video = self.output / "videos" / row["video"]
-            video.parent.mkdir(exist_ok=True)
-            with replacing(video, path) as temporary:  # VBench reads the whole folder
-                temporary.write_bytes(encode_mp4(frames, self.options.fps))
-        with replacing(path) as temporary:
-            temporary.write_text("".join(map(to_line, rows)), encoding="utf-8")
-        failed = [{"reason": "error", "value": row["error"]} for row in rows if row["error"]]
-        return ShardInfo(path.name, len(rows) - len(failed), path.stat().st_size, sha256_of(path), failed)
+def _generate(output: Path, model: Pipeline, options: ExportOptions, path: Path, job: list[Row]) -> ShardInfo:
+    """Generate the videos of a batch of rows, and write the rows; those with an "error" are not generated."""
+    rows = [dict(row) for row in job]
+    todo = [row for row in rows if row["error"] is None]
+    texts, seeds = [row["text"] for row in todo], [row["seed"] for row in todo]
+    clips = model.clips(texts, seeds, max_sequence_length=options.prompt_length) if todo else []
+    tokens = model.token_counts(texts) if todo else []
+    for row, frames, count in zip(todo, clips, tokens, strict=True):
+        row["tokens_cut"] = max(0, count - options.prompt_length)
+        if frames is None:
+            row["error"] = "the model gave numbers that are not finite"
+            continue
+        video = output / "videos" / row["video"]
+        video.parent.mkdir(exist_ok=True)
+        with replacing(video, path) as temporary:  # VBench reads the whole folder
+            temporary.write_bytes(encode_mp4(frames, options.fps))
+    with replacing(path) as temporary:
+        temporary.write_text("".join(map(to_line, rows)), encoding="utf-8")
+    failed = [{"reason": "error", "value": row["error"]} for row in rows if row["error"]]
+    return ShardInfo(path.name, len(rows) - len(failed), path.stat().st_size, sha256_of(path), failed)
 
 
 def export_vbench(
@@ -139,7 +133,7 @@ def export_vbench(
     parameters = {"model": folder_fingerprint(model), "inputs": digest, **asdict(options)}
     size, parts = options.batch_size, output / ".parts"
     jobs = {f"{start:08d}.jsonl": planned[start : start + size] for start in range(0, len(planned), size)}
-    work = VideoExport(output, Pipeline(model, options, device, "--model"), options)
+    work = partial(_generate, output, Pipeline(model, options, device, "--model"), options)
     build_folder(parts, Manifest("rows", parameters), jobs, work, engine, retry_skipped=True)
     lines = [line for name in jobs for line in split_lines((parts / name).read_text("utf-8"))[:-1]]
     rows = [json.loads(line) for line in lines]

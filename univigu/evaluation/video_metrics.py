@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchmetrics import Metric
+from torchmetrics import MeanMetric
 from torchmetrics.image.fid import FrechetInceptionDistance  # exported by the package only if torch-fidelity is there
 from transformers import AutoModel, CLIPModel, CLIPProcessor
 
@@ -63,7 +63,7 @@ def _unit(features: Any) -> torch.Tensor:
     return F.normalize(tensor.float(), dim=-1)
 
 
-class VideoCLIPScore(Metric):
+class VideoCLIPScore(MeanMetric):
     """How well videos match texts: 100 max(cos, 0), mean over frames and then over videos; in [0, 100].
 
     Hessel et al., 2021 (arXiv:2104.08718), with weight 100 as in torchmetrics, over frames as in CLIPSIM (Wu et al.,
@@ -71,26 +71,16 @@ class VideoCLIPScore(Metric):
     Several metrics may share an encoder; ``num_frames`` evenly spaced frames of a video are scored.
     """
 
-    is_differentiable, higher_is_better, full_state_update = False, True, False
-    total: torch.Tensor
-    samples: torch.Tensor
-
     def __init__(self, clip: ClipEncoder, num_frames: int = 8, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.clip, self.num_frames = clip, num_frames
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("samples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, videos: torch.Tensor, texts: list[str]) -> None:
+    def update(self, videos: torch.Tensor, texts: list[str]) -> None:  # type: ignore[override]
         """Add uint8 videos [B, F, C, H, W], each with a text."""
         chosen = videos[:, even_indices(videos.shape[1], min(self.num_frames, videos.shape[1]))]
         images = self.clip.images(chosen.flatten(0, 1)).unflatten(0, chosen.shape[:2])  # [B, f, D]
         cosine = torch.einsum("bfd,bd->bf", images, self.clip.texts(texts))
-        self.total += 100.0 * cosine.clamp_min(0).mean(1).double().sum().to(self.total.device)
-        self.samples += len(texts)
-
-    def compute(self) -> torch.Tensor:
-        return (self.total / self.samples.clamp_min(1)).float()
+        super().update(100.0 * cosine.clamp_min(0).mean(1))
 
 
 class VideoFeatures(nn.Module):

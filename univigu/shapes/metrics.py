@@ -125,13 +125,11 @@ class ShapesTextAccuracy(AttributeAccuracy):
 
     def __init__(self, kind: str = "caption", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        readers = {
-            "caption": (text_checker.parse_caption, caption_of),
-            "prompt": (text_checker.parse_prompt, prompt_of),
-        }
-        if kind not in readers:
-            raise ValueError(f"kind={kind!r}: expected one of {list(readers)}")
-        self.parse, self.write = readers[kind]
+        if kind not in ("caption", "prompt"):
+            raise ValueError(f"kind={kind!r}: expected caption or prompt")
+        is_caption = kind == "caption"
+        self.parse = text_checker.parse_caption if is_caption else text_checker.parse_prompt
+        self.write = caption_of if is_caption else prompt_of
         self.add_state("exact_text", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, texts: Sequence[str], scenes: Sequence[Scene | Mapping[str, Any] | None]) -> None:  # type: ignore[override]
