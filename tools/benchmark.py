@@ -154,36 +154,28 @@ def questions(options: argparse.Namespace) -> dict[str, float]:
 
 
 def data(options: argparse.Namespace) -> dict[str, float]:
-    """The loader on video shards and on precomputed ones, against decord itself, in equally many processes."""
-    if options.clips % (options.batch_size * options.workers):
-        raise SystemExit(f"--clips {options.clips}: expected a multiple of --batch-size times --workers")
+    """The loader on video shards and on precomputed ones, against decord itself, each in one process of one thread."""
+    if options.clips % options.batch_size:
+        raise SystemExit(f"--clips {options.clips}: expected a multiple of --batch-size")
     bucket = Bucket.parse(options.size)
     folder = Path("runs/data/benchmark") / f"{bucket}-{options.clips}-{world_fingerprint()}"
     size: dict[str, Any] = asdict(bucket)
-    with SpawnPool(options.workers) as pool:
+    with SpawnPool(1) as pool:
         for split, count in (("train", options.clips), ("val", 1)):
             videos = folder / "videos" / split
-            write_shapes(videos, split, count, shard_size=4, engine=pool.map, **size)  # type: ignore[arg-type]
-            encode_shards(videos, folder / "latents" / split, EMBEDDED_FOUNDATION, buckets=[bucket], engine=pool.map)
+            write_shapes(videos, split, count, **size)  # type: ignore[arg-type]
+            encode_shards(videos, folder / "latents" / split, EMBEDDED_FOUNDATION, buckets=[bucket])
         refs, _ = index_folder(folder / "videos" / "train")
 
-        def plain() -> int:
-            jobs = [pool.submit(read_bare, refs[i :: options.workers]) for i in range(options.workers)]
-            return sum(job.result() for job in jobs)
-
         def loader(kind: str) -> Callable[[], int]:
-            module = VideoTextDataModule(
-                shards=str(folder / kind),
-                precompute=False,
-                batch_size=options.batch_size,
-                num_workers=options.workers,
-                **size,
-            )
+            given = {"precompute": False, "batch_size": options.batch_size, **size}
+            module = VideoTextDataModule(shards=str(folder / kind), **given)
             module.setup("fit")
             batches = module.train_dataloader()
             return lambda: sum(len(batch["key"]) for batch in batches)
 
-        ways = {"decord": plain, "loader, videos": loader("videos"), "loader, latents": loader("latents")}
+        ways: Ways = {"decord": lambda: pool.submit(read_bare, refs).result()}
+        ways |= {f"loader, {kind}": loader(kind) for kind in ("videos", "latents")}
         seconds, clips = race(ways, options.repeats)
     assert set(clips.values()) == {options.clips}
     seconds = {name: value / options.clips for name, value in seconds.items()}
@@ -208,7 +200,7 @@ def read_bare(refs: list[SampleRef]) -> int:
 OPTIONS: dict[str, dict[str, Any]] = {
     "caption": {"frames": 5, "text-tokens": 64, "steps": 50, "repeats": 3},
     "questions": {"frames": 15, "text-tokens": 32, "steps": 8, "repeats": 3},
-    "data": {"size": "480x832x33", "clips": 16, "batch-size": 1, "workers": 1, "repeats": 5},
+    "data": {"size": "480x832x33", "clips": 16, "batch-size": 1, "repeats": 5},
 }
 """Options of each command, with their defaults."""
 

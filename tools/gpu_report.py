@@ -24,6 +24,7 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 
 from univigu.cli import ToolParser
+from univigu.data.processes import this_device
 from univigu.flow.objective import TaskMixture, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
 from univigu.models.transformer import UniViGUTransformer3DModel
@@ -238,7 +239,7 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     parser = ToolParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu_report.json"))
     parser.add_argument("--size", choices=SIZES, default="1.3b")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=this_device())
     parser.add_argument("--only", default="", help="how the names of the rows to measure begin")
     options = parser.parse_args(args)
     torch.manual_seed(0)
