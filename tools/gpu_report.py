@@ -170,31 +170,29 @@ class Report:
         scheduler = UniPCMultistepScheduler(flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction")
         return Sampler(model, scheduler, SamplingOptions(**options))
 
-    def caption(self, model: UniViGUTransformer3DModel, steps: int, refresh: int = 1, repeats: int = 2) -> Row:
-        """Seconds of a caption; a single repeat of many steps has no warm-up."""
+    def caption(
+        self, model: UniViGUTransformer3DModel, steps: int, refresh: int = 1, runs: tuple[int, int] = (2, 1)
+    ) -> Row:
+        """Seconds of a caption; ``runs`` are the timed ones and those before them."""
         (latents, _, null), sampler = self.inputs(), self.sampler(model, caption_steps=steps, caption_refresh=refresh)
-        warmup = 0 if repeats == 1 and steps == self.size.steps[0] else 1
         inputs = SampleInputs(null, null, latents, text_length=self.size.text_length)
-        seconds = self.seconds(lambda: sampler.sample("caption", inputs), repeats, warmup)
-        return {"seconds": round(seconds, 4), "steps": steps}
+        return {"seconds": round(self.seconds(lambda: sampler.sample("caption", inputs), *runs), 4), "steps": steps}
 
     def video(self, model: UniViGUTransformer3DModel, steps: int) -> Row:
         """Seconds of a video's denoising under guidance (two passes a step), without decoding."""
-        sampler = self.sampler(model, num_inference_steps=steps, guidance_scale=5.0)
-        _, embeds, null = self.inputs()
+        (_, embeds, null), sampler = self.inputs(), self.sampler(model, num_inference_steps=steps, guidance_scale=5.0)
         inputs = SampleInputs(embeds, null, shape=self.size.latents)
-        seconds = self.seconds(lambda: sampler.sample("generate", inputs), 1, 0)
-        return {"seconds": round(seconds, 3), "steps": steps}
+        return {"seconds": round(self.seconds(lambda: sampler.sample("generate", inputs), 1, 0), 3), "steps": steps}
 
     def samples(self) -> None:
         """Captions without the cache, with it, in bfloat16, compiled; a video."""
         many, few, video_steps = self.size.steps
         model = self.model("paper", torch.bfloat16).eval()
-        self.row("caption, paper, bfloat16, no cache", lambda: self.caption(model, few, repeats=1))
-        self.row("caption, paper, bfloat16, no cache", lambda: self.caption(model, many, repeats=1))
+        self.row("caption, paper, bfloat16, no cache", lambda: self.caption(model, few, runs=(1, 1)))
+        self.row("caption, paper, bfloat16, no cache", lambda: self.caption(model, many, runs=(1, 0)))
         self.row("caption, paper, bfloat16, cache of the first pass", lambda: self.caption(model, many, many))
         model = self.model("frozen", torch.float32).eval()
-        self.row("caption, frozen, float32, exact cache", lambda: self.caption(model, few, repeats=1))
+        self.row("caption, frozen, float32, exact cache", lambda: self.caption(model, few, runs=(1, 1)))
         convert(model, torch.bfloat16)
         for steps in (many, few):
             self.row("caption, frozen, bfloat16, exact cache", partial(self.caption, model, steps))
