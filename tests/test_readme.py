@@ -67,7 +67,7 @@ def test_commands_parse(where: str, line: str, monkeypatch: pytest.MonkeyPatch) 
         elif program.startswith("python") and args and args[0].startswith("tools/"):
             _check_tool(args, monkeypatch)
         else:
-            assert program in ("python3", "python", "pip", "tensorboard", "source", "hf")
+            assert program in ("python3", "python", "pip", "npm", "tensorboard", "source", "hf")
 
 
 def _check_lightning(args: list[str]) -> None:

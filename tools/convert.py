@@ -35,36 +35,6 @@ from univigu.models.foundation import EMBEDDED_FOUNDATION, Foundation
 from univigu.models.official import export_official, import_official, import_wan
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The subcommands and their options."""
-    parser = ToolParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    foundation = commands.add_parser("foundation", help="stage-0 checkpoint -> WanPipeline folder")
-    foundation.add_argument("--source", type=Path, default=Path(EMBEDDED_FOUNDATION), help="gives what was not trained")
-    commands.add_parser("transformer", help="checkpoint -> UniViGUTransformer3DModel folder")
-    pipeline = commands.add_parser("pipeline", help="checkpoint -> UniViGUPipeline folder")
-    pipeline.add_argument("--foundation", type=Path, default=Path(EMBEDDED_FOUNDATION), help="what it was trained from")
-    official = commands.add_parser("import-official", help="the preview's .pth -> UniViGUTransformer3DModel folder")
-    official.add_argument("--wan", type=Path, required=True, help="Wan folder in diffusers' layout; gives the sizes")
-    official.add_argument("--text-flow", choices=["uniform", "mask"], default="uniform")
-    official.add_argument("--latents", choices=["raw", "normalized"], default="raw", help="what it was trained on")
-    official.add_argument("--null-condition", choices=["zeros", "encoded"], default=OFFICIAL.null_condition)
-    official.add_argument("--prompt-padding", choices=["zeros", "encoded"], default=OFFICIAL.prompt_padding)
-    export = commands.add_parser("export-official", help="checkpoint or transformer folder -> the preview's .pth")
-    export.add_argument("--step", type=int, default=0, help="number to store beside the weights")
-    export.add_argument("--accept-differences", action="store_true", help="also a model of other conventions")
-    wan = commands.add_parser("wan", help="Wan's original .pth or .safetensors -> WanTransformer3DModel folder")
-    wan.add_argument("--config", type=Path, help="folder whose config.json gives the sizes; default: by the weights")
-    prune = commands.add_parser("prune", help="WanPipeline folder (with --checkpoint: transformer) for fewer tokens")
-    prune.add_argument("--foundation", type=Path, default=Path(EMBEDDED_FOUNDATION), help="gives the tokenizer")
-    prune.add_argument("--texts", type=Path, nargs="+", required=True, help="shards whose texts it must write")
-    prune.add_argument("--keep", nargs="+", default=[], help="further texts")
-    for name, command in commands.choices.items():
-        command.add_argument("--checkpoint", type=Path, required=name != "prune")
-        command.add_argument("--output", type=Path, required=True)
-    return parser
-
-
 def convert(options: argparse.Namespace) -> None:
     """Do what the options say; a ValueError if the output folder holds anything, which could be part of a model."""
     if options.output.is_dir() and any(options.output.iterdir()):
@@ -98,7 +68,32 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    options = make_parser().parse_args(args)
+    parser = ToolParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    foundation = commands.add_parser("foundation", help="stage-0 checkpoint -> WanPipeline folder")
+    foundation.add_argument("--source", type=Path, default=Path(EMBEDDED_FOUNDATION), help="gives what was not trained")
+    commands.add_parser("transformer", help="checkpoint -> UniViGUTransformer3DModel folder")
+    pipeline = commands.add_parser("pipeline", help="checkpoint -> UniViGUPipeline folder")
+    pipeline.add_argument("--foundation", type=Path, default=Path(EMBEDDED_FOUNDATION), help="what it was trained from")
+    official = commands.add_parser("import-official", help="the preview's .pth -> UniViGUTransformer3DModel folder")
+    official.add_argument("--wan", type=Path, required=True, help="Wan folder in diffusers' layout; gives the sizes")
+    official.add_argument("--text-flow", choices=["uniform", "mask"], default="uniform")
+    official.add_argument("--latents", choices=["raw", "normalized"], default="raw", help="what it was trained on")
+    official.add_argument("--null-condition", choices=["zeros", "encoded"], default=OFFICIAL.null_condition)
+    official.add_argument("--prompt-padding", choices=["zeros", "encoded"], default=OFFICIAL.prompt_padding)
+    export = commands.add_parser("export-official", help="checkpoint or transformer folder -> the preview's .pth")
+    export.add_argument("--step", type=int, default=0, help="number to store beside the weights")
+    export.add_argument("--accept-differences", action="store_true", help="also a model of other conventions")
+    wan = commands.add_parser("wan", help="Wan's original .pth or .safetensors -> WanTransformer3DModel folder")
+    wan.add_argument("--config", type=Path, help="folder whose config.json gives the sizes; default: by the weights")
+    prune = commands.add_parser("prune", help="WanPipeline folder (with --checkpoint: transformer) for fewer tokens")
+    prune.add_argument("--foundation", type=Path, default=Path(EMBEDDED_FOUNDATION), help="gives the tokenizer")
+    prune.add_argument("--texts", type=Path, nargs="+", required=True, help="shards whose texts it must write")
+    prune.add_argument("--keep", nargs="+", default=[], help="further texts")
+    for name, command in commands.choices.items():
+        command.add_argument("--checkpoint", type=Path, required=name != "prune")
+        command.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args(args)
     return exit_code(lambda: convert(options))
 
 

@@ -24,22 +24,6 @@ from univigu.data.processes import SpawnPool
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 
 
-def parser() -> argparse.ArgumentParser:
-    top = ToolParser(description=__doc__)
-    top.add_argument("--source", type=Path, required=True, help="folder of video shards, or of such folders")
-    top.add_argument("--output", type=Path, required=True)
-    top.add_argument("--foundation", default=EMBEDDED_FOUNDATION, help="WanPipeline folder with the encoders")
-    top.add_argument("--dtype", default="float32", help="how results are stored: float32, bfloat16 or float16")
-    top.add_argument("--height", type=int, default=64, help="pixels; videos are scaled and cropped")
-    top.add_argument("--width", type=int, default=64, help="pixels")
-    top.add_argument("--num-frames", type=int, default=9, help="4k+1 for Wan, spread evenly over the clip")
-    top.add_argument("--buckets", nargs="+", metavar="HxWxF", help="several sizes: 480x832x81 832x480x81 ...")
-    top.add_argument("--no-prompts", action="store_true", help="latents alone; prompts are then encoded in training")
-    top.add_argument("--strict", action="store_true", help="stop at the first sample that cannot be encoded")
-    add_engine(top)  # --workers are local processes, too: one a core, if memory holds as many encoders
-    return top
-
-
 def places(source: Path) -> list[tuple[str, Path]]:
     """What below the source holds samples, and where in the output it goes: train, val and test, or all (".")."""
     splits = {name: find_split(source, name) for name in ("train", "val", "test")}
@@ -71,7 +55,19 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    options = parser().parse_args(args)
+    parser = ToolParser(description=__doc__)
+    parser.add_argument("--source", type=Path, required=True, help="folder of video shards, or of such folders")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--foundation", default=EMBEDDED_FOUNDATION, help="WanPipeline folder with the encoders")
+    parser.add_argument("--dtype", default="float32", help="how results are stored: float32, bfloat16 or float16")
+    parser.add_argument("--height", type=int, default=64, help="pixels; videos are scaled and cropped")
+    parser.add_argument("--width", type=int, default=64, help="pixels")
+    parser.add_argument("--num-frames", type=int, default=9, help="4k+1 for Wan, spread evenly over the clip")
+    parser.add_argument("--buckets", nargs="+", metavar="HxWxF", help="several sizes: 480x832x81 832x480x81 ...")
+    parser.add_argument("--no-prompts", action="store_true", help="latents alone; prompts are then encoded in training")
+    parser.add_argument("--strict", action="store_true", help="stop at the first sample that cannot be encoded")
+    add_engine(parser)  # --workers are local processes, too: one a core, if memory holds as many encoders
+    options = parser.parse_args(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return exit_code(lambda: run(options))
 

@@ -20,18 +20,6 @@ from univigu.data.options import add_options, read_options
 from univigu.evaluation.vbench import ExportOptions, export_vbench
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = ToolParser(description=__doc__)
-    parser.add_argument("benchmark", choices=["vbench"], help="{prompt}-{index}.mp4 for every prompt")
-    parser.add_argument("--prompts", required=True, help="VBench_full_info.json, .txt, .jsonl, .json, .csv or .parquet")
-    parser.add_argument("--augmented", help="file of as many longer prompts to make the videos of, in the same order")
-    parser.add_argument("--model", required=True, help="folder of a pipeline (tools/convert.py pipeline)")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the run")
-    add_options(parser, ExportOptions())
-    add_engine(parser)
-    return parser
-
-
 def run(o: argparse.Namespace) -> None:
     engine, device = open_engine(o)
     rows = export_vbench(o.output, o.model, o.prompts, o.augmented, read_options(ExportOptions, o), engine, device)
@@ -45,7 +33,15 @@ def run(o: argparse.Namespace) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    options = parser().parse_args(args)
+    parser = ToolParser(description=__doc__)
+    parser.add_argument("benchmark", choices=["vbench"], help="{prompt}-{index}.mp4 for every prompt")
+    parser.add_argument("--prompts", required=True, help="VBench_full_info.json, .txt, .jsonl, .json, .csv or .parquet")
+    parser.add_argument("--augmented", help="file of as many longer prompts to make the videos of, in the same order")
+    parser.add_argument("--model", required=True, help="folder of a pipeline (tools/convert.py pipeline)")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the run")
+    add_options(parser, ExportOptions())
+    add_engine(parser)
+    options = parser.parse_args(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return exit_code(lambda: run(options))
 

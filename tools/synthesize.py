@@ -25,21 +25,6 @@ from univigu.data.synthesis.sources import Pipeline, VideoOptions
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 
 
-def parser() -> argparse.ArgumentParser:
-    top = ToolParser(description=__doc__)
-    top.add_argument("--output", type=Path, required=True, help="folder of the shards")
-    top.add_argument("--prompts", required=True, help=".txt (one a line), .jsonl, .json, .csv or .parquet (prompt)")
-    top.add_argument("--pipeline", default=EMBEDDED_FOUNDATION, help="folder of a diffusers text-to-video pipeline")
-    top.add_argument("--captioner", default="template", help="none, template, or the folder of a transformers model")
-    top.add_argument("--tokenizer", help="folder of the tokenizer that counts lengths; default: the pipeline's")
-    top.add_argument("--shard-size", type=int, default=100, help="clips of a shard")
-    add_engine(top)
-    add_options(top.add_argument_group("clips"), VideoOptions())
-    add_options(top.add_argument_group("captions"), CaptionOptions())
-    add_options(top.add_argument_group("lengths, in tokens"), LengthFilter())
-    return top
-
-
 def run(o: argparse.Namespace) -> None:
     engine, device = open_engine(o)
     video, lengths = read_options(VideoOptions, o), read_options(LengthFilter, o)
@@ -57,7 +42,18 @@ def run(o: argparse.Namespace) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    options = parser().parse_args(args)
+    parser = ToolParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--prompts", required=True, help=".txt (one a line), .jsonl, .json, .csv or .parquet (prompt)")
+    parser.add_argument("--pipeline", default=EMBEDDED_FOUNDATION, help="folder of a diffusers text-to-video pipeline")
+    parser.add_argument("--captioner", default="template", help="none, template, or the folder of a transformers model")
+    parser.add_argument("--tokenizer", help="folder of the tokenizer that counts lengths; default: the pipeline's")
+    parser.add_argument("--shard-size", type=int, default=100, help="clips of a shard")
+    add_engine(parser)
+    add_options(parser.add_argument_group("clips"), VideoOptions())
+    add_options(parser.add_argument_group("captions"), CaptionOptions())
+    add_options(parser.add_argument_group("lengths, in tokens"), LengthFilter())
+    options = parser.parse_args(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return exit_code(lambda: run(options))
 
