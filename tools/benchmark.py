@@ -84,7 +84,7 @@ def captioner(options: argparse.Namespace) -> tuple[UniViGUTransformer3DModel, C
         clean_video_reads_text=False,
         clean_video_reads_prompt=False,
     ).eval()
-    torch.nn.init.normal_(model.text_head.linear.weight, std=0.2)  # it starts at zero, and draws would be all alike
+    torch.nn.init.normal_(model.text_head.linear.weight, std=0.2)  # zero at the start: all tokens equally likely
     latents, embeds = torch.randn(1, 16, options.frames, 32, 32), torch.randn(32, 64, 64)
     sampling = SamplingOptions(caption_steps=options.steps, temperature=1.0)
 

@@ -6,8 +6,8 @@
 
 Texts are read by the two sentences that the data set writes, and compared with the clip.  A generated video is judged
 by the nearest true clip of all splits, in pixels and in latents, and by the captions of another model, which was
-trained on true clips only.  Beside every figure stands what a random clip reaches, and beside the judge's what the
-judge reaches on true clips.  Results are written after each task; a task that has its results is not done again.
+trained on true clips only.  Every figure is given with that of a random clip, and the judge's also with those on true
+clips.  Results are written after each task; a task that has its results is not done again.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Held-out evaluation, caption and video metrics, and what benchmarks that live elsewhere are given."""
+"""Held-out evaluation, caption and video metrics, and exports for other projects' benchmarks."""

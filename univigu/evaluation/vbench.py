@@ -1,7 +1,7 @@
-"""Videos for VBench (Huang et al., 2024, arXiv:2311.17982), which itself stays outside: it pins old libraries.
+"""Videos for VBench (Huang et al., 2024, arXiv:2311.17982), which is no dependency because it pins old libraries.
 
-Its standard mode looks for ``{prompt}-{index}.mp4``, index 0 to 4, and takes the folder's other files for videos, so
-they have a folder of their own.  Its custom mode (``--mode=custom_input --prompt_file``) reads a json object of file
+Its standard mode looks for ``{prompt}-{index}.mp4``, index 0 to 4.  It reads every file of the folder as a video, so
+the lists are written elsewhere.  Its custom mode (``--mode=custom_input --prompt_file``) reads a json object of file
 names and prompts, which also serves prompts that are no valid file names.
 """
 
@@ -52,7 +52,7 @@ class ExportOptions(VideoOptions):
 def video_name(prompt: str, index: int) -> str:
     """``{prompt}-{index}.mp4``; a prompt that is no valid file name (too long, a slash, ...) is shortened.
 
-    Such a name ends in the hash of the whole prompt; VBench must then be told the prompt by its json file.
+    Such a name ends in the hash of the whole prompt; VBench then takes the prompt from its json file.
     """
     name = f"{prompt}-{index}.mp4"
     unsafe = re.search(r"[/\\\x00-\x1f\x7f]", prompt) or prompt != prompt.strip() or prompt.startswith(".")

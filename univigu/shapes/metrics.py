@@ -47,7 +47,7 @@ def score(reading: Reading, scene: Scene) -> dict[str, bool]:
 
 
 def agreement(truth: Reading, reading: Reading) -> dict[str, bool]:
-    """Whether a reading agrees with a reference, by attribute; one that either of them does not state does not agree.
+    """Whether a reading agrees with a reference, by attribute; an attribute that one of them does not state is wrong.
 
     "speed" is there if the reference has a moving object, "relation" if it has two, "start" and "end" unless one
     reading is of a prompt.
