@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention
 from einops import rearrange, repeat
+from torch.nn.functional import pad
 
 from univigu.models.cache import KeyValue, LayerCache
 from univigu.models.internals import attention_backend
-from univigu.models.text import Rotary, rotate_text, rotate_video
+from univigu.models.text import Rotary, TextStream, rotate_text, rotate_video
 
 Rotate = Callable[[torch.Tensor], torch.Tensor]
-
-
 VideoOnly = bool | torch.Tensor
 """Whether video queries attend to video keys only: the same for all samples, or bool [B]."""
 
@@ -34,8 +34,7 @@ def joint_attention(
     video: torch.Tensor,
     text: torch.Tensor,
     rotary_v: Rotary,
-    rotary_t: Rotary | None,
-    key_mask: torch.Tensor | None = None,
+    stream: TextStream,
     video_only: VideoOnly = False,
     cache: LayerCache | None = None,
     for_text: bool = False,
@@ -46,19 +45,20 @@ def joint_attention(
         attn: Wan's self-attention layer.
         attn_t: the text's own layer. It projects the text, and the video's keys and values that text queries read.
             None uses ``attn`` for both.
-        key_mask: bool [B, 1, 1, N + L]; False hides a key from every query.
+        stream: for the text's positions, and keys that are hidden from every query.
         video_only: samples whose video does not depend on the text.
         cache: where to keep the keys and values for ``text_attention``.
         for_text: leave out the video's output.
     """
-    rotate_v, rotate_t = partial(rotate_video, rotary=rotary_v), partial(rotate_text, rotary=rotary_t)
-    query_t, of_text = _query(attn_t or attn, text, rotate_t), _key_value(attn_t or attn, text, rotate_t)
-    shown = _key_value(attn_t or attn, video, rotate_v)
+    own, key_mask = attn_t or attn, stream.key_mask
+    rotate_v, rotate_t = partial(rotate_video, rotary=rotary_v), partial(rotate_text, rotary=stream.rotary)
+    query_t, of_text = _query(own, text, rotate_t), _key_value(own, text, rotate_t)
+    shown = _key_value(own, video, rotate_v)
     read_by_text = _concatenate(shown, of_text)
-    if cache is not None and cache.keep_video:
+    if cache is not None and cache.room is not None:
         cache.joint = read_by_text
     if for_text:
-        return None, _project_out(attn_t or attn, _attend(attn, query_t, *read_by_text, key_mask))
+        return None, _project_out(own, _attend(attn, query_t, *read_by_text, key_mask))
 
     query_v = _query(attn, video, rotate_v)
     of_video = shown if attn_t is None else _key_value(attn, video, rotate_v)
@@ -81,10 +81,12 @@ def video_attention(
     cache: LayerCache,
     for_text: bool,
 ) -> torch.Tensor | None:
-    """The video's half of ``joint_attention`` where it does not read text; keeps keys and values for texts."""
+    """The video's half of ``joint_attention`` without text; keeps keys and values for texts where there is room."""
     rotate = partial(rotate_video, rotary=rotary)
     of_video = _key_value(attn, video, rotate)
-    cache.keep(*(of_video if attn_t is None else _key_value(attn_t, video, rotate)))
+    if cache.room:
+        shown = of_video if attn_t is None else _key_value(attn_t, video, rotate)
+        cache.joint = pad(shown[0], (0, 0, 0, 0, 0, cache.room)), pad(shown[1], (0, 0, 0, 0, 0, cache.room))
     return None if for_text else _project_out(attn, _attend(attn, _query(attn, video, rotate), *of_video, None))
 
 
@@ -113,30 +115,28 @@ def _attend_video(
 
 
 def apply_together(
-    function: Callable[[torch.Tensor], torch.Tensor], video: torch.Tensor, text: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply a token-wise function to both streams, [B, N, ...] and [B, L, ...]; in one call unless only text has
-    gradients, where a concatenation would also backpropagate zeros through the video."""
+    function: Callable[[torch.Tensor], torch.Tensor], video: torch.Tensor | None, text: torch.Tensor | None
+) -> Any:
+    """Apply a token-wise function to both streams, [B, N, ...] and [B, L, ...]; None where a stream is left out.
+
+    It is one call unless only text has gradients, where a concatenation would also backpropagate zeros through the
+    video.
+    """
+    if video is None or text is None:
+        return None if video is None else function(video), None if text is None else function(text)
     if text.requires_grad and not video.requires_grad:
         return function(video), function(text)
-    video_out, text_out = function(torch.cat([video, text], dim=1)).split([video.shape[1], text.shape[1]], dim=1)
-    return video_out, text_out
+    return function(torch.cat([video, text], dim=1)).split([video.shape[1], text.shape[1]], dim=1)
 
 
-def text_attention(
-    attn: WanAttention,
-    text: torch.Tensor,
-    rotary_t: Rotary | None,
-    cache: LayerCache,
-    key_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
+def text_attention(attn: WanAttention, text: torch.Tensor, stream: TextStream, cache: LayerCache) -> torch.Tensor:
     """The text's half of ``joint_attention``, with the video's keys and values from the cache.
 
     The text's keys and values overwrite the end of the cached buffers, so that the video's are not copied. Several
     texts about one video [B * K, L, D] attend in turn.
     """
     assert cache.joint is not None
-    rotate = partial(rotate_text, rotary=rotary_t)
+    rotate, key_mask = partial(rotate_text, rotary=stream.rotary), stream.key_mask
     query, (own_key, own_value) = _query(attn, text, rotate), _key_value(attn, text, rotate)
     key, value = cache.joint
     start, count, heads = key.shape[1] - text.shape[1], len(text) // len(key), []

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn.functional import pad
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 """Keys and values [B, S, heads, head_dim], normalised and rotated: ready for attention."""
@@ -15,18 +14,12 @@ KeyValue = tuple[torch.Tensor, torch.Tensor]
 class LayerCache:
     """One block's share of an ``AttentionCache``."""
 
-    keep_video: bool = False
-    """Whether to keep ``joint``."""
-    text_tokens: int = 0
-    """Room in ``joint`` for a video without text beside it."""
+    room: int | None
+    """Room in ``joint`` for texts, where video has none beside it; None: ``joint`` is not kept."""
     prompt: KeyValue | None = None
     """Of the cross-attention onto the encoded prompt, [B, S, ...]."""
     joint: KeyValue | None = None
     """Of the self-attention over [video ; text], [B, N + L, ...]; each text step overwrites the last L."""
-
-    def keep(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Keep the video's keys and values in buffers with room for those of texts."""
-        self.joint = pad(key, (0, 0, 0, 0, 0, self.text_tokens)), pad(value, (0, 0, 0, 0, 0, self.text_tokens))
 
 
 @dataclass
@@ -46,30 +39,23 @@ class AttentionCache:
     prompt_embeds: torch.Tensor | None = None
     """The embeddings the prompt's keys and values were computed from."""
     layers: list[LayerCache] = field(default_factory=list)
-    video_tokens: int = 0
-    """N, how many of the joint keys are the video's; 0 until a pass with text has filled the cache."""
     text_tokens: int = 0
-    """L, how many of them are of texts."""
+    """L, how many of the joint keys are of texts; the others are the video's."""
 
     @property
-    def videos(self) -> int:
-        """B, the number of videos."""
-        assert self.layers[0].joint is not None
-        return len(self.layers[0].joint[0])
+    def of_video(self) -> torch.Tensor | None:
+        """The first block's values of the video [B, N, heads, head_dim]; None until they are kept."""
+        joint = self.layers[0].joint if self.layers else None
+        return None if joint is None else joint[1][:, : -self.text_tokens]
 
-    @property
-    def states_dtype(self) -> torch.dtype:
-        """The type of the blocks' states in the pass that filled the cache."""
-        assert self.layers[0].joint is not None
-        return self.layers[0].joint[1].dtype
-
-    def begin(self, prompt_embeds: torch.Tensor, num_layers: int) -> None:
-        """Prepare for a pass with video; a ValueError if the cache holds another prompt's keys."""
+    def begin(self, prompt_embeds: torch.Tensor, num_layers: int, text_tokens: int) -> None:
+        """Prepare for a pass with video and that many text tokens; a ValueError if it holds another prompt's keys."""
         if self.prompt_embeds is None:
             self.prompt_embeds = prompt_embeds
-            self.layers = [LayerCache(self.keep_video, self.text_tokens) for _ in range(num_layers)]
+            self.layers = [LayerCache(self.text_tokens if self.keep_video else None) for _ in range(num_layers)]
         if not self._holds(prompt_embeds):
             raise ValueError("cache: filled with another prompt's embeddings; take a new cache for each tensor of them")
+        self.text_tokens = text_tokens or self.text_tokens
 
     def take_prompt(self, prompt_embeds: torch.Tensor) -> bool:
         """Replace the video's prompt by the text's; returns whether its keys are yet to be computed."""
@@ -84,9 +70,3 @@ class AttentionCache:
         assert self.prompt_embeds is not None
         # Hooks that move a model's inputs may hand on a copy.
         return self.prompt_embeds is prompt_embeds or torch.equal(self.prompt_embeds, prompt_embeds)
-
-    def check_room(self, rows: int, length: int) -> None:
-        """Raise a ValueError if texts of that number and length do not belong to the cached videos."""
-        if rows % self.videos or length != self.text_tokens:
-            room = f"{self.text_tokens} tokens beside each of {self.videos} videos"
-            raise ValueError(f"text.tokens has shape {[rows, length]}: the cache has room for {room}")

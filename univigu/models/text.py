@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, get_1d_rotary_pos_embed
@@ -17,6 +17,22 @@ from univigu.models.weights import WeightDtype, dtype_of
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
+class TextStream(NamedTuple):
+    """The text between blocks."""
+
+    states: torch.Tensor | None = None
+    """[B, L, D]; None: there is no text."""
+    modulation: torch.Tensor | None = None
+    """Projected time embedding, [B, 1, 6, D]."""
+    rotary: Rotary | None = None
+    """Rotary table; None for learned positions."""
+    key_mask: torch.Tensor | None = None
+    """bool [B, 1, 1, N + L]; False hides a key of [video ; text] from every query."""
+    context: torch.Tensor | None = None
+    """The text's own prompt [B, S, D]; None: the video's."""
+
+
+NO_TEXT = TextStream()
 TEXT_TABLES = ("vocab_embed", "text_position_embed", "text_endpoint_proj", "text_head")
 """Modules of the text stream that are no copies of Wan's."""
 
@@ -119,17 +135,44 @@ def rotate_video(states: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     return rotated.flatten(-2).type_as(states)
 
 
-def check_text(
-    config: Any, text: TextInputs, hidden_states: torch.Tensor | None, timestep: torch.Tensor | None
+def check_inputs(
+    model: Any,
+    text: TextInputs | None,
+    video: torch.Tensor | None,
+    timestep: torch.Tensor | None,
+    cache: AttentionCache | None,
+    predict_video: bool,
 ) -> None:
-    """Raise a ValueError naming the first input of a forward pass whose type or shape does not fit the others."""
+    """Raise a ValueError naming the first inputs of a forward pass that do not fit together."""
+    config = model.config
+    if model.is_cache_enabled:
+        raise ValueError("enable_cache: its cached blocks know no text and no prompt's keys; call disable_cache()")
+    if cache is not None and torch.is_grad_enabled():
+        raise ValueError("cache: its keys and values carry no gradients; use it under torch.no_grad()")
+    cached = None if cache is None else cache.of_video
+    if video is None and (text is None or cached is None):
+        raise ValueError("hidden_states=None: expected text and a cache filled by a pass with video")
+    if text is None:
+        if predict_video:
+            return
+        assert timestep is not None
+        if config.clean_video_reads_text or bool((timestep != 0).any()):
+            raise ValueError("predict_video=False: without text it is for clean video that does not read text")
+        if cache is None or not cache.text_tokens:
+            raise ValueError("predict_video=False: without text it fills a cache, AttentionCache(text_tokens=...)")
+        return
     embedding = config.text_flow == "embedding"
     if embedding != text.tokens.is_floating_point() or text.tokens.ndim != (3 if embedding else 2):
         expected = f"the {config.text_flow} flow expects {'float states [B, L, D]' if embedding else 'ids [B, L]'}"
         raise ValueError(f"text.tokens is {text.tokens.dtype} {list(text.tokens.shape)}: {expected}")
     batch, length = text.tokens.shape[:2]
-    if hidden_states is not None and hidden_states.shape[0] != batch:
-        raise ValueError(f"text.tokens has {batch} rows: expected {hidden_states.shape[0]}, as hidden_states")
+    if video is not None and video.shape[0] != batch:
+        raise ValueError(f"text.tokens has {batch} rows: expected {video.shape[0]}, as hidden_states")
+    if video is not None and cache is not None and text.prompt_embeds is not None:
+        raise ValueError("text.prompt_embeds: with a cache only in passes without video")
+    if video is None and (batch % len(cached) or length != cache.text_tokens):
+        room = f"{cache.text_tokens} tokens beside each of {len(cached)} videos"
+        raise ValueError(f"text.tokens has shape {[batch, length]}: the cache has room for {room}")
     for name, value, dtype, shape in (
         ("timestep", timestep, None, [batch, *([] if timestep is None else timestep.shape[1:2])]),
         ("text.timestep", text.timestep, None, [batch]),
@@ -141,11 +184,3 @@ def check_text(
             raise ValueError(f"{name} is {value.dtype} {list(value.shape)}: expected {dtype or 'float'} {shape}")
     if 0 < config.text_positions < length:
         raise ValueError(f"text.tokens has {length} positions: the model has {config.text_positions}")
-
-
-def check_prefill(config: Any, timestep: torch.Tensor, cache: AttentionCache | None) -> None:
-    """Raise a ValueError if a pass of video without text cannot fill the cache for it."""
-    if config.clean_video_reads_text or bool((timestep != 0).any()):
-        raise ValueError("predict_video=False: without text it is for clean video that does not read text")
-    if cache is None or not cache.text_tokens:
-        raise ValueError("predict_video=False: without text it fills a cache, AttentionCache(text_tokens=...)")

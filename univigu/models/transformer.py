@@ -23,20 +23,22 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput, apply_lora_scale
 from einops import rearrange
 from torch import nn
+from torch.nn.functional import pad
 
 from univigu.flow.inputs import TextInputs, TextReader
 from univigu.flow.text import EMBEDDING_INPUT_SCALE
 from univigu.models.attention import VideoOnly, same_for_all
-from univigu.models.block import TextStream, UniViGUTransformerBlock, modulate
+from univigu.models.block import UniViGUTransformerBlock, modulate
 from univigu.models.cache import AttentionCache
 from univigu.models.conventions import Conventions, NullCondition, PromptPadding
-from univigu.models.internals import checkpointed
+from univigu.models.internals import run_block
 from univigu.models.options import ArchitectureOptions, TextAttention, TextFlowName, check_replaced
 from univigu.models.text import (
+    NO_TEXT,
     TextHead,
+    TextStream,
     TextTimeEmbedding,
-    check_prefill,
-    check_text,
+    check_inputs,
     copied_from,
     init_text_tables,
     text_rotary_table,
@@ -166,9 +168,9 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
     @apply_lora_scale("attention_kwargs")
     def forward(  # type: ignore[override]
         self,
-        hidden_states: torch.Tensor | None,
-        timestep: torch.Tensor | None,
-        encoder_hidden_states: torch.Tensor | None,
+        hidden_states: Any,
+        timestep: Any,
+        encoder_hidden_states: Any,
         text: TextInputs | None = None,
         encoder_hidden_states_image: torch.Tensor | None = None,
         cache: AttentionCache | None = None,
@@ -190,100 +192,77 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
 
         A ValueError names shapes or dtypes that do not fit together, and a cache that belongs to another call.
         """
+        prompt = encoder_hidden_states, encoder_hidden_states_image
         if hidden_states is not None and text is None and cache is None and predict_video:  # Wan's own model
-            (sample,) = super().forward(
-                hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, return_dict=False
-            )
+            (sample,) = super().forward(hidden_states, timestep, *prompt, return_dict=False)
             return UniViGUTransformerOutput(sample=sample) if return_dict else (sample,)
-        if self.is_cache_enabled:
-            raise ValueError("enable_cache: its cached blocks know no text and no prompt's keys; call disable_cache()")
-        if cache is not None and torch.is_grad_enabled():
-            raise ValueError("cache: its keys and values carry no gradients; use it under torch.no_grad()")
-        if text is not None:
-            check_text(self.config, text, hidden_states, timestep)
-        if hidden_states is None:
-            output = UniViGUTransformerOutput(text=self._forward_text(text, cache))
-            return output if return_dict else (None, output.text)
-        assert timestep is not None and encoder_hidden_states is not None
-        grid, stream = hidden_states.shape[2:], None
-        video_only: VideoOnly = False
-        for_text = text is None and not predict_video
-        if for_text:
-            check_prefill(self.config, timestep, cache)
-        if text is not None or for_text:
-            clean = timestep.view(len(timestep), -1).eq(0).all(1)
-            if not self.config.clean_video_reads_text:
-                video_only = same_for_all(clean)
-            if self.config.clean_video_timestep:
-                timestep = timestep.float().where(timestep > 0, self.config.clean_video_timestep)
-        if cache is not None:
-            cache.begin(encoder_hidden_states, len(self.blocks))
+        check_inputs(self, text, hidden_states, timestep, cache, predict_video)
 
-        # 1. Video tokens and their positions; the video's time; the prompt
-        rotary = self.rope(hidden_states)
-        video = rearrange(self.patch_embedding(hidden_states), "b d t h w -> b (t h w) d").contiguous()  # [B, N, D]
-        temb, modulation, context, image_context = self.condition_embedder(  # [B, 1 or N, D], [B, 1 or N, 6 * D]
-            timestep.flatten(), encoder_hidden_states, encoder_hidden_states_image, timestep[0].numel()
-        )
-        modulation = modulation.unflatten(-1, (6, -1))
-        if image_context is not None:
-            context = torch.cat([image_context, context], dim=1)
+        # 1. The video: tokens, prompt, time and positions
+        states, others, temb, video_only = None, [None] * 3, None, False
+        if hidden_states is not None:
+            if text is not None or not predict_video:
+                timestep, video_only = self._clean_video(timestep)
+            states, *others, temb = self._embed_video(hidden_states, timestep, *prompt)
+            if cache is not None:
+                cache.begin(encoder_hidden_states, len(self.blocks), 0 if text is None else text.tokens.shape[1])
 
-        # 2. Text tokens, their positions and the text's time
-        if text is not None:
-            stream, temb_t = self._embed_text(text, video.shape[1], video.dtype, temb.dtype)
-            if text.prompt_embeds is not None:
-                if cache is not None:
-                    raise ValueError("text.prompt_embeds: with a cache only in passes without video")
-                own = self.condition_embedder.text_embedder(text.prompt_embeds.to(encoder_hidden_states.dtype))
-                stream = stream._replace(context=own)
-        if cache is not None and cache.keep_video and (text is not None or for_text):
-            cache.video_tokens = video.shape[1]
-            cache.text_tokens = cache.text_tokens if text is None else text.tokens.shape[1]
+        # 2. The text: tokens, time, positions, and a prompt if it has its own
+        stream, temb_t = self._embed_text(text, states, encoder_hidden_states, cache)
 
         # 3. Blocks
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else cache.layers[i]
-            last = not predict_video and i + 1 == len(self.blocks)
-            inputs = (video, context, modulation, rotary, stream, video_only, layer, last)
-            training = torch.is_grad_enabled() and self.gradient_checkpointing
-            states = checkpointed(self, block, *inputs) if training else block(*inputs)
-            if stream is None:
-                video = states
-            else:
-                video, stream = states[0], stream._replace(states=states[1])
+            for_text = not predict_video and i + 1 == len(self.blocks)
+            inputs = (states, *others, stream, video_only, layer, for_text)
+            states, text_states = run_block(self, block, *inputs)
+            stream = stream._replace(states=text_states)
 
         # 4. Heads
-        sample = self._video_head(video, temb, grid) if predict_video else None
-        if text is None or stream is None:
-            return UniViGUTransformerOutput(sample=sample) if return_dict else (sample,)
-        logits = self._text_head(stream.states, temb_t, text.reader)
-        return UniViGUTransformerOutput(sample=sample, text=logits) if return_dict else (sample, logits)
+        sample = None if states is None else self._video_head(states, temb, hidden_states.shape[2:])
+        logits = None if text is None else self._text_head(stream.states, temb_t, text.reader)
+        if return_dict:
+            return UniViGUTransformerOutput(sample=sample, text=logits)
+        return (sample,) if text is None else (sample, logits)
 
-    def _forward_text(self, text: TextInputs | None, cache: AttentionCache | None) -> torch.Tensor:
-        """Only the text, with the cached video and prompt."""
-        if text is None or cache is None or cache.prompt_embeds is None or not cache.video_tokens:
-            raise ValueError("hidden_states=None: expected text and a cache filled by a pass with video")
-        cache.check_room(*text.tokens.shape[:2])
-        stream, temb = self._embed_text(text, cache.video_tokens, cache.states_dtype, cache.prompt_embeds.dtype)
-        if text.prompt_embeds is not None and cache.take_prompt(text.prompt_embeds):
-            stream = stream._replace(context=self.condition_embedder.text_embedder(text.prompt_embeds))
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
-            stream = stream._replace(states=block(None, None, None, None, stream, cache=layer))
-        return self._text_head(stream.states, temb, text.reader)
+    def _clean_video(self, timestep: torch.Tensor) -> tuple[torch.Tensor, VideoOnly]:
+        """The timestep that conditions the video, and the samples whose clean video does not read text."""
+        video_only: VideoOnly = False
+        if not self.config.clean_video_reads_text:
+            video_only = same_for_all(timestep.view(len(timestep), -1).eq(0).all(1))
+        if self.config.clean_video_timestep:
+            timestep = timestep.float().where(timestep > 0, self.config.clean_video_timestep)
+        return timestep, video_only
+
+    def _embed_video(
+        self, latents: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor, image: torch.Tensor | None
+    ) -> tuple[Any, ...]:
+        """A block's tokens [B, N, D], prompt, modulation [B, 1 or N, 6, D] and positions; the time's embedding."""
+        rotary = self.rope(latents)
+        tokens = rearrange(self.patch_embedding(latents), "b d t h w -> b (t h w) d").contiguous()
+        temb, modulation, context, image_context = self.condition_embedder(
+            timestep.flatten(), prompt, image, timestep[0].numel()
+        )
+        if image_context is not None:
+            context = torch.cat([image_context, context], dim=1)
+        return tokens, context, modulation.unflatten(-1, (6, -1)), rotary, temb
 
     def _embed_text(
-        self, text: TextInputs, video_tokens: int, dtype: torch.dtype, time_dtype: torch.dtype
-    ) -> tuple[TextStream, torch.Tensor]:
-        """The text stream before the first block, and the text's time embedding [B, D]."""
+        self, text: TextInputs | None, video: Any, prompt: Any, cache: AttentionCache | None
+    ) -> tuple[TextStream, Any]:
+        """The text stream before the first block, beside the video's tokens or the cached video; its time."""
+        if text is None:
+            return NO_TEXT, None
+        if cache is not None and video is None:
+            video, prompt = cache.of_video, cache.prompt_embeds
+        context, rotary, key_mask, positions = None, None, None, text.positions
         if text.tokens.ndim == 2:
             states = self.vocab_embed(text.tokens)
         else:
             states = EMBEDDING_INPUT_SCALE * text.tokens
             if text.endpoint is not None:
                 assert self.text_endpoint_proj is not None
-                states = states + self.text_endpoint_proj(text.endpoint.to(dtype))
-        positions, rotary, key_mask = text.positions, None, None
+                states = states + self.text_endpoint_proj(text.endpoint.to(video.dtype))
         if positions is None:
             positions = torch.arange(states.shape[1], device=states.device)
         if self.text_position_embed is None:
@@ -291,11 +270,12 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         else:
             states = states + self.text_position_embed(positions)
         if text.mask is not None:  # every video key may be attended to
-            seen = text.mask.new_ones(text.mask.shape[0], video_tokens)
-            key_mask = torch.cat([seen, text.mask], dim=1)[:, None, None]
+            key_mask = pad(text.mask, (video.shape[1], 0), value=True)[:, None, None]
         sinusoid = self.condition_embedder.timesteps_proj(text.timestep)
-        temb, modulation = self.time_embedding_t(sinusoid, time_dtype)
-        return TextStream(states.to(dtype), modulation[:, None], rotary, key_mask), temb
+        temb, modulation = self.time_embedding_t(sinusoid, prompt.dtype)
+        if text.prompt_embeds is not None and (cache is None or cache.take_prompt(text.prompt_embeds)):
+            context = self.condition_embedder.text_embedder(text.prompt_embeds.to(prompt.dtype))
+        return TextStream(states.to(video.dtype), modulation[:, None], rotary, key_mask, context), temb
 
     def _video_head(self, video: torch.Tensor, temb: torch.Tensor, grid: torch.Size) -> torch.Tensor:
         """Tokens [B, N, D] -> latents [B, C, T, H, W]; the parent's output head."""
