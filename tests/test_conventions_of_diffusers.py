@@ -24,8 +24,8 @@ from PIL import Image
 
 from tests import tiny
 from tests.test_pipeline import QUICK, READ, SIZE, make_pipe, seeds
-from univigu.flow.inputs import TextInputs
-from univigu.models.frames import to_pixels
+from univigu.flow.text import TextInputs
+from univigu.models.encode import to_pixels
 from univigu.models.lora import LoraOptions, add_lora
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.pipeline import UniViGUPipeline

@@ -23,9 +23,8 @@ from tools import convert
 from univigu.checkpoint import check_checkpoint_file, load_weights, read_checkpoint, saved_names
 from univigu.models.foundation import Foundation
 from univigu.models.official import import_official, import_wan
-from univigu.models.sharded import sharded_reader
 from univigu.models.transformer import UniViGUTransformer3DModel
-from univigu.models.weights import CheckpointError, read_weights
+from univigu.models.weights import CheckpointError, read_weights, sharded_reader
 from univigu.pipeline import UniViGUPipeline
 
 

@@ -10,8 +10,8 @@ from diffusers import WanPipeline
 
 from tests.shapes.chance import chance_levels
 from univigu.data.video import encode_mp4, read_video, to_frames, to_model_range
-from univigu.models.encode import encode_clips, encode_prompts
-from univigu.models.foundation import Foundation, decode_latents
+from univigu.models.encode import Conventions, encode_clips, encode_prompts
+from univigu.models.foundation import Foundation
 from univigu.models.tokens import tokenize
 from univigu.shapes.metrics import ShapesVideoAccuracy
 from univigu.shapes.renderer import render
@@ -30,7 +30,7 @@ def test_its_vae_keeps_what_matters(foundation: str) -> None:
     scenes = [sample_scene(seed, "test") for seed in range(40)]
     clips = torch.stack([read_video(encode_mp4(render(scene)), 9, 64, 64) for scene in scenes])
     metric = ShapesVideoAccuracy()
-    metric.update(to_frames(decode_latents(vae, encode_clips(vae, to_model_range(clips)))), scenes)
+    metric.update(to_frames(Conventions().decode(vae, encode_clips(vae, to_model_range(clips)))), scenes)
     results = metric.compute()
     for name in ("count", "background", "size", "color", "motion", "speed", "relation", "start", "end"):
         assert results[name] >= 0.95, (name, results[name])

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests import tiny
 from tests.browser import COMMAND, Browser
-from univigu.models.conventions import OFFICIAL, Conventions
+from univigu.models.encode import OFFICIAL, Conventions
 from univigu.pipeline import UniViGUPipeline
 from univigu.viewer import TrajectoryRecorder
 

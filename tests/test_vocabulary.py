@@ -15,7 +15,7 @@ from tests.test_offload import make_pipe
 from tests.training import test_stages as stages
 from tools import convert
 from univigu.checkpoint import load_weights, prune_foundation, prune_model, used_tokens
-from univigu.flow.inputs import TextInputs
+from univigu.flow.text import TextInputs
 from univigu.models.foundation import Foundation
 from univigu.models.lora import LoraOptions
 from univigu.models.official import export_official, import_official

@@ -30,7 +30,7 @@ from univigu.checkpoint import (
 )
 from univigu.cli import ToolParser, exit_code
 from univigu.data.index import index_folder
-from univigu.models.conventions import OFFICIAL, Conventions
+from univigu.models.encode import OFFICIAL, Conventions
 from univigu.models.foundation import EMBEDDED_FOUNDATION, Foundation
 from univigu.models.official import export_official, import_official, import_wan
 

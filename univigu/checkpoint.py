@@ -24,11 +24,10 @@ from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import distribute_tensor
 
-from univigu.models.conventions import CONVENTIONS
-from univigu.models.foundation import COMPONENTS, VOCABULARY, Foundation
+from univigu.models.encode import CONVENTIONS
+from univigu.models.foundation import COMPONENTS, VOCABULARY, Foundation, vocabulary_of
 from univigu.models.lora import LoraOptions, lora_differences, lora_options, merge_lora
 from univigu.models.options import ArchitectureOptions, check_replaced
-from univigu.models.sharded import sharded_reader
 from univigu.models.text import is_text_parameter
 from univigu.models.tokens import clean_text
 from univigu.models.transformer import UniViGUTransformer3DModel
@@ -42,6 +41,7 @@ from univigu.models.weights import (
     load_strictly,
     read_weights,
     reading,
+    sharded_reader,
     unreadable,
 )
 from univigu.training.parallel import reshard
@@ -143,7 +143,7 @@ def start_weights(
     init_from: str | None, foundation: Foundation, architecture: ArchitectureOptions, dtype: WeightDtype
 ) -> UniViGUTransformer3DModel:
     """The transformer that training starts from: a foundation's, extended, or weights for the same architecture."""
-    start = {"wan": foundation.path, "architecture": architecture, **foundation.vocabulary}
+    start = {"wan": foundation.path, "architecture": architecture, **vocabulary_of(foundation.path)}
     if init_from is None:
         return UniViGUTransformer3DModel.from_wan(**start, torch_dtype=dtype)
     config = UniViGUTransformer3DModel.wan_config(**start)
@@ -169,7 +169,7 @@ def model_of(
         name = key.removeprefix(PREFIX)
         state[name] = weights.pop(key)
         state[name] = state[name].to(dtype_of(model, name, dtype))
-    load_strictly(model, state, path, copy=False)
+    load_strictly(model, state, path)
     return model
 
 
@@ -315,7 +315,7 @@ def prune_model(model: UniViGUTransformer3DModel, token_ids: list[int]) -> UniVi
         state[name] = torch.cat([state[name][rows], state[name][len(known) :]])
     config = known_options(UniViGUTransformer3DModel, model.config)
     pruned = empty_model(UniViGUTransformer3DModel, config | {"vocab_size": len(rows), "token_ids": token_ids})
-    load_strictly(pruned, state, "transformer", copy=False)
+    load_strictly(pruned, state, "transformer")
     return pruned
 
 
@@ -323,7 +323,7 @@ def to_wan(model: UniViGUTransformer3DModel) -> WanTransformer3DModel:
     """The plain Wan transformer inside a unified one, with the same tensors; the text stream is dropped."""
     wan = empty_model(WanTransformer3DModel, known_options(WanTransformer3DModel, model.config))
     video = {name: value for name, value in model.state_dict().items() if not is_text_parameter(name)}
-    load_strictly(wan, video, "transformer", copy=False)
+    load_strictly(wan, video, "transformer")
     return wan
 
 

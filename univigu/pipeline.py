@@ -22,24 +22,14 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from univigu.data.buckets import Bucket, latents_shape
+from univigu.data.buckets import Bucket, Grid, latents_shape
 from univigu.flow.random import Generators
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
-from univigu.models.conventions import Conventions
-from univigu.models.encode import encode_prompts
+from univigu.models.encode import Conventions, crop, to_pixels
 from univigu.models.foundation import EMBEDDED_FOUNDATION, EMBEDDED_MODEL, TWO_TRANSFORMERS, Foundation, set_conv_layout
-from univigu.models.frames import crop, to_pixels
-from univigu.models.tokens import (
-    Vocabulary,
-    check_prompts,
-    clean_text,
-    detokenize,
-    list_prompts,
-    replace_words,
-    tokenize,
-)
+from univigu.models.tokens import Vocabulary, clean_text, detokenize, list_prompts, replace_words, tokenize
 from univigu.models.transformer import UniViGUTransformer3DModel
-from univigu.models.weights import CheckpointError, check_files, compute_device
+from univigu.models.weights import CheckpointError, check_files
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.sampler import SampleInputs, Sampler, Samples, StepCallback, StepState, Task
 from univigu.shapes.text_checker import brief_of
@@ -105,9 +95,7 @@ class TaskRunner:
     def encode_ids(self, ids: Tensor) -> Tensor:
         """Token ids [B, S] -> prompt embeddings [B, S, text_dim]."""
         tokenizer, encoder = self.components.tokenizer, self.components.text_encoder
-        zeros = self.conventions.prompt_padding == "zeros"
-        embeds = encode_prompts(encoder, ids.to(compute_device(encoder)), tokenizer.pad_token_id, zeros)
-        return embeds.to(self.device).float()
+        return self.conventions.encode_prompts(encoder, ids, tokenizer.pad_token_id).to(self.device).float()
 
     def texts(self, samples: Samples) -> list[str]:
         """The texts of samples of a task that makes texts."""
@@ -125,14 +113,10 @@ class TaskRunner:
 
     def latents_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
         """Latents' (C, T, H, W) of a video of that size; a ValueError if it is not a whole number of patches."""
-        config = self.components.vae.config
-        temporal, spatial = config.scale_factor_temporal, config.scale_factor_spatial
-        _, down, right = self.transformer.config.patch_size
-        sizes = ("height", height, spatial * down, 0), ("width", width, spatial * right, 0)
-        for name, value, step, rest in (*sizes, ("num_frames", num_frames, temporal, 1)):
-            if value < 1 or value % step != rest % step:
-                raise ValueError(f"{name}={value}: expected a multiple of {step}" + (" plus 1" if rest else ""))
-        return config.z_dim, *latents_shape(Bucket(height, width, num_frames), temporal, spatial)
+        config, patch_size = self.components.vae.config, self.transformer.config.patch_size
+        grid = Grid(config.scale_factor_temporal, config.scale_factor_spatial, patch_size)
+        grid.check(bucket := Bucket(height, width, num_frames), "")
+        return config.z_dim, *latents_shape(bucket, grid.temporal, grid.spatial)
 
     @torch.no_grad()
     def sample(self, task: Task, prompts: list[str] | None, prompt_length: int, **start: Any) -> Samples:
@@ -159,7 +143,7 @@ class UniViGUPipeline(WanPipeline):
     methods. Moving, offloading and saving work as in diffusers. Arguments that several tasks have:
 
     * ``video``: a list of PIL images, or an array or tensor, uint8 or in [0, 1], or a batch of them, see
-      ``univigu.models.frames.to_pixels``. It is cut to 4k+1 frames of whole patches.
+      ``univigu.models.encode.to_pixels``. It is cut to 4k+1 frames of whole patches.
     * ``prompt``: one prompt for all samples, or one for each. A prompt over ``max_sequence_length`` tokens (its end
       included) is a TextTooLongError; only ``pipe(prompt)`` truncates it, as WanPipeline does.
     * ``height``, ``width``: size in pixels; for a given video the size to scale it to, by default its own.
@@ -313,7 +297,6 @@ class UniViGUPipeline(WanPipeline):
         for name in ("transformer", "text_encoder", "tokenizer", "vae"):
             if getattr(self, name) is None:
                 raise ValueError(f"{name}=None: {task} needs one")
-        assert self.transformer is not None
         self._interrupt = False
         options = options or SamplingOptions()
         options.check_keywords(overrides, task, self.transformer.config.text_flow)
@@ -330,7 +313,7 @@ class UniViGUPipeline(WanPipeline):
             prompt = [replace_words(text, words) for text in ([texts] if isinstance(texts, str) else texts)]
         prompts = None if prompt is None else list_prompts(prompt, count, several=task == "caption")
         if prompts is not None:
-            check_prompts(self.tokenizer, prompts, max_sequence_length)
+            tokenize(self.tokenizer, prompts, max_sequence_length, f"max_sequence_length={max_sequence_length}: prompt")
         samples = runner.sample(task, prompts, max_sequence_length, **inputs)
         frames = None if output_type is None else samples.latents
         if frames is not None and output_type != "latent":
@@ -362,14 +345,12 @@ class UniViGUPipeline(WanPipeline):
         """As in WanPipeline, but each prompt by itself, as in training, and with the model's padding."""
         texts = [clean_text(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
         slot = {"padding": "max_length", "max_length": max_sequence_length, "truncation": True}
-        ids = self.tokenizer(texts, return_tensors="pt", **slot).input_ids.to(compute_device(self.text_encoder))
-        zeros = self.conventions.prompt_padding == "zeros"
-        embeds = encode_prompts(self.text_encoder, ids, self.tokenizer.pad_token_id, zeros)
+        ids = self.tokenizer(texts, return_tensors="pt", **slot).input_ids
+        embeds = self.conventions.encode_prompts(self.text_encoder, ids, self.tokenizer.pad_token_id)
         embeds = embeds.to(device or self._execution_device, dtype or self.text_encoder.dtype)
         return embeds.repeat_interleave(num_videos_per_prompt, dim=0)
 
     def _runner(self, options: SamplingOptions | None = None) -> TaskRunner:
-        assert self.transformer is not None
         return TaskRunner(self, self.transformer, lambda: self.scheduler, options, self._execution_device)
 
     def _pixels(self, video: Any, height: int | None, width: int | None) -> Tensor:

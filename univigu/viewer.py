@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from univigu.data.video import to_frames
-from univigu.models.conventions import Conventions
+from univigu.models.encode import Conventions
 from univigu.models.tokens import Vocabulary
 from univigu.sampling.sampler import StepState
 

@@ -35,14 +35,14 @@ each_flow = pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.name)
 def test_path_is_the_source_at_zero_and_the_data_at_one(flow: TextFlow) -> None:
     tokens = torch.randint(V, (2, 50), generator=seeded(0))
     clean = flow.corrupt(tokens, torch.ones(2), seeded(1))
-    assert torch.equal(flow.tokens(clean.x_t), tokens) and torch.equal(clean.tokens, tokens)
-    noisy = flow.corrupt(tokens, torch.zeros(2), seeded(1)).x_t
+    assert torch.equal(flow.tokens(clean), tokens)
+    noisy = flow.corrupt(tokens, torch.zeros(2), seeded(1))
     if isinstance(flow, MaskFlow):
         assert torch.equal(noisy, flow.initial(2, 50))
     else:
         assert float((flow.tokens(noisy) == tokens).float().mean()) < 0.5
     if isinstance(flow, EmbeddingFlow):
-        assert torch.equal(noisy, torch.randn(2, 50, D, generator=seeded(1))) and torch.equal(clean.x_t, TABLE[tokens])
+        assert torch.equal(noisy, torch.randn(2, 50, D, generator=seeded(1))) and torch.equal(clean, TABLE[tokens])
 
 
 @each_flow
@@ -53,7 +53,7 @@ def test_a_sample_alone_is_what_it_is_in_a_batch(flow: TextFlow) -> None:
 
     def run(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         generators = [seeded(20 + i) for i in range(3)][rows]
-        corrupted = flow.corrupt(tokens[rows], t[rows], generators).x_t
+        corrupted = flow.corrupt(tokens[rows], t[rows], generators)
         x = flow.initial(len(generators), 8, generators)
         for now, then in ((0.0, 0.5), (0.5, 1.0)):
             x = flow.step(x, logits[rows], now, then, generators)
@@ -71,18 +71,18 @@ def test_a_sample_alone_is_what_it_is_in_a_batch(flow: TextFlow) -> None:
 def test_bfloat16_logits_are_raised_to_float32(flow: TextFlow) -> None:
     tokens = torch.randint(V, (2, 40), generator=seeded(0))
     t = torch.tensor([0.3, 0.6])
-    corrupted = flow.corrupt(tokens, t, seeded(1))
+    x_t = flow.corrupt(tokens, t, seeded(1))
     logits = torch.randn(2, 40, V, generator=seeded(2)).bfloat16()
-    expected = flow.loss(logits.float(), corrupted, t)
+    expected = flow.loss(logits.float(), x_t, tokens)
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = flow.loss(logits, corrupted, t)
+            loss = flow.loss(logits, x_t, tokens)
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-    expected = flow.step(corrupted.x_t, logits.float(), 0.3, 0.6, seeded(3))
+    expected = flow.step(x_t, logits.float(), 0.3, 0.6, seeded(3))
     with torch.autocast("cpu", torch.bfloat16):
-        step = flow.step(corrupted.x_t, logits, 0.3, 0.6, seeded(3))
-    assert torch.equal(step, expected) and step.dtype == corrupted.x_t.dtype != torch.bfloat16
+        step = flow.step(x_t, logits, 0.3, 0.6, seeded(3))
+    assert torch.equal(step, expected) and step.dtype == x_t.dtype != torch.bfloat16
 
 
 @each_flow
@@ -112,9 +112,9 @@ def test_embedding_loss_is_the_cross_entropy_and_reaches_the_table() -> None:
     table, t = TABLE.clone().requires_grad_(), torch.tensor([0.2, 0.8])
     flow = EmbeddingFlow(V, table=table)
     tokens, head = torch.randint(V, (2, 5), generator=seeded(0)), torch.randn(V, D, generator=seeded(2))
-    corrupted = flow.corrupt(tokens, t, seeded(1))
-    logits = corrupted.x_t @ head.T
-    loss = flow.loss(logits, corrupted, t)
+    x_t = flow.corrupt(tokens, t, seeded(1))
+    logits = x_t @ head.T
+    loss = flow.loss(logits, x_t, tokens)
     torch.testing.assert_close(loss, cross_entropy(logits, tokens))
     loss.sum().backward()
     assert table.grad is not None and float(table.grad.abs().max()) > 1e-3

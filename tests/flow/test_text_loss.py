@@ -13,7 +13,7 @@ from tests import tiny
 from tests.conftest import added_memory, in_fork
 from univigu.flow import objective
 from univigu.flow.objective import MAX_LOGITS, PerToken, UniFlowBatch, UniFlowObjective
-from univigu.flow.text import CorruptedText, make_text_flow
+from univigu.flow.text import make_text_flow
 
 VOCAB = 11
 
@@ -57,9 +57,8 @@ def test_value_and_gradients_are_those_of_all_logits(flow: str) -> None:
 def test_no_more_logits_exist_than_allowed() -> None:
     tokens, linear, sizes = torch.randint(VOCAB, (2, 5)), nn.Linear(3, VOCAB), []
     linear.register_forward_hook(lambda *args: sizes.append(args[2].numel()))
-    corrupted = CorruptedText(tokens, tokens)
     for limit in (10 * VOCAB, 10 * VOCAB - 1, 4 * VOCAB, 1):
-        loss = PerToken(make_text_flow("uniform", VOCAB).loss, corrupted, torch.zeros(2), limit)
+        loss = PerToken(make_text_flow("uniform", VOCAB).loss, tokens, tokens, limit)
         loss(torch.randn(2, 5, 3), linear)
         assert max(sizes) <= max(limit, VOCAB) and sum(sizes) == 10 * VOCAB
         sizes.clear()
@@ -75,7 +74,7 @@ def test_bfloat16_and_autocast() -> None:
         linear.load_state_dict(plain.state_dict())
         flow = make_text_flow("uniform", 20)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = PerToken(flow.loss, CorruptedText(tokens, tokens), torch.zeros(2), max_logits)
+            loss = PerToken(flow.loss, tokens, tokens, max_logits)
             losses = loss(hidden.to(dtype), linear)
         losses.mean().backward()
         assert losses.dtype == torch.float32 and linear.weight.grad is not None and linear.weight.grad.dtype == dtype
@@ -92,9 +91,10 @@ def wans_loss(limit: int, length: int = 256) -> None:
     vocab, width = 256384, 16
     flow, linear = make_text_flow("uniform", vocab), torch.nn.Linear(width, vocab)
     hidden = torch.randn(1, length, width, requires_grad=True)
-    corrupted = flow.corrupt(torch.randint(vocab, (1, length)), torch.full((1,), 0.5))
+    tokens = torch.randint(vocab, (1, length))
+    x_t = flow.corrupt(tokens, torch.full((1,), 0.5))
     linear.weight.grad, linear.bias.grad = torch.zeros(vocab, width), torch.zeros(vocab)
-    PerToken(flow.loss, corrupted, torch.full((1,), 0.5), limit)(hidden, linear).sum().backward()
+    PerToken(flow.loss, x_t, tokens, limit)(hidden, linear).sum().backward()
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests import tiny
-from univigu.flow.inputs import TextInputs
+from univigu.flow.text import TextInputs
 from univigu.models.cache import AttentionCache
 from univigu.models.transformer import UniViGUTransformer3DModel
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from univigu.data.video import to_model_range
-from univigu.models.encode import encode_clips, encode_prompts, group_size
-from univigu.models.foundation import Foundation, normalize_latents
+from univigu.models.encode import encode_clips, encode_prompts, group_size, normalize_latents
+from univigu.models.foundation import Foundation
 from univigu.models.tokens import tokenize
 from univigu.shapes.renderer import render
 from univigu.shapes.scenes import sample_scene

@@ -11,15 +11,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 
 from tests import tiny
-from univigu.models.encode import encode_clips, encode_prompts
+from univigu.models.encode import Conventions, denormalize_latents, encode_clips, encode_prompts, normalize_latents
 from univigu.models.fingerprint import folder_fingerprint
-from univigu.models.foundation import (
-    COMPONENTS,
-    Foundation,
-    decode_latents,
-    denormalize_latents,
-    normalize_latents,
-)
+from univigu.models.foundation import COMPONENTS, Foundation
 from univigu.models.tokens import TextTooLongError, clean_text, detokenize, token_count, tokenize
 
 PROMPTS = ["a red circle moves left.", "", "a  small\tblue   square &amp; a green one"]
@@ -77,7 +71,7 @@ def test_latents_are_normalised_as_wan_pipeline_does(pipeline: WanPipeline) -> N
     torch.testing.assert_close(normalize_latents(latents, vae), (latents - 0.1) / 1.5)
     torch.testing.assert_close(denormalize_latents(normalize_latents(latents, vae), vae), latents)
     with torch.no_grad():
-        video = decode_latents(vae, latents)
+        video = Conventions().decode(vae, latents)
         expected = vae.decode(latents / (1.0 / torch.tensor(1.5)) + 0.1).sample
     torch.testing.assert_close(video, expected)
     assert video.shape == (2, 3, 9, 32, 32)

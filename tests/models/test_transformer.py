@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 from tests import tiny
-from univigu.flow.inputs import TextInputs
+from univigu.flow.text import TextInputs
 from univigu.models.options import ArchitectureOptions, check_replaced
 from univigu.models.transformer import UniViGUTransformer3DModel, UniViGUTransformerOutput
 

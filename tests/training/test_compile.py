@@ -11,9 +11,9 @@ import torch
 from tests import tiny
 from tests.tasks import Tasks
 from univigu.data.video import to_model_range
-from univigu.flow.inputs import TextInputs
-from univigu.models.encode import encode_clips
-from univigu.models.foundation import Foundation, decode_latents
+from univigu.flow.text import TextInputs
+from univigu.models.encode import Conventions, encode_clips
+from univigu.models.foundation import Foundation
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.sampling.options import SamplingOptions
 from univigu.shapes.renderer import render
@@ -93,11 +93,11 @@ def test_slices_are_exact_and_tiles_nearly(foundation: str) -> None:
     vae = Foundation(foundation).vae
     clips = torch.stack([render(sample_scene(seed), 96, 160, 5) for seed in range(2)])
     latents = encode_clips(vae, to_model_range(clips))
-    whole = decode_latents(vae, latents)
+    whole = Conventions().decode(vae, latents)
     vae.enable_slicing()
-    torch.testing.assert_close(decode_latents(vae, latents), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(Conventions().decode(vae, latents), whole, rtol=1e-4, atol=1e-4)
     vae.enable_tiling(64, 64, 48, 48)
-    difference = (decode_latents(vae, latents) - whole).abs().mean()
+    difference = (Conventions().decode(vae, latents) - whole).abs().mean()
     assert 1e-4 < difference < 0.1 * whole.abs().mean()
 
 

@@ -29,8 +29,8 @@ from univigu.flow.objective import TaskMixture
 from univigu.flow.random import make_generator
 from univigu.models.lora import LoraOptions
 from univigu.models.options import ArchitectureOptions
-from univigu.models.sharded import sharded_reader
 from univigu.models.transformer import UniViGUTransformer3DModel
+from univigu.models.weights import sharded_reader
 from univigu.training.callbacks import LastCheckpoint, StageSwitch, WeightEMA
 from univigu.training.module import UniViGU
 from univigu.training.optim import OptimizerOptions

@@ -20,7 +20,7 @@ from tests.conftest import REPO, added_memory, in_fork, run_ranks
 from tools import plan as plan_tool
 from univigu.flow.objective import TaskMixture, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
-from univigu.models.conventions import CONVENTIONS
+from univigu.models.encode import CONVENTIONS
 from univigu.models.lora import LoraOptions
 from univigu.models.official import ARCHITECTURE, official_differences
 from univigu.models.text import is_text_parameter

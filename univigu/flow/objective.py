@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from univigu.flow.inputs import TextInputs
 from univigu.flow.random import make_generator, rand, randn
-from univigu.flow.text import CorruptedText, TextFlow
+from univigu.flow.text import TextFlow, TextInputs
 from univigu.flow.time import sample_text_times, sample_video_times, to_timestep
 from univigu.flow.video import flow_matching_loss, interpolate
 
@@ -158,85 +158,42 @@ def sample_positions(
 
 @dataclass(frozen=True)
 class PerToken:
-    """A function of each token's logits; a ``univigu.flow.inputs.TextReader``."""
+    """A function of each token's logits; a ``univigu.flow.text.TextReader``."""
 
-    function: Callable[[torch.Tensor, CorruptedText, torch.Tensor], torch.Tensor]
-    """Of logits [b, l, V], texts and times [b]; its result [b, l, ...] for a token depends on that token's only."""
-    corrupted: CorruptedText
-    t: torch.Tensor
-    """Flow times [B]."""
+    function: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    """Of logits [b, l, V], x_t and tokens [b, l]; its result [b, l, ...] for a token depends on that token's only."""
+    x_t: torch.Tensor
+    tokens: torch.Tensor
+    """The data's tokens [B, L]."""
     max_logits: int
     """See ``MAX_LOGITS``."""
 
     def __call__(self, hidden: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
         """The function's result [B, L, ...], given hidden states [B, L, D] and the linear layer D -> V."""
-        shape, vocab_size = self.corrupted.tokens.shape, linear.out_features
-        if shape.numel() * vocab_size <= self.max_logits:
-            return self.function(linear(hidden), self.corrupted, self.t)
-        hidden, times = hidden.flatten(0, 1), self.t[:, None].expand(shape).flatten()
-        flat = CorruptedText(*(x.flatten(0, 1) for x in self.corrupted))
+        if self.tokens.numel() * linear.out_features <= self.max_logits:
+            return self.function(linear(hidden), self.x_t, self.tokens)
 
-        def part(hidden: torch.Tensor, rows: slice) -> torch.Tensor:
+        def part(hidden: torch.Tensor, x_t: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
             """Each token as a text of its own."""
-            return self.function(linear(hidden)[:, None], CorruptedText(*(x[rows, None] for x in flat)), times[rows])
+            return self.function(linear(hidden)[:, None], x_t[:, None], tokens[:, None])
 
-        size = max(1, self.max_logits // vocab_size)
-        parts = [slice(start, start + size) for start in range(0, len(hidden), size)]
-        results = [
-            checkpoint(part, hidden[rows], rows, use_reentrant=False, preserve_rng_state=False) for rows in parts
-        ]
-        return torch.cat(results).squeeze(1).unflatten(0, shape)
+        size = max(1, self.max_logits // linear.out_features)
+        parts = zip(*(x.flatten(0, 1).split(size) for x in (hidden, self.x_t, self.tokens)), strict=True)
+        results = [checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False) for inputs in parts]
+        return torch.cat(results).squeeze(1).unflatten(0, self.tokens.shape)
 
 
 @dataclass
-class NoisyTexts:
-    """The texts of a batch's samples at their times t [b], see ``univigu.flow.inputs.TextInputs``."""
-
-    flow: TextFlow
-    corrupted: CorruptedText
-    t: torch.Tensor
-    positions: torch.Tensor | None
-
-    def inputs(self, rows: slice) -> TextInputs:
-        """The transformer's inputs of some samples, for which its text output is their loss [n, L]."""
-        part, positions = CorruptedText(*(x[rows] for x in self.corrupted)), self.positions
-        return TextInputs(
-            part.x_t,
-            to_timestep(self.t[rows]),
-            positions=None if positions is None else positions[rows],
-            reader=PerToken(self.flow.loss, part, self.t[rows], MAX_LOGITS),
-        )
-
-    @torch.no_grad()
-    def self_conditioned(self, model: torch.nn.Module, video: tuple[torch.Tensor, ...], text: TextInputs) -> TextInputs:
-        """The same inputs with the model's own prediction of the data, as in sampling after the first step."""
-
-        def endpoint(logits: torch.Tensor, corrupted: CorruptedText, t: torch.Tensor) -> torch.Tensor:
-            return self.flow.endpoint(logits)  # type: ignore[attr-defined]
-
-        assert isinstance(text.reader, PerToken)
-        first = text._replace(reader=replace(text.reader, function=endpoint))
-        return text._replace(endpoint=model(*video, first).text)
-
-
 class UniFlowObjective:
-    """Computes both modalities' losses for a batch.
+    """Computes both modalities' losses for a batch."""
 
-    Args:
-        shift: timestep shift of the video, above 0; the sampler should use the same one. 1 is no shift.
-        text_time_power: power of the text's times, above 0, see ``univigu.flow.time.sample_text_times``.
-        clean_video_reads_prompt: as in ``univigu.models.options.ArchitectureOptions``.
-    """
-
-    def __init__(
-        self,
-        text_flow: TextFlow,
-        shift: float = 3.0,
-        text_time_power: float = 1.0,
-        clean_video_reads_prompt: bool = True,
-    ) -> None:
-        self.text_flow, self.shift, self.text_time_power = text_flow, shift, text_time_power
-        self.clean_video_reads_prompt = clean_video_reads_prompt
+    text_flow: TextFlow
+    shift: float = 3.0
+    """Timestep shift of the video, above 0; the sampler should use the same one. 1 is no shift."""
+    text_time_power: float = 1.0
+    """Power of the text's times, above 0, see ``univigu.flow.time.sample_text_times``."""
+    clean_video_reads_prompt: bool = True
+    """As in ``univigu.models.options.ArchitectureOptions``."""
 
     def __call__(
         self,
@@ -277,11 +234,14 @@ class UniFlowObjective:
         t_video[joint : joint + understand] = 1.0
         noise = randn(batch.latents.shape, generator, device)
         noisy = interpolate(noise, batch.latents, t_video)
-        texts = self._corrupt(model, batch, joint + understand, text_share, generator)
+        flow, texts, empty = self.text_flow, None, batch.latents.new_zeros(0)
+        tokens = text_times = empty
+        if joint + understand:
+            flow = flow.bind(model)
+            texts, tokens, text_times = self._corrupt(flow, batch, joint + understand, text_share, generator)
         twice = step is not None and bool(torch.rand((), generator=make_generator("cpu", step)) < 0.5)
 
         # 3. A forward pass for each task, so that none goes backward through the clean video of a frozen generator
-        empty = batch.latents.new_zeros(0)
         video, times, text, start, distances = [empty], [empty], [empty], 0, None
         for task, count in zip(("joint", "understand", "generate"), counts, strict=True):
             if not count:
@@ -291,18 +251,20 @@ class UniFlowObjective:
             if texts is None or task == "generate":
                 output = model(*inputs)
             else:
-                shown = texts.inputs(rows)
+                loss = PerToken(flow.loss, texts.tokens[rows], tokens[rows], MAX_LOGITS)
+                shown = TextInputs(texts.tokens[rows], texts.timestep[rows], reader=loss)
+                if texts.positions is not None:
+                    shown = shown._replace(positions=texts.positions[rows])
                 if task == "understand" and not self.clean_video_reads_prompt:
                     inputs = (*inputs[:2], batch.null_embeds.expand(count, -1, -1))
                     shown = shown._replace(prompt_embeds=embeds[rows])
-                if texts.flow.self_conditioning and twice:
-                    shown = texts.self_conditioned(model, inputs, shown)
+                if flow.self_conditioning and twice:
+                    shown = _self_conditioned(flow, model, inputs, shown)
                 output = model(*inputs, shown)
-                loss = output.text.mean(dim=1)
+                text.append(output.text.mean(dim=1))
                 if batch.is_question is not None:
                     longer = max(1.0, output.text.shape[1] / ANSWER_LENGTH)
-                    loss = torch.where(batch.is_question[rows], longer * loss, loss)
-                text.append(loss)
+                    text[-1] = torch.where(batch.is_question[rows], longer * text[-1], text[-1])
             if task == "generate" and teacher is not None:
                 with torch.no_grad():
                     (target,) = teacher(*inputs, return_dict=False)
@@ -310,20 +272,25 @@ class UniFlowObjective:
             elif task != "understand":
                 video.append(flow_matching_loss(output.sample, noise[rows], batch.latents[rows]))
                 times.append(t_video[rows])
-        text_times = empty if texts is None else texts.t
         return UniFlowLosses(torch.cat(video), torch.cat(times), torch.cat(text), text_times, distances)
 
     def _corrupt(
-        self, model: torch.nn.Module, batch: UniFlowBatch, count: int, share: float, generator: torch.Generator | None
-    ) -> NoisyTexts | None:
-        """The first ``count`` samples' texts at random times; None if there are none."""
-        if not count:
-            return None
+        self, flow: TextFlow, batch: UniFlowBatch, count: int, share: float, generator: torch.Generator | None
+    ) -> tuple[TextInputs, torch.Tensor, torch.Tensor]:
+        """The first ``count`` samples' texts at random times: the model's inputs, the data's tokens, and the times."""
         if batch.text_ids is None:
             raise ValueError("text_ids=None: tasks joint and understand need target tokens")
-        flow, tokens, positions = self.text_flow.bind(model), batch.text_ids[:count], None
+        tokens, positions = batch.text_ids[:count], None
         t = flow.warp(sample_text_times(count, self.text_time_power, tokens.device, generator))
         if share < 1:
             positions = sample_positions(count, tokens.shape[1], share, tokens.device, generator)
             tokens = tokens.gather(1, positions)
-        return NoisyTexts(flow, flow.corrupt(tokens, t, generator), t, positions)
+        return TextInputs(flow.corrupt(tokens, t, generator), to_timestep(t), positions=positions), tokens, t
+
+
+@torch.no_grad()
+def _self_conditioned(flow: Any, model: nn.Module, video: tuple[torch.Tensor, ...], text: TextInputs) -> TextInputs:
+    """The same inputs with the model's own prediction of the data, as in sampling after the first step."""
+    assert isinstance(text.reader, PerToken)
+    reader = replace(text.reader, function=lambda logits, *_: flow.endpoint(logits))
+    return text._replace(endpoint=model(*video, text._replace(reader=reader)).text)

@@ -12,11 +12,13 @@ weights: it corrupts tokens for training, computes the loss of logits, and steps
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from univigu.flow.discrete import cross_entropy, jump_probability, nucleus, reveal_surest, sample_categorical
 from univigu.flow.random import Device, Generators, rand, randint, randn
@@ -31,13 +33,27 @@ EMBEDDING_INPUT_SCALE = 0.05
 """Factor of z_t where it enters the network; noise of full size would drown the position embeddings."""
 
 
-class CorruptedText(NamedTuple):
-    """A text at some time between noise and data."""
+TextReader = Callable[[torch.Tensor, nn.Linear], torch.Tensor]
+"""Computes an output from the text's last hidden states [B, L, D] and the linear layer that would give logits."""
 
-    x_t: torch.Tensor
-    """The network's input: int64 ids [B, L], or float32 [B, L, D] for the embedding flow."""
+
+class TextInputs(NamedTuple):
+    """The text's inputs of one forward pass. A named tuple, so that FSDP, DDP and offloading find its tensors."""
+
     tokens: torch.Tensor
-    """The data's tokens x_1, int64 [B, L]."""
+    """Ids [B, L], or for the ``embedding`` flow float states [B, L, D]."""
+    timestep: torch.Tensor
+    """Timestep 1000 * (1 - t) of the text, [B]."""
+    mask: torch.Tensor | None = None
+    """bool [B, L]; False hides a text token from every query. None shows all."""
+    positions: torch.Tensor | None = None
+    """Positions of the tokens in the text, int64 [B, L] from 0; None is 0 to L-1."""
+    endpoint: torch.Tensor | None = None
+    """The previous step's prediction of the data [B, L, D], for the ``embedding`` flow's self-conditioning."""
+    reader: TextReader | None = None
+    """Replaces the text output by a function of the head's hidden states, see ``univigu.models.text.TextHead``."""
+    prompt_embeds: torch.Tensor | None = None
+    """Embeddings [B, S, text_dim] of the prompt (or question) that only the text reads. None: the video's prompt."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +81,12 @@ class TextFlow(ABC):
         return u
 
     @abstractmethod
-    def corrupt(self, tokens: torch.Tensor, t: torch.Tensor, generator: Generators = None) -> CorruptedText:
-        """Draw x_t given the data: tokens int64 [B, L], t [B] in [0, 1]."""
+    def corrupt(self, tokens: torch.Tensor, t: torch.Tensor, generator: Generators = None) -> torch.Tensor:
+        """Draw the network's input x_t given the data: tokens int64 [B, L], t [B] in [0, 1]."""
 
-    def loss(self, logits: torch.Tensor, corrupted: CorruptedText, t: torch.Tensor) -> torch.Tensor:
-        """Loss of every token given logits [B, L, V] at time t [B]: float32 [B, L], to be averaged over all tokens."""
-        return cross_entropy(logits, corrupted.tokens)
+    def loss(self, logits: torch.Tensor, x_t: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Loss of every token x_1 [B, L] given logits [B, L, V] for x_t: float32 [B, L], to be averaged over them."""
+        return cross_entropy(logits, tokens)
 
     @abstractmethod
     def initial(self, batch: int, length: int, generator: Generators = None, device: Device = None) -> torch.Tensor:
@@ -115,10 +131,10 @@ class EmbeddingFlow(TextFlow):
         """Sampling at even u takes the quantiles of the training times."""
         return u**EMBEDDING_TIME_POWER
 
-    def corrupt(self, tokens: torch.Tensor, t: torch.Tensor, generator: Generators = None) -> CorruptedText:
+    def corrupt(self, tokens: torch.Tensor, t: torch.Tensor, generator: Generators = None) -> torch.Tensor:
         """z_t = (1 - t) z_0 + t E[tokens], float32 [B, L, D]; differentiable in E."""
         data = F.embedding(tokens, self._table)
-        return CorruptedText(interpolate(randn(data.shape, generator, data.device), data, t), tokens)
+        return interpolate(randn(data.shape, generator, data.device), data, t)
 
     def initial(self, batch: int, length: int, generator: Generators = None, device: Device = None) -> torch.Tensor:
         """Gaussian noise, float32 [B, L, D], on the table's device unless another is named."""
@@ -169,12 +185,11 @@ class DiscreteFlow(TextFlow):
         """Tokens that the sampler may still change: bool [B, L]."""
         return torch.ones_like(x_t, dtype=torch.bool)
 
-    def corrupt(self, tokens: torch.Tensor, t: torch.Tensor, generator: Generators = None) -> CorruptedText:
+    def corrupt(self, tokens: torch.Tensor, t: torch.Tensor, generator: Generators = None) -> torch.Tensor:
         """Each token is kept with probability t, else drawn from the source: int64 [B, L]."""
         keep = rand(tokens.shape, generator, tokens.device) < expand_time(t, tokens)
         batch, length = tokens.shape
-        source = self.initial(batch, length, generator, tokens.device)
-        return CorruptedText(torch.where(keep, tokens, source), tokens)
+        return torch.where(keep, tokens, self.initial(batch, length, generator, tokens.device))
 
     def step(
         self, x_t: torch.Tensor, logits: torch.Tensor, t: float, t_next: float, generator: Generators = None
@@ -211,9 +226,9 @@ class MaskFlow(DiscreteFlow):
 
     name: ClassVar[str] = "mask"
 
-    def loss(self, logits: torch.Tensor, corrupted: CorruptedText, t: torch.Tensor) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor, x_t: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """As for every flow, and 0 where a token is revealed."""
-        return torch.where(self.may_jump(corrupted.x_t), super().loss(logits, corrupted, t), 0.0)
+        return torch.where(self.may_jump(x_t), super().loss(logits, x_t, tokens), 0.0)
 
     def initial(self, batch: int, length: int, generator: Generators = None, device: Device = None) -> torch.Tensor:
         """Masks everywhere, int64 [B, L]. Draws nothing."""

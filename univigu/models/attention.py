@@ -21,13 +21,6 @@ VideoOnly = bool | torch.Tensor
 """Whether video queries attend to video keys only: the same for all samples, or bool [B]."""
 
 
-def same_for_all(selected: torch.Tensor) -> VideoOnly:
-    """A bool [B] as one bool if the samples agree. Not under ``torch.compile``: a graph cannot depend on values."""
-    if torch.compiler.is_compiling() or 0 < selected.sum() < len(selected):
-        return selected
-    return bool(selected.all())
-
-
 def joint_attention(
     attn: WanAttention,
     attn_t: WanAttention | None,
@@ -67,7 +60,14 @@ def joint_attention(
         out_v, out_t = _attend(attn, query, *read_by_text, key_mask).split([video.shape[1], text.shape[1]], dim=1)
     else:
         out_t = _attend(attn, query_t, *read_by_text, key_mask)
-        out_v = _attend_video(attn, query_v, of_video, of_text, key_mask, video_only)
+        if isinstance(video_only, torch.Tensor):  # the samples differ: a mask hides the text's keys
+            hidden = repeat(~video_only, "b -> b 1 1 l", l=text.shape[1])
+            mask = pad(hidden, (video.shape[1], 0), value=True)
+            key_mask = mask if key_mask is None else mask & key_mask
+        if video_only is True:
+            out_v = _attend(attn, query_v, *of_video, None)
+        else:
+            out_v = _attend(attn, query_v, *_concatenate(of_video, of_text), key_mask)
     if attn_t is not None:
         return _project_out(attn, out_v), _project_out(attn_t, out_t)
     return apply_together(partial(_project_out, attn), out_v, out_t)
@@ -93,25 +93,6 @@ def video_attention(
 def _concatenate(video: KeyValue, text: KeyValue) -> KeyValue:
     """Keys and values of [video ; text]."""
     return torch.cat([video[0], text[0]], dim=1), torch.cat([video[1], text[1]], dim=1)
-
-
-def _attend_video(
-    attn: WanAttention,
-    query: torch.Tensor,
-    video: KeyValue,
-    text: KeyValue,
-    key_mask: torch.Tensor | None,
-    video_only: VideoOnly,
-) -> torch.Tensor:
-    """Attention of the video's queries [B, N, heads, head_dim] to both streams, or to the video in some samples."""
-    if video_only is True:
-        return _attend(attn, query, *video, None)
-    if isinstance(video_only, torch.Tensor):  # the samples differ: a mask hides the text's keys
-        shown = torch.ones_like(query[..., 0, 0], dtype=torch.bool)
-        hidden = repeat(~video_only, "b -> b l", l=text[0].shape[1])
-        mask = torch.cat([shown, hidden], dim=1)[:, None, None]
-        key_mask = mask if key_mask is None else mask & key_mask
-    return _attend(attn, query, *_concatenate(video, text), key_mask)
 
 
 def apply_together(

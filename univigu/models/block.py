@@ -63,8 +63,10 @@ class UniViGUTransformerBlock(WanTransformerBlock):
         normed_v = modulate(self.norm1, hidden_states, shift_v, scale_v)
         normed_t = modulate(self.norm1, text.states, shift_t, scale_t)
         if hidden_states is None:
+            assert cache is not None
             out_v, out_t = None, text_attention(self.attn1_t or self.attn1, normed_t, text, cache)
         elif text.states is None:
+            assert cache is not None
             out_v, out_t = video_attention(self.attn1, self.attn1_t, normed_v, rotary_emb, cache, for_text), None
         else:
             out_v, out_t = joint_attention(

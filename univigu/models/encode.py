@@ -1,20 +1,103 @@
-"""Clips to latents and prompts to embeddings: the one implementation for training, pipeline and precomputation.
+"""Videos to latents and back, and prompts to embeddings: the one implementation for training, pipeline and encoding.
 
-A clip's latents and a prompt's embeddings depend on neither the batch nor the entry point, bit for bit.
+A clip's latents and a prompt's embeddings depend on neither the batch nor the entry point, bit for bit. A model may
+know them under other ``Conventions`` than WanPipeline's, which its configuration records.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
+from einops import rearrange
+from PIL import Image
 from transformers import UMT5EncoderModel
 
-from univigu.models.foundation import normalize_latents
 from univigu.models.weights import compute_device
 
+NullCondition = Literal["encoded", "zeros"]
+PromptPadding = Literal["zeros", "encoded"]
+
+CHANNELS = (1, 3, 4)  # gray, RGB, RGBA
 MAX_CLIPS, MAX_PIXELS = 4, 2**18
 """Limits of a group of clips that is encoded in one call: clips, and pixels of all their frames."""
+
+
+def to_pixels(video: Any, height: int | None = None, width: int | None = None) -> torch.Tensor:
+    """A video or a batch of them as RGB, float32 [B, 3, F, H, W] in [-1, 1], scaled to a size if one is given.
+
+    Takes PIL images, a list a video; numpy arrays and torch tensors [F, H, W, C] or [F, C, H, W] of 1, 3 or 4 channels,
+    uint8 or floats in [0, 1]; batches and lists of them. Where both layouts fit, an array has its channels last and a
+    tensor first. Opacity is ignored. A ValueError names another type, shape or range.
+    """
+    stacked = _stacked([video] if isinstance(video, Image.Image) else video)
+    frames = torch.as_tensor(np.ascontiguousarray(stacked) if isinstance(stacked, np.ndarray) else stacked)
+    if frames.ndim == 4:
+        frames = frames[None]
+    first, last = (frames.ndim == 5 and frames.shape[axis] in CHANNELS for axis in (2, 4))
+    if not first and not last:
+        shape = list(stacked.shape)
+        raise ValueError(f"video: shape {shape}, expected [F, H, W, C] or [F, C, H, W] with 1, 3 or 4 channels")
+    if last and (not first or isinstance(stacked, np.ndarray)):
+        frames = rearrange(frames, "b f h w c -> b f c h w")
+    if frames.dtype == torch.uint8:
+        frames = frames.float() / 255
+    elif not frames.is_floating_point():
+        raise ValueError(f"video: dtype {stacked.dtype}, expected uint8 or floats in [0, 1]")
+    low, high = frames.aminmax()
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # also for NaN
+        raise ValueError(f"video: floats from {low:g} to {high:g}, expected [0, 1], or uint8")
+    size = height or frames.shape[3], width or frames.shape[4]
+    images = frames.float().clamp(0, 1)[:, :, :3].flatten(0, 1)
+    if size != frames.shape[3:]:
+        images = F.interpolate(images, size, mode="bilinear", antialias=True)
+    pixels = rearrange(images, "(b f) c h w -> b c f h w", b=len(frames)) * 2 - 1
+    return pixels.expand(-1, 3, -1, -1, -1)
+
+
+def crop(pixels: torch.Tensor, temporal: int, down: int, right: int) -> torch.Tensor:
+    """Videos [B, C, F, H, W] cropped to 1 + n * ``temporal`` frames and multiples of ``down`` and ``right`` pixels."""
+    frames, height, width = pixels.shape[2:]
+    if height < down or width < right:
+        raise ValueError(f"video: {height} x {width} pixels, expected at least {down} x {right}")
+    return pixels[:, :, : (frames - 1) // temporal * temporal + 1, : height // down * down, : width // right * right]
+
+
+def _stacked(video: Any) -> Any:
+    """Lists of images, arrays or tensors as one array or tensor."""
+    if isinstance(video, Image.Image):
+        return np.asarray(video.convert("RGB"))
+    if isinstance(video, np.ndarray | torch.Tensor):
+        return video
+    if not isinstance(video, list | tuple) or not video:
+        raise ValueError(f"video: {type(video).__name__}, expected a list of PIL images, an array or a tensor")
+    parts = [_stacked(part) for part in video]
+    if len({(type(part), part.shape) for part in parts}) > 1:
+        raise ValueError("video: a list of frames or videos of several types or shapes")
+    return np.stack(parts) if isinstance(parts[0], np.ndarray) else torch.stack(parts)
+
+
+def _statistics(vae: AutoencoderKLWan, like: torch.Tensor) -> list[torch.Tensor]:
+    """Mean and deviation of a VAE's latents a channel, each [1, C, 1, 1, 1]."""
+    values = vae.config.latents_mean, vae.config.latents_std
+    return [torch.tensor(value).view(1, -1, 1, 1, 1).to(like.device, like.dtype) for value in values]
+
+
+def normalize_latents(latents: torch.Tensor, vae: AutoencoderKLWan) -> torch.Tensor:
+    """VAE latents [B, C, T, H, W] to zero mean and unit deviation a channel, as the transformer wants them."""
+    mean, std = _statistics(vae, latents)
+    return (latents - mean) / std
+
+
+def denormalize_latents(latents: torch.Tensor, vae: AutoencoderKLWan) -> torch.Tensor:
+    """The inverse of ``normalize_latents``, exactly as diffusers' WanPipeline computes it."""
+    mean, std = _statistics(vae, latents)
+    return latents / (1.0 / std) + mean
 
 
 def group_size(num_frames: int, height: int, width: int) -> int:
@@ -50,9 +133,58 @@ def encode_prompts(
     Past a prompt's end they are zero, or with ``zero_padding=False`` what the encoder gives for padding.
     """
     rows = []
-    for row in ids:
+    for row in ids.to(compute_device(text_encoder)):
         mask = (row != pad_token_id)[None]
         shown = int(mask.sum()) if zero_padding else len(row)
         embeds = text_encoder(row[None, :shown], mask[:, :shown].long()).last_hidden_state
         rows.append(F.pad(embeds, (0, 0, 0, len(row) - shown)))
     return torch.cat(rows)
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """The defaults are WanPipeline's; models made elsewhere may have been trained with others."""
+
+    latents_normalized: bool = True
+    """Whether latents have zero mean and unit deviation a channel; False takes the VAE's own."""
+    null_condition: NullCondition = "encoded"
+    """The null condition: the encoded empty prompt, or zeros."""
+    prompt_padding: PromptPadding = "zeros"
+    """Prompt embeddings past the prompt's end: zeros, or what the text encoder gives for padding."""
+
+    def __post_init__(self) -> None:
+        for name in ("null_condition", "prompt_padding"):
+            if getattr(self, name) not in ("encoded", "zeros"):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected 'encoded' or 'zeros'")
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Self:
+        """Those of a model's configuration; missing entries are the defaults."""
+        return cls(**{name: config[name] for name in CONVENTIONS if name in config})
+
+    def null(self, embeds: torch.Tensor) -> torch.Tensor:
+        """The null condition, given the encoded empty prompt [..., S, text_dim]."""
+        return torch.zeros_like(embeds) if self.null_condition == "zeros" else embeds
+
+    def encode_prompts(self, text_encoder: UMT5EncoderModel, ids: torch.Tensor, pad_token_id: int) -> torch.Tensor:
+        """Token ids [B, S] -> prompt embeddings [B, S, text_dim], padded as the model knows them."""
+        return encode_prompts(text_encoder, ids, pad_token_id, self.prompt_padding == "zeros")
+
+    def encode(self, vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
+        """Video [B, C, F, H, W] in [-1, 1] -> float32 latents [B, C, T, H, W] for the transformer."""
+        return self.from_normalized(encode_clips(vae, video), vae)
+
+    def from_normalized(self, latents: torch.Tensor, vae: AutoencoderKLWan) -> torch.Tensor:
+        """Normalised latents, as in shards, for the transformer."""
+        return latents if self.latents_normalized else denormalize_latents(latents, vae)
+
+    def decode(self, vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+        """The transformer's latents [B, C, T, H, W] -> video [B, C, F, H, W], roughly in [-1, 1]."""
+        latents = latents.to(compute_device(vae), vae.dtype)
+        return vae.decode(denormalize_latents(latents, vae) if self.latents_normalized else latents).sample
+
+
+CONVENTIONS = tuple(field.name for field in fields(Conventions))
+"""Names of the entries in a model's configuration."""
+OFFICIAL = Conventions(latents_normalized=False, null_condition="zeros", prompt_padding="encoded")
+"""The official preview's, as far as is known."""

@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
-from univigu.models.weights import WeightFiles, check_complete, compute_device, load_model, reading
+from univigu.models.weights import WeightFiles, check_complete, load_model, reading
 
 EMBEDDED_FOUNDATION = str(Path(__file__).resolve().parents[1] / "assets" / "foundation")
 EMBEDDED_MODEL = str(Path(EMBEDDED_FOUNDATION).with_name("model"))
@@ -28,32 +28,9 @@ VOCABULARY = "vocabulary.json"
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
 
 
-def _statistics(vae: AutoencoderKLWan, like: torch.Tensor) -> list[torch.Tensor]:
-    """Mean and deviation of a VAE's latents a channel, each [1, C, 1, 1, 1]."""
-    values = vae.config.latents_mean, vae.config.latents_std
-    return [torch.tensor(value).view(1, -1, 1, 1, 1).to(like.device, like.dtype) for value in values]
-
-
-def normalize_latents(latents: torch.Tensor, vae: AutoencoderKLWan) -> torch.Tensor:
-    """VAE latents [B, C, T, H, W] to zero mean and unit deviation a channel, as the transformer wants them."""
-    mean, std = _statistics(vae, latents)
-    return (latents - mean) / std
-
-
-def denormalize_latents(latents: torch.Tensor, vae: AutoencoderKLWan) -> torch.Tensor:
-    """The inverse of ``normalize_latents``, exactly as diffusers' WanPipeline computes it."""
-    mean, std = _statistics(vae, latents)
-    return latents / (1.0 / std) + mean
-
-
-def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """Normalised latents [B, C, T, H, W] -> video [B, C, F, H, W], roughly in [-1, 1]."""
-    latents = latents.to(compute_device(vae), vae.dtype)
-    return vae.decode(denormalize_latents(latents, vae)).sample
-
-
 def vocabulary_of(folder: Path) -> dict[str, Any]:
-    """As ``Foundation.vocabulary``."""
+    """Options of a foundation's transformer: ``vocab_size``, the number of ids that the text encoder takes (which may
+    be more than the tokenizer gives), or that of the ``token_ids`` which texts are made of in a pruned folder."""
     if (folder / VOCABULARY).is_file():
         ids = json.loads((folder / VOCABULARY).read_text())
         return {"vocab_size": len(ids), "token_ids": ids}
@@ -122,12 +99,6 @@ class Foundation:
             model.enable_slicing()
             model.enable_tiling()
         return set_conv_layout(model.requires_grad_(False).eval().to(self._device))
-
-    @property
-    def vocabulary(self) -> dict[str, Any]:
-        """Options of a transformer: ``vocab_size``, the number of ids that the text encoder takes (which may be more
-        than the tokenizer gives), or that of the ``token_ids`` which texts are made of in a pruned folder."""
-        return vocabulary_of(self.path)
 
     def scheduler(self) -> Any:
         """A fresh scheduler of the class and configuration the folder names (schedulers carry state)."""

@@ -25,10 +25,9 @@ class LoraOptions:
     """Which attention layers: "attn1" is the self-attention of both streams, "attn2" the attention to the prompt."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"lora.rank={self.rank!r}: expected at least 1")
-        if self.alpha < 1:
-            raise ValueError(f"lora.alpha={self.alpha!r}: expected at least 1")
+        for name in ("rank", "alpha"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"lora.{name}={getattr(self, name)!r}: expected at least 1")
         if not self.attention or set(self.attention) - {"attn1", "attn2"}:
             raise ValueError(f"lora.attention={self.attention!r}: expected some of 'attn1', 'attn2'")
 

@@ -16,15 +16,14 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-from univigu.models.conventions import OFFICIAL, Conventions
+from univigu.models.encode import OFFICIAL, Conventions
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import (
     CheckpointError,
     empty_model,
-    known_options,
     load_strictly,
     read_weights,
-    transformer_folder,
+    wan_options,
 )
 
 ROTARY_KEY = "rotary_emb_text.inv_freq"  # a buffer that the official files store
@@ -89,12 +88,11 @@ def import_official(
             raise CheckpointError(f"{path}: key {key!r} is there twice, with and without a wrapper's prefix")
         state[key] = value
     state.pop(ROTARY_KEY, None)
-    head = state.get("text_head.linear.weight", state.get("vocab_embed.weight"))
-    if head is None:
-        raise CheckpointError(f"{path}: missing keys ['text_head.linear.weight', 'vocab_embed.weight']")
-    config = _wan_config(wan_transformer) | {"vocab_size": head.shape[0], "text_flow": text_flow} | vars(conventions)
+    head = state.get("text_head.linear.weight")
+    vocab_size = 1 if head is None else len(head)  # a missing key is named below
+    config = wan_options(wan_transformer) | {"vocab_size": vocab_size, "text_flow": text_flow} | vars(conventions)
     model = empty_model(UniViGUTransformer3DModel, config)
-    load_strictly(model, state, path, {name: official_name(name) for name in model.state_dict()}, copy=False)
+    load_strictly(model, state, path, {name: official_name(name) for name in model.state_dict()})
     return model.requires_grad_(True).eval()
 
 
@@ -157,23 +155,16 @@ def import_wan(path: str | Path, wan_transformer: str | Path | None = None) -> W
         CheckpointError: unreadable, or keys that are missing, unexpected or of another shape, all named.
     """
     state = dict(convert_wan_transformer_to_diffusers(dict(read_weights(path))))
-    if missing := [key for key in WAN_KEYS if key not in state]:
-        raise CheckpointError(f"{path}: not a Wan transformer: missing keys {missing}")
-    config = _wan_config(wan_transformer) if wan_transformer is not None else _infer_config(path, state)
+    config = _infer_config(path, state) if wan_transformer is None else wan_options(wan_transformer)
     wan = empty_model(WanTransformer3DModel, config)
-    load_strictly(wan, state, path, copy=False)
+    load_strictly(wan, state, path)
     return wan.eval()
-
-
-def _wan_config(wan: str | Path | WanTransformer3DModel) -> dict[str, Any]:
-    if isinstance(wan, WanTransformer3DModel):
-        return known_options(WanTransformer3DModel, wan.config)
-    config = WanTransformer3DModel.load_config(transformer_folder(wan))  # type: ignore[arg-type]
-    return known_options(WanTransformer3DModel, config)
 
 
 def _infer_config(path: str | Path, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Sizes of a Wan2.1 text-to-video transformer."""
+    if missing := [key for key in WAN_KEYS if key not in state]:
+        raise CheckpointError(f"{path}: not a Wan transformer: missing keys {missing}")
     patch, head, ffn, text, time = (state[key] for key in WAN_KEYS)  # patch: [D, C, pt, ph, pw]
     width, patch_size = patch.shape[0], tuple(patch.shape[2:])
     layers = [int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))]

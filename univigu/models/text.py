@@ -10,7 +10,7 @@ from diffusers.models.embeddings import TimestepEmbedding, get_1d_rotary_pos_emb
 from diffusers.models.normalization import FP32LayerNorm
 from torch import nn
 
-from univigu.flow.inputs import TextInputs, TextReader
+from univigu.flow.text import TextInputs, TextReader
 from univigu.models.cache import AttentionCache
 from univigu.models.weights import WeightDtype, dtype_of
 
@@ -149,7 +149,7 @@ def check_inputs(
         raise ValueError("enable_cache: its cached blocks know no text and no prompt's keys; call disable_cache()")
     if cache is not None and torch.is_grad_enabled():
         raise ValueError("cache: its keys and values carry no gradients; use it under torch.no_grad()")
-    cached = None if cache is None else cache.of_video
+    cached, room = (None, 0) if cache is None else (cache.of_video, cache.text_tokens)
     if video is None and (text is None or cached is None):
         raise ValueError("hidden_states=None: expected text and a cache filled by a pass with video")
     if text is None:
@@ -158,7 +158,7 @@ def check_inputs(
         assert timestep is not None
         if config.clean_video_reads_text or bool((timestep != 0).any()):
             raise ValueError("predict_video=False: without text it is for clean video that does not read text")
-        if cache is None or not cache.text_tokens:
+        if not room:
             raise ValueError("predict_video=False: without text it fills a cache, AttentionCache(text_tokens=...)")
         return
     embedding = config.text_flow == "embedding"
@@ -170,9 +170,9 @@ def check_inputs(
         raise ValueError(f"text.tokens has {batch} rows: expected {video.shape[0]}, as hidden_states")
     if video is not None and cache is not None and text.prompt_embeds is not None:
         raise ValueError("text.prompt_embeds: with a cache only in passes without video")
-    if video is None and (batch % len(cached) or length != cache.text_tokens):
-        room = f"{cache.text_tokens} tokens beside each of {len(cached)} videos"
-        raise ValueError(f"text.tokens has shape {[batch, length]}: the cache has room for {room}")
+    if video is None and cached is not None and (batch % len(cached) or length != room):
+        found = f"{room} tokens beside each of {len(cached)} videos"
+        raise ValueError(f"text.tokens has shape {[batch, length]}: the cache has room for {found}")
     for name, value, dtype, shape in (
         ("timestep", timestep, None, [batch, *([] if timestep is None else timestep.shape[1:2])]),
         ("text.timestep", text.timestep, None, [batch]),

@@ -23,14 +23,14 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput, apply_lora_scale
 from einops import rearrange
 from torch import nn
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn.functional import pad
 
-from univigu.flow.inputs import TextInputs, TextReader
-from univigu.flow.text import EMBEDDING_INPUT_SCALE
-from univigu.models.attention import VideoOnly, same_for_all
+from univigu.flow.text import EMBEDDING_INPUT_SCALE, TextInputs, TextReader
+from univigu.models.attention import VideoOnly
 from univigu.models.block import UniViGUTransformerBlock, modulate
 from univigu.models.cache import AttentionCache
-from univigu.models.conventions import Conventions, NullCondition, PromptPadding
+from univigu.models.encode import Conventions, NullCondition, PromptPadding
 from univigu.models.internals import run_block
 from univigu.models.options import ArchitectureOptions, TextAttention, TextFlowName, check_replaced
 from univigu.models.text import (
@@ -48,13 +48,12 @@ from univigu.models.weights import (
     check_complete,
     check_files,
     compute_device,
-    embedding_rows,
     empty_model,
     known_options,
     load_strictly,
     read_weights,
-    reading,
     transformer_folder,
+    wan_options,
 )
 
 
@@ -73,7 +72,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
     """Wan's transformer, extended by a text stream. Wan's weights keep their names.
 
     Arguments from ``text_flow`` to ``clean_video_timestep`` are ``univigu.models.options.ArchitectureOptions``, those
-    of ``univigu.models.conventions.Conventions`` have its names. The first ones are diffusers'.
+    of ``univigu.models.encode.Conventions`` have its names. The first ones are diffusers'.
 
     Args:
         token_ids: the ids of the tokenizer that texts consist of, ascending; None is all of them.
@@ -199,13 +198,12 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         check_inputs(self, text, hidden_states, timestep, cache, predict_video)
 
         # 1. The video: tokens, prompt, time and positions
-        states, others, temb, video_only = None, [None] * 3, None, False
-        if hidden_states is not None:
-            if text is not None or not predict_video:
-                timestep, video_only = self._clean_video(timestep)
-            states, *others, temb = self._embed_video(hidden_states, timestep, *prompt)
-            if cache is not None:
-                cache.begin(encoder_hidden_states, len(self.blocks), 0 if text is None else text.tokens.shape[1])
+        video_only: VideoOnly = False
+        if hidden_states is not None and (text is not None or not predict_video):
+            timestep, video_only = self._clean_video(timestep)
+        if hidden_states is not None and cache is not None:
+            cache.begin(encoder_hidden_states, len(self.blocks), 0 if text is None else text.tokens.shape[1])
+        states, *others, temb = self._embed_video(hidden_states, timestep, *prompt)
 
         # 2. The text: tokens, time, positions, and a prompt if it has its own
         stream, temb_t = self._embed_text(text, states, encoder_hidden_states, cache)
@@ -227,17 +225,22 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
 
     def _clean_video(self, timestep: torch.Tensor) -> tuple[torch.Tensor, VideoOnly]:
         """The timestep that conditions the video, and the samples whose clean video does not read text."""
-        video_only: VideoOnly = False
+        video_only: Any = False
         if not self.config.clean_video_reads_text:
-            video_only = same_for_all(timestep.view(len(timestep), -1).eq(0).all(1))
+            video_only = timestep.view(len(timestep), -1).eq(0).all(1)
+            # One bool if the samples agree. Not under torch.compile: a graph cannot depend on values.
+            if not torch.compiler.is_compiling() and video_only.all() == video_only.any():
+                video_only = bool(video_only.all())
         if self.config.clean_video_timestep:
             timestep = timestep.float().where(timestep > 0, self.config.clean_video_timestep)
         return timestep, video_only
 
     def _embed_video(
-        self, latents: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor, image: torch.Tensor | None
+        self, latents: torch.Tensor | None, timestep: Any, prompt: Any, image: torch.Tensor | None
     ) -> tuple[Any, ...]:
         """A block's tokens [B, N, D], prompt, modulation [B, 1 or N, 6, D] and positions; the time's embedding."""
+        if latents is None:
+            return (None,) * 5
         rotary = self.rope(latents)
         tokens = rearrange(self.patch_embedding(latents), "b d t h w -> b (t h w) d").contiguous()
         temb, modulation, context, image_context = self.condition_embedder(
@@ -286,14 +289,19 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         pattern = "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)"
         return rearrange(video, pattern, t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
 
-    def _text_head(self, states: torch.Tensor, temb: torch.Tensor, reader: TextReader | None) -> torch.Tensor:
+    def _text_head(self, states: Any, temb: torch.Tensor, reader: TextReader | None) -> torch.Tensor:
         """Tokens [B, L, D] -> logits [B, L, V], or what the reader returns."""
         shift, scale = (self.scale_shift_table_t.to(temb.device) + temb[:, None]).chunk(2, dim=1)
         return self.text_head(states, shift, scale, reader)
 
     def token_table(self) -> torch.Tensor:
         """The token embeddings with rows of RMS 1, float32 [V, D]: the data points of the ``embedding`` flow."""
-        table = embedding_rows(self.vocab_embed, self.config.vocab_size).to(compute_device(self)).float()
+        weight, count, device = self.vocab_embed.weight, self.config.vocab_size, compute_device(self.vocab_embed)
+        if weight.device != device:  # offloaded: its weights are there while it is called
+            weight = self.vocab_embed(torch.arange(count, device=device))
+        elif isinstance(weight, DTensor):  # sharded: gradients are averaged over processes
+            weight = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
+        table = weight[:count].to(compute_device(self)).float()
         return table * torch.rsqrt(table.square().mean(-1, keepdim=True) + 1e-8)
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
@@ -336,12 +344,8 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         token_ids: list[int] | None = None,
     ) -> dict[str, Any]:
         """The configuration of a model that extends a Wan transformer, as of ``from_wan``."""
-        config: Any = wan.config if isinstance(wan, WanTransformer3DModel) else None
-        if config is None:
-            with reading(folder := transformer_folder(wan)):
-                config = WanTransformer3DModel.load_config(folder)
         options = asdict(architecture or ArchitectureOptions()) | {"vocab_size": vocab_size, "token_ids": token_ids}
-        return known_options(WanTransformer3DModel, config) | options
+        return wan_options(wan) | options
 
     @classmethod
     def from_config(cls, config: Any, *args: Any, **kwargs: Any) -> Any:

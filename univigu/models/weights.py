@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import pickle
 import re
@@ -16,8 +17,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, not an Exception
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from univigu.models.internals import execution_device
 
@@ -142,6 +144,39 @@ def read_weights(path: str | Path) -> Mapping[str, Any]:
     return content
 
 
+METADATA_CLASSES = {
+    "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata "
+    "ChunkStorageMetadata TensorProperties StorageMeta _MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch.serialization": "_get_layout",
+    "torch": "Size",
+    "pathlib": "PosixPath WindowsPath",
+    "collections": "OrderedDict",
+}
+"""What a ``.metadata`` file consists of, besides torch's dtypes: names by module."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in METADATA_CLASSES.get(module, "").split():
+            return super().find_class(module, name)
+        raise CheckpointError(f"its .metadata refers to {module}.{name}, which could run code")
+
+
+def sharded_reader(folder: Path) -> FileSystemReader:
+    """torch's reader of a sharded checkpoint, after a check that reading its pickles runs no code; else a
+    CheckpointError."""
+    with reading(folder):
+        metadata: Metadata = _Unpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
+        for index, info in (metadata.storage_data or {}).items():
+            if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):  # torch unpickles these
+                with (folder / info.relative_path).open("rb") as file:
+                    file.seek(info.offset)
+                    torch.load(io.BytesIO(file.read(info.length)), weights_only=True)
+        return FileSystemReader(folder)
+
+
 WeightDtype = torch.dtype | Callable[[str], torch.dtype]
 """The dtype to load weights in, or a function of a weight's name."""
 
@@ -158,7 +193,6 @@ def load_strictly(
     source: Any,
     names: Mapping[str, str] | None = None,
     dtype: WeightDtype | None = None,
-    copy: bool = True,
 ) -> None:
     """Replace weights of a model, usually one on the meta device, by those of a state dict with exactly these keys.
 
@@ -166,35 +200,31 @@ def load_strictly(
 
     Args:
         source: what the state dict was read from.
-        names: the name in the state dict of each of the model's weights to load, by default all by their own names.
+        names: the name in the state dict of each of the model's weights to load, of which each is a copy. By default
+            all by their own names, and what needs no conversion is the state dict's own tensor.
         dtype: as of ``dtype_of``; None keeps the state dict's.
-        copy: also what needs no conversion; otherwise the model takes the state dict's own tensors.
 
     A CheckpointError names ``source`` and every missing and unexpected key and wrong shape.
     """
-    parameters = model.state_dict()
-    names = {name: name for name in parameters} if names is None else names
-    shapes: dict[str, tuple[list[int], list[int]]] = {}
+    own, copy = model.state_dict(), names is not None
+    names = {name: name for name in own} if names is None else names
+    shapes = {
+        theirs: (list(state[theirs].shape), list(own[ours].shape)) for ours, theirs in names.items() if theirs in state
+    }
     problems = {
         "missing keys": sorted(set(names.values()) - state.keys()),
         "unexpected keys": sorted(state.keys() - set(names.values())),
-        "wrong shapes (file, model)": shapes,
+        "wrong shapes (file, model)": {name: pair for name, pair in shapes.items() if pair[0] != pair[1]},
     }
-    loaded: dict[str, torch.Tensor] = {}
-    for ours, theirs in names.items():
-        if theirs not in state:
-            continue
-        value = state[theirs]
-        if value.shape != parameters[ours].shape:
-            shapes[theirs] = list(value.shape), list(parameters[ours].shape)
-        elif not problems["missing keys"]:
-            wanted = value.dtype if dtype is None else dtype_of(model, ours, dtype)
-            loaded[ours] = (
-                state.converted(theirs, wanted) if isinstance(state, WeightFiles) else value.to(wanted, copy=copy)
-            )
     if any(problems.values()):
         found = ", ".join(f"{problem} {keys}" for problem, keys in problems.items() if keys)
         raise CheckpointError(f"{source}: weights do not fit: {found}")
+    loaded: dict[str, torch.Tensor] = {}
+    for ours, theirs in names.items():
+        value = state[theirs]
+        wanted = value.dtype if dtype is None else dtype_of(model, ours, dtype)
+        converted = state.converted(theirs, wanted) if isinstance(state, WeightFiles) else value.to(wanted, copy=copy)
+        loaded[ours] = converted
     model.load_state_dict(loaded, strict=False, assign=True)
 
 
@@ -240,19 +270,17 @@ def compute_device(component: torch.nn.Module) -> torch.device:
     return next(component.parameters()).device
 
 
-def embedding_rows(embedding: torch.nn.Embedding, count: int) -> torch.Tensor:
-    """The first rows of an embedding, also if it is offloaded, or sharded (gradients are averaged over processes)."""
-    weight = embedding.weight
-    if weight.device != (device := compute_device(embedding)):  # offloaded: its weights are there while it is called
-        return embedding(torch.arange(count, device=device))
-    if isinstance(weight, DTensor):
-        weight = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
-    return weight[:count]
-
-
 def transformer_folder(path: str | Path) -> Path:
     """The transformer's folder, given itself or the pipeline's; FileNotFoundError if there is none."""
     for folder in (Path(path), Path(path) / "transformer"):
         if (folder / "config.json").is_file():
             return folder
     raise FileNotFoundError(f"{path}: neither a transformer folder nor a pipeline folder (no config.json found)")
+
+
+def wan_options(wan: str | Path | WanTransformer3DModel) -> dict[str, Any]:
+    """The options of a Wan transformer, given as a model or as its or its pipeline's folder."""
+    if isinstance(wan, WanTransformer3DModel):
+        return known_options(WanTransformer3DModel, wan.config)
+    with reading(folder := transformer_folder(wan)):
+        return known_options(WanTransformer3DModel, WanTransformer3DModel.load_config(folder))

@@ -11,14 +11,13 @@ A single image is a video of one frame.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
-from univigu.flow.inputs import TextInputs
 from univigu.flow.random import Generators, randn
-from univigu.flow.text import EmbeddingFlow, TextFlow
+from univigu.flow.text import EmbeddingFlow, TextFlow, TextInputs
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
 from univigu.flow.video import interpolate
 from univigu.models.cache import AttentionCache
@@ -164,54 +163,55 @@ class TextRun:
         self.state = self.flow.step(self.state, logits, self.times[i], self.times[i + 1], self.generator)
 
 
+@dataclass
 class Sampler:
-    """Draws samples from a unified model.
+    """Draws samples from a unified model."""
 
-    Args:
-        model: a UniViGUTransformer3DModel in evaluation mode.
-        scheduler: a diffusers scheduler for the video; its class and config are used as a template.
-        eos_token_id, pad_token_id: of the tokenizer. With both, sampling with the ``mask`` flow stops once the end of
-            every text and everything before it is revealed; what follows the end is padding.
-    """
+    model: Any
+    """A UniViGUTransformer3DModel in evaluation mode."""
+    scheduler: Any
+    """A diffusers scheduler for the video; its class and config are used as a template."""
+    options: SamplingOptions = field(default_factory=SamplingOptions)
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    """Of the tokenizer. With both, sampling with the ``mask`` flow stops once the end of every text and everything
+    before it is revealed; what follows the end is padding."""
 
-    def __init__(
-        self,
-        model: Any,
-        scheduler: Any,
-        options: SamplingOptions | None = None,
-        eos_token_id: int | None = None,
-        pad_token_id: int | None = None,
-    ) -> None:
-        self.model = model
-        self.scheduler = scheduler
-        self.shift = float(scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0)))
-        self.options = options or SamplingOptions()
-        self.text_flow = self.options.make_text_flow(model.config)
-        self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
+    def __post_init__(self) -> None:
+        self.text_flow = self.options.make_text_flow(self.model.config)
 
     @torch.no_grad()
     def sample(self, task: Task, inputs: SampleInputs) -> Samples:
         """Samples of a task, which is a choice of where each modality starts."""
-        video, solver, text, generator = inputs.latents, None, None, inputs.generator
+        options, video, generator = self.options, inputs.latents, inputs.generator
         texts = len(inputs.prompt_embeds) // len(video) if task == "caption" and video is not None else 1
         if texts > 1 and not self._shares_video(inputs.prompt_embeds.unflatten(0, (-1, texts))):
             return self._in_turn(inputs, texts)
-        if task in ("generate", "joint"):
-            video, solver = _noise(inputs.prompt_embeds, inputs.shape, generator), self._solver(start=0.0)
-        assert video is not None
+        solver, text = None, None
         if task == "edit":
             if not 0 < inputs.strength <= 1:
                 raise ValueError(f"strength={inputs.strength!r}: expected over 0, at most 1")
+            assert video is not None
             solver = self._solver(start=1.0 - inputs.strength)
             begin = video.new_full((len(video),), solver.times[0], dtype=torch.float32)
             video = interpolate(_noise(video, video.shape[1:], generator), video.float(), begin)
+        elif task != "caption":
+            solver = self._solver(start=0.0)
+            video = _noise(inputs.prompt_embeds, inputs.shape, generator)
+        assert video is not None
         if task in ("caption", "joint"):
-            steps = self.options.caption_steps if solver is None else len(solver.times) + self.options.joint_lag
-            flow = self.text_flow.bind(self.model)
-            rows = max(len(video), len(inputs.prompt_embeds))
+            steps = options.caption_steps if solver is None else len(solver.times) + options.joint_lag
+            flow, rows = self.text_flow.bind(self.model), max(len(video), len(inputs.prompt_embeds))
             state = flow.initial(rows, inputs.text_length, generator, video.device)
             text = TextRun(flow, state, [flow.warp(i / steps) for i in range(steps + 1)], generator)
-        return self._denoise(inputs, video, solver, text)
+        run = None if solver is None else VideoRun(self.model, solver, video, inputs, options)
+        return self._denoise(inputs, video, run, text)
+
+    def _solver(self, start: float) -> VideoSolver:
+        config, options = self.scheduler.config, self.options
+        shift = float(config.get("flow_shift", config.get("shift", 1.0)))
+        solver = self.scheduler if options.solver == "scheduler" else options.solver
+        return make_video_solver(solver, options.num_inference_steps, shift, start)
 
     def _shares_video(self, prompts: torch.Tensor) -> bool:
         """Whether one pass of each video serves all its texts, exactly: their prompts are [B, K, S, text_dim]."""
@@ -235,13 +235,11 @@ class Sampler:
         return Samples(inputs.latents, torch.stack(made, dim=1).flatten(0, 1))
 
     def _denoise(
-        self, inputs: SampleInputs, video: torch.Tensor, solver: VideoSolver | None, text: TextRun | None
+        self, inputs: SampleInputs, video: torch.Tensor, run: VideoRun | None, text: TextRun | None
     ) -> Samples:
         """The solver's steps of the video, the text along with them if there is any; then the text's other steps."""
-        run, contexts, logits = None, [], None
-        if solver is not None:
-            run = VideoRun(self.model, solver, video, inputs, self.options)
-        video_steps = 0 if solver is None else len(solver.times)
+        contexts: list[VideoContext] = []
+        video_steps = 0 if run is None else len(run.solver.times)
         num_steps = video_steps if text is None else len(text.times) - 1
         for i in range(num_steps):
             shown, video_time, last = None if text is None else text.inputs(i), 1.0, i + 1 == num_steps
@@ -266,12 +264,10 @@ class Sampler:
                 last = inputs.on_step(StepState(i, num_steps, video, video_time, tokens, text_time, last)) or last
             if last:
                 break
-        return Samples(video, None if text is None else self._tokens(text))
-
-    def _tokens(self, text: TextRun) -> torch.Tensor:
-        """The tokens of a text's state; where sampling was ended early, masks become padding."""
-        tokens = text.flow.tokens(text.state)
-        return torch.where(tokens < text.flow.vocab_size, tokens, self.pad_token_id or 0)
+        if text is None:
+            return Samples(video, None)
+        tokens = text.flow.tokens(text.state)  # with masks where sampling was ended early; they become padding
+        return Samples(video, torch.where(tokens < text.flow.vocab_size, tokens, self.pad_token_id or 0))
 
     def _caption_contexts(self, latents: torch.Tensor, inputs: SampleInputs) -> list[VideoContext]:
         """The clean video with its condition, and for guidance the video and condition to contrast it with.
@@ -292,10 +288,6 @@ class Sampler:
             noise = _noise(latents, latents.shape[1:], inputs.generator).to(dtype)
             return [clean, VideoContext(noise, _timestep(0.0, latents), embeds, embeds, options.caption_refresh)]
         return [clean, replace(clean, prompt_embeds=null, video_embeds=null[: len(latents)])]
-
-    def _solver(self, start: float) -> VideoSolver:
-        solver = self.scheduler if self.options.solver == "scheduler" else self.options.solver
-        return make_video_solver(solver, self.options.num_inference_steps, self.shift, start)
 
 
 def _noise(like: torch.Tensor, shape: Sequence[int], generator: Generators) -> torch.Tensor:

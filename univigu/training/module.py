@@ -39,7 +39,7 @@ from univigu.flow.objective import (
 )
 from univigu.flow.random import make_generator
 from univigu.flow.text import make_text_flow
-from univigu.models.conventions import CONVENTIONS
+from univigu.models.encode import CONVENTIONS
 from univigu.models.foundation import EMBEDDED_FOUNDATION, Foundation
 from univigu.models.lora import LoraOptions, add_lora
 from univigu.models.options import ArchitectureOptions, check_replaced

@@ -25,9 +25,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.utils._pytree import tree_map_only
 
-from univigu.models.sharded import sharded_reader
 from univigu.models.transformer import UniViGUTransformer3DModel
-from univigu.models.weights import empty_model
+from univigu.models.weights import empty_model, sharded_reader
 
 
 def build_sharded(
