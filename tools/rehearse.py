@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -38,30 +36,6 @@ from univigu.training.plan import WAN21
 
 TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2, "text_dim": 32}
 TINY |= dict.fromkeys(("in_channels", "out_channels"), 4)
-COMMANDS = """
-synthesize, 2 steps | tools/synthesize.py --prompts prompts.txt --pipeline wan --height 64 --width 64 --num-frames 5
-    --fps 16 --steps 2 --batch-size 1 --dtype bfloat16 --min-caption 1 --device cpu --output data/train
-encode | tools/encode.py --source data --output data-encoded --foundation wan --height 64 --width 64 --num-frames 5
-    --dtype float16 --device cpu
-prune the vocabulary | tools/convert.py prune --foundation short --texts data --output pruned
-fit recall, 2 steps | -m univigu.cli fit --config=configs/recall.yaml SCALE --config=configs/frozen.yaml FIT
-    --trainer.default_root_dir=recall
-fit refine, 2 steps | -m univigu.cli fit --config=configs/refine.yaml SCALE --config=configs/frozen.yaml FIT
-    --trainer.default_root_dir=refine --model.init_from=recall/checkpoints/last.ckpt
-convert | tools/convert.py pipeline --checkpoint refine/checkpoints/last.ckpt --foundation pruned --output model
-predict | CAPTION --model.foundation=model --model.init_from=model/transformer --trainer.precision=bf16-true
-predict, all layers and tokens, bfloat16 | CAPTION --model.foundation=wan --model.init_from=null
-    --trainer.precision=bf16-true
-predict, all layers and tokens, float32 | CAPTION --model.foundation=wan --model.init_from=null
-"""
-CLIP = "--data.height=64 --data.width=64 --data.num_frames=5 --data.num_workers=0 --trainer.accelerator=cpu"
-SHORT = {
-    "FIT": f"{CLIP} --model.foundation=pruned --data.shards=data-encoded --data.batch_size=1 --trainer.max_steps=2"
-    " --trainer.precision=bf16-true --trainer.limit_val_batches=0 --data.length_filter.min_caption=1"
-    " --report.num_samples=1 --model.optimizer.name=muon --media.every_n_steps=0 --model.sampling.caption_steps=1",
-    "CAPTION": f"-m univigu.cli predict --config=configs/caption.yaml {CLIP} --data.videos=clip.mp4"
-    " --trainer.default_root_dir=caption --model.sampling.caption_steps=2",
-}
 
 
 def write_foundation(folder: Path, size: str) -> None:
@@ -95,13 +69,36 @@ def write_folders(root: Path, size: str, num_layers: int) -> None:
     WanTransformer3DModel(**options).save_pretrained(root / "short" / "transformer")
 
 
-def commands(scale: str) -> Iterator[tuple[str, list[str]]]:
-    """Each step's name and its arguments, without the interpreter; paths are relative to the rehearsal's folder."""
-    for step in COMMANDS.replace("\n    ", " ").strip().splitlines():
-        name, _, command = step.partition(" | ")
-        for word, meaning in (SHORT | {"SCALE": scale}).items():
-            command = re.sub(rf"\b{word}\b", meaning, command)
-        yield name, command.split()
+def commands(scale: str) -> dict[str, str]:
+    """Each step's command without the interpreter, by its name; paths are relative to the rehearsal's folder."""
+    run, size = "-m univigu.cli", "--height 64 --width 64 --num-frames 5 --device cpu"
+    clip = "--data.height=64 --data.width=64 --data.num_frames=5 --data.num_workers=0 --trainer.accelerator=cpu"
+    fit = (
+        f"{scale} --config=configs/frozen.yaml {clip} --model.foundation=pruned --data.shards=data-encoded"
+        " --data.batch_size=1 --trainer.max_steps=2 --trainer.precision=bf16-true --trainer.limit_val_batches=0"
+        " --data.length_filter.min_caption=1 --report.num_samples=1 --model.optimizer.name=muon"
+        " --media.every_n_steps=0 --model.sampling.caption_steps=1"
+    )
+    caption = (
+        f"{run} predict --config=configs/caption.yaml {clip} --data.videos=clip.mp4"
+        " --trainer.default_root_dir=caption --model.sampling.caption_steps=2"
+    )
+    whole = f"{caption} --model.foundation=wan --model.init_from=null"
+    return {
+        "synthesize, 2 steps": f"tools/synthesize.py --prompts prompts.txt --pipeline wan {size} --fps 16 --steps 2"
+        " --batch-size 1 --dtype bfloat16 --min-caption 1 --output data/train",
+        "encode": f"tools/encode.py --source data --output data-encoded --foundation wan {size} --dtype float16",
+        "prune the vocabulary": "tools/convert.py prune --foundation short --texts data --output pruned",
+        "fit recall, 2 steps": f"{run} fit --config=configs/recall.yaml {fit} --trainer.default_root_dir=recall",
+        "fit refine, 2 steps": f"{run} fit --config=configs/refine.yaml {fit} --trainer.default_root_dir=refine"
+        " --model.init_from=recall/checkpoints/last.ckpt",
+        "convert": "tools/convert.py pipeline --checkpoint refine/checkpoints/last.ckpt --foundation pruned"
+        " --output model",
+        "predict": f"{caption} --model.foundation=model --model.init_from=model/transformer"
+        " --trainer.precision=bf16-true",
+        "predict, all layers and tokens, bfloat16": f"{whole} --trainer.precision=bf16-true",
+        "predict, all layers and tokens, float32": whole,
+    }
 
 
 def measure(command: list[str], root: Path) -> tuple[float, int]:
@@ -125,9 +122,9 @@ def rehearse(output: Path, size: str, train_layers: int, float32: bool) -> Table
     for name in ("tools", "configs"):
         (root / name).symlink_to(Path(__file__).resolve().parents[1] / name)
     table = Table("step", "seconds", "peak GB", title=f"Wan2.1 {size}, random weights")
-    for name, command in commands("" if size == "tiny" else f"--config=configs/wan2.1-{size}.yaml"):
+    for name, command in commands("" if size == "tiny" else f"--config=configs/wan2.1-{size}.yaml").items():
         if float32 or not name.endswith("float32"):
-            seconds, peak = measure(command, root)
+            seconds, peak = measure(command.split(), root)
             print(f"{name}: {seconds:.0f} s, {peak / 1e9:.2f} GB", flush=True)
             table.add_row(name, f"{seconds:.0f}", f"{peak / 1e9:.2f}")
     return table
