@@ -26,8 +26,8 @@ from univigu.shapes.scenes import sample_scene
 from univigu.training.lightning_cli import (
     TrainingConfig,
     UniViGUCLI,
+    curves,
     lock_folder,
-    move_earlier_logs,
 )
 from univigu.training.module import UniViGU
 from univigu.training.parallel import ShardedStrategy
@@ -294,23 +294,22 @@ def test_curves_and_configuration_of_a_training_stay_its_own(in_tmp: Path, small
     run = ["fit", *RECALL, *small_data, *QUICK, "--trainer.max_steps=1"]
     main([*run, "--seed_everything=5", "--trainer.log_every_n_steps=1"])
     folder = Path("runs/recall/tensorboard")
-    (events,), config = folder.glob("events.*"), (folder / "config.yaml").read_text()
-    assert "seed_everything: 5" in config
+    config = (folder / "version_0/config.yaml").read_text()
+    assert "seed_everything: 5" in config and list(folder.glob("version_0/events.*"))
 
     def configuration_saved_by(cli: UniViGUCLI, stage: str) -> str:
         (callback,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, TrainingConfig))
         callback.setup(cli.trainer, cli.model, stage)
-        return (folder / "config.yaml").read_text()
+        return (Path(cli.trainer.log_dir) / "config.yaml").read_text()
 
     cli = WithoutRun(["test", *REFINE, *small_data, "--trainer.default_root_dir=runs/recall"])
     assert configuration_saved_by(cli, "test") == config
-    WithoutRun([*run, "--ckpt_path=runs/recall/checkpoints/last.ckpt"]).move_earlier_logs()
-    assert events.exists() and not Path("runs/recall/earlier").exists()  # it continues: these are its own
+    cli = WithoutRun([*run, "--ckpt_path=runs/recall/checkpoints/last.ckpt"])
+    assert Path(cli.trainer.log_dir) == folder / "version_0"  # it continues: these are its own
     cli = WithoutRun(run)
-    cli.move_earlier_logs()
-    moved = Path("runs/recall/earlier/tensorboard-1")
-    assert (moved / events.name).exists() and (moved / "config.yaml").read_text() == config
+    assert Path(cli.trainer.log_dir) == folder / "version_1"
     assert "seed_everything: 0" in configuration_saved_by(cli, "fit")
+    assert (folder / "version_0/config.yaml").read_text() == config
 
 
 @pytest.mark.parametrize("given", [None, 3])
@@ -339,8 +338,8 @@ def test_a_configuration_may_name_weights_to_evaluate(in_tmp: Path, checkpoint: 
     Path("mine.yaml").write_text(f"model: {{init_from: {checkpoint}}}")
     Path("runs/refine/checkpoints").mkdir(parents=True)
     shutil.copy(checkpoint, "runs/refine/checkpoints/last.ckpt")
-    args, saved = ["validate", *REFINE, "--config=mine.yaml"], Path("runs/refine/tensorboard/config.yaml")
-    saved.parent.mkdir()
+    args, saved = ["validate", *REFINE, "--config=mine.yaml"], Path("runs/refine/tensorboard/version_0/config.yaml")
+    saved.parent.mkdir(parents=True)
     starts = (
         (checkpoint, "null"),
         ("runs/recall/checkpoints/last.ckpt", "null"),
@@ -363,17 +362,11 @@ def test_a_prediction_of_which_nothing_could_be_made_fails(in_tmp: Path, clips: 
 
 
 def test_earlier_curves_have_numbers_of_their_own(tmp_path: Path) -> None:
-    for number in (1, 2, 3):
-        (tmp_path / "tensorboard").mkdir()
-        (tmp_path / "tensorboard" / f"events.out.tfevents.{number}").touch()
-        move_earlier_logs(tmp_path / "tensorboard")
-        if number == 2:
-            shutil.rmtree(tmp_path / "earlier" / "tensorboard-1")
-    assert sorted(path.name for path in (tmp_path / "earlier").iterdir()) == ["tensorboard-2", "tensorboard-3"]
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "notes.txt").touch()
-    move_earlier_logs(tmp_path / "other")
-    assert (tmp_path / "other" / "notes.txt").exists()
+    for new, number in ((False, 0), (True, 0), (True, 1), (False, 1), (True, 2)):
+        folder = Path(curves(tmp_path, new).log_dir)
+        assert folder == tmp_path / f"tensorboard/version_{number}"
+        if new:
+            folder.mkdir(parents=True)
 
 
 @pytest.mark.slow

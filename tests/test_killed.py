@@ -232,7 +232,7 @@ def test_signals_to_two_ranks(to: str, in_tmp: Path, small_data: list[str]) -> N
     options = ["--media.every_n_steps=0", "--trainer.log_every_n_steps=1", "--data.num_workers=1"]
     options += ["--trainer.devices=2", "--trainer.accelerator=cpu", "--trainer.strategy=ddp"]
     process = start("-m", "univigu.cli", "fit", "--config=configs/recall.yaml", *small_data, *options)
-    curves = Path("runs/recall/tensorboard")
+    curves = Path("runs/recall/tensorboard/version_0")
     assert wait_until(lambda: sum(file.stat().st_size for file in curves.glob("events*")) > 4000, 150)
     if to == "all":
         os.killpg(process.pid, signal.SIGTERM)

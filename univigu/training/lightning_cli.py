@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -37,8 +36,6 @@ from univigu.training.module import UniViGU
 from univigu.training.parallel import ShardedStrategy
 from univigu.training.parser import DATA, Parser
 from univigu.training.stages import Stage, select_stages
-
-log = logging.getLogger(__name__)
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "gradient_clip_val": 1.0,
@@ -156,8 +153,9 @@ class UniViGUCLI(LightningCLI):
                 common.append(config.checkpoint)
             callbacks = [*common, *callbacks, config.report]  # which sees the weights that others leave
             if trainer.logger in (None, True):
-                # An empty version, which the progress bar does not show.
-                kwargs["logger"] = TensorBoardLogger(trainer.default_root_dir or ".", name="tensorboard", version="")
+                root = Path(trainer.default_root_dir or ".")
+                resumed = config.ckpt_path or (SLURMEnvironment.detect() and any(root.glob("hpc_ckpt_*")))
+                kwargs["logger"] = curves(root, new=self.subcommand == "fit" and not resumed)
             if self.subcommand == "fit" and trainer.limit_val_batches is None:
                 kwargs["limit_val_batches"] = FIT_VALIDATION_BATCHES
         given = trainer.enable_progress_bar is False or any(isinstance(callback, ProgressBar) for callback in callbacks)
@@ -172,17 +170,7 @@ class UniViGUCLI(LightningCLI):
     def fit(self, **options: Any) -> None:
         """Train, as the only training in ``trainer.default_root_dir``."""
         with lock_folder(Path(self.trainer.default_root_dir)) or nullcontext():
-            self.move_earlier_logs()
             self.trainer.fit(**options)
-
-    def move_earlier_logs(self) -> None:
-        """Move the curves of an earlier training aside, unless this run continues it."""
-        requeued = list(Path(self.trainer.default_root_dir).glob("hpc_ckpt_*")) and SLURMEnvironment.detect()
-        if self._options().ckpt_path or requeued:
-            return
-        for logger in self.trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                move_earlier_logs(Path(logger.log_dir))
 
     def before_test(self) -> None:
         """Read a checkpoint as weights, of which there is then no second copy, if this run does not shard the model."""
@@ -203,9 +191,15 @@ class UniViGUCLI(LightningCLI):
         return self.config_init if self.subcommand is None else self.config_init[self.subcommand]
 
 
+def curves(root: Path, new: bool) -> TensorBoardLogger:
+    """The logger of a new training, in a folder with a number of its own, or that of the newest one in ``root``."""
+    logger = TensorBoardLogger(root, name="tensorboard")
+    return logger if new else TensorBoardLogger(root, name="tensorboard", version=max(0, int(logger.version) - 1))
+
+
 def _trained_from(root: Path, default: str) -> str | None:
     """The ``model.init_from`` of the training in a folder, as its curves' folder records it; ``default`` if unknown."""
-    file = root / "tensorboard" / "config.yaml"
+    file = Path(curves(root, new=False).log_dir) / "config.yaml"
     saved: dict[str, Any] = yaml.safe_load(file.read_text()) if file.exists() else {"ckpt_path": "unknown"}
     return default if saved["ckpt_path"] else saved["model"]["init_from"]  # a resumed one does not record it
 
@@ -228,16 +222,3 @@ def lock_folder(folder: Path) -> AbstractContextManager[Any]:
     except Timeout as error:
         message = "another training writes to this folder; wait for its end or choose another"
         raise ValueError(f"trainer.default_root_dir={str(folder)!r}: {message}") from error
-
-
-@rank_zero_only
-def move_earlier_logs(folder: Path) -> None:
-    """Move a folder of TensorBoard events to ``earlier/`` beside it; a folder without events stays."""
-    if not any(folder.glob("events.out.tfevents.*")):
-        return
-    earlier = folder.parent / "earlier"
-    earlier.mkdir(exist_ok=True)
-    numbers = [path.name.removeprefix(f"{folder.name}-") for path in earlier.glob(f"{folder.name}-*")]
-    target = earlier / f"{folder.name}-{1 + max((int(number) for number in numbers if number.isdecimal()), default=0)}"
-    folder.rename(target)
-    log.warning("%s holds the curves of an earlier training: moved to %s", folder, target)

@@ -7,7 +7,6 @@ import inspect
 import json
 import re
 import sys
-from itertools import starmap
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -83,6 +82,7 @@ class Parser(LightningArgumentParser):
                 arg = prefix + json.dumps([value])
             elif name in CONFIG_OPTIONS and value.endswith((".yaml", ".yml")):
                 arg = prefix + find_config(value)
+                check_syntax(arg.removeprefix(prefix))
             given.append(arg)
             if name == "--trainer.logger" and value == "CSVLogger":
                 given.append("--trainer.logger.save_dir=.")  # it has no default
@@ -109,13 +109,19 @@ def find_config(name: str) -> str:
     return fail(f"{name}: no such file{closest(path.name, shipped)} shipped: {', '.join(shipped)}", "lightning fit")
 
 
+def check_syntax(path: str) -> None:
+    """End with one line that names the configuration file if it is no YAML."""
+    try:
+        yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        fail(f"{path}: {one_line(error)}", "lightning fit")
+
+
 def _explain(message: str, given: list[str], options: set[str]) -> str:
     """A message of jsonargparse in one line: where, what is wrong, and what may have been meant."""
     keys = ".".join(re.findall(r'Parser key "([^"]+)"', message)).split(".")
     if "StageSwitch" in message:
         return f"'StageSwitch' was replaced; use {REPLACED['StageSwitch']}"
-    if "Problems parsing config" in message:
-        return next(filter(None, starmap(_syntax_error, _settings(given).items())), one_line(message))
     if unknown := UNKNOWN.search(message):
         return _unknown_option(next(filter(None, unknown.groups())), given, options)
     if not keys[-1]:
@@ -152,34 +158,19 @@ def _value_error(message: str) -> str | None:
     return f"expected {' or '.join(kind for kind in kinds if kind != 'NoneType')}, got {value!r}" if kinds else None
 
 
-def _settings(given: list[str]) -> dict[str, str]:
-    """What sets values: options and their values, and the paths and texts of configuration files."""
-    settings = {}
-    for arg, following in zip(given, [*given[1:], ""], strict=True):
-        name, equals, value = arg.partition("=")
-        value = value if equals else following
-        if name in CONFIG_OPTIONS and Path(value).is_file():
-            settings[value] = Path(value).read_text()
-        elif name.startswith("-"):
-            settings[name] = value
-    return settings
-
-
-def _syntax_error(source: str, text: str) -> str | None:
-    try:
-        yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        return f"{source}: {one_line(error)}"
-    return None
-
-
 def _where(name: str, given: list[str]) -> str:
     """The option or the file that sets a key, and the key; by the key's last part, because messages lack the others."""
     leaf = name.strip("-").split(".")[-1]
     key = re.compile(rf"(?<!\w){re.escape(leaf)}['\"]?\s*:")
-    for source, value in reversed(_settings(given).items()):
-        if source.startswith("-") and source.strip("-").split(".")[-1] == leaf:
-            return source
-        if key.search(value):
+    for arg, following in reversed(list(zip(given, [*given[1:], ""], strict=True))):
+        if not arg.startswith("-"):
+            continue
+        option, equals, value = arg.partition("=")
+        if option.strip("-").split(".")[-1] == leaf:
+            return option
+        source, text = option, value if equals else following
+        if option in CONFIG_OPTIONS and Path(text).is_file():
+            source, text = text, Path(text).read_text()
+        if key.search(text):
             return f"{source}: {name}"
     return name

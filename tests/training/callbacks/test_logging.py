@@ -58,7 +58,7 @@ def fit(folder: Path, *args: str) -> None:
 
 
 def events_of(folder: Path) -> EventAccumulator:
-    events = EventAccumulator(str(folder / "runs/recall/tensorboard"), size_guidance={"images": 0, "tensors": 0})
+    events = EventAccumulator(str(folder / "runs/recall/tensorboard/version_0"), {"images": 0, "tensors": 0})
     events.Reload()
     return events
 
