@@ -111,10 +111,10 @@ class ToolParser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ").partition("=")[0].split()[0]
-        if not message.startswith("unrecognized arguments"):
-            fail(message, self.prog)
-        fail(f"unknown option {unknown}{closest(unknown, options_of(self))}", self.prog)
+        if message.startswith("unrecognized arguments: "):
+            unknown = re.split("[ =]", message.removeprefix("unrecognized arguments: "))[0]
+            message = f"unknown option {unknown}{closest(unknown, options_of(self))}"
+        fail(message, self.prog)
 
 
 def exit_code(run: Callable[[], object]) -> int:
@@ -128,7 +128,8 @@ def exit_code(run: Callable[[], object]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet_known_warnings()
     in_main = threading.current_thread() is threading.main_thread()  # others cannot set handlers
-    earlier = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGINT) if in_main}
+    numbers = (signal.SIGTERM, signal.SIGINT) if in_main else ()
+    earlier = {number: signal.signal(number, lambda n, _: sys.exit(128 + n)) for number in numbers}
     try:
         run()
     except Exception as error:
@@ -143,11 +144,6 @@ def exit_code(run: Callable[[], object]) -> int:
         for number, handler in earlier.items():
             signal.signal(number, handler)
     return 0
-
-
-def _exit(signum: int, frame: object) -> None:
-    """End in order: pools and workers end too."""
-    raise SystemExit(128 + signum)
 
 
 def _quiet_known_warnings() -> None:

@@ -153,7 +153,7 @@ def real_step(work: Workload, checkpointing: bool, batch_size: int = 1) -> None:
     model = UniViGUTransformer3DModel(**work.transformer)
     if dist.is_initialized():
         mesh, full = init_device_mesh("cpu", (dist.get_world_size(),)), model
-        model = build_sharded(lambda: full, lambda model: None, mesh, torch.device("cpu"), torch.float32)
+        model = build_sharded(lambda: full, None, mesh, torch.device("cpu"), torch.float32)
         del full
     model.train()
     if checkpointing:

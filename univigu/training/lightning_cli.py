@@ -74,7 +74,9 @@ class UniViGUCLI(LightningCLI):
 
     def __init__(self, args: Any = None, run: bool = True, **options: Any) -> None:
         """``options`` are LightningCLI's, in place of ours."""
-        ours = {
+        ours: dict[str, Any] = {
+            "model_class": UniViGU,
+            "datamodule_class": LightningDataModule,
             "subclass_mode_data": True,
             "auto_configure_optimizers": False,
             "parser_class": Parser,
@@ -86,8 +88,7 @@ class UniViGUCLI(LightningCLI):
         arguments = sys.argv[1:] if args is None else args
         with_help = any(str(argument).endswith(("help", "-h")) for argument in arguments)
         set_parsing_settings(docstring_parse_attribute_docstrings=with_help)  # of dataclasses' fields; takes a second
-        given = {"model_class": UniViGU, "datamodule_class": LightningDataModule, **ours, **options}
-        super().__init__(args=args, run=run, **given)
+        super().__init__(args=args, run=run, **ours | options)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"data": {"class_path": DATA}})
@@ -126,7 +127,8 @@ class UniViGUCLI(LightningCLI):
         if config.ckpt_path == "last":  # Lightning would look before it knows the folder
             starts = subcommand == "fit" and not last.exists()
             config.ckpt_path = None if starts else str(last)
-        if subcommand == "predict" and not named and _takes_last_run(config.model) and not Path(LAST_RUN).exists():
+        uses_last_run = config.model.init_from == LAST_RUN and config.model.foundation == EMBEDDED_FOUNDATION
+        if subcommand == "predict" and not named and uses_last_run and not Path(LAST_RUN).exists():
             print(f"{LAST_RUN} does not exist: using the model that ships, which knows the embedded world")
             config.model.init_from = EMBEDDED_MODEL
         if config.ckpt_path:
@@ -154,8 +156,8 @@ class UniViGUCLI(LightningCLI):
             callbacks = [*common, *callbacks, config.report]  # which sees the weights that others leave
             if trainer.logger in (None, True):
                 root = Path(trainer.default_root_dir or ".")
-                resumed = config.ckpt_path or (SLURMEnvironment.detect() and any(root.glob("hpc_ckpt_*")))
-                kwargs["logger"] = curves(root, new=self.subcommand == "fit" and not resumed)
+                resumed = config.get("ckpt_path") or (SLURMEnvironment.detect() and any(root.glob("hpc_ckpt_*")))
+                kwargs["logger"] = curves(root, new=self.subcommand in (None, "fit") and not resumed)
             if self.subcommand == "fit" and trainer.limit_val_batches is None:
                 kwargs["limit_val_batches"] = FIT_VALIDATION_BATCHES
         given = trainer.enable_progress_bar is False or any(isinstance(callback, ProgressBar) for callback in callbacks)
@@ -202,10 +204,6 @@ def _trained_from(root: Path, default: str) -> str | None:
     file = Path(curves(root, new=False).log_dir) / "config.yaml"
     saved: dict[str, Any] = yaml.safe_load(file.read_text()) if file.exists() else {"ckpt_path": "unknown"}
     return default if saved["ckpt_path"] else saved["model"]["init_from"]  # a resumed one does not record it
-
-
-def _takes_last_run(model: Namespace) -> bool:
-    return model.init_from == LAST_RUN and model.foundation == EMBEDDED_FOUNDATION
 
 
 def _listed(option: Any) -> list[Any]:

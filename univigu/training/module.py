@@ -164,18 +164,12 @@ class UniViGU(EvaluatedModule):
         if self.transformer is not None:
             return
         strategy = self.trainer.strategy if self._trainer is not None else None
-
-        def prepare(model: UniViGUTransformer3DModel) -> UniViGUTransformer3DModel:
-            if self.lora is not None:
-                add_lora(model, self.lora)
-            return model
-
         if isinstance(strategy, ShardedStrategy):
             assert self.device_mesh is not None
             mesh, device, dtype = self.device_mesh["data_parallel"], strategy.root_device, strategy.compute_dtype
-            self._set_transformer(build_sharded(self._build_transformer, prepare, mesh, device, dtype))
+            self._set_transformer(build_sharded(self._build_transformer, self.lora, mesh, device, dtype))
         else:
-            self._set_transformer(prepare(self._build_transformer()))
+            self._set_transformer(self._build_transformer())
 
     def _weight_dtype(self, name: str) -> torch.dtype:
         rates = [self.optimizer_options.rates(stage) for stage in self.stages] if self._fits else []
@@ -191,9 +185,13 @@ class UniViGU(EvaluatedModule):
 
     def _build_transformer(self) -> UniViGUTransformer3DModel:
         if self.init_from not in (None, "random") and self._trainer is not None and not self._fits:
-            return load_weights(self.init_from, dtype=self._weight_dtype)  # with its own architecture
-        torch.manual_seed(self.seed)  # for the text stream's new weights
-        return start_weights(self.init_from, self.foundation, self.architecture, self._weight_dtype)
+            model = load_weights(self.init_from, dtype=self._weight_dtype)  # with its own architecture
+        else:
+            torch.manual_seed(self.seed)  # for the text stream's new weights
+            model = start_weights(self.init_from, self.foundation, self.architecture, self._weight_dtype)
+        if self.lora is not None:
+            add_lora(model, self.lora)
+        return model
 
     def _set_transformer(self, model: UniViGUTransformer3DModel) -> None:
         if self._half and self.trainer.state.fn != "predict":
@@ -276,8 +274,7 @@ class UniViGU(EvaluatedModule):
                 f"stages: teacher_weight={self.stage.teacher_weight}: the foundation cannot teach a sharded model, nor "
                 "one whose latents are not normalised; set it to 0"
             )
-        wan = load_generator(self.foundation.path / "transformer", self._half, self.device)
-        return wan.eval().requires_grad_(False)
+        return load_generator(self.foundation.path / "transformer", self._half, self.device)
 
     def prepare(self, batch: dict[str, Any]) -> UniFlowBatch:
         """Encode a batch; precomputed latents and embeddings are used as they are."""

@@ -25,20 +25,21 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.utils._pytree import tree_map_only
 
+from univigu.models.lora import LoraOptions, add_lora
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import empty_model, sharded_reader
 
 
 def build_sharded(
     build: Callable[[], UniViGUTransformer3DModel],
-    prepare: Callable[[UniViGUTransformer3DModel], Any],
+    lora: LoraOptions | None,
     mesh: DeviceMesh,
     device: torch.device,
     compute_dtype: torch.dtype,
 ) -> UniViGUTransformer3DModel:
     """A model sharded over a one-dimensional mesh, with the weights of the model that ``build`` returns on rank 0.
 
-    ``prepare`` adds to a model what its configuration does not contain, such as adapters.
+    ``lora`` describes that model's adapters.
 
     Raises:
         RuntimeError: building failed on rank 0; there the error itself is raised.
@@ -48,7 +49,6 @@ def build_sharded(
     try:
         if dist.get_rank() == 0:  # in host memory
             full_model = build()
-            prepare(full_model)
             state = full_model.state_dict()
             message = [{name: value for name, value in full_model.config.items() if not name.startswith("_")}]
             del full_model  # so that each weight is freed when it is sent
@@ -60,7 +60,8 @@ def build_sharded(
     if not isinstance(message[0], dict):
         raise RuntimeError(f"rank 0 could not build the model: {message[0]}")
     model = empty_model(UniViGUTransformer3DModel, message[0])
-    prepare(model)
+    if lora is not None:
+        add_lora(model, lora)
     shard(model, mesh, compute_dtype)
     rope = copy.deepcopy(model.rope)
     model.to_empty(device=device)

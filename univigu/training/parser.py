@@ -82,7 +82,6 @@ class Parser(LightningArgumentParser):
                 arg = prefix + json.dumps([value])
             elif name in CONFIG_OPTIONS and value.endswith((".yaml", ".yml")):
                 arg = prefix + find_config(value)
-                check_syntax(arg.removeprefix(prefix))
             given.append(arg)
             if name == "--trainer.logger" and value == "CSVLogger":
                 given.append("--trainer.logger.save_dir=.")  # it has no default
@@ -102,19 +101,15 @@ class Parser(LightningArgumentParser):
 def find_config(name: str) -> str:
     """The path of a configuration: as it is, or the shipped one of this name, with or without "configs/" before it."""
     path, shipped = Path(name), sorted(path.name for path in CONFIGS.glob("*.yaml"))
-    if path.exists():
-        return name
-    if str(path.parent) in (".", "configs") and path.name in shipped:
-        return str(CONFIGS / path.name)
-    return fail(f"{name}: no such file{closest(path.name, shipped)} shipped: {', '.join(shipped)}", "lightning fit")
-
-
-def check_syntax(path: str) -> None:
-    """End with one line that names the configuration file if it is no YAML."""
+    if not path.exists() and str(path.parent) in (".", "configs") and path.name in shipped:
+        path = CONFIGS / path.name
+    if not path.exists():
+        fail(f"{name}: no such file{closest(path.name, shipped)} shipped: {', '.join(shipped)}", "lightning fit")
     try:
-        yaml.safe_load(Path(path).read_text())
+        yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        fail(f"{path}: {one_line(error)}", "lightning fit")
+        fail(f"{name}: {one_line(error)}", "lightning fit")
+    return str(path)
 
 
 def _explain(message: str, given: list[str], options: set[str]) -> str:

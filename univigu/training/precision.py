@@ -47,6 +47,7 @@ def weight_dtype(name: str, rates: Iterable[Mapping[str, float]], adapted: bool)
 
 
 def load_generator(folder: Path, half: bool, device: torch.device) -> WanTransformer3DModel:
-    """A foundation's transformer, which takes float32 inputs also if its weights are bfloat16 (``half``)."""
+    """A foundation's frozen transformer, which takes float32 inputs also if its weights are bfloat16 (``half``)."""
     wan = load_model(WanTransformer3DModel, folder, torch_dtype=torch.bfloat16 if half else torch.float32).to(device)
+    wan.eval().requires_grad_(False)
     return compute_in_bfloat16(wan, device.type) if half else wan

@@ -45,14 +45,12 @@ class LastCheckpoint(Checkpoint):
         self.dirpath, self.every_n_train_steps = dirpath, every_n_train_steps
         self.last_model_path = self.best_model_path = ""  # read by Lightning
         self._earlier: dict[int, Any] = {}  # handlers by signal
-        self._signal = 0
-        self._step = self._saved_step = 0
+        self._signal = self._saved_step = 0
 
     # ---------------------------------------------------------------- signals
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = self._saved_step = trainer.global_step
-        self._signal = 0
+        self._saved_step, self._signal = trainer.global_step, 0
         # Already here: reports at the end of training name it, and Lightning calls this callback after them.
         self.last_model_path = str(Path(self.dirpath or Path(trainer.default_root_dir) / FOLDER) / LAST)
         if threading.current_thread() is not threading.main_thread():
@@ -90,14 +88,10 @@ class LastCheckpoint(Checkpoint):
 
     # ---------------------------------------------------------------- saving
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        if step == self._step:  # gradients are still being accumulated
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        self._step = step
-        if step % self.every_n_train_steps == 0:
+        if trainer.global_step % self.every_n_train_steps == 0:
             self._save(trainer)
         self._answer_signals(trainer)
 

@@ -27,9 +27,7 @@ class WeightEMA(Callback):
     def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay={decay!r}: expected a number in [0, 1)")
-        self.decay = decay
-        self.warmup = warmup
-        self._updated = 0
+        self.decay, self.warmup = decay, warmup
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Lightning restores a whole model before on_fit_start, and a sharded one after it.
@@ -47,10 +45,9 @@ class WeightEMA(Callback):
         pl_module.ema = _Means(pl_module.transformer)  # type: ignore[arg-type]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step
-        if step <= self._updated:  # gradients are still being accumulated
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        self._updated = step
+        step = trainer.global_step
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
         for mean, weight in pl_module.ema.pairs(pl_module.transformer):
             mean.lerp_(weight.to(mean.dtype), 1.0 - decay)
@@ -67,12 +64,6 @@ class WeightEMA(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         for mean, weight in pl_module.ema.pairs(pl_module.transformer):
             weight.copy_(mean)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"updated": self._updated}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._updated = state_dict["updated"]
 
 
 class _Means(nn.Module):

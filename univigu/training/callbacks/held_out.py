@@ -39,19 +39,14 @@ class HeldOutCallback(Callback):
             raise ValueError(f"every_n_steps={every_n_steps}, num_samples={num_samples}: expected at least 0 and 1")
         self.every_n_steps, self.num_samples = every_n_steps, num_samples
         self._samples: dict[str, Any] | None = None
-        self._last_step = 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step
-        # With gradient accumulation a step stays the same for several batches.
-        if self.every_n_steps and step != self._last_step and step % self.every_n_steps == 0:
-            self._last_step = step
+        step_ends = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if step_ends and self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             pl_module.eval()
-            try:
-                with torch.no_grad():
-                    self.evaluate(trainer, pl_module)
-            finally:
-                pl_module.train()
+            with torch.no_grad():
+                self.evaluate(trainer, pl_module)
+            pl_module.train()
 
     def evaluate(self, trainer: Trainer, pl_module: UniViGU) -> None:
         """Measure or log once, without changing the training's random state."""
