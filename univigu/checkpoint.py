@@ -13,7 +13,6 @@ import shutil
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import distribute_tensor
 
 from univigu.models.encode import CONVENTIONS
 from univigu.models.foundation import COMPONENTS, VOCABULARY, Foundation, vocabulary_of
@@ -44,7 +42,6 @@ from univigu.models.weights import (
     sharded_reader,
     unreadable,
 )
-from univigu.training.parallel import reshard
 
 PREFIX = "transformer."
 EMA_PREFIX = "ema."  # of callbacks.WeightEMA
@@ -225,30 +222,6 @@ def check_resumed(checkpoint: Mapping[str, Any], path: Path, lora: LoraOptions |
         )
 
 
-@torch.no_grad()
-def take_sharded(model: torch.nn.Module, checkpoint: Mapping[str, Any], path: Path, lora: LoraOptions | None) -> None:
-    """Replace a sharded model's loaded weights by the checkpoint's running means, if it has any; each rank its share.
-
-    A MisconfigurationException names options of the checkpoint's adapters that differ from ``lora``.
-    """
-    if differing := lora_differences(checkpoint["univigu"].get("lora"), lora):
-        raise MisconfigurationException(
-            f"{path}: (checkpoint, configuration) differ in {differing}; evaluate with the checkpoint's"
-        )
-    if not has_means(saved_names(path)):
-        return
-    reshard(model)
-    weights = dict(model.named_parameters())
-    if path.is_dir():
-        targets = {EMA_PREFIX + name: weight.detach() for name, weight in weights.items()}  # read into the weights
-        load({"state_dict": targets}, storage_reader=sharded_reader(path))
-        return
-    means = _read_file(path)["state_dict"]
-    for name, weight in weights.items():
-        mean = means[EMA_PREFIX + name].to(weight.device)
-        weight.copy_(distribute_tensor(mean, weight.device_mesh, weight.placements))  # type: ignore[attr-defined]
-
-
 class SafeCheckpointIO(TorchCheckpointIO):
     """Writes beside the target and renames, and reads tensors and plain values only.
 
@@ -270,21 +243,18 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)
-        except BaseException as error:
+        except (OSError, RuntimeError) as error:  # torch's, where the disk is full
+            kept = "the earlier one is unchanged" if target.exists() else "there is no earlier one"
+            raise OSError(f"{target}: the checkpoint could not be written ({error}); {kept}") from error
+        finally:
             temporary.unlink(missing_ok=True)
-            if isinstance(error, OSError | RuntimeError):  # torch's, where the disk is full
-                kept = "the earlier one is unchanged" if target.exists() else "there is no earlier one"
-                raise OSError(f"{target}: the checkpoint could not be written ({error}); {kept}") from error
-            raise
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Read a file or URL without running any code in it, whatever ``weights_only`` says; a file is mapped."""
-        try:
+        with reading(path):
             if "://" not in str(path) and zipfile.is_zipfile(path):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                return _read_file(path)
             return super().load_checkpoint(path, map_location, weights_only=True)
-        except (UnpicklingError, RuntimeError, EOFError) as error:
-            raise unreadable(path, error) from error
 
 
 def used_tokens(foundation: Foundation, texts: Iterable[str]) -> list[int]:

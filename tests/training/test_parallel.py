@@ -154,7 +154,7 @@ def average(folder: str, root: str, *, processes: int, distributed: bool) -> Dia
     path = Path(root) / "last.ckpt"
     loader: DataLoader = DataLoader(Clips(), batch_size=BATCH)
 
-    def make(*callbacks: Callback, **options: Any) -> tuple[Trainer, UniViGU]:
+    def make(*callbacks: Callback, init_from: str | None = None, **options: Any) -> tuple[Trainer, UniViGU]:
         trainer = Trainer(
             default_root_dir=root,
             devices=processes,
@@ -165,12 +165,15 @@ def average(folder: str, root: str, *, processes: int, distributed: bool) -> Dia
             **QUIET,
             **options,
         )
-        return trainer, UniViGU(folder, seed=3, optimizer=ADAMW)
+        return trainer, UniViGU(folder, init_from, seed=3, optimizer=ADAMW)
 
     trainer, module = make(WeightEMA(decay=0.5, warmup=False), LastCheckpoint(root), max_steps=3)
     trainer.fit(module, loader)
     trainer, module = make()
-    trainer.validate(module, loader, ckpt_path=path)
+    with pytest.raises(MisconfigurationException, match=r"last\.ckpt: use model\.init_from"):
+        trainer.validate(module, loader, ckpt_path=path)
+    trainer, module = make(init_from=str(path))  # as the command line does
+    trainer.validate(module, loader)
     expected = load_weights(path).state_dict()
     for name, value in module.transformer.state_dict().items():  # type: ignore[union-attr]
         assert torch.equal(value.full_tensor(), expected[name]), name

@@ -33,7 +33,6 @@ from univigu.training.callbacks import (
 )
 from univigu.training.callbacks.checkpoint import FOLDER, find_last
 from univigu.training.module import UniViGU
-from univigu.training.parallel import ShardedStrategy
 from univigu.training.parser import DATA, Parser
 from univigu.training.stages import Stage, select_stages
 
@@ -175,10 +174,9 @@ class UniViGUCLI(LightningCLI):
             self.trainer.fit(**options)
 
     def before_test(self) -> None:
-        """Read a checkpoint as weights, of which there is then no second copy, if this run does not shard the model."""
+        """Read a checkpoint as weights, of which there is then no second copy."""
         options = self._options()
-        sharded = isinstance(self.trainer.strategy, ShardedStrategy)
-        if options.ckpt_path and Path(options.ckpt_path).exists() and not sharded:
+        if options.ckpt_path and Path(options.ckpt_path).exists():
             self.model.init_from, options.ckpt_path = options.ckpt_path, None
 
     before_validate = before_predict = before_test

@@ -23,7 +23,6 @@ from univigu.checkpoint import (
     load_weights,
     model_of,
     start_weights,
-    take_sharded,
 )
 from univigu.data.inputs import PredictTask
 from univigu.data.sample import questions_of
@@ -371,9 +370,11 @@ class UniViGU(EvaluatedModule):
         if self._trainer is not None:
             path = Path(self.trainer.strategy.broadcast(self.trainer.ckpt_path or path))
         check_replaced(saved, path)
-        if not self._fits and hasattr(self, "ema"):  # of an earlier fit of this module; no callback updates it now
-            del self.ema
-        if not self._fits and not is_sharded(self._model):
+        if not self._fits:
+            if is_sharded(self._model):
+                raise MisconfigurationException(f"{path}: use model.init_from to evaluate with a sharded model")
+            if hasattr(self, "ema"):  # of an earlier fit of this module; no callback updates it now
+                del self.ema
             self._set_transformer(model_of(checkpoint, path, self._weight_dtype).to(self.device))
             checkpoint["state_dict"] = {PREFIX + name: value for name, value in self._model.state_dict().items()}
             return
@@ -382,7 +383,4 @@ class UniViGU(EvaluatedModule):
             self._model.register_to_config(**{name: differing.pop(name)[0]})
         if differing:
             raise MisconfigurationException(f"the checkpoint's model differs from the configuration: {differing}")
-        if self._fits:
-            check_resumed(checkpoint, path, self.lora, averages=hasattr(self, "ema"))
-        else:
-            take_sharded(self._model, checkpoint, path, self.lora)
+        check_resumed(checkpoint, path, self.lora, averages=hasattr(self, "ema"))

@@ -52,14 +52,9 @@ class OptimizerOptions:
         return {"video": video, "text": text}
 
 
-# ---------------------------------------------------------------- which weights
-
-ParameterGroups = dict[str, list[tuple[str, nn.Parameter]]]
-
-
-def parameter_groups(model: nn.Module, lora: LoraOptions | None) -> ParameterGroups:
+def parameter_groups(model: nn.Module, lora: LoraOptions | None) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Named parameters that can be trained: "video", the pretrained weights (or their adapters), and "text"."""
-    groups: ParameterGroups = {"video": [], "text": []}
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"video": [], "text": []}
     for name, parameter in model.named_parameters():
         if is_text_parameter(name):
             groups["text"].append((name, parameter))
@@ -85,9 +80,6 @@ def trained_and_frozen(model: nn.Module) -> str:
         counts["trained" if parameter.requires_grad else "frozen"][part] += parameter.numel()
     parts = {kind: ", ".join(f"{part} {n / 1e6:.2f} M" for part, n in of.items()) for kind, of in counts.items()}
     return "; ".join(f"{kind}: {text or 'nothing'}" for kind, text in parts.items())
-
-
-# ---------------------------------------------------------------- the optimizer
 
 
 def orthogonalize(

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -175,21 +174,14 @@ class ShardedStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         saved = sharded_reader(path).read_metadata().state_dict_metadata if path.is_dir() else {}  # or CheckpointError
         entries = torch.load(path / "meta.pt" if path.is_dir() else path, "cpu", weights_only=True, mmap=True)
-        assert self.lightning_module is not None
+        assert self.lightning_module is not None and self.model is not None
         self.lightning_module.on_load_checkpoint(entries)  # says how models differ, where torch would name a key
-        with self._only_with_state(saved) if saved and self.optimizers else nullcontext():
-            return super().load_checkpoint(path, weights_only=True)
-
-    @contextmanager
-    def _only_with_state(self, saved: Iterable[str]) -> Iterator[None]:
-        assert self.model is not None
         stated = {key.rpartition(".")[0].split(".state.", 1)[1] for key in saved if ".state." in key}
-        parameters = dict(self.model.named_parameters())
-        before = {parameter: parameter.requires_grad for parameter in parameters.values()}
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(name in stated)
+        trained = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
         try:
-            yield
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name in stated if saved else trained[parameter])
+            return super().load_checkpoint(path, weights_only=True)
         finally:
-            for parameter, trained in before.items():
-                parameter.requires_grad_(trained)
+            for parameter, required in trained.items():
+                parameter.requires_grad_(required)

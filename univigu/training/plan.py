@@ -119,9 +119,6 @@ def _sizes(foundation: Path) -> tuple[dict[str, Any], dict[str, Any], tuple[int,
     raise FileNotFoundError(f"foundation={str(foundation)!r}: no such folder, nor one of {', '.join(WAN21)}")
 
 
-# ---------------------------------------------------------------------------- counting
-
-
 def count_step(work: Workload, checkpointing: bool) -> tuple[float, int]:
     """Operations and memory of one process's training step, with or without recomputing activations.
 
@@ -218,9 +215,6 @@ class _StepCounter(TorchDispatchMode):
         key = id(parameter.grad.untyped_storage())
         self.live_bytes -= self._sizes.get(key, 0)
         self._sizes[key] = 0
-
-
-# ---------------------------------------------------------------------------- the plan
 
 
 @dataclass

@@ -47,8 +47,6 @@ class LastCheckpoint(Checkpoint):
         self._earlier: dict[int, Any] = {}  # handlers by signal
         self._signal = self._saved_step = 0
 
-    # ---------------------------------------------------------------- signals
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step, self._signal = trainer.global_step, 0
         # Already here: reports at the end of training name it, and Lightning calls this callback after them.
@@ -85,8 +83,6 @@ class LastCheckpoint(Checkpoint):
             if signal.getsignal(number) == self._on_signal:  # unless Lightning has restored the handler before it
                 signal.signal(number, handler)
         self._earlier = {}
-
-    # ---------------------------------------------------------------- saving
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
