@@ -49,7 +49,7 @@ from univigu.sampling.options import SamplingOptions
 from univigu.training.optim import OptimizerOptions, freeze_by_rate, make_optimizer, parameter_groups
 from univigu.training.parallel import ShardedStrategy, build_sharded, is_sharded, trained_weights_changed
 from univigu.training.precision import BFloat16Weights, compute_in_bfloat16, load_generator, weight_dtype
-from univigu.training.prediction import Prediction, predict_batch
+from univigu.training.prediction import Row, predict_batch
 from univigu.training.questions import ask_questions
 from univigu.training.stages import Stage
 
@@ -342,7 +342,7 @@ class UniViGU(EvaluatedModule):
         generator = load_generator(self.foundation.path / "transformer", self._half, self.device)
         return HeldOutEvaluation(self.stage.target, self.shift, generator, options).to(self.device).eval()
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[tuple[int, Row]]:
         return predict_batch(self, batch, self.trainer.datamodule)  # type: ignore[attr-defined]
 
     # ---------------------------------------------------------------- checkpoints

@@ -7,7 +7,6 @@ import re
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,58 +39,51 @@ MANIFEST = "manifest.jsonl"
 VIDEO = re.compile(r"\d{5,}\.mp4|\.\d{5,}\.mp4\.\w+\.tmp")
 
 
-@dataclass
-class Prediction:
-    """One predicted item."""
-
-    index: int
-    """Position in the list of inputs."""
-    row: dict[str, Any]
-    """What the list of results holds: input, results, error, seconds and seed. The writer adds the video's path."""
-    video: torch.Tensor | None = None
-    """uint8 [F, C, H, W]."""
+Row = dict[str, Any]
+"""What the list of results holds of an input: see ``FIELDS``, with its error, seconds and seed."""
 
 
-def predict_batch(module: UniViGU, batch: dict[str, Any], data: LightningDataModule) -> list[Prediction]:
-    """Predict a batch of the prediction loader; items that could not be read are returned with their error.
+def predict_batch(module: UniViGU, batch: dict[str, Any], data: LightningDataModule) -> list[tuple[int, Row]]:
+    """Predict a batch of the prediction loader; an input that could not be read gives a row with its error.
 
     Args:
         module: its ``predict_task`` is the task.
         batch: of ``univigu.data.inputs.PredictionInputs``.
         data: has the ``prompt_length`` and, for made videos, their ``num_frames``, ``height`` and ``width``.
+
+    Returns:
+        The inputs' positions in their list and rows, in which a made video is uint8 [F, C, H, W] until it is written.
     """
-    start, task, count = time.perf_counter(), module.predict_task, len(batch["index"])
+    start, count = time.perf_counter(), len(batch["index"])
     columns = [batch["path"] if "path" in batch else batch["prompt"]]
     columns += [batch.get(name, [None] * count) for name in ("text", "strength", "replace")]
-    results, (inputs, outputs) = [], FIELDS[task]
+    rows, (inputs, outputs) = list[Row](), FIELDS[module.predict_task]
     for index, error, *values in zip(batch["index"], batch["error"], *columns, strict=True):
-        row = dict(zip(inputs, values, strict=False)) | dict.fromkeys(outputs)
-        row |= {"error": error, "seconds": 0.0, "seed": module.seed + index}
-        results.append(Prediction(index, row))
+        result = {"error": error, "seconds": 0.0, "seed": module.seed + index}
+        rows.append(dict(zip(inputs, values, strict=False)) | dict.fromkeys(outputs) | result)
     clips = batch.get("clip", range(count))
-    valid = [(result, clip) for result, clip in zip(results, clips, strict=True) if result.row["error"] is None]
-    texts, groups = Counter(clip for _, clip in valid), dict[Any, list[tuple[Prediction, int]]]()
-    for result, clip in valid:  # each strength has its own start time, each video of a batch as many questions
-        groups.setdefault((result.row.get("strength"), texts[clip]), []).append((result, clip))
+    valid = [(row, clip) for row, clip in zip(rows, clips, strict=True) if row["error"] is None]
+    texts, groups = Counter(clip for _, clip in valid), dict[Any, list[tuple[Row, int]]]()
+    for row, clip in valid:  # each strength has its own start time, each video of a batch as many questions
+        groups.setdefault((row.get("strength"), texts[clip]), []).append((row, clip))
     for group in groups.values():
-        items, shown = zip(*group, strict=True)
-        _predict(module, items, data, batch["video"][list(dict.fromkeys(shown))] if "video" in batch else None)
-    for result, _ in valid:
-        result.row["seconds"] = round((time.perf_counter() - start) / len(valid), 4)
-    return results
+        members, shown = zip(*group, strict=True)
+        _predict(module, members, data, batch["video"][list(dict.fromkeys(shown))] if "video" in batch else None)
+    for row, _ in valid:
+        row["seconds"] = round((time.perf_counter() - start) / len(valid), 4)
+    return list(zip(batch["index"], rows, strict=True))
 
 
-def _predict(module: UniViGU, items: Sequence[Prediction], data: Any, video: torch.Tensor | None) -> None:
-    """Run the task on items that need the same options; as many of them a video."""
+def _predict(module: UniViGU, rows: Sequence[Row], data: Any, video: torch.Tensor | None) -> None:
+    """Run the task on inputs that need the same options; as many of them a video."""
     tasks, task = module.tasks, module.predict_task
     latents = None if video is None else module.latents_of({"video": video})
     if task == "edit" and latents is not None:
-        fill_in_prompts(tasks, [item.row for item in items], latents, data.prompt_length)
-        usable = [i for i, item in enumerate(items) if item.row["error"] is None]
-        items, latents = [items[i] for i in usable], latents[usable]
-        if not items:
+        fill_in_prompts(tasks, rows, latents, data.prompt_length)
+        usable = [i for i, row in enumerate(rows) if row["error"] is None]
+        rows, latents = [rows[i] for i in usable], latents[usable]
+        if not rows:
             return
-    rows = [item.row for item in items]
     prompts = None if task == "caption" else [row["question" if task == "qa" else "prompt"] for row in rows]
     inputs: dict[str, Any] = {"generator": tasks.generators(row["seed"] for row in rows)}
     if latents is None:
@@ -103,11 +95,11 @@ def _predict(module: UniViGU, items: Sequence[Prediction], data: Any, video: tor
         for row, text in zip(rows, tasks.texts(samples), strict=True):
             row["answer" if task == "qa" else "caption"] = text
     if task not in ("caption", "qa"):
-        for item, frames in zip(items, to_frames(tasks.decode(samples.latents)).cpu(), strict=True):
-            item.video = frames
+        for row, frames in zip(rows, to_frames(tasks.decode(samples.latents)).cpu(), strict=True):
+            row["video"] = frames
 
 
-def fill_in_prompts(tasks: TaskRunner, rows: list[dict[str, Any]], latents: torch.Tensor, length: int) -> None:
+def fill_in_prompts(tasks: TaskRunner, rows: Sequence[Row], latents: torch.Tensor, length: int) -> None:
     """Replace words in the prompts of edits; a missing prompt is the model's own. A row that fails gets an error.
 
     Args:
@@ -145,7 +137,7 @@ class PredictionWriter(BasePredictionWriter):
     """Whether no input could be used."""
     _folder: Path
     _list: str
-    _rows: dict[int, dict[str, Any]]
+    _rows: dict[int, Row]
 
     def __init__(self, output_dir: str | None = None, fps: int = 8) -> None:
         super().__init__(write_interval="batch")
@@ -169,14 +161,14 @@ class PredictionWriter(BasePredictionWriter):
         self._folder, self._rows = folder, {}
 
     def write_on_batch_end(self, trainer: Trainer, pl_module: Any, prediction: Any, *args: Any) -> None:
-        for item in prediction:
-            if item.video is not None:
-                path = self._folder / "videos" / f"{item.index:05d}.mp4"
+        for index, row in prediction:
+            if isinstance(row.get("video"), torch.Tensor):
+                path = self._folder / "videos" / f"{index:05d}.mp4"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(path) as temporary:
-                    temporary.write_bytes(encode_mp4(item.video, self.fps))
-                item.row["video"] = str(path)
-            self._rows[item.index] = item.row
+                    temporary.write_bytes(encode_mp4(row["video"], self.fps))
+                row["video"] = str(path)
+            self._rows[index] = row
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         found: list[Any] = [self._rows] * trainer.world_size

@@ -55,25 +55,25 @@ class Stage:
     """Steps over which the learning rate rises from 0."""
 
     def __post_init__(self) -> None:
-        def check(name: str, valid: bool, expected: str) -> None:
+        rate, text_rate = self.learning_rate, self.text_learning_rate
+        trains_text = self.writes_text and text_rate != 0
+        unused = rate == 0 and self.tasks.generate > 0
+        for name, valid, expected in (
+            ("steps", self.steps >= 1, "at least 1"),
+            ("target", self.target in ("prompt", "caption"), "'prompt' or 'caption'"),
+            ("text_length", self.text_length >= 2, "at least 2"),
+            ("text_share", 0.0 < self.text_share <= 1.0, "over 0, at most 1"),
+            ("question_share", 0.0 <= self.question_share <= 1.0, "a number in [0, 1]"),
+            ("text_time_power", self.text_time_power > 0, "over 0"),
+            ("teacher_weight", self.teacher_weight >= 0, "at least 0"),
+            ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
+            ("learning_rate", rate is None or rate >= 0, "at least 0"),
+            ("text_learning_rate", text_rate is None or text_rate >= 0, "at least 0"),
+            ("learning_rate", rate != 0 or trains_text, "over 0, because nothing else is trained"),
+            ("tasks", not unused, "no generate share if learning_rate is 0, because it would train nothing"),
+        ):
             if not valid:
                 raise ValueError(f"stage: {name}={getattr(self, name)!r}: expected {expected}")
-
-        check("steps", self.steps >= 1, "at least 1")
-        check("target", self.target in ("prompt", "caption"), "'prompt' or 'caption'")
-        check("text_length", self.text_length >= 2, "at least 2")
-        check("text_share", 0.0 < self.text_share <= 1.0, "over 0, at most 1")
-        check("question_share", 0.0 <= self.question_share <= 1.0, "a number in [0, 1]")
-        check("text_time_power", self.text_time_power > 0, "over 0")
-        check("teacher_weight", self.teacher_weight >= 0, "at least 0")
-        check("warmup_steps", self.warmup_steps >= 0, "at least 0")
-        for name in ("learning_rate", "text_learning_rate"):
-            rate = getattr(self, name)
-            check(name, rate is None or rate >= 0.0, "at least 0")
-        trains_text = self.writes_text and self.text_learning_rate != 0
-        check("learning_rate", self.learning_rate != 0 or trains_text, "over 0, because nothing else is trained")
-        unused = self.learning_rate == 0 and self.tasks.generate > 0
-        check("tasks", not unused, "no generate share if learning_rate is 0, because it would train nothing")
 
     @property
     def writes_text(self) -> bool:

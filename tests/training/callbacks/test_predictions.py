@@ -16,7 +16,7 @@ from univigu.data.inputs import PredictTask
 from univigu.data.sample import DataError
 from univigu.data.video import encode_mp4, read_video
 from univigu.training.callbacks import PredictionWriter
-from univigu.training.prediction import Prediction
+from univigu.training.prediction import Row
 
 
 class Painter(LightningModule):
@@ -26,13 +26,13 @@ class Painter(LightningModule):
         super().__init__()
         self.predict_task, self.fail_at = predict_task, fail_at
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[tuple[int, Row]]:
         sources = batch["prompt"] if "prompt" in batch else batch["path"]
         if self.fail_at in batch["index"]:
             raise RuntimeError("killed")
         makes = self.predict_task not in ("caption", "qa")
         return [
-            Prediction(i, {"prompt": source, "video": None, "error": None}, _clip(i) if makes else None)
+            (i, {"prompt": source, "video": _clip(i) if makes else None, "error": None})
             for i, source in zip(batch["index"], sources, strict=True)
         ]
 
