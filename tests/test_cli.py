@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from lightning import LightningDataModule
+from lightning.pytorch.cli import SaveConfigCallback
 from torch.utils.data import DataLoader
 
 from tests.conftest import REPO
@@ -23,12 +24,7 @@ from univigu.models.text import is_text_parameter
 from univigu.sampling.options import SamplingOptions
 from univigu.shapes.renderer import render
 from univigu.shapes.scenes import sample_scene
-from univigu.training.lightning_cli import (
-    TrainingConfig,
-    UniViGUCLI,
-    curves,
-    lock_folder,
-)
+from univigu.training.lightning_cli import UniViGUCLI, curves, lock_folder
 from univigu.training.module import UniViGU
 from univigu.training.parallel import ShardedStrategy
 from univigu.training.parser import REPLACED
@@ -297,18 +293,18 @@ def test_curves_and_configuration_of_a_training_stay_its_own(in_tmp: Path, small
     config = (folder / "version_0/config.yaml").read_text()
     assert "seed_everything: 5" in config and list(folder.glob("version_0/events.*"))
 
-    def configuration_saved_by(cli: UniViGUCLI, stage: str) -> str:
-        (callback,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, TrainingConfig))
-        callback.setup(cli.trainer, cli.model, stage)
-        return (Path(cli.trainer.log_dir) / "config.yaml").read_text()
+    def savers(cli: UniViGUCLI) -> list[SaveConfigCallback]:
+        return [callback for callback in cli.trainer.callbacks if isinstance(callback, SaveConfigCallback)]
 
     cli = WithoutRun(["test", *REFINE, *small_data, "--trainer.default_root_dir=runs/recall"])
-    assert configuration_saved_by(cli, "test") == config
+    assert not savers(cli) and Path(cli.trainer.log_dir) == folder / "version_0"
     cli = WithoutRun([*run, "--ckpt_path=runs/recall/checkpoints/last.ckpt"])
     assert Path(cli.trainer.log_dir) == folder / "version_0"  # it continues: these are its own
     cli = WithoutRun(run)
     assert Path(cli.trainer.log_dir) == folder / "version_1"
-    assert "seed_everything: 0" in configuration_saved_by(cli, "fit")
+    (saver,) = savers(cli)
+    saver.setup(cli.trainer, cli.model, "fit")
+    assert "seed_everything: 0" in (folder / "version_1/config.yaml").read_text()
     assert (folder / "version_0/config.yaml").read_text() == config
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 from jsonargparse import Namespace, set_parsing_settings
-from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -57,14 +57,6 @@ CALLBACK_OPTIONS = {
 """Callbacks of every fit that have options on the command line, such as ``--media.every_n_steps 100``."""
 
 
-class TrainingConfig(SaveConfigCallback):
-    """Saves the configuration of a training, not of evaluations that log into the same folder."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
-
-
 class UniViGUCLI(LightningCLI):
     """LightningCLI of UniViGU with any data module; values that both need are linked."""
 
@@ -81,7 +73,6 @@ class UniViGUCLI(LightningCLI):
             "parser_class": Parser,
             "trainer_defaults": TRAINER_DEFAULTS,
             "seed_everything_default": 0,
-            "save_config_callback": TrainingConfig,
             "save_config_kwargs": {"overwrite": True},
         }
         arguments = sys.argv[1:] if args is None else args
@@ -147,6 +138,8 @@ class UniViGUCLI(LightningCLI):
                 callbacks.append(PredictionWriter())
             kwargs |= {"logger": False, "enable_checkpointing": False}
         else:
+            if self.subcommand not in (None, "fit"):  # its folder keeps the configuration of the training
+                self.save_config_callback = None
             self.stages = select_stages(config.stages, config.run) if config.run or self.subcommand else {}
             common: list[Callback] = [StageSwitch(self.stages)] if self.stages else []
             common += [config.monitor, DataStatistics(), config.media]

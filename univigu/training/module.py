@@ -102,15 +102,12 @@ class UniViGU(EvaluatedModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.foundation_path = foundation
-        self.init_from = init_from
+        self.foundation_path, self.init_from, self.seed = foundation, init_from, seed
         self.architecture, self.lora = architecture, lora
         self.optimizer_options, self.evaluation_options = optimizer, evaluation
         self.sampling, self.predict_task = sampling, predict_task
-        self.text_encoder_dtype = text_encoder_dtype
+        self.text_encoder_dtype, self.vae_tiling = text_encoder_dtype, vae_tiling
         self.gradient_checkpointing, self.compile_blocks = gradient_checkpointing, compile_blocks
-        self.vae_tiling = vae_tiling
-        self.seed = seed
         self.stage, self.stage_name, self.stage_step = Stage(), "", 0
         self.stages: Sequence[Stage] = [self.stage]  # of the run; StageSwitch sets them
         self.transformer: UniViGUTransformer3DModel | None = None
@@ -207,12 +204,9 @@ class UniViGU(EvaluatedModule):
         """Start a stage: freeze weights; ``StageSwitch`` sets the learning rates."""
         self.stage, self.stage_name = stage, name
         if self.transformer is not None:
-            self._apply_stage()
+            self.on_fit_start()
 
     def on_fit_start(self) -> None:
-        self._apply_stage()
-
-    def _apply_stage(self) -> None:
         self._model.register_to_config(text_length=self.stage.text_length)
         freeze_by_rate(self._model, self.lora, self.optimizer_options.rates(self.stage))
         trained_weights_changed(self._model)
@@ -261,8 +255,7 @@ class UniViGU(EvaluatedModule):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
         self._log_losses(losses)
         if losses.teacher is not None:
-            distance = losses.teacher.detach().mean()
-            self.log("train/teacher_distance", distance, batch_size=losses.teacher.numel())
+            self.log("train/teacher_distance", losses.teacher.detach().mean(), batch_size=losses.teacher.numel())
         return loss
 
     @cached_property

@@ -171,18 +171,17 @@ def make_optimizer(groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]], opt
     """
     muon, adamw = [], []
     for name, members in groups.items():
-        matrices = [p for n, p in members if options.name == "muon" and is_block_matrix(n, p)]
-        taken = {id(p) for p in matrices}
-        rest = [p for _, p in members if id(p) not in taken]
         decay = 0.0 if name == "video" else WEIGHT_DECAY[options.name]
-        decayed, plain = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim != 2]
-        if matrices:
-            group = {"params": matrices, "name": f"{name}_muon", "rate": MUON_RATE, "momentum": MOMENTUM}
-            muon.append(group | {"weight_decay": decay})
-        for suffix, weight_decay, params in (("_matrix", decay, decayed), ("", 0.0, plain)):
-            if params:
-                group = {"params": params, "name": name + suffix, "rate": 1.0, "betas": BETAS}
-                adamw.append(group | {"weight_decay": weight_decay})
+        kinds: dict[str, list[nn.Parameter]] = {"_muon": [], "_matrix": [], "": []}
+        for full_name, parameter in members:
+            by_muon = options.name == "muon" and is_block_matrix(full_name, parameter)
+            kinds["_muon" if by_muon else "_matrix" if parameter.ndim == 2 else ""].append(parameter)
+        for kind, params in kinds.items():
+            group = {"params": params, "name": name + kind, "weight_decay": decay if kind else 0.0}
+            if params and kind == "_muon":
+                muon.append(group | {"rate": MUON_RATE, "momentum": MOMENTUM})
+            elif params:
+                adamw.append(group | {"rate": 1.0, "betas": BETAS})
     return MuonAdamW(muon, adamw) if muon else torch.optim.AdamW(adamw, lr=0.0)
 
 

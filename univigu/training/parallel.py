@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +76,7 @@ def build_sharded(
 
 def shard(model: UniViGUTransformer3DModel, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Apply FSDP2: to the blocks, the large tables, the float32 time embedders, then to the rest."""
-    # Times must not be rounded, so FSDP2 casts no inputs; _CastInputs casts those that need it.
+    # Times must not be rounded, so FSDP2 casts no inputs; cast_inputs casts those that need it.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     embedders = model.condition_embedder.time_embedder, model.time_embedding_t.time_embedder  # float32 in Wan, too
@@ -88,36 +89,28 @@ def shard(model: UniViGUTransformer3DModel, mesh: DeviceMesh, dtype: torch.dtype
     for table in (model.vocab_embed, model.text_head):
         fully_shard(table, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    model.register_forward_pre_hook(_CastInputs(dtype), with_kwargs=True)
+
+    @lru_cache(maxsize=2)  # the same tensor for the same embeddings: an AttentionCache compares prompts by identity
+    def cast_prompt(embeds: torch.Tensor) -> torch.Tensor:
+        return embeds.to(dtype)
+
+    def cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Cast latents and prompt embeddings to the compute dtype; times and text states stay as they are."""
+        inputs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        if inputs["hidden_states"] is not None:
+            inputs["hidden_states"] = inputs["hidden_states"].to(dtype)
+        if inputs["encoder_hidden_states"] is not None:
+            inputs["encoder_hidden_states"] = cast_prompt(inputs["encoder_hidden_states"])
+        if (text := inputs.get("text")) is not None and text.prompt_embeds is not None:
+            inputs["text"] = text._replace(prompt_embeds=cast_prompt(text.prompt_embeds))
+        return (), inputs
+
+    model.register_forward_pre_hook(cast_inputs, with_kwargs=True)
 
 
 def _own_outputs(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """Copy outputs that are views: FSDP2's hooks on a view would be lost if it were changed in place."""
     return tree_map_only(torch.Tensor, lambda t: t.clone() if t.requires_grad and t._is_view() else t, output)
-
-
-class _CastInputs:
-    """Casts latents and prompt embeddings to the compute dtype; times and text states stay as they are."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._prompt: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        inputs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
-        if inputs["hidden_states"] is not None:
-            inputs["hidden_states"] = inputs["hidden_states"].to(self.dtype)
-        if inputs["encoder_hidden_states"] is not None:
-            inputs["encoder_hidden_states"] = self._cast_prompt(inputs["encoder_hidden_states"])
-        if (text := inputs.get("text")) is not None and text.prompt_embeds is not None:
-            inputs["text"] = text._replace(prompt_embeds=self._cast_prompt(text.prompt_embeds))
-        return (), inputs
-
-    def _cast_prompt(self, embeds: torch.Tensor) -> torch.Tensor:
-        """The same tensor for the same embeddings, because an AttentionCache compares prompts by identity."""
-        if self._prompt is None or self._prompt[0] is not embeds:
-            self._prompt = embeds, embeds.to(self.dtype)
-        return self._prompt[1]
 
 
 def trained_weights_changed(model: nn.Module) -> None:
