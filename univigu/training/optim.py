@@ -6,14 +6,16 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from univigu.models.lora import LoraOptions, is_lora_parameter
 from univigu.models.text import is_text_parameter
-from univigu.training.stages import Stage
+
+if TYPE_CHECKING:
+    from univigu.training.stages import Stage
 
 BETAS = (0.9, 0.95)
 """AdamW's decay rates of the two moments."""
@@ -122,10 +124,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of both; ``closure`` computes the loss and gradients and is called once."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         matrices = [p for group in self.muon.param_groups for p in group["params"]]
         if all(type(p.data) is torch.Tensor and (p.device.type == "cpu" or p.numel() <= SMALL) for p in matrices):
             self._batched_muon()

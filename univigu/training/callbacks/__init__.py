@@ -3,10 +3,9 @@
 from univigu.training.callbacks.checkpoint import LastCheckpoint
 from univigu.training.callbacks.ema import WeightEMA
 from univigu.training.callbacks.held_out import CaptionAccuracy, FinalReport, MediaLogger
-from univigu.training.callbacks.monitor import DataStatistics, TrainingMonitor
-from univigu.training.callbacks.progress import ProgressLines
-from univigu.training.callbacks.stage import StageSwitch
+from univigu.training.callbacks.monitor import DataStatistics, ProgressLines, TrainingMonitor
 from univigu.training.prediction import PredictionWriter
+from univigu.training.stages import StageSwitch
 
 __all__ = [
     "CaptionAccuracy",
