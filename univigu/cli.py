@@ -28,8 +28,7 @@ SUBCOMMANDS = {
     "predict": "use a model: configs/caption.yaml, generate.yaml, joint.yaml, edit.yaml, qa.yaml",
     "demo": "a web page to use a model on",
 }
-USAGE = f"usage: lightning [-h] [--version] {{{','.join(SUBCOMMANDS)}}} [options]"
-HELP = f"""{USAGE}
+HELP = f"""usage: lightning [-h] [--version] {{{",".join(SUBCOMMANDS)}}} [options]
 
 Uni-ViGU: one diffusion transformer that makes video and understands it.
 

@@ -133,13 +133,13 @@ class UniViGUCLI(LightningCLI):
         plugins = _listed(trainer.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, SafeCheckpointIO()]
+        if self.subcommand not in (None, "fit"):  # a folder keeps the configuration of its training
+            self.save_config_callback = None
         if self.subcommand == "predict":
             if not any(isinstance(callback, PredictionWriter) for callback in callbacks):
                 callbacks.append(PredictionWriter())
             kwargs |= {"logger": False, "enable_checkpointing": False}
         else:
-            if self.subcommand not in (None, "fit"):  # its folder keeps the configuration of the training
-                self.save_config_callback = None
             self.stages = select_stages(config.stages, config.run) if config.run or self.subcommand else {}
             common: list[Callback] = [StageSwitch(self.stages)] if self.stages else []
             common += [config.monitor, DataStatistics(), config.media]
