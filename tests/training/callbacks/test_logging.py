@@ -133,7 +133,7 @@ def test_csv_gets_every_scalar(
 ) -> None:
     """Of the same values as TensorBoard; no time is spent on samples that it cannot store."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("univigu.training.callbacks.held_out.caption_samples", None)
+        patch.setattr(MediaLogger, "samples", None)
         fit(tmp_path, *small_data, "--trainer.val_check_interval=2", "--trainer.logger=CSVLogger")
     (path,) = (tmp_path / "runs/recall").rglob("metrics.csv")
     assert not list(tmp_path.rglob("*tfevents*")) and (path.parent / "config.yaml").is_file()
