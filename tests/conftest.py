@@ -27,7 +27,7 @@ import pytest
 import torch
 from torch.multiprocessing import start_processes
 
-from univigu.data.processes import SpawnPool
+from univigu.data.engine import SpawnPool
 
 REPO = Path(__file__).resolve().parents[1]
 SMALL = {"num_train_clips": 8, "num_val_clips": 4, "batch_size": 4, "num_workers": 0}

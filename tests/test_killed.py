@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tests.conftest import REPO
 from tools import encode, synthesize
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.processes import start_worker
+from univigu.data.engine import start_worker
 from univigu.shapes.scenes import sample_scene
 from univigu.shapes.texts import prompt_of
 from univigu.shapes.write import write_shapes
@@ -171,7 +171,7 @@ def processes_of(session: int) -> dict[int, str]:
 POOL = """
 import sys, time
 from univigu.cli import exit_code
-from univigu.data.processes import SpawnPool
+from univigu.data.engine import SpawnPool
 def run():
     with SpawnPool(1) as pool:
         jobs = [pool.submit(time.sleep, 0.1) for _ in range(10000)]

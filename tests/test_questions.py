@@ -13,7 +13,7 @@ from lightning import Trainer
 
 from tests import tiny
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.filters import LengthFilter
+from univigu.data.options import LengthFilter
 from univigu.data.sample import questions_of
 from univigu.data.shards import write_shard
 from univigu.data.video import encode_mp4

@@ -15,7 +15,7 @@ from tests import tiny
 from tests.tasks import Tasks
 from univigu.checkpoint import export_pipeline
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.filters import LengthFilter
+from univigu.data.options import LengthFilter
 from univigu.data.shards import write_shard
 from univigu.data.video import encode_mp4
 from univigu.flow.objective import TaskMixture

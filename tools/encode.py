@@ -18,9 +18,8 @@ from pathlib import Path
 
 from univigu.cli import ToolParser, exit_code
 from univigu.data.buckets import Bucket, Grid
-from univigu.data.engine import add_engine, open_engine
+from univigu.data.engine import SpawnPool, add_engine, open_engine
 from univigu.data.index import TARS, find_split
-from univigu.data.processes import SpawnPool
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 
 

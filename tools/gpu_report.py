@@ -24,7 +24,7 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 
 from univigu.cli import ToolParser
-from univigu.data.processes import this_device
+from univigu.data.engine import this_device
 from univigu.flow.objective import TaskMixture, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
 from univigu.models.transformer import UniViGUTransformer3DModel

@@ -29,9 +29,8 @@ import torch
 from PIL import Image, ImageSequence
 
 from univigu.cli import ToolParser, exit_code
-from univigu.data.build import build_folder
-from univigu.data.processes import SpawnPool
-from univigu.data.shards import Manifest, ShardInfo, write_shard
+from univigu.data.engine import SpawnPool
+from univigu.data.shards import Manifest, ShardInfo, build_folder, write_shard
 from univigu.data.video import encode_mp4, even_indices
 from univigu.shapes.scenes import CANVAS
 from univigu.shapes.texts import region_of

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from univigu.cli import ToolParser, exit_code
-from univigu.data.processes import this_device
+from univigu.data.engine import this_device
 from univigu.data.progress import track
 from univigu.data.video import to_uint8
 from univigu.models.tokens import replace_words

@@ -14,14 +14,12 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import Literal
 
 from univigu.cli import ToolParser, exit_code
 from univigu.data.engine import add_engine, open_engine
-from univigu.data.filters import LengthFilter
-from univigu.data.options import add_options, read_options
-from univigu.data.synthesis.captioners import CaptionModel, CaptionOptions, Template
-from univigu.data.synthesis.run import Synthesis
-from univigu.data.synthesis.sources import Pipeline, VideoOptions
+from univigu.data.options import LengthFilter, add_options, read_options
+from univigu.data.synthesis import CaptionModel, CaptionOptions, Pipeline, Synthesis, VideoOptions
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 
 
@@ -29,10 +27,8 @@ def run(o: argparse.Namespace) -> None:
     engine, device = open_engine(o)
     video, lengths = read_options(VideoOptions, o), read_options(LengthFilter, o)
     captions = read_options(CaptionOptions, o)
-    captioner: CaptionModel | Template | None = None
-    if o.captioner == "template":
-        captioner = Template(video.fps)
-    elif o.captioner != "none":
+    captioner: CaptionModel | Literal["template"] | None = "template" if o.captioner == "template" else None
+    if o.captioner not in ("none", "template"):
         captioner = CaptionModel(o.captioner, captions, lengths, video.dtype, device)
     synthesis = Synthesis(o.prompts, Pipeline(o.pipeline, video, device), captioner, o.tokenizer, lengths)
     manifest = synthesis.write(o.output, o.shard_size, engine)

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from univigu.cli import ToolParser
+from univigu.data.engine import this_device
 from univigu.data.options import add_options, check_dtype, check_least, read_options
-from univigu.data.processes import this_device
 from univigu.data.video import encode_mp4, probe_video, read_video, to_uint8
 from univigu.models.tokens import tokenize
 from univigu.pipeline import TaskRunner, UniViGUPipeline

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from univigu.data.build import build_folder, locked
 from univigu.data.sample import DataError
-from univigu.data.shards import Manifest, ShardInfo, write_shard
+from univigu.data.shards import Manifest, ShardInfo, build_folder, locked, write_shard
 
 
 def _write(path: Path, job: int) -> ShardInfo:

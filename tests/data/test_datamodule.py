@@ -15,7 +15,7 @@ from tests.damage import write_raw
 from tests.data.conftest import FAULTS, fit
 from univigu.data import datamodule
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.filters import LengthFilter
+from univigu.data.options import LengthFilter
 from univigu.data.sample import DataError, SampleError
 from univigu.data.video import to_model_range
 from univigu.models.encode import encode_clips

@@ -17,10 +17,9 @@ import torch
 from tests.damage import is_intact
 from tests.tiny_captioner import write_captioner
 from tools import encode, synthesize
-from univigu.data.build import build_folder
 from univigu.data.engine import Model, RayEngine
 from univigu.data.index import index_folder
-from univigu.data.shards import Manifest, ShardInfo, write_shard
+from univigu.data.shards import Manifest, ShardInfo, build_folder, write_shard
 from univigu.data.video import encode_mp4
 from univigu.shapes.scenes import sample_scene
 from univigu.shapes.texts import prompt_of

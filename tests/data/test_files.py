@@ -16,8 +16,8 @@ from univigu.data import encode as encoding
 from univigu.data.buckets import Bucket
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.encode import encode_shards
-from univigu.data.filters import LengthFilter
 from univigu.data.index import find_split, index_folder, scan_shard
+from univigu.data.options import LengthFilter
 from univigu.data.sample import DataError
 from univigu.data.shards import Manifest
 from univigu.models.foundation import EMBEDDED_FOUNDATION

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from tests.damage import write_raw
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.filters import LengthFilter
+from univigu.data.options import LengthFilter
 from univigu.models.tokens import token_count
 
 

@@ -12,8 +12,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.inputs import PredictionInput, find_videos, read_pairs, read_prompts
 from univigu.data.sample import DataError
-from univigu.data.synthesis.run import Synthesis
-from univigu.data.synthesis.sources import Pipeline, VideoOptions
+from univigu.data.synthesis import Pipeline, Synthesis, VideoOptions
 from univigu.data.video import encode_mp4, read_video
 from univigu.evaluation.vbench import ExportOptions, plan
 from univigu.models.tokens import MAX_CHARACTERS, TextTooLongError, token_count, tokenize

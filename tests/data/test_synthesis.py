@@ -17,13 +17,11 @@ from tests.damage import is_intact
 from tests.tiny_captioner import write_captioner
 from tools.synthesize import main
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.filters import LengthFilter
 from univigu.data.index import index_folder
+from univigu.data.options import LengthFilter
 from univigu.data.sample import DataError
 from univigu.data.shards import Manifest, sha256_of
-from univigu.data.synthesis.captioners import CaptionModel, CaptionOptions, derived_seed
-from univigu.data.synthesis.run import Synthesis
-from univigu.data.synthesis.sources import Pipeline, VideoOptions
+from univigu.data.synthesis import CaptionModel, CaptionOptions, Pipeline, Synthesis, VideoOptions, derived_seed
 from univigu.data.video import read_video
 from univigu.models.tokens import token_count
 from univigu.shapes import renderer, scenes, texts

@@ -16,7 +16,7 @@ from tests import tiny
 from tests.conftest import REPO, run_ranks
 from tests.tiny_clip import write_clip, write_detector
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.filters import LengthFilter
+from univigu.data.options import LengthFilter
 from univigu.data.shards import write_shard
 from univigu.data.video import encode_mp4
 from univigu.evaluation.held_out import EvaluationOptions, own_samples

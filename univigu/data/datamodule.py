@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +16,12 @@ from torch.utils.data import DataLoader
 
 from univigu.data.buckets import Bucket, Grid, choose_bucket, latents_shape
 from univigu.data.encode import has_large_encoder
-from univigu.data.filters import LengthFilter
+from univigu.data.engine import SpawnPool, this_device
 from univigu.data.index import list_shards
 from univigu.data.inputs import PredictionInputs, PredictTask, find_inputs
 from univigu.data.loader import ErrorLog, SampleLoader, TrainLoader, VideoTextDataset
-from univigu.data.options import check_least
+from univigu.data.options import LengthFilter, check_least
 from univigu.data.order import TrainOrder, eval_batches
-from univigu.data.processes import SpawnPool, this_device
 from univigu.data.sample import DataError, SampleError, SampleRef
 from univigu.data.sources import Source, SourceFolder, Split, source_weights
 from univigu.models.foundation import EMBEDDED_FOUNDATION
@@ -37,6 +36,7 @@ SPLITS: dict[str, tuple[Split, ...]] = {
     TrainerFn.TESTING: ("test",),
     TrainerFn.PREDICTING: (),
 }
+"""Splits that a trainer's function uses."""
 
 
 class VideoTextDataModule(LightningDataModule):
@@ -110,7 +110,9 @@ class VideoTextDataModule(LightningDataModule):
         self.videos, self.prompts, self.pairs, self.predict_task = videos, prompts, pairs, predict_task
         check_least(self, "data.", batch_size=1, num_workers=0, height=2, width=2, num_frames=1)
         check_least(self, "data.", prompt_length=1, caption_length=1, num_train_clips=1, num_val_clips=1)
-        self.buckets = buckets or [Bucket(height, width, num_frames)]
+        self.size = Bucket(height, width, num_frames)
+        """Size of the videos in prediction."""
+        self.buckets = buckets or [self.size]
         """Sizes that videos are brought to."""
         for bucket in self.buckets:
             if self.buckets.count(bucket) > 1:
@@ -127,8 +129,8 @@ class VideoTextDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Write the embedded world and encode the shards, if that has not been done yet (one process a node)."""
         fn = None if self.trainer is None else self.trainer.state.fn
-        splits: tuple[Split, ...] = ("train", "val", "test") if fn is None else SPLITS[fn]
-        splits = tuple(split for split in splits if not self._is_unneeded(split))
+        wanted: tuple[Split, ...] = ("train", "val", "test") if fn is None else SPLITS[fn]
+        splits = [split for split in wanted if not self._is_unneeded(split)]
         if not splits:
             return
         self._latents_shapes()  # checks the sizes
@@ -138,13 +140,12 @@ class VideoTextDataModule(LightningDataModule):
                 folder.fetch(split)
         with SpawnPool() as pool, SpawnPool(1) as single:
             if self.sources is None:
-                size = {"height": self.height, "width": self.width, "num_frames": self.num_frames}
                 for split in splits:
                     num_clips = self.num_train_clips if split == "train" else self.num_val_clips
-                    write_shapes(folders[0].videos(split), split, num_clips, engine=pool.map, **size)
-            jobs = [(folder, split) for split in splits for _, folder in self._folders_of(split)]
+                    write_shapes(folders[0].videos(split), split, num_clips, engine=pool.map, **asdict(self.size))
             if not self.precompute:
                 return
+            jobs = [(folder, split) for split in splits for _, folder in self._folders_of(split)]
             for folder, split in jobs:  # before hours are spent on encoding another
                 list_shards(folder.videos(split))
             device = self._encoding_device()
@@ -167,13 +168,11 @@ class VideoTextDataModule(LightningDataModule):
 
     def _folders(self) -> list[SourceFolder]:
         """The local folder of each source."""
-        paths = [source.path for source in self.sources or ()]
-        if self.sources is None:
-            # clips of other options go to another folder, so that what a running training reads stays as it is
-            sizes = (self.height, self.width, self.num_frames)
-            counts = (self.num_train_clips, self.num_val_clips, self.num_val_clips)
-            name = "-".join(["x".join(map(str, part)) for part in (sizes, counts)] + [world_fingerprint()])
-            paths = [f"{self.root}/{name}"]
+        if self.sources is not None:
+            paths = [source.path for source in self.sources]
+        else:  # clips of other options go to another folder, so that what a running training reads stays as it is
+            counts = f"{self.num_train_clips}x{self.num_val_clips}x{self.num_val_clips}"
+            paths = [f"{self.root}/{self.size}-{counts}-{world_fingerprint()}"]
         return [SourceFolder(path, self.root, self.foundation, self.buckets, self.precompute) for path in paths]
 
     def _folders_of(self, split: Split) -> list[tuple[int, SourceFolder]]:
@@ -185,7 +184,7 @@ class VideoTextDataModule(LightningDataModule):
     def _latents_shapes(self) -> list[tuple[int, int, int]]:
         """(T, H, W) of each bucket's latents; raises DataError for a size that is no whole number of tokens."""
         grid = Grid.of(self.foundation)
-        grid.check(Bucket(self.height, self.width, self.num_frames), "data.")
+        grid.check(self.size, "data.")
         for number, bucket in enumerate(self.buckets):
             grid.check(bucket, f"data.buckets[{number}].")
         return [latents_shape(bucket, grid.temporal, grid.spatial) for bucket in self.buckets]
@@ -198,9 +197,8 @@ class VideoTextDataModule(LightningDataModule):
         if stage == TrainerFn.PREDICTING:
             self._latents_shapes()
             given = {"videos": self.videos, "prompts": self.prompts, "pairs": self.pairs}
-            size = Bucket(self.height, self.width, self.num_frames)
             inputs = find_inputs(given, self.predict_task)
-            self._inputs = PredictionInputs(inputs, size, self.tokenizer, self.prompt_length)
+            self._inputs = PredictionInputs(inputs, self.size, self.tokenizer, self.prompt_length)
             return
         for split in SPLITS[stage]:
             if split not in self._refs and not self._is_unneeded(split):
@@ -234,15 +232,14 @@ class VideoTextDataModule(LightningDataModule):
                 for number in questions:
                     pair = texts.question(number)
                     lengths = {name: token_count(self.tokenizer, getattr(pair, name)) for name in self._slots}
-                    tokens = lengths["prompt"], lengths["caption"]
                     over = next((name for name, slot in self._slots.items() if lengths[name] > slot), None)
-                    if reason := self.length_filter.reason(*tokens):
+                    if reason := self.length_filter.reason(lengths["prompt"], lengths["caption"]):
                         filtered[reason] += 1
                     elif over is not None:  # texts are never truncated
                         value = f"{lengths[over]} tokens, {over}_length={self._slots[over]}"
                         errors.append(ref.error("text_over_slot", over, value))
                     else:
-                        found.append(replace(ref, question=number, tokens=tokens))
+                        found.append(replace(ref, question=number))
             self.errors.add(errors)
             filtered.update(error.reason for error in errors)
             numbers = {"kept": len(found), **dict(sorted((+filtered).items()))}
@@ -286,20 +283,17 @@ class VideoTextDataModule(LightningDataModule):
         options: dict[str, Any] = {"weights": weights, "sources": sources, "buckets": buckets, **self._ranks()}
         return TrainOrder(len(refs), self.batch_size, seed=self.seed, **options)
 
-    def val_dataloader(self) -> SampleLoader:
+    def val_dataloader(self, split: Split = "val") -> SampleLoader:
         """All validation samples, in order."""
-        return self._eval_dataloader("val")
-
-    def test_dataloader(self) -> SampleLoader:
-        """All test samples, in order."""
-        return self._eval_dataloader("test")
-
-    def _eval_dataloader(self, split: Split) -> SampleLoader:
         refs = self._refs.get(split, [])
         batches, own = eval_batches(len(refs), self.batch_size, buckets=[ref.bucket for ref in refs], **self._ranks())
         return SampleLoader(self._dataset(split, refs), batches, self.errors, self.num_workers, own)
 
-    def predict_dataloader(self) -> DataLoader[list[dict[str, Any]]]:
+    def test_dataloader(self) -> SampleLoader:
+        """All test samples, in order."""
+        return self.val_dataloader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
         """One row an input, unusable ones included, a video's questions together; see ``univigu.data.inputs``."""
         assert self._inputs is not None
         workers: dict[str, Any] = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}

@@ -62,10 +62,9 @@ def nearest(times: np.ndarray, num_frames: int) -> np.ndarray:
 
 def read(file: Any, num_frames: int, height: int, width: int) -> np.ndarray:
     """Frames as displayed, scaled to cover the size and cropped at the centre: uint8 [F, H, W, 3]."""
-    packets, small = [], file.seek(0, io.SEEK_END) <= MAX_KEPT
+    packets, kept, small = [], [], file.seek(0, io.SEEK_END) <= MAX_KEPT
     with _open(file) as (kind, stream):
         fill = _Filler(np.empty((num_frames, height, width, 3), np.uint8), float(stream.sample_aspect_ratio or 1))
-        kept = []
         for packet in _demux(stream) if kind not in PILLOW_FORMATS else ():
             packets.append((packet.pts, packet.is_keyframe, packet.is_discard))
             if small:
@@ -184,8 +183,8 @@ def _decode(file: Any, needed: np.ndarray | None = None) -> Iterator[Any]:
     with _open(file) as (kind, stream):
         if kind in PILLOW_FORMATS:
             yield from _pictures(file)
-            return
-        yield from _decode_packets(kind, stream, _demux(stream), needed)
+        else:
+            yield from _decode_packets(kind, stream, _demux(stream), needed)
 
 
 def _decode_packets(kind: str, stream: Any, packets: Iterable[Any], needed: np.ndarray | None) -> Iterator[Any]:

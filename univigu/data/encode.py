@@ -18,12 +18,11 @@ import torch
 from safetensors.torch import save
 
 from univigu.data.buckets import Bucket, choose_bucket
-from univigu.data.build import Engine, build_folder
 from univigu.data.engine import Model
 from univigu.data.index import Scan, list_shards, plain_files, scan_shard
 from univigu.data.options import check_dtype
 from univigu.data.sample import LATENTS_SUFFIX, PROMPT_SUFFIX, TEXT_SUFFIX, DataError, SampleError, SampleRef
-from univigu.data.shards import Manifest, ShardInfo, write_shard
+from univigu.data.shards import Engine, Manifest, ShardInfo, build_folder, write_shard
 from univigu.data.video import to_model_range
 from univigu.models.encode import encode_clips, encode_prompts, group_size
 from univigu.models.fingerprint import folder_fingerprint
@@ -38,25 +37,21 @@ MAX_PROMPT = 512
 """Most tokens of Wan's text encoder; samples with longer prompts are left out."""
 
 
-def latents_parameters(foundation_path: str | Path, buckets: Sequence[Bucket]) -> dict[str, Any]:
-    """What identifies latents: the fingerprint of the VAE, their normalisation, and their sizes."""
-    folder = Path(foundation_path) / "vae"
+def encoder_parameters(foundation: str | Path, buckets: Sequence[Bucket], prompts: bool = True) -> dict[str, Any]:
+    """What identifies latents (and prompt embeddings): fingerprints of the encoders, normalisation, and sizes."""
+    names = ("vae", "text_encoder", "tokenizer") if prompts else ("vae",)
+    folders = {name: Path(foundation) / name for name in names}
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folders["vae"] / "config.json").read_text())
         normalization = {"mean": config["latents_mean"], "std": config["latents_std"], "of": "mode"}
     except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise DataError(f"foundation={str(foundation_path)!r}: no readable vae/config.json ({error!r})") from error
-    sizes = asdict(buckets[0]) if len(buckets) == 1 else {"buckets": [str(bucket) for bucket in buckets]}
-    return {"vae": folder_fingerprint(folder), "normalization": normalization, **sizes}
-
-
-def prompt_parameters(foundation_path: str | Path) -> dict[str, Any]:
-    """What identifies a foundation's prompt embeddings: the fingerprints of text encoder and tokenizer."""
-    folders = {name: Path(foundation_path) / name for name in ("text_encoder", "tokenizer")}
+        raise DataError(f"foundation={str(foundation)!r}: no readable vae/config.json ({error!r})") from error
     for name, folder in folders.items():
         if not folder.is_dir():
-            raise DataError(f"foundation={str(foundation_path)!r}: it holds no {name} folder")
-    return {name: folder_fingerprint(folder) for name, folder in folders.items()}
+            raise DataError(f"foundation={str(foundation)!r}: it holds no {name} folder")
+    sizes = asdict(buckets[0]) if len(buckets) == 1 else {"buckets": [str(bucket) for bucket in buckets]}
+    encoders = {name: folder_fingerprint(folder) for name, folder in folders.items()}
+    return {**encoders, "normalization": normalization, **sizes}
 
 
 def has_large_encoder(foundation_path: str | Path) -> bool:
@@ -67,12 +62,11 @@ def has_large_encoder(foundation_path: str | Path) -> bool:
 
 def source_parameters(source: Path) -> list[list[Any]]:
     """[name, bytes, sha256] of every shard; the checksum is the manifest's, None without a manifest."""
-    manifest = Manifest.load(source)
+    manifest, result = Manifest.load(source), list[list[Any]]()
     known = {(shard.name, shard.num_bytes): shard.sha256 for shard in manifest.shards} if manifest else {}
-    result: list[list[Any]] = []
     for path in list_shards(source):
-        files = [path] if path.is_file() else plain_files(path)
-        name, size = _name(source, path), sum(file.stat().st_size for file in files)
+        size = sum(file.stat().st_size for file in ([path] if path.is_file() else plain_files(path)))
+        name = _name(source, path)
         result.append([name, size, known.get((name, size))])
     return result
 
@@ -108,10 +102,8 @@ def encode_shards(
     """
     source = Path(source)
     check_dtype(dtype)
-    parameters = latents_parameters(foundation_path, buckets)
+    parameters = encoder_parameters(foundation_path, buckets, prompts)
     parameters |= {"dtype": dtype, "source": source_parameters(source)}
-    if prompts:
-        parameters |= prompt_parameters(foundation_path)
     jobs = {name: job for path in list_shards(source) for name, job in _jobs(source, path)}
     work = _ShardEncoder(Encoder(str(foundation_path), device), dtype, prompts, tuple(buckets), strict)
     return build_folder(Path(target), Manifest("latents", parameters), jobs, work, engine)

@@ -1,4 +1,4 @@
-"""Where the jobs of ``univigu.data.build.build_folder`` run: in this process, or as tasks on a Ray cluster.
+"""Where the jobs of ``univigu.data.shards.build_folder`` run: here, in worker processes, or as tasks on a Ray cluster.
 
 On Ray a job is a task, and actors hold the models that it uses.  Several jobs run at the same time, so generating,
 captioning, encoding and writing overlap.  Ray repeats what a lost worker or machine has not finished.
@@ -7,8 +7,13 @@ captioning, encoding and writing overlap.  Ray repeats what a lost worker or mac
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from copy import copy
 from itertools import islice
 from pathlib import Path
@@ -16,13 +21,51 @@ from typing import Any
 
 import torch
 
-from univigu.data.build import Engine, Work
 from univigu.data.options import check_least
-from univigu.data.processes import this_device
-from univigu.data.shards import ShardInfo
+from univigu.data.shards import Engine, ShardInfo, Work
 
 RETRIES = 3
 """How often Ray repeats a job, or a call of a model, whose process was lost; it does not repeat errors."""
+
+
+def start_worker(number: int = 0) -> None:
+    """Set up a worker process: one thread, and it ends with the process that started it, even if that is killed.
+
+    A signal to all of them (Ctrl-C, a scheduler's SIGTERM) is that process's to answer; a worker obeys only its own.
+    """
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigtimedwait"):  # else every SIGTERM ends a worker
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # in the thread, too, which waits for it
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        if not hasattr(signal, "sigtimedwait"):
+            time.sleep(1)
+        elif (received := signal.sigtimedwait([signal.SIGTERM], 1)) and received.si_pid == parent:
+            break
+    os._exit(0)  # for another code a DataLoader raises
+
+
+class SpawnPool(ProcessPoolExecutor):
+    """Spawned processes of one torch thread each, started by the first job; by default one for every usable core."""
+
+    def __init__(self, workers: int | None = None) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.workers = cores if workers is None else workers
+        super().__init__(self.workers, multiprocessing.get_context("spawn"), start_worker)
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        """Wait for the jobs that run; after an error or a signal not for those that have not begun."""
+        self.shutdown(cancel_futures=kind is not None)
+
+
+def this_device() -> str:
+    """The GPU if there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Model:
@@ -79,7 +122,7 @@ class RayEngine:
         if models and self.device == "cuda":
             options["num_gpus"] = 1 / len(models)
             group = ray.util.placement_group([{"GPU": 1}] * self.workers)
-        lanes: list[Any] = []
+        lanes = []
         for number in range(self.workers):
             place = "SPREAD" if group is None else PlacementGroupSchedulingStrategy(group, number)
             host: Any = ray.remote(_Host).options(scheduling_strategy=place, **options)
@@ -129,7 +172,6 @@ class _Remote:
 
 
 def _write(folder: str, work: Work, path: Path, job: Any) -> ShardInfo:
-    """A task."""
     _start(folder)
     return work(path, job)
 

@@ -104,44 +104,37 @@ def _scan_tar(shard: str) -> Scan:
     """Members of a tar; the key ends at the first dot of the file name, which is webdataset's rule."""
     refs: dict[str, SampleRef] = {}
     errors: dict[str | None, SampleError] = {}
-    last = None
+    last, total = None, os.path.getsize(shard)
     try:
-        for name, offset, size, missing in _tar_members(shard):
-            home, slash, file = name.rpartition("/")
+        for member in _tar_members(shard):
+            home, slash, file = member.name.rpartition("/")
             stem, dot, suffix = file.partition(".")
-            if not stem or not dot:
+            if not member.isfile() or not stem or not dot:
                 continue  # webdataset ignores such files too
             key, suffix = _key(f"{home}{slash}{stem}"), suffix.lower()
             ref = refs.setdefault(key, SampleRef(shard, key, {}))
-            error = None
+            missing = member.offset_data + member.size - total
             if missing > 0:
-                error = ref.error("damaged_shard", suffix, f"the shard ends {missing} bytes too early")
-            elif suffix in ref.members:
-                error = ref.error("duplicate_member", suffix, f"member {name!r}")
+                errors[key] = ref.error("damaged_shard", suffix, f"the shard ends {missing} bytes too early")
+                break
+            if suffix in ref.members:
+                errors.setdefault(key, ref.error("duplicate_member", suffix, f"member {member.name!r}"))
             elif ref.members and key != last:
-                value = f"member {name!r} comes after other samples; sort the members of the tar by name"
-                error = ref.error("duplicate_member", suffix, value)
-            if error is not None:
-                errors.setdefault(key, error)
-            ref.members.setdefault(suffix, (shard, offset, size))
+                value = f"member {member.name!r} comes after other samples; sort the members of the tar by name"
+                errors.setdefault(key, ref.error("duplicate_member", suffix, value))
+            ref.members.setdefault(suffix, (shard, member.offset_data, member.size))
             last = key
     except tarfile.ReadError as error:
-        if not shard.lower().endswith(".tar"):
-            error = tarfile.ReadError("a compressed tar; decompress it, since samples are read at their offsets")
-        errors[None] = SampleError("damaged_shard", shard, None, None, str(error))
+        compressed = "a compressed tar; decompress it, since samples are read at their offsets"
+        value = str(error) if shard.lower().endswith(".tar") else compressed
+        errors[None] = SampleError("damaged_shard", shard, None, None, value)
     return [ref for key, ref in refs.items() if key not in errors], list(errors.values())
 
 
-def _tar_members(shard: str) -> Iterator[tuple[str, int, int, int]]:
-    """(name, offset, size, bytes that are missing) of each file; raises ReadError if the tar is damaged elsewhere."""
-    total = os.path.getsize(shard)
+def _tar_members(shard: str) -> Iterator[tarfile.TarInfo]:
+    """The tar's members; raises ReadError if it is damaged between them or has no end."""
     with tarfile.open(shard, "r:") as tar:
-        while (member := tar.next()) is not None:
-            if member.isfile():
-                missing = member.offset_data + member.size - total
-                yield member.name, member.offset_data, member.size, missing
-                if missing > 0:
-                    return
+        yield from iter(tar.next, None)
         end = tar.offset
     # tarfile takes garbage between members, or the end of a truncated file, for the archive's end
     with open(shard, "rb") as file:

@@ -99,18 +99,18 @@ def _matches(pattern: Path) -> list[str]:
     return sorted(path for path in files.values() if Path(path).is_file())
 
 
-def read_prompts(value: str | list[str], name: str = "data.prompts") -> list[tuple[str, str | None]]:
+def read_prompts(value: str | list[str]) -> list[tuple[str, str | None]]:
     """(prompt, error) of each row of a file (a line of .txt, else the field "prompt"), of a prompt, or of a list.
 
     What looks like a path is never a prompt: what exists or ends in a list's suffix.  A file that cannot be read or
-    holds no prompt is a DataError about the option ``name``.
+    holds no prompt is a DataError.
     """
     rows: list[Row] = []
     for item in [value] if isinstance(value, str) else value:
         is_path = os.path.exists(item) or Path(item).suffix.lower() in READERS
-        rows += read_list(item, name) if is_path else [Row(name, {"prompt": item})]
+        rows += read_list(item, "data.prompts") if is_path else [Row("data.prompts", {"prompt": item})]
     if not rows:
-        raise DataError(f"{name}={value!r}: holds no prompt")
+        raise DataError(f"data.prompts={value!r}: holds no prompt")
     return [text_of(row, "prompt") for row in rows]
 
 
@@ -125,24 +125,22 @@ def read_list(path: str, name: str) -> list[Row]:
     return rows
 
 
-def read_pairs(
-    value: str | dict[str, Any] | list[dict[str, Any]], field: TextField, name: str = "data.pairs"
-) -> list[PredictionInput]:
+def read_pairs(value: str | dict[str, Any] | list[dict[str, Any]], field: TextField) -> list[PredictionInput]:
     """Videos with their texts of a file (.jsonl, .csv, ...), of one object, or of a list of objects.
 
     An object is ``{"video": ..., "question": ...}``, or for an edit ``{"video": ..., "prompt": ..., "replace": {"red":
     "blue"}, "strength": 0.8}`` with at least one of prompt and replace.  Its video is a value for ``find_videos``,
     relative to the working directory: a folder or pattern gives several pairs.  No pair, or a file that cannot be read,
-    is a DataError about the option ``name``.
+    is a DataError.
     """
     if isinstance(value, str):
-        rows = read_list(value, name)
+        rows = read_list(value, "data.pairs")
     else:
         objects = [value] if isinstance(value, dict) else value
-        rows = [make_row(f"{name}[{number}]", item) for number, item in enumerate(objects)]
+        rows = [make_row(f"data.pairs[{number}]", item) for number, item in enumerate(objects)]
     pairs = [pair for row in rows for pair in _pairs_of(row, field)]
     if not pairs:
-        raise DataError(f"{name}={value!r}: holds no pair of a video and a {field}")
+        raise DataError(f"data.pairs={value!r}: holds no pair of a video and a {field}")
     return pairs
 
 

@@ -9,6 +9,8 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -17,36 +19,37 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from univigu.data.buckets import Bucket
+from univigu.data.engine import start_worker
 from univigu.data.order import TrainOrder
-from univigu.data.processes import start_worker
 from univigu.data.sample import LATENTS_SUFFIX, PROMPT_SUFFIX, DataError, SampleError, SampleReason, SampleRef
 from univigu.models.tokens import TextTooLongError, tokenize
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
     """Batches of samples, by lists of their numbers.
 
     An unusable sample is an error beside the batch and never raised: exceptions of worker processes lose their type.
-    With ``replace`` the next usable sample of its bucket takes its position; without, the batch is smaller, but holds
-    at least one sample.  ``slots``: tokens of "prompt" and "caption"; ``latents_shapes``: (T, H, W) of each bucket.
     """
 
-    def __init__(
-        self,
-        refs: list[SampleRef],
-        tokenizer: PreTrainedTokenizerBase,
-        slots: dict[str, int],
-        buckets: Sequence[Bucket],
-        latents_shapes: Sequence[tuple[int, int, int]],
-        replace: bool,
-    ) -> None:
-        self.refs, self.tokenizer, self.slots, self.replace = refs, tokenizer, slots, replace
-        self.buckets, self.latents_shapes = buckets, latents_shapes
-        stored = {PROMPT_SUFFIX, LATENTS_SUFFIX}
-        self.stored_prompts = all(stored <= ref.members.keys() and ref.question is None for ref in refs)
+    refs: list[SampleRef]
+    tokenizer: PreTrainedTokenizerBase
+    slots: dict[str, int]
+    """Tokens of "prompt" and "caption"."""
+    buckets: Sequence[Bucket]
+    latents_shapes: Sequence[tuple[int, int, int]]
+    """(T, H, W) of each bucket."""
+    replace: bool
+    """Whether the next usable sample of its bucket takes an unusable one's position; if not, the batch is smaller, but
+    holds at least one sample."""
+
+    @cached_property
+    def stored_prompts(self) -> bool:
         """Whether the batches hold the prompts' embeddings (a question's are not stored)."""
+        stored = {PROMPT_SUFFIX, LATENTS_SUFFIX}
+        return all(stored <= ref.members.keys() and ref.question is None for ref in self.refs)
 
     def __len__(self) -> int:
         return len(self.refs)
@@ -76,9 +79,9 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
         """One sample, decoded and tokenised, as a batch without the batch dimension."""
         texts = ref.texts().question(ref.question)
         item: dict[str, Any] = {"key": ref.key, "prompt": texts.prompt, "caption": texts.caption, "scene": texts.scene}
-        item["qa"] = texts.qa or []
-        item["kind"] = None if ref.question is None else item["qa"][ref.question].get("kind")
-        item |= {"source": ref.source, "bucket": ref.bucket, "question": None if ref.question is None else texts.prompt}
+        item |= {"source": ref.source, "bucket": ref.bucket, "qa": texts.qa or [], "question": None, "kind": None}
+        if ref.question is not None:
+            item |= {"question": texts.prompt, "kind": item["qa"][ref.question].get("kind")}
         if ref.media == LATENTS_SUFFIX:
             (item["latents"],) = ref.tensors(LATENTS_SUFFIX, "latents")
             shape, expected = tuple(item["latents"].shape[1:]), self.latents_shapes[ref.bucket]
@@ -94,12 +97,12 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
                 raise ref.error("text_over_slot", name, str(error)) from error
         if self.stored_prompts:
             prompt, null = ref.tensors(PROMPT_SUFFIX, "prompt", "null")
-            tokens, slot = int((item["prompt_ids"] != self.tokenizer.pad_token_id).sum()), self.slots["prompt"]
+            tokens = int((item["prompt_ids"] != self.tokenizer.pad_token_id).sum())
             if len(prompt) != tokens:
                 value = f"embeddings of {len(prompt)} tokens, the prompt has {tokens}"
                 raise ref.error("wrong_shape", "prompt", value)
             for name, embeds in (("prompt_embeds", prompt), ("null_embeds", null)):
-                item[name] = torch.nn.functional.pad(embeds, (0, 0, 0, slot - len(embeds)))
+                item[name] = torch.nn.functional.pad(embeds, (0, 0, 0, self.slots["prompt"] - len(embeds)))
         return item
 
 
@@ -125,13 +128,13 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+@dataclass
 class ErrorLog:
     """Logs each unusable sample once; in strict mode it raises the first."""
 
-    def __init__(self, strict: bool = False) -> None:
-        self.strict = strict
-        self.seen: dict[tuple[str, str | None, SampleReason], None] = {}
-        """(shard, key, reason) of each of them, in order; the key is None for a whole shard."""
+    strict: bool = False
+    seen: dict[tuple[str, str | None, SampleReason], None] = field(default_factory=dict)
+    """(shard, key, reason) of each of them, in order; the key is None for a whole shard."""
 
     @property
     def counts(self) -> Counter[SampleReason]:
@@ -236,9 +239,9 @@ class TrainLoader(SampleLoader):
     def state_dict(self) -> dict[str, Any]:
         """The position in samples of all ranks, and what it refers to."""
         epoch, number = divmod(self.position, len(self.order))
-        order, samples = self.order, number * self.order.global_batch
-        state = {"epoch": epoch, "samples": samples, "global_batch": order.global_batch}
-        return {**state, "seed": order.seed, "dataset": self._fingerprint}
+        size = self.order.global_batch
+        state = {"epoch": epoch, "samples": number * size, "global_batch": size}
+        return {**state, "seed": self.order.seed, "dataset": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position; one in other samples, weights or buckets, or of another seed, is a DataError.

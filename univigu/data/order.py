@@ -39,8 +39,9 @@ class TrainOrder:
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank}: expected one in [0, {world_size})")
-        self.num_samples, self.batch_size = num_samples, batch_size
-        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.num_samples, self.rank, self.world_size, self.seed = num_samples, rank, world_size, seed
+        self.global_batch = batch_size * world_size
+        """Samples a batch, all ranks together."""
         self.weights = None if weights is None else [weight / sum(weights) for weight in weights]
         self._buckets = torch.tensor(buckets or [0] * num_samples)
         self._cells = [] if self.weights is None else self._make_cells(self.weights, torch.tensor(sources))
@@ -66,11 +67,6 @@ class TrainOrder:
                     generator = _generator(f"{self.seed}/source {source}/bucket {bucket}")
                     cells.append((numbers[torch.randperm(len(numbers), generator=generator)], quota))
         return cells
-
-    @property
-    def global_batch(self) -> int:
-        """Samples a batch, all ranks together."""
-        return self.batch_size * self.world_size
 
     def __len__(self) -> int:
         """Batches an epoch."""

@@ -75,24 +75,20 @@ def _read_json(path: Path) -> Iterator[Row]:
 def _read_csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(MAX_FIELD)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader, header, cells = csv.reader(file, strict=True), list[str](), list[str]()
-        while True:
-            where = f"{path}:{reader.line_num + 1}"
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                problem = f"a quote is not closed, or a field is too long ({error})"
-                raise DataError(f"{where}: {problem}") from error
-            if cells and not header:
-                header = cells
-            elif cells and len(header) == 1:  # commas separate nothing
-                yield Row(where, {header[0]: ",".join(cells)})
-            elif cells and len(cells) == len(header):
-                yield Row(where, dict(zip(header, cells, strict=True)))
-            elif cells:
-                yield Row(where, {}, f"{where}: {len(cells)} fields, the header has {len(header)}")
+        reader, header, where = csv.reader(file, strict=True), list[str](), f"{path}:1"
+        try:
+            for cells in reader:
+                if cells and not header:
+                    header = cells
+                elif cells and len(header) == 1:  # commas separate nothing
+                    yield Row(where, {header[0]: ",".join(cells)})
+                elif cells and len(cells) == len(header):
+                    yield Row(where, dict(zip(header, cells, strict=True)))
+                elif cells:
+                    yield Row(where, {}, f"{where}: {len(cells)} fields, the header has {len(header)}")
+                where = f"{path}:{reader.line_num + 1}"
+        except csv.Error as error:
+            raise DataError(f"{where}: a quote is not closed, or a field is too long ({error})") from error
 
 
 def _read_txt(path: Path) -> Iterator[Row]:

@@ -104,8 +104,6 @@ class SampleRef:
     """Number of the data source."""
     bucket: int = 0
     """Number of the size that its video is brought to."""
-    tokens: tuple[int, int] = (0, 0)
-    """Tokens of prompt and caption, once counted."""
 
     def error(self, reason: SampleReason, field: str | None, value: object) -> SampleError:
         """An error of this sample."""

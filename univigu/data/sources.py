@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from univigu.data.buckets import Bucket
-from univigu.data.build import Engine
-from univigu.data.encode import encode_shards, latents_parameters, prompt_parameters, source_parameters
+from univigu.data.encode import encode_shards, encoder_parameters, source_parameters
 from univigu.data.index import TARS, Scan, find_split, index_folder
 from univigu.data.sample import LATENTS_SUFFIX, DataError
-from univigu.data.shards import MANIFEST, Manifest, replacing, sha256_of
+from univigu.data.shards import MANIFEST, Engine, Manifest, replacing, sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -71,12 +70,11 @@ class SourceFolder:
         manifest = Manifest.load(videos)
         if not self.precompute or (manifest is not None and manifest.kind == "latents"):
             return videos
-        vae = latents_parameters(self.foundation, self.buckets)["vae"]
-        encoders, sizes = (vae, prompt_parameters(self.foundation)["text_encoder"]), str(self.buckets[0])
+        encoders, sizes = encoder_parameters(self.foundation, self.buckets), str(self.buckets[0])
         if len(self.buckets) > 1:
             digest = hashlib.sha256(" ".join(map(str, self.buckets)).encode()).hexdigest()[:8]
             sizes = f"{len(self.buckets)}buckets-{digest}"
-        return self.base / "-".join(("latents", *encoders, sizes)) / split
+        return self.base / f"latents-{encoders['vae']}-{encoders['text_encoder']}-{sizes}" / split
 
     def encode(self, split: Split, strict: bool, engine: Engine, device: str) -> None:
         """Encode the split, if it needs to be."""
@@ -97,9 +95,8 @@ class SourceFolder:
             return refs, errors
         if not manifest.complete or manifest.check_files(folder):
             raise DataError(f"{folder}: only partly encoded; let data.precompute finish it")
-        expected = latents_parameters(self.foundation, self.buckets)
-        if "text_encoder" in manifest.parameters:  # else prompts are encoded during training
-            expected |= prompt_parameters(self.foundation)
+        prompts = "text_encoder" in manifest.parameters  # else they are encoded during training
+        expected = encoder_parameters(self.foundation, self.buckets, prompts)
         if folder != videos:
             expected["source"] = source_parameters(videos)
         for name, value in expected.items():

@@ -8,20 +8,17 @@ names and prompts, which also serves prompts that are no valid file names.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from univigu.data.build import Engine, build_folder
 from univigu.data.inputs import read_list, text_of
 from univigu.data.options import check_least
-from univigu.data.rows import split_lines, to_json, to_line
+from univigu.data.rows import read_rows, to_json, to_line
 from univigu.data.sample import DataError
-from univigu.data.shards import Manifest, ShardInfo, replacing, sha256_of
-from univigu.data.synthesis.sources import Pipeline, VideoOptions, pipeline_class
+from univigu.data.shards import Engine, Manifest, ShardInfo, build_folder, replacing, sha256_of
+from univigu.data.synthesis import Pipeline, VideoOptions, pipeline_class
 from univigu.data.video import encode_mp4
 from univigu.models.fingerprint import folder_fingerprint
 
@@ -89,26 +86,34 @@ def plan(prompts: str, augmented: str | None, options: ExportOptions) -> list[Ro
     return list(videos.values())
 
 
-def _generate(output: Path, model: Pipeline, options: ExportOptions, path: Path, job: list[Row]) -> ShardInfo:
-    """Generate the videos of a batch of rows, and write the rows; those with an "error" are not generated."""
-    rows = [dict(row) for row in job]
-    todo = [row for row in rows if row["error"] is None]
-    texts, seeds = [row["text"] for row in todo], [row["seed"] for row in todo]
-    clips = model.clips(texts, seeds, max_sequence_length=options.prompt_length) if todo else []
-    tokens = model.token_counts(texts) if todo else []
-    for row, frames, count in zip(todo, clips, tokens, strict=True):
-        row["tokens_cut"] = max(0, count - options.prompt_length)
-        if frames is None:
-            row["error"] = "the model gave numbers that are not finite"
-            continue
-        video = output / "videos" / row["video"]
-        video.parent.mkdir(exist_ok=True)
-        with replacing(video, path) as temporary:  # VBench reads the whole folder
-            temporary.write_bytes(encode_mp4(frames, options.fps))
-    with replacing(path) as temporary:
-        temporary.write_text("".join(map(to_line, rows)), encoding="utf-8")
-    failed = [{"reason": "error", "value": row["error"]} for row in rows if row["error"]]
-    return ShardInfo(path.name, len(rows) - len(failed), path.stat().st_size, sha256_of(path), failed)
+@dataclass
+class VideoExport:
+    """A job: generates the videos of a batch of rows, and writes the rows; those with an "error" are not generated."""
+
+    output: Path
+    model: Pipeline
+    """Becomes an actor on Ray, so it is an attribute."""
+    options: ExportOptions
+
+    def __call__(self, path: Path, job: list[Row]) -> ShardInfo:
+        rows, options = [dict(row) for row in job], self.options
+        todo = [row for row in rows if row["error"] is None]
+        texts, seeds = [row["text"] for row in todo], [row["seed"] for row in todo]
+        clips = self.model.clips(texts, seeds, max_sequence_length=options.prompt_length) if todo else []
+        tokens = self.model.token_counts(texts) if todo else []
+        for row, frames, count in zip(todo, clips, tokens, strict=True):
+            row["tokens_cut"] = max(0, count - options.prompt_length)
+            if frames is None:
+                row["error"] = "the model gave numbers that are not finite"
+                continue
+            video = self.output / "videos" / row["video"]
+            video.parent.mkdir(exist_ok=True)
+            with replacing(video, path) as temporary:  # VBench reads the whole folder
+                temporary.write_bytes(encode_mp4(frames, options.fps))
+        with replacing(path) as temporary:
+            temporary.write_text("".join(map(to_line, rows)), encoding="utf-8")
+        failed = [{"reason": "error", "value": row["error"]} for row in rows if row["error"]]
+        return ShardInfo(path.name, len(rows) - len(failed), path.stat().st_size, sha256_of(path), failed)
 
 
 def export_vbench(
@@ -124,8 +129,7 @@ def export_vbench(
 
     The output folder gets ``videos/*.mp4``, ``prompts.json`` (name: prompt, VBench's custom input) and ``videos.jsonl``
     (video, prompt, text, index, seed, tokens_cut, error), whose rows are returned. The model is a pipeline's folder,
-    ours or any text-to-video pipeline of diffusers. Finished batches are kept in the hidden folder ``.parts``; the next
-    call tries those with errors again.
+    ours or any text-to-video pipeline of diffusers. Finished batches are kept in the hidden folder ``.parts``.
     """
     planned = plan(prompts, augmented, options)
     pipeline_class(model, "--model")
@@ -133,10 +137,9 @@ def export_vbench(
     parameters = {"model": folder_fingerprint(model), "inputs": digest, **asdict(options)}
     size, parts = options.batch_size, output / ".parts"
     jobs = {f"{start:08d}.jsonl": planned[start : start + size] for start in range(0, len(planned), size)}
-    work = partial(_generate, output, Pipeline(model, options, device, "--model"), options)
-    build_folder(parts, Manifest("rows", parameters), jobs, work, engine, retry_skipped=True)
-    lines = [line for name in jobs for line in split_lines((parts / name).read_text("utf-8"))[:-1]]
-    rows = [json.loads(line) for line in lines]
+    work = VideoExport(output, Pipeline(model, options, device, "--model"), options)
+    build_folder(parts, Manifest("rows", parameters), jobs, work, engine)
+    rows = [row.fields for name in jobs for row in read_rows(parts / name)]
     made = {row["video"]: row["prompt"] for row in rows if row["error"] is None}
     for name, text in (("prompts.json", to_json(made, 1) + "\n"), ("videos.jsonl", "".join(map(to_line, rows)))):
         with replacing(output / name) as temporary:

@@ -8,8 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from univigu.data.build import Engine, build_folder
-from univigu.data.shards import Manifest, ShardInfo, write_shard
+from univigu.data.shards import Engine, Manifest, ShardInfo, build_folder, write_shard
 from univigu.data.video import encode_mp4
 from univigu.shapes import renderer, scenes, texts
 

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 import univigu
 from univigu.cli import SUBCOMMANDS, closest, fail, one_line, options_of
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.filters import LengthFilter
+from univigu.data.options import LengthFilter
 from univigu.flow.objective import ConditionDropout, TaskMixture
 from univigu.models.lora import LoraOptions
 from univigu.models.options import REPLACED as TRANSFORMER_REPLACED

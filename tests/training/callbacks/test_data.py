@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from univigu.data.buckets import Bucket
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.filters import LengthFilter
+from univigu.data.options import LengthFilter
 from univigu.data.sources import Source
 from univigu.shapes.write import write_shapes
 from univigu.training.callbacks import DataStatistics
