@@ -281,7 +281,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--height", type=int, default=64)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--num-frames", type=int, default=9)
-    parser.add_argument("--prompt-length", type=int, default=32, help="slot of the prompt in tokens, as in training")
+    parser.add_argument("--prompt-length", type=int, default=128, help="slot of the prompt in tokens, as in training")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps of videos")
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--strength", type=float, default=0.8, help="of edits")
