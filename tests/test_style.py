@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -28,3 +29,12 @@ def test_files_stay_readable() -> None:
         if (lines := len(path.read_text().splitlines())) > 400
     }
     assert not long
+
+
+def test_tools_start_as_scripts() -> None:
+    """``python tools/x.py`` has tools/ on its path, not the repository."""
+    assert not [
+        path.name
+        for path in (REPO / "tools").glob("*.py")
+        if re.search(r"^(from|import) tools", path.read_text(), re.M)
+    ]
