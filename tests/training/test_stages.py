@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset
 
 from tests import tiny
+from univigu.data import encode
 from univigu.flow.objective import TaskMixture
 from univigu.models.text import is_text_parameter
 from univigu.training.callbacks import StageSwitch
@@ -281,7 +282,11 @@ def test_what_a_checkpoint_says_of_its_stages(trained: SimpleNamespace) -> None:
     assert state == {"index": 1, "stages": [{"name": name, **asdict(stage)} for name, stage in STAGES.items()]}
 
 
-def test_a_generator_alone_sees_captions_and_prompts_in_several_slots(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_a_generator_alone_sees_captions_and_prompts_in_several_slots(
+    large: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "LARGE_ENCODER", 0 if large else 2**31)
     slots: list[int] = []
 
     class Watch(Callback):
@@ -297,7 +302,7 @@ def test_a_generator_alone_sees_captions_and_prompts_in_several_slots(folder: Pa
     module = UniViGU(str(folder), optimizer=ADAMW, seed=3)
     trainer = make_trainer(tmp_path, [StageSwitch({"foundation": alone}), Watch()], enable_checkpointing=False)
     trainer.fit(module, DataLoader(Captioned(), batch_size=BATCH))
-    assert set(slots) == {8, 12, 128, 512}  # the prompt's three slots and the caption's
+    assert set(slots) == {8, 128, 512} | (set() if large else {12})  # the prompt's three slots and the caption's
 
 
 def test_max_steps_can_only_shorten(folder: Path, tmp_path: Path) -> None:

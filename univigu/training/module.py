@@ -24,6 +24,7 @@ from univigu.checkpoint import (
     model_of,
     start_weights,
 )
+from univigu.data.encode import has_large_encoder
 from univigu.data.inputs import PredictTask
 from univigu.data.sample import questions_of
 from univigu.data.video import to_model_range
@@ -230,7 +231,8 @@ class UniViGU(EvaluatedModule):
         inputs, draw = self.prepare(batch), random.Random(f"{self.seed}, {self.global_rank}, {step}")
         if not stage.writes_text and self.tasks.conventions.prompt_padding == "zeros":
             text, slot = draw.choice(GENERATOR_CONDITIONS)
-            if text == "caption" and all(batch.get("caption", [""])):
+            small = not has_large_encoder(self.foundation.path)  # else prompts are encoded beforehand
+            if text == "caption" and small and all(batch.get("caption", [""])):
                 embeds = self.tasks.encode_ids(batch["caption_ids"])
                 inputs = replace(inputs, prompt_embeds=embeds, null_embeds=self.tasks.encode_null(embeds.shape[1]))
             inputs = inputs.pad_prompts(slot)
