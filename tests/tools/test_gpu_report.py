@@ -29,8 +29,13 @@ def test_rows_may_be_chosen(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_all_rows_are_measured_and_written(tmp_path: Path) -> None:
     rows = report(tmp_path)
-    assert not [row for row in rows if "error" in row] and len(rows) == 19
+    assert not [row for row in rows if "error" in row] and len(rows) == 20
     assert all(row.get("seconds", row.get("tflops")) > 0 for row in rows)
+
+
+def test_the_loader_is_measured_on_encoded_shards(tmp_path: Path) -> None:
+    (row,) = report(tmp_path, "loader")
+    assert row["seconds"] > 0 and row["clips_per_second"] == pytest.approx(1 / row["seconds"], rel=0.05)
 
 
 def test_a_row_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
