@@ -5,7 +5,8 @@
 
 The weights are random, which does not change the times.  The file is written after every row; a row that fails records
 its error.  A bare machine needs these packages besides torch, lightning, transformers, accelerate, torchmetrics, einops
-and safetensors: diffusers, peft, jsonargparse, docstring_parser, typeshed_client, ftfy, wcwidth, av, filelock, torchao.
+and safetensors: diffusers, peft, jsonargparse, docstring_parser, typeshed_client, ftfy, wcwidth, av, filelock, torchao,
+and pytest.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import gc
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -142,6 +145,13 @@ class Report:
         size = 8192 if self.device.type == "cuda" else 256
         a, b = (torch.randn(size, size, device=self.device, dtype=torch.bfloat16) for _ in range(2))
         return {"tflops": round(2e-12 * size**3 / self.seconds(lambda: a @ b, 10, 3), 1)}
+
+    def tests(self, which: str = "tests") -> Row:
+        """The tests that need a GPU."""
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib", "-q", "-m", "gpu", which]
+        start, root = time.perf_counter(), Path(__file__).resolve().parents[1]
+        printed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout
+        return {"result": printed.strip().rpartition("\n")[2], "seconds": round(time.perf_counter() - start, 1)}
 
     def train(self, recipe: str) -> None:
         """A step of each task: float32 weights, bfloat16 autocast, AdamW, checkpointed blocks, one clip."""
@@ -278,6 +288,8 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     torch.manual_seed(0)
     report = Report(options.output, torch.device(options.device), options.size, options.only)
     report.row("matrix product, bfloat16", report.matrix_product)
+    if report.device.type == "cuda":
+        report.row("tests marked gpu", report.tests)
     for recipe in RECIPES:
         report.train(recipe)
     report.samples()
