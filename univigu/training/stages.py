@@ -115,6 +115,11 @@ def select_stages(stages: Mapping[str, Stage], run: Sequence[str]) -> dict[str, 
     return {name: stages[name] for name in run}
 
 
+def ends_step(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether a batch completes an optimizer step; ``StageSwitch`` refuses epochs that end within one."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
 class StageSwitch(Callback):
     """Switches stages by optimizer step and sets learning rates within them.
 

@@ -15,6 +15,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from univigu.training.parallel import is_sharded
+from univigu.training.stages import ends_step
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class LastCheckpoint(Checkpoint):
         self._earlier = {}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not ends_step(trainer, batch_idx):
             return
         if trainer.global_step % self.every_n_train_steps == 0:
             self._save(trainer)

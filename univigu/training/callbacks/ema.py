@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from univigu.training.parallel import reshard
+from univigu.training.stages import ends_step
 
 
 class WeightEMA(Callback):
@@ -45,7 +46,7 @@ class WeightEMA(Callback):
         pl_module.ema = _Means(pl_module.transformer)  # type: ignore[arg-type]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not ends_step(trainer, batch_idx):
             return
         step = trainer.global_step
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay

@@ -19,6 +19,7 @@ from univigu.data.video import to_frames
 from univigu.pipeline import TaskRunner
 from univigu.shapes.metrics import ShapesTextAccuracy
 from univigu.training.module import UniViGU
+from univigu.training.stages import ends_step
 from univigu.viewer import enlarged
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,7 @@ class HeldOutCallback(Callback):
         self._samples: dict[str, Any] | None = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step_ends = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if step_ends and self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+        if ends_step(trainer, batch_idx) and self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             pl_module.eval()
             with torch.no_grad():
                 self.evaluate(trainer, pl_module)

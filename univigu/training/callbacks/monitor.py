@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from univigu.data.loader import TrainLoader
 from univigu.data.progress import LineProgress
+from univigu.training.stages import ends_step
 
 
 class TrainingMonitor(Callback):
@@ -141,9 +142,9 @@ class ProgressLines(ProgressBar):
         self.progress.advance(self._task, 1, trainer.progress_bar_metrics, clips)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step, batches = trainer.global_step, trainer.accumulate_grad_batches
-        if (batch_idx + 1) % batches == 0:
-            self._advance(trainer, batch, f"fit {pl_module.stage_name}", trainer.max_steps, step - 1, batches)
+        if ends_step(trainer, batch_idx):
+            done, batches = trainer.global_step - 1, trainer.accumulate_grad_batches
+            self._advance(trainer, batch, f"fit {pl_module.stage_name}", trainer.max_steps, done, batches)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
