@@ -29,7 +29,8 @@ from torch import Tensor
 from univigu.cli import ToolParser, exit_code
 from univigu.data.index import find_split, index_folder
 from univigu.data.progress import track
-from univigu.data.video import even_indices
+from univigu.data.sample import TEXT_SUFFIX
+from univigu.data.video import even_indices, to_uint8
 from univigu.pipeline import UniViGUPipeline
 
 ATTRIBUTES = ("name", "role", "gender", "tone", "background")
@@ -37,7 +38,7 @@ SUBJECT = re.compile(
     r"^(?:the animation shows an? )?(?P<name>.+?)(?: with (?P<tone>[\w-]+) skin)?"
     r"(?: in front of a plain|, on a) (?P<background>\w+) background"
 )
-BATCH = 16
+BATCH, CAPTION_STEPS = 16, 20
 Attributes = dict[str, str]
 
 
@@ -54,10 +55,7 @@ def read_clips(folder: Path, split: str, size: tuple[int, int, int]) -> list[Cli
     """All clips of a split, ``size`` is (F, H, W)."""
     clips = []
     for ref in track(index_folder(find_split(folder, split))[0], f"reading {split}"):
-        shard, offset, length = ref.members["json"]
-        with open(shard, "rb") as file:
-            file.seek(offset)
-            texts = json.loads(file.read(length))
+        texts = json.loads(ref.read(TEXT_SUFFIX))
         shown = {name: str(texts["emoji"][name]).lower() for name in ATTRIBUTES}
         clips.append(Clip(ref.video(*size).contiguous(), texts, shown))
     return clips
@@ -117,10 +115,13 @@ class Evaluation:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.size = (options.num_frames, options.height, options.width)
+        self.size = {name: getattr(options, name) for name in ("num_frames", "height", "width")}
+        self.guided = {"guidance_scale": options.guidance, "num_inference_steps": options.steps, "output_type": "pt"}
         self.pipe = UniViGUPipeline.from_pretrained(options.model)
         self.pipe.set_progress_bar_config(disable=True)
-        self.clips = {split: read_clips(options.data, split, self.size) for split in ("train", "val", "test")}
+        self.clips = {
+            split: read_clips(options.data, split, tuple(self.size.values())) for split in ("train", "val", "test")
+        }
         self.everything = [clip for clips in self.clips.values() for clip in clips]
         self.people = {
             clip.shown["name"]: {name: clip.shown[name] for name in ("role", "gender")} for clip in self.everything
@@ -152,13 +153,13 @@ class Evaluation:
         """What a model's captions of uint8 videos [B, F, C, H, W] say."""
         found = []
         for number in track(range(0, len(videos), BATCH), "captions"):
-            output = pipe.caption(videos[number : number + BATCH], **self.text_options(number))
+            output = pipe.caption(videos[number : number + BATCH], caption_steps=CAPTION_STEPS, **self.start(number))
             found += [read_text(text, self.people) for text in output.text or []]
         return found
 
-    def text_options(self, seed: int) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(seed)
-        return {"generator": generator, "max_sequence_length": self.options.prompt_length, "caption_steps": 20}
+    def start(self, seed: int) -> dict[str, Any]:
+        """Options that all tasks have."""
+        return {"generator": torch.Generator().manual_seed(seed), "max_sequence_length": self.options.prompt_length}
 
     def judged(self, videos: Tensor, asked: list[Attributes], of: str) -> dict[str, dict[str, float]]:
         """Accuracies of generated videos by every judge."""
@@ -182,15 +183,11 @@ class Evaluation:
 
     def generate(self) -> dict[str, dict[str, float]]:
         rows = {}
-        frames, height, width = self.size
-        sizes = {"num_frames": frames, "height": height, "width": width, "num_inference_steps": self.options.steps}
         for kind, chosen in self.prompts.items():
             videos = []
             for number in track(range(0, len(chosen), BATCH), f"videos, {kind}"):
                 prompts = [clip.texts["prompt"] for clip in chosen[number : number + BATCH]]
-                options = {**self.text_options(number), "guidance_scale": self.options.guidance, **sizes}
-                options.pop("caption_steps")
-                videos.append(to_uint8(self.pipe(prompts, output_type="pt", **options).frames))
+                videos.append(to_uint8(self.pipe(prompts, **self.size, **self.guided, **self.start(number)).frames))
             made = torch.cat(videos)
             torch.save(made, self.options.output / f"generated, {kind}.pt")
             rows |= self.judged(made, [clip.shown for clip in chosen], f"videos, {kind}")
@@ -198,15 +195,11 @@ class Evaluation:
 
     def joint(self) -> dict[str, dict[str, float]]:
         rows = {}
-        frames, height, width = self.size
         for kind, chosen in self.prompts.items():
             videos, said = list[Tensor](), list[Attributes]()
             for number in track(range(0, len(chosen), BATCH), f"both, {kind}"):
                 prompts = [clip.texts["prompt"] for clip in chosen[number : number + BATCH]]
-                options = {**self.text_options(number), "num_frames": frames, "height": height, "width": width}
-                options.pop("caption_steps")
-                options |= {"num_inference_steps": self.options.steps, "guidance_scale": self.options.guidance}
-                output = self.pipe.joint(prompts, output_type="pt", **options)
+                output = self.pipe.joint(prompts, **self.size, **self.guided, **self.start(number))
                 videos.append(to_uint8(output.frames))
                 said += [read_text(text, self.people) for text in output.text or []]
             asked = [clip.shown for clip in chosen]
@@ -218,22 +211,18 @@ class Evaluation:
         """Another background or skin tone for clips of val."""
         rows = {}
         people = [clip for clip in self.clips["val"] if clip.shown["role"]]
-        for name in ("background", "tone"):
+        for name, noun in (("background", "background"), ("tone", "skin")):
             values = sorted({clip.shown[name] for clip in people})
             chosen, asked, videos = spread(people, self.options.clips), list[Attributes](), list[Tensor]()
             for number in track(range(0, len(chosen), BATCH), f"edits of the {name}"):
                 batch, prompts = chosen[number : number + BATCH], []
                 for clip in batch:
                     old = clip.shown[name]
-                    shown = {**clip.shown, name: values[(values.index(old) + 1) % len(values)]}
-                    person = f"{shown['name']} with {shown['tone']} skin"
-                    prompts.append(f"{person}, on a {shown['background']} background")
-                    asked.append(shown)
-                options = {**self.text_options(number), "guidance_scale": self.options.guidance}
-                options |= {"num_inference_steps": self.options.steps, "strength": self.options.strength}
-                options.pop("caption_steps")
-                clips = torch.stack([clip.video for clip in batch])
-                videos.append(to_uint8(self.pipe.edit(clips, prompts, output_type="pt", **options).frames))
+                    new = values[(values.index(old) + 1) % len(values)]
+                    prompts.append(clip.texts["prompt"].replace(f"{old} {noun}", f"{new} {noun}"))
+                    asked.append({**clip.shown, name: new})
+                clips, options = torch.stack([clip.video for clip in batch]), self.guided | self.start(number)
+                videos.append(to_uint8(self.pipe.edit(clips, prompts, self.options.strength, **options).frames))
             rows |= self.judged(torch.cat(videos), asked, f"edits of the {name}")
         return rows
 
@@ -242,16 +231,10 @@ class Evaluation:
         right: dict[str, list[bool]] = {}
         for clip in track(spread(self.clips["test"], self.options.clips), "answers"):
             questions = [pair["question"] for pair in clip.texts["qa"]]
-            options = {"max_sequence_length": self.options.prompt_length, "caption_steps": 20}
-            answers = self.pipe.answer(clip.video, questions, generator=torch.Generator().manual_seed(0), **options)
+            answers = self.pipe.answer(clip.video, questions, caption_steps=CAPTION_STEPS, **self.start(0))
             for pair, answer in zip(clip.texts["qa"], answers.text or [], strict=True):
                 right.setdefault(pair["kind"], []).append(answer.strip() == pair["answer"].lower())
         return {"answers, held-out triples": {kind: round(100 * sum(r) / len(r), 1) for kind, r in right.items()}}
-
-
-def to_uint8(frames: Tensor) -> Tensor:
-    """Frames in [0, 1] as diffusers gives them."""
-    return (frames.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 @torch.no_grad()
