@@ -34,15 +34,7 @@ from univigu.shapes.texts import prompt_of
 from univigu.training.plan import WAN21
 
 TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2, "text_dim": 32}
-TINY |= dict.fromkeys(("in_channels", "out_channels"), 4)
-TINY_VAE = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True]}
-TINY_VAE |= {
-    "in_channels": 12,
-    "out_channels": 12,
-    "patch_size": 2,
-    "latents_mean": [0.0] * 4,
-    "latents_std": [1.0] * 4,
-}
+TINY |= dict.fromkeys(("in_channels", "out_channels"), 8)  # of the embedded world's VAE
 
 
 def write_foundation(folder: Path, size: str) -> None:
@@ -53,7 +45,7 @@ def write_foundation(folder: Path, size: str) -> None:
     named = dict(zip(("d_kv", "d_ff", "num_heads", "vocab_size"), widths, strict=True))
     config = UMT5Config(d_model=options["text_dim"], **named, num_layers=1, feed_forward_proj="gated-gelu")
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    vae = AutoencoderKLWan(**TINY_VAE if tiny else {})
+    vae = Foundation().vae if tiny else AutoencoderKLWan()
     WanPipeline(tokenizer, None, vae, scheduler, None).save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
     for name, kind in {"text_encoder": UMT5EncoderModel, "transformer": WanTransformer3DModel}.items():
