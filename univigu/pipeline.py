@@ -27,7 +27,15 @@ from univigu.flow.random import Generators
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
 from univigu.models.encode import Conventions, crop, to_pixels
 from univigu.models.foundation import EMBEDDED_FOUNDATION, EMBEDDED_MODEL, TWO_TRANSFORMERS, Foundation, set_conv_layout
-from univigu.models.tokens import Vocabulary, clean_text, detokenize, list_prompts, replace_words, tokenize
+from univigu.models.tokens import (
+    Vocabulary,
+    check_prompts,
+    clean_text,
+    detokenize,
+    list_prompts,
+    replace_words,
+    tokenize,
+)
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import CheckpointError, check_files
 from univigu.sampling.options import SamplingOptions
@@ -270,7 +278,11 @@ class UniViGUPipeline(WanPipeline):
         replace: Mapping[str, str] | None = None,
         **options: Any,
     ) -> UniViGUOutput:
-        """Regenerate under a new prompt, or captions with words replaced; ``strength`` in (0, 1], 1 keeps nothing."""
+        """Regenerate videos under a new prompt, from noise level ``strength`` in (0, 1]; 1 keeps nothing.
+
+        The prompt is a full new one. With ``replace`` its words are changed, such as ``{"red": "blue"}``, which must
+        occur in it; then the default is the model's own prompt of the video.
+        """
         if prompt is None and not replace:
             raise ValueError("prompt=None: edit needs a prompt, or the words to replace in the model's own")
         return self._run("edit", prompt, video, (height, width), strength, replace, **options)
@@ -313,7 +325,7 @@ class UniViGUPipeline(WanPipeline):
             prompt = [replace_words(text, words) for text in ([texts] if isinstance(texts, str) else texts)]
         prompts = None if prompt is None else list_prompts(prompt, count, several=task == "caption")
         if prompts is not None:
-            tokenize(self.tokenizer, prompts, max_sequence_length, f"max_sequence_length={max_sequence_length}: prompt")
+            check_prompts(self.tokenizer, prompts, max_sequence_length)
         samples = runner.sample(task, prompts, max_sequence_length, **inputs)
         frames = None if output_type is None else samples.latents
         if frames is not None and output_type != "latent":
