@@ -145,7 +145,8 @@ class NeighbourHead(nn.Module):
         for number in which:
             offset = self.offsets[number]
             outside = (places + offset < 0) | (places + offset >= ids.shape[1])
-            labels = ids.roll(-offset, 1).masked_fill(outside | (ids.roll(-offset, 1) == 0), -100)
+            labels = ids.roll(-offset, 1)
+            labels = labels.masked_fill(outside | (labels == 0), -100)
             yield self.words(self.shifts[number](embeds[asked])), labels[asked]
 
 

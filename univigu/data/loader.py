@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -45,11 +44,10 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
     """Whether the next usable sample of its bucket takes an unusable one's position; if not, the batch is smaller, but
     holds at least one sample."""
 
-    @cached_property
-    def stored_prompts(self) -> bool:
-        """Whether the batches hold the prompts' embeddings (a question's are not stored)."""
+    def __post_init__(self) -> None:
         stored = {PROMPT_SUFFIX, LATENTS_SUFFIX}
-        return all(stored <= ref.members.keys() and ref.question is None for ref in self.refs)
+        self.stored_prompts = all(stored <= ref.members.keys() and ref.question is None for ref in self.refs)
+        """Whether the batches hold the prompts' embeddings (a question's are not stored)."""
 
     def __len__(self) -> int:
         return len(self.refs)

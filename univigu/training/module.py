@@ -231,8 +231,8 @@ class UniViGU(EvaluatedModule):
         inputs, draw = self.prepare(batch), random.Random(f"{self.seed}, {self.global_rank}, {step}")
         if not stage.writes_text and self.tasks.conventions.prompt_padding == "zeros":
             text, slot = draw.choice(GENERATOR_CONDITIONS)
-            small = not has_large_encoder(self.foundation.path)  # else prompts are encoded beforehand
-            if text == "caption" and small and all(batch.get("caption", [""])):
+            captions = text == "caption" and all(batch.get("caption", [""]))
+            if captions and not has_large_encoder(self.foundation.path):  # then texts are encoded beforehand
                 embeds = self.tasks.encode_ids(batch["caption_ids"])
                 inputs = replace(inputs, prompt_embeds=embeds, null_embeds=self.tasks.encode_null(embeds.shape[1]))
             inputs = inputs.pad_prompts(slot)
