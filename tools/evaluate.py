@@ -3,8 +3,7 @@
     python tools/evaluate.py vbench --prompts VBench_full_info.json --model my_model --output runs/vbench
     python tools/evaluate.py vbench --engine ray ...        # the work is divided among the GPUs, here or of a cluster
 
-The same command again continues an interrupted run and retries failed items; docs/EVALUATION.md says how to call the
-scorer.
+The same command again continues an interrupted run; docs/EVALUATION.md says how to call the scorer.
 """
 
 from __future__ import annotations
