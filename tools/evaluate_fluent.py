@@ -5,9 +5,10 @@
     python tools/evaluate_fluent.py data/fluent --model runs/fluent/model --judge runs/fluent/judge --output runs/fluent
 
 Texts are read by the two sentences that the data set writes, and compared with the clip.  A generated video is judged
-by the nearest true clip of all splits, in pixels and in latents, and by the captions of another model, which was
-trained on true clips only.  Every figure is given with that of a random clip, and the judge's also with those on true
-clips.  Results are written after each task; a task that has its results is not done again.
+by the nearest true clip of all splits, in pixels and in latents; by a small network that this program trains to name
+what true clips show; and by the captions of another model, which was trained on true clips only.  Every figure is given
+with that of a random clip, and those of the last two also with their figures on true clips.  Results are written after
+each task; a task that has its results is not done again.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from univigu.cli import ToolParser, exit_code
 from univigu.data.index import find_split, index_folder
 from univigu.data.progress import track
 from univigu.data.sample import TEXT_SUFFIX
 from univigu.data.video import even_indices, to_uint8
+from univigu.evaluation.video_metrics import FrechetVideoDistance, VideoFeatures
 from univigu.pipeline import UniViGUPipeline
 
 ATTRIBUTES = ("name", "role", "gender", "tone", "background")
@@ -110,6 +113,72 @@ def small(videos: Tensor) -> Tensor:
     return F.avg_pool2d(videos.flatten(0, 1).float() / 255, 2).unflatten(0, videos.shape[:2]).flatten(1)
 
 
+def distances(videos: Tensor, true: Tensor, network: str) -> dict[str, float]:
+    """Frechet distance of videos from true ones, and of one half of the true ones from the other."""
+    metric, result = FrechetVideoDistance(VideoFeatures(network)), {}
+    for name, made, real in (("fvd", videos, true), ("fvd of true halves", true[::2], true[1::2])):
+        metric.reset()
+        for part in made.split(BATCH):
+            metric.update(part, real=False)
+        for part in real.split(BATCH):
+            metric.update(part, real=True)
+        result[name] = round(float(metric.compute()), 2)
+    return result
+
+
+class Recogniser(nn.Module):
+    """A convolutional network that names what the first, middle and last frame show; it knows no other network."""
+
+    def __init__(self, values: dict[str, list[str]]) -> None:
+        super().__init__()
+        self.values, widths = values, [9, 32, 64, 128, 128]
+        blocks = [
+            nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.GELU())
+            for a, b in pairwise(widths)
+        ]
+        self.body = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.3))
+        self.heads = nn.ModuleDict({name: nn.Linear(16 * widths[-1], len(known)) for name, known in values.items()})
+
+    @staticmethod
+    def frames(videos: Tensor) -> Tensor:
+        """uint8 [B, F, C, H, W] -> three frames, [B, 9, H, W] in [-1, 1]."""
+        return videos[:, even_indices(videos.shape[1], 3)].flatten(1, 2).float() / 127.5 - 1
+
+    def forward(self, frames: Tensor) -> dict[str, Tensor]:
+        """Logits by attribute."""
+        features = self.body(frames)
+        return {name: head(features) for name, head in self.heads.items()}
+
+    def describe(self, videos: Tensor) -> list[Attributes]:
+        """uint8 [B, F, C, H, W] -> the likeliest value of every attribute."""
+        best = {name: logits.argmax(1).tolist() for name, logits in self(self.frames(videos)).items()}
+        return [{name: self.values[name][best[name][i]] for name in ATTRIBUTES} for i in range(len(videos))]
+
+
+@torch.enable_grad()
+def train_recogniser(clips: Sequence[Clip], steps: int) -> Recogniser:
+    """Train on true clips, shifted and with noise, because generated videos are not exact.  Takes a minute."""
+    shown, videos = [clip.shown for clip in clips], torch.stack([clip.video for clip in clips])
+    values = {name: sorted({row[name] for row in shown if row[name]}) for name in ATTRIBUTES}
+    numbers = {name: {value: i for i, value in enumerate(known)} for name, known in values.items()}
+    labels = {name: torch.tensor([numbers[name].get(row[name], -100) for row in shown]) for name in ATTRIBUTES}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Recogniser(values)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / 50) * (1 - i / steps))
+        for _ in track(range(steps), "training the recogniser"):
+            rows = torch.randint(len(videos), (64,))
+            frames = network.frames(videos[rows]).roll(torch.randint(-2, 3, (2,)).tolist(), (2, 3))
+            logits = network(frames + 0.1 * torch.randn_like(frames))
+            losses = [F.cross_entropy(logits[name], labels[name][rows], reduction="sum") for name in ATTRIBUTES]
+            optimizer.zero_grad()
+            (torch.stack(losses).sum() / len(rows)).backward()
+            optimizer.step()
+            schedule.step()
+    return network.eval()
+
+
 class Evaluation:
     """The tasks by name; each returns rows of accuracies."""
 
@@ -144,6 +213,10 @@ class Evaluation:
         }
 
     @cached_property
+    def recogniser(self) -> Recogniser:
+        return train_recogniser(self.clips["train"], self.options.recogniser_steps)
+
+    @cached_property
     def judge(self) -> UniViGUPipeline:
         pipe = UniViGUPipeline.from_pretrained(self.options.judge)
         pipe.set_progress_bar_config(disable=True)
@@ -164,6 +237,7 @@ class Evaluation:
     def judged(self, videos: Tensor, asked: list[Attributes], of: str) -> dict[str, dict[str, float]]:
         """Accuracies of generated videos by every judge."""
         rows = {f"{of}: {name}": accuracy(nearest(videos), asked) for name, nearest in self.nearest.items()}
+        rows[f"{of}: recogniser"] = accuracy(self.recogniser.describe(videos), asked)
         if self.options.judge:
             rows[f"{of}: captions of the judge"] = accuracy(self.describe(self.judge, videos), asked)
         return rows | {f"{of}: chance": chance(asked, self.everything)}
@@ -176,6 +250,7 @@ class Evaluation:
             chosen = spread(self.clips[split], self.options.clips)
             videos, asked = torch.stack([clip.video for clip in chosen]), [clip.shown for clip in chosen]
             rows[f"captions, {kind}"] = accuracy(self.describe(self.pipe, videos), asked)
+            rows[f"recogniser, {kind}"] = accuracy(self.recogniser.describe(videos), asked)
             if self.options.judge:
                 rows[f"captions of the judge, {kind}"] = accuracy(self.describe(self.judge, videos), asked)
             rows[f"captions, {kind}: chance"] = chance(asked, self.everything)
@@ -191,6 +266,10 @@ class Evaluation:
             made = torch.cat(videos)
             torch.save(made, self.options.output / f"generated, {kind}.pt")
             rows |= self.judged(made, [clip.shown for clip in chosen], f"videos, {kind}")
+            if self.options.video_features:
+                rows[f"videos, {kind}: FVD"] = distances(
+                    made, torch.stack([clip.video for clip in chosen]), self.options.video_features
+                )
         return rows
 
     def joint(self) -> dict[str, dict[str, float]]:
@@ -239,6 +318,8 @@ class Evaluation:
 
 @torch.no_grad()
 def run(options: argparse.Namespace) -> None:
+    if options.video_features and options.clips < 4:
+        raise ValueError(f"--clips {options.clips}: expected at least 4 with --video-features")
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {}
@@ -258,6 +339,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("data", type=Path, help="folder that tools/prepare_fluent.py wrote")
     parser.add_argument("--model", required=True, help="folder of a pipeline (tools/convert.py pipeline)")
     parser.add_argument("--judge", help="folder of another pipeline, trained on true clips only")
+    parser.add_argument("--video-features", help="network for FVD: a folder of transformers, or trusted:FILE.pt")
     parser.add_argument("--output", type=Path, required=True, help="folder for results.json")
     parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks)
     parser.add_argument("--clips", type=int, default=200, help="clips or prompts of each row")
@@ -267,6 +349,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--prompt-length", type=int, default=128, help="slot of the prompt in tokens, as in training")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps of videos")
     parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--recogniser-steps", type=int, default=1500, help="training of the recogniser")
     parser.add_argument("--strength", type=float, default=0.8, help="of edits")
     options = parser.parse_args(args)
     return exit_code(lambda: run(options))

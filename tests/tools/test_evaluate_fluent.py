@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tiny_clip import write_detector
 from tests.tools.test_prepare_fluent import write_package
 from tools import evaluate_fluent as tool
 from tools import prepare_fluent
@@ -45,6 +46,26 @@ def test_only_attributes_that_a_clip_has_are_counted() -> None:
     assert 40 < tool.chance([judge] * 20, clips)["tone"] < 60
 
 
+def test_the_recogniser_learns_what_clips_show() -> None:
+    colors = {"red": 0, "green": 1, "blue": 2}
+
+    def clip(background: str, tone: str) -> tool.Clip:
+        video = torch.zeros(5, 3, 32, 32, dtype=torch.uint8)
+        video[:, colors[background]] = 200
+        video[:, :, 8:24, 8:24] = 250 if tone == "light" else 30
+        shown = {"name": "man judge", "role": "judge", "gender": "man", "tone": tone, "background": background}
+        return tool.Clip(video, {}, shown)
+
+    clips = [clip(background, tone) for background in colors for tone in ("light", "dark")]
+    cake = {"name": "cake", "role": "", "gender": "", "tone": "", "background": "red"}
+    state = torch.get_rng_state()
+    recogniser = tool.train_recogniser([*clips, tool.Clip(clips[0].video // 2, {}, cake)], steps=40)
+    assert torch.equal(torch.get_rng_state(), state)
+    videos = torch.stack([clip.video for clip in clips])
+    with torch.no_grad():
+        assert recogniser.describe(videos) == [clip.shown for clip in clips]
+
+
 @pytest.mark.slow
 def test_every_task_is_judged(tmp_path: Path, untrained_model: str, capsys: pytest.CaptureFixture[str]) -> None:
     judges = [f"{base}-{tone}-200d-2696-fe0f" for base in ("1f468", "1f469") for tone in prepare_fluent.TONES]
@@ -52,17 +73,23 @@ def test_every_task_is_judged(tmp_path: Path, untrained_model: str, capsys: pyte
     package, data, out = write_package(tmp_path, judges + surfers), str(tmp_path / "data"), tmp_path / "out"
     command = [str(package), str(tmp_path / "names"), "--output", data, "--num-frames", "9"]
     assert prepare_fluent.main([*command, "--backgrounds", "2"]) == 0
-    command = [data, "--model", untrained_model, "--judge", untrained_model, "--output", str(out), "--clips", "2"]
-    command += ["--prompt-length", "64", "--steps", "2"]
+    command = [data, "--model", untrained_model, "--judge", untrained_model, "--output", str(out), "--clips", "4"]
+    write_detector(tmp_path / "detector.pt")
+    command += ["--prompt-length", "64", "--steps", "2", "--recogniser-steps", "20"]
+    command += ["--video-features", f"trusted:{tmp_path / 'detector.pt'}"]
     assert tool.main(command) == 0
     results = json.loads((out / "results.json").read_text())
     assert list(results) == ["caption", "generate", "joint", "edit", "answer"]
     assert results["caption"]["captions, held-out triples"]["all"] == 0.0  # it has not been trained
     for kind in ("trained triples", "held-out triples"):
         made = torch.load(out / f"generated, {kind}.pt", weights_only=True)
-        assert made.shape == (2, 9, 3, 64, 64) and made.dtype == torch.uint8
+        assert made.shape == (4, 9, 3, 64, 64) and made.dtype == torch.uint8
+        assert set(results["generate"][f"videos, {kind}: FVD"]) == {"fvd", "fvd of true halves"}
+        assert f"videos, {kind}: recogniser" in results["generate"]
     assert set(results["answer"]["answers, held-out triples"]) == {"background", "name", "motion", "tone", "gender"}
     before = capsys.readouterr().out
+    assert tool.main([*command, "--clips", "3"]) == 2
+    assert "--clips 3: expected at least 4 with --video-features" in capsys.readouterr().err
     assert tool.main([*command, "--tasks", "caption"]) == 0  # read from the file
     assert capsys.readouterr().out in before
 
@@ -71,3 +98,5 @@ def test_every_task_is_judged(tmp_path: Path, untrained_model: str, capsys: pyte
     nearest = tool.Nearest(clips, tool.small, "pixels")
     videos = torch.stack([clip.video for clip in clips])
     assert [found["background"] for found in nearest(videos)] == [clip.shown["background"] for clip in clips]
+    same = tool.distances(videos, videos, f"trusted:{tmp_path / 'detector.pt'}")
+    assert same["fvd"] == pytest.approx(0, abs=0.01) and same["fvd of true halves"] > 0.01
