@@ -35,6 +35,7 @@ from univigu.data.sample import TEXT_SUFFIX
 from univigu.data.video import even_indices, to_uint8
 from univigu.evaluation.video_metrics import FrechetVideoDistance, VideoFeatures
 from univigu.pipeline import UniViGUPipeline
+from univigu.training.loop import optimize
 
 ATTRIBUTES = ("name", "role", "gender", "tone", "background")
 SUBJECT = re.compile(
@@ -165,17 +166,15 @@ def train_recogniser(clips: Sequence[Clip], steps: int) -> Recogniser:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = Recogniser(values)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / 50) * (1 - i / steps))
-        for _ in track(range(steps), "training the recogniser"):
+
+        def loss_of(step: int) -> Tensor:
             rows = torch.randint(len(videos), (64,))
             frames = network.frames(videos[rows]).roll(torch.randint(-2, 3, (2,)).tolist(), (2, 3))
             logits = network(frames + 0.1 * torch.randn_like(frames))
             losses = [F.cross_entropy(logits[name], labels[name][rows], reduction="sum") for name in ATTRIBUTES]
-            optimizer.zero_grad()
-            (torch.stack(losses).sum() / len(rows)).backward()
-            optimizer.step()
-            schedule.step()
+            return torch.stack(losses).sum() / len(rows)
+
+        optimize("recogniser", network, loss_of, steps, 2e-3, weight_decay=0.05)
     return network.eval()
 
 

@@ -6,14 +6,15 @@
 
 The result is a folder in diffusers' WanPipeline layout.  Everything is trained on the train split of the data (the
 format is in docs/DATA.md), the transformer is random.  ``tools/convert.py foundation`` writes a trained transformer
-into such a folder.
+into such a folder.  The same command continues an interrupted run, with the same result.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import json
 import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -27,20 +28,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from univigu.cli import ToolParser, exit_code
+from univigu.data.engine import this_device
 from univigu.data.index import find_split, index_folder
 from univigu.data.progress import track
 from univigu.data.sample import SampleError, SampleRef, Texts
 from univigu.data.video import to_model_range
 from univigu.models.tokens import clean_text
 from univigu.shapes.write import write_shapes
+from univigu.training.loop import optimize
 
 NEIGHBOURS = 4  # tokens on either side that each token's embedding must tell; with 8, width 64 learned none well
 TOKENS_A_STEP = 1024
 LONGEST_TEXT = 256
 PUNCTUATION = r"[.,;:!?()\"]"
-
-
-# ------------------------------------------------------------------ data
 
 
 def read_texts(refs: Iterable[SampleRef]) -> list[Texts]:
@@ -109,12 +109,8 @@ def make_text_encoder(vocab_size: int, dim: int = 64) -> UMT5EncoderModel:
             d_ff=2 * dim,
             num_layers=2,
             num_heads=dim // 16,
-            relative_attention_num_buckets=32,
             relative_attention_max_distance=64,
             dropout_rate=0.0,
-            pad_token_id=0,
-            eos_token_id=1,
-            feed_forward_proj="gated-gelu",
         )
     )
 
@@ -156,7 +152,7 @@ def train_text_encoder(
     captions: Tensor | None,
     held_out: Tensor,
     steps: int,
-    learning_rate: float = 3e-3,
+    state: Path | None = None,
 ) -> dict[str, float]:
     """Train in place until each word's embedding tells the words around it and its position.
 
@@ -173,26 +169,21 @@ def train_text_encoder(
     """
     device = next(encoder.parameters()).device
     head = NeighbourHead(encoder.config.d_model, encoder.config.vocab_size).to(device)
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
 
     def read(ids: Tensor, which: Iterable[int], share: float = 1.0) -> Iterable[tuple[Tensor, Tensor]]:
         mask = (ids != 0).long()
         asked = (torch.rand(ids.shape, device=device) < share) & (ids != 0)
         return head(encoder(ids, mask).last_hidden_state * mask[..., None], ids, which, asked)
 
-    encoder.train()
-    for step in track(range(steps), "training the text encoder"):
+    def loss_of(step: int) -> Tensor:
         texts, size = (prompts, 128) if captions is None or step % 2 == 0 else (captions, 16)
         ids = texts[torch.randint(0, len(texts), (size,))].to(device)
         which = torch.randperm(len(head.offsets))[:4].tolist()
         share = TOKENS_A_STEP / int((ids != 0).sum())  # logits over the vocabulary cost more than the encoder
-        loss = torch.stack([F.cross_entropy(a, b) for a, b in read(ids, which, share)]).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        return torch.stack([F.cross_entropy(a, b) for a, b in read(ids, which, share)]).mean()
+
+    encoder.train()
+    optimize("text encoder", nn.ModuleList([encoder, head]), loss_of, steps, 3e-3, state=state)
     encoder.eval()
     with torch.no_grad():
         results = read(held_out[:256].to(device), [NEIGHBOURS, 2 * NEIGHBOURS - 1])
@@ -240,28 +231,24 @@ def vae_loss(vae: AutoencoderKLWan, video: Tensor, kl_weight: float) -> Tensor:
     return (weight * (decoded - video).abs()).mean() + kl_weight * kl
 
 
-def train_vae(vae: AutoencoderKLWan, clips: Tensor, steps: int, kl_weight: float, batch_size: int = 4) -> None:
+def train_vae(
+    vae: AutoencoderKLWan, clips: Tensor, steps: int, kl_weight: float, batch_size: int = 4, state: Path | None = None
+) -> None:
     """Train in place on clips, uint8 [N, F, C, H, W], then rotate the latents and record their statistics.
 
     The first 70% of the steps use windows of 5 frames (two latent frames), which is cheap and enough for a frame's
     content; the others use whole clips, which the later chunks of the causal VAE need.
     """
     device = next(vae.parameters()).device
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    warmup, frames = min(100, steps), clips.shape[1]
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / steps)) + 1e-3
-    )
-    for step in track(range(steps), "training the VAE"):
+    frames = clips.shape[1]
+
+    def loss_of(step: int) -> Tensor:
         window = min(5, frames) if step < 0.7 * steps else frames
         start = int(torch.randint(0, frames - window + 1, ()))
         rows = torch.randint(0, len(clips), (batch_size,))
-        loss = vae_loss(vae, to_model_range(clips[rows, start : start + window]).to(device), kl_weight)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        return vae_loss(vae, to_model_range(clips[rows, start : start + window]).to(device), kl_weight)
+
+    optimize("VAE", vae, loss_of, steps, 2e-3, state=state)
 
 
 @torch.no_grad()
@@ -320,15 +307,29 @@ def find_samples(data: Path | None) -> dict[str, list[SampleRef]]:
     return {split: index_folder(find_split(data, split))[0] for split in ("train", "val")}
 
 
+def start_or_continue(options: argparse.Namespace) -> Path:
+    """The folder of an unfinished run's states; a run with other options is not continued."""
+    folder, wanted = options.output / "training", {name: str(value) for name, value in vars(options).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "options.json"
+    if not file.exists():
+        file.write_text(json.dumps(wanted))
+    for name, value in json.loads(file.read_text()).items():
+        if (given := wanted[name]) != value:
+            message = f"{folder} is of an unfinished run with {value}; continue that one or delete it"
+            raise ValueError(f"--{name.replace('_', '-')} {given}: {message}")
+    return folder
+
+
 def run(options: argparse.Namespace) -> None:
     """Make and train everything, write the folder."""
     for name in ("text_steps", "vae_steps", "heads", "layers", "channels"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
+    training = start_or_continue(options)
     torch.manual_seed(options.seed)
     samples = find_samples(options.data)
     texts = {split: read_texts(refs) for split, refs in samples.items()}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     questions = [row.qa[i % len(row.qa)]["question"] for i, row in enumerate(texts["train"][::4]) if row.qa]
     tokenizer = make_tokenizer([text for row in texts["train"] for text in (row.prompt, row.caption)] + questions)
     encoder = make_text_encoder(len(tokenizer), 16 * options.heads)
@@ -342,7 +343,6 @@ def run(options: argparse.Namespace) -> None:
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
         ),
     )
-    pipeline.save_pretrained(options.output)  # fails now if the folder is not writable
 
     def ids(texts: Sequence[str], name: str) -> Tensor:
         kept = [text for text in texts if len(tokenizer(text).input_ids) <= LONGEST_TEXT]
@@ -352,17 +352,18 @@ def run(options: argparse.Namespace) -> None:
 
     captions = [row.caption for row in texts["train"] if row.caption]
     accuracies = train_text_encoder(
-        encoder.to(device),
+        encoder.to(this_device()),
         ids([row.prompt for row in texts["train"]] + questions, "prompt"),
         ids(captions, "caption") if captions else None,
         ids([row.prompt for row in texts["val"]], "prompt"),
         options.text_steps,
+        training / "text_encoder.pt",
     )
     print("text encoder, held-out prompts:", {name: round(value, 3) for name, value in accuracies.items()})
 
     size = (options.num_frames, options.height, options.width)
     clips = read_clips(samples["train"], options.num_clips, size)
-    train_vae(vae.to(device), clips, options.vae_steps, options.kl_weight)
+    train_vae(vae.to(this_device()), clips, options.vae_steps, options.kl_weight, state=training / "vae.pt")
     rotate_latents(vae, encode(vae, clips[:512]))
     record_latent_statistics(vae, encode(vae, clips[:512]))
     held = read_clips(samples["val"], 16, size)
@@ -371,6 +372,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"latents: standard deviations {[round(value, 3) for value in vae.config.latents_std]}")
     print(f"held-out mean absolute error of reconstructions: {F.l1_loss(decoded, to_model_range(held)):.4f}")
     pipeline.to("cpu").save_pretrained(options.output)
+    shutil.rmtree(training)
     print(f"wrote {options.output}")
 
 

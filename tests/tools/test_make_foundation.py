@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -84,6 +85,7 @@ def test_a_foundation_is_made_from_videos_and_texts(captions: bool, tmp_path: Pa
     (tmp_path / "data" / "train" / "2.mp4").write_bytes(b"damaged")
     options = {"data": tmp_path / "data", "output": tmp_path / "out", "text-steps": 2, "vae-steps": 2, "layers": 1}
     assert tool.main([text for name, value in options.items() for text in (f"--{name}", str(value))]) == 0
+    assert not (tmp_path / "out" / "training").exists()
     made = WanPipeline.from_pretrained(tmp_path / "out")
     assert made.tokenizer.convert_ids_to_tokens(made.tokenizer("circle").input_ids)[0].startswith("▁")
     frames = made("a red circle", height=64, width=64, num_frames=5, num_inference_steps=1, output_type="pt").frames
@@ -114,3 +116,12 @@ def test_a_vae_learns_and_its_latents_are_rotated_and_measured(tmp_path: Path) -
     mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
     torch.testing.assert_close(rotated.mean((0, 2, 3, 4)), mean, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(rotated.std((0, 2, 3, 4)).clamp(min=0.1 * float(std[0])), std, atol=1e-4, rtol=1e-3)
+
+
+def test_an_unfinished_run_is_continued_with_its_own_options_only(tmp_path: Path) -> None:
+    def options(seed: int) -> argparse.Namespace:
+        return argparse.Namespace(output=tmp_path / "out", seed=seed, vae_steps=3)
+
+    assert tool.start_or_continue(options(0)) == tool.start_or_continue(options(0)) == tmp_path / "out" / "training"
+    with pytest.raises(ValueError, match=r"^--seed 1: .*out/training is of an unfinished run with 0; continue that"):
+        tool.start_or_continue(options(1))
