@@ -10,7 +10,7 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
 from tests import tiny
-from univigu.checkpoint import export_foundation, load_weights, read_checkpoint, saved_names, to_wan
+from univigu.checkpoint import export_pipeline, load_weights, read_checkpoint, saved_names, to_wan
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import CheckpointError
 
@@ -163,7 +163,7 @@ def test_an_exported_foundation_is_a_wan_pipeline(tmp_path: Path) -> None:
     source.save_pretrained(tmp_path / "source")
     trained = tiny.make_unified(tiny.make_wan(seed=4), len(source.tokenizer))
     save(tmp_path / "stage0.ckpt", trained)
-    export_foundation(tmp_path / "stage0.ckpt", tmp_path / "source", tmp_path / "target")
+    export_pipeline(to_wan(load_weights(tmp_path / "stage0.ckpt")), tmp_path / "source", tmp_path / "target")
     made = WanPipeline.from_pretrained(tmp_path / "target")
     assert_same_weights(made.transformer, to_wan(trained))
     assert_same_weights(made.text_encoder, source.text_encoder)

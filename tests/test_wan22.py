@@ -13,7 +13,7 @@ from lightning import Trainer
 
 from tests import tiny
 from tests.tasks import Tasks
-from univigu.checkpoint import export_pipeline
+from univigu.checkpoint import export_pipeline, load_weights
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.options import LengthFilter
 from univigu.data.shards import write_shard
@@ -70,7 +70,7 @@ def test_training_and_every_task(folder: Path, tmp_path: Path) -> None:
     trainer.fit(module, datamodule=data)
     assert trainer.global_step == 2 and torch.isfinite(trainer.callback_metrics["train/loss"])
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    export_pipeline(tmp_path / "last.ckpt", folder, tmp_path / "model")
+    export_pipeline(load_weights(tmp_path / "last.ckpt"), folder, tmp_path / "model")
 
     ours, wan = UniViGUPipeline.from_pretrained(tmp_path / "model"), WanPipeline.from_pretrained(folder)
     assert ours.config.expand_timesteps and ours.vae_scale_factor_spatial == 16

@@ -20,14 +20,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from univigu.checkpoint import (
-    export_foundation,
-    export_pipeline,
-    load_weights,
-    prune_foundation,
-    prune_model,
-    used_tokens,
-)
+from univigu.checkpoint import export_pipeline, load_weights, prune_foundation, prune_model, to_wan, used_tokens
 from univigu.cli import ToolParser, exit_code
 from univigu.data.index import index_folder
 from univigu.models.encode import OFFICIAL, Conventions
@@ -42,11 +35,11 @@ def convert(options: argparse.Namespace) -> None:
     checkpoint, output = options.checkpoint, options.output
     match options.command:
         case "foundation":
-            export_foundation(checkpoint, options.source, output)
+            export_pipeline(to_wan(load_weights(checkpoint)), options.source, output)
         case "transformer":
             load_weights(checkpoint).save_pretrained(output)
         case "pipeline":
-            export_pipeline(checkpoint, options.foundation, output)
+            export_pipeline(load_weights(checkpoint), options.foundation, output)
         case "import-official":
             conventions = Conventions(options.latents == "normalized", options.null_condition, options.prompt_padding)
             import_official(checkpoint, options.wan, options.text_flow, conventions).save_pretrained(output)

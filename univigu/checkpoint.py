@@ -103,20 +103,25 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_weights(
-    path: str | Path, like: Mapping[str, Any] | None = None, dtype: WeightDtype = torch.float32
+    path: str | Path,
+    like: Mapping[str, Any] | None = None,
+    dtype: WeightDtype = torch.float32,
+    checkpoint: dict[str, Any] | None = None,
 ) -> UniViGUTransformer3DModel:
     """A transformer with the weights of a training checkpoint or of a folder written by ``save_pretrained``.
 
     It has the checkpoint's architecture, which must be that of the configuration ``like``, if one is given. A
     CheckpointError if the weights are missing, unreadable, or of another architecture; it names the options or keys.
+
+    ``checkpoint`` is the content of a training checkpoint that has been read; its weights are taken out of it.
     """
     folder = Path(path)
-    is_folder = (folder / "config.json").is_file()
+    is_folder = checkpoint is None and (folder / "config.json").is_file()
     if is_folder:
         with reading(folder):
             config = dict(UniViGUTransformer3DModel.load_config(folder))
     else:
-        checkpoint = read_checkpoint(path)
+        checkpoint = checkpoint or read_checkpoint(path)
         config = checkpoint["univigu"]["transformer_config"]
     check_replaced(config, path)
     parameters = inspect.signature(UniViGUTransformer3DModel).parameters
@@ -129,10 +134,15 @@ def load_weights(
         if differing := config_differences(fixed, like):
             raise CheckpointError(f"{path}: made for another model; (checkpoint, configuration) differ in {differing}")
         config |= {name: like[name] for name in CHOSEN}
-    if not is_folder:
-        return model_of(checkpoint, path, dtype, config)
     model = empty_model(UniViGUTransformer3DModel, config)
-    load_strictly(model, read_weights(folder), path, dtype=dtype)
+    if checkpoint is None:
+        load_strictly(model, read_weights(folder), path, dtype=dtype)
+        return model
+    weights, state = take_usable_weights(checkpoint), dict[str, torch.Tensor]()
+    for key in [key for key in weights if key.startswith(PREFIX)]:  # one by one, so that nothing is in memory twice
+        name = key.removeprefix(PREFIX)
+        state[name] = weights.pop(key).to(dtype_of(model, name, dtype))
+    load_strictly(model, state, path)
     return model
 
 
@@ -149,24 +159,6 @@ def start_weights(
     model = UniViGUTransformer3DModel(**config)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtype_of(model, name, dtype))
-    return model
-
-
-def model_of(
-    checkpoint: dict[str, Any], path: Any, dtype: WeightDtype, config: Mapping[str, Any] | None = None
-) -> UniViGUTransformer3DModel:
-    """A model with the weights to use of a training checkpoint, by default of its architecture.
-
-    The weights are taken out of the checkpoint and converted one by one, so that nothing is in memory twice.
-    """
-    config = config or known_options(UniViGUTransformer3DModel, checkpoint["univigu"]["transformer_config"])
-    model, weights = empty_model(UniViGUTransformer3DModel, config), take_usable_weights(checkpoint)
-    state: dict[str, torch.Tensor] = {}
-    for key in [key for key in weights if key.startswith(PREFIX)]:
-        name = key.removeprefix(PREFIX)
-        state[name] = weights.pop(key)
-        state[name] = state[name].to(dtype_of(model, name, dtype))
-    load_strictly(model, state, path)
     return model
 
 
@@ -200,11 +192,6 @@ def saved_names(path: Path) -> set[str]:
     return {name.removeprefix(SHARDED_PREFIX) for name in names if name.startswith(SHARDED_PREFIX)}
 
 
-def has_means(names: Iterable[str]) -> bool:
-    """Whether running means are among the weights of a checkpoint."""
-    return any(name.startswith(EMA_PREFIX) for name in names)
-
-
 def check_resumed(checkpoint: Mapping[str, Any], path: Path, lora: LoraOptions | None, averages: bool) -> None:
     """Refuse to resume a fit that trained adapters, or averaged weights, differently.
 
@@ -212,7 +199,8 @@ def check_resumed(checkpoint: Mapping[str, Any], path: Path, lora: LoraOptions |
     A MisconfigurationException names the options, with the checkpoint's and the configuration's values.
     """
     differing = lora_differences(checkpoint["univigu"].get("lora"), lora)
-    averaged = has_means(checkpoint.get("state_dict") or saved_names(path))
+    names = checkpoint.get("state_dict") or saved_names(path)
+    averaged = any(name.startswith(EMA_PREFIX) for name in names)
     if averaged != averages:
         differing["the WeightEMA callback"] = (averaged, averages)
     if differing:
@@ -297,24 +285,19 @@ def to_wan(model: UniViGUTransformer3DModel) -> WanTransformer3DModel:
     return wan
 
 
-def export_foundation(checkpoint_path: str | Path, source: str | Path, target: str | Path) -> None:
-    """Write a foundation folder: the transformer from a stage-0 checkpoint, everything else from ``source``."""
-    _export(to_wan(load_weights(checkpoint_path)), Path(source), Path(target), "WanPipeline")
+def export_pipeline(transformer: WanTransformer3DModel, foundation: str | Path, target: str | Path) -> None:
+    """Write a pipeline's folder: a transformer, and copies of a foundation's other components, which are not loaded.
 
-
-def export_pipeline(checkpoint_path: str | Path, foundation: str | Path, target: str | Path) -> None:
-    """Write a folder for ``univigu.pipeline.UniViGUPipeline``: a training checkpoint inside its foundation."""
-    _export(load_weights(checkpoint_path), Path(foundation), Path(target), "UniViGUPipeline")
-
-
-def _export(transformer: WanTransformer3DModel, source: Path, target: Path, pipeline: str) -> None:
-    """Write a pipeline's folder: a transformer, and copies of the other components' folders, which are not loaded."""
-    Foundation(source)  # raises if it is not one
+    It is WanPipeline's if the transformer is Wan's, and so a foundation, else ``univigu.pipeline.UniViGUPipeline``'s.
+    """
+    source, target = Foundation(foundation).path, Path(target)  # raises if it is not one
     for name in COMPONENTS:
         if name != "transformer":
             shutil.copytree(source / name, target / name, dirs_exist_ok=True)
     kind = type(transformer)
-    library = "diffusers" if kind is WanTransformer3DModel else kind.__module__
+    pipeline, library = "UniViGUPipeline", kind.__module__
+    if kind is WanTransformer3DModel:
+        pipeline, library = "WanPipeline", "diffusers"
     index = json.loads((source / "model_index.json").read_text())
     index |= {"_class_name": pipeline, "transformer": [library, kind.__name__]}
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

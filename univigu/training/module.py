@@ -16,14 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from univigu.checkpoint import (
-    PREFIX,
-    check_resumed,
-    config_differences,
-    load_weights,
-    model_of,
-    start_weights,
-)
+from univigu.checkpoint import PREFIX, check_resumed, config_differences, load_weights, start_weights
 from univigu.data.encode import has_large_encoder
 from univigu.data.inputs import PredictTask
 from univigu.data.sample import questions_of
@@ -370,7 +363,8 @@ class UniViGU(EvaluatedModule):
                 raise MisconfigurationException(f"{path}: use model.init_from to evaluate with a sharded model")
             if hasattr(self, "ema"):  # of an earlier fit of this module; no callback updates it now
                 del self.ema
-            self._set_transformer(model_of(checkpoint, path, self._weight_dtype).to(self.device))
+            model = load_weights(path, dtype=self._weight_dtype, checkpoint=checkpoint)
+            self._set_transformer(model.to(self.device))
             checkpoint["state_dict"] = {PREFIX + name: value for name, value in self._model.state_dict().items()}
             return
         differing = config_differences(saved, self._model.config)
