@@ -25,8 +25,8 @@ from univigu.sampling.options import SamplingOptions
 from univigu.shapes import texts as shapes_texts
 from univigu.shapes.scenes import sample_scene
 from univigu.training.callbacks import FinalReport, StageSwitch
+from univigu.training.conditions import ask_questions
 from univigu.training.module import UniViGU
-from univigu.training.questions import ask_questions
 from univigu.training.stages import Stage
 
 QA = [{"question": "a red circle", "answer": "moving left."}, {"question": "a green circle", "answer": "large."}]

@@ -12,18 +12,14 @@ docs/EVALUATION.md lists every name that is logged.
 from __future__ import annotations
 
 import zlib
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from lightning import LightningModule
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
@@ -239,60 +235,3 @@ def own_samples(batch: Mapping[str, Any], own: Set[int] | None, seen: set[int]) 
         return value[keep] if isinstance(value, torch.Tensor) else [value[i] for i in keep]
 
     return {name: kept(value) for name, value in batch.items()} if keep else None
-
-
-class EvaluatedModule(LightningModule):
-    """The part of the LightningModule that runs ``HeldOutEvaluation`` in ``test`` and in ``validate``.
-
-    Validation during ``fit`` only computes held-out losses.
-    """
-
-    _evaluation: tuple[HeldOutEvaluation] | tuple[()] = ()
-    """In a tuple, to keep it out of the module tree and of checkpoints."""
-
-    @property
-    @abstractmethod
-    def tasks(self) -> TaskRunner:
-        """The task runner over the current weights."""
-
-    @abstractmethod
-    def prepare(self, batch: dict[str, Any]) -> UniFlowBatch:
-        """Encode a batch."""
-
-    @abstractmethod
-    def make_evaluation(self) -> HeldOutEvaluation:
-        """New metrics; raises a MisconfigurationException if they cannot be computed from the data."""
-
-    def _evaluate(self, batch: dict[str, Any], loader: DataLoader[Any] | None) -> None:
-        for evaluation in self._evaluation:
-            if counted := own_samples(batch, getattr(loader, "own", None), evaluation.counted):
-                evaluation.update(self.tasks, self.prepare(counted), counted)
-
-    def _log_evaluation(self, prefix: str) -> None:
-        for evaluation in self._evaluation:
-            results = evaluation.compute(lambda tensor: self.trainer.strategy.reduce(tensor, reduce_op="sum"))
-            self.log_dict({f"{prefix}/{name}": value for name, value in results.items()})
-        self._evaluation = ()
-
-    def on_test_start(self) -> None:
-        self._evaluation = (self.make_evaluation(),)
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, self.trainer.test_dataloaders)
-
-    def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
-
-    def on_validation_start(self) -> None:
-        # Samples end at different steps on different processes, which a sharded model does not support.
-        sharded = self.device_mesh is not None and self.trainer.world_size > 1
-        if self.trainer.state.fn == TrainerFn.VALIDATING and not sharded:
-            self._evaluation = (self.make_evaluation(),)
-
-    def on_validation_batch_end(
-        self, outputs: Any, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._evaluate(batch, self.trainer.val_dataloaders)
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")

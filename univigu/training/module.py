@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -12,16 +12,17 @@ from typing import Any, Literal
 
 import torch
 from diffusers import WanTransformer3DModel
+from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from univigu.checkpoint import PREFIX, check_resumed, config_differences, load_weights, start_weights
-from univigu.data.encode import has_large_encoder
 from univigu.data.inputs import PredictTask
 from univigu.data.sample import questions_of
 from univigu.data.video import to_model_range
-from univigu.evaluation.held_out import EvaluatedModule, EvaluationOptions, HeldOutEvaluation
+from univigu.evaluation.held_out import EvaluationOptions, HeldOutEvaluation, own_samples
 from univigu.flow.objective import (
     ConditionDropout,
     UniFlowBatch,
@@ -40,19 +41,15 @@ from univigu.models.tokens import fit_slot
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.pipeline import TaskRunner
 from univigu.sampling.options import SamplingOptions
-from univigu.training.optim import OptimizerOptions, freeze_by_rate, make_optimizer, parameter_groups
+from univigu.training.conditions import ask_questions, vary_conditions
+from univigu.training.optim import OptimizerOptions, freeze_by_rate, group_of, make_optimizer, parameter_groups
 from univigu.training.parallel import ShardedStrategy, build_sharded, is_sharded, trained_weights_changed
-from univigu.training.precision import BFloat16Weights, compute_in_bfloat16, load_generator, weight_dtype
+from univigu.training.precision import BFloat16Weights, compute_in_bfloat16, load_generator
 from univigu.training.prediction import Row, predict_batch
-from univigu.training.questions import ask_questions
 from univigu.training.stages import Stage
 
-GENERATOR_CONDITIONS = (("prompt", 0), ("prompt", 0), ("prompt", 0), ("prompt", 128), ("prompt", 512), ("caption", 0))
-"""A generator that is trained alone sees one of these conditions a step, in a slot of so many tokens (0: the data's):
-also in the slots of prediction and of WanPipeline, because padding takes part in attention."""
 
-
-class UniViGU(EvaluatedModule):
+class UniViGU(LightningModule):
     """A unified video generator and captioner in training.
 
     A training batch is a dict of ``key`` (names), ``latents`` or ``video`` (uint8 [B, F, C, H, W]), ``prompt_ids`` and
@@ -78,6 +75,7 @@ class UniViGU(EvaluatedModule):
     """
 
     compile_backend = "inductor"  # of torch.compile
+    _evaluation: tuple[HeldOutEvaluation] | tuple[()] = ()  # in a tuple, so that it is no part of the module tree
 
     def __init__(
         self,
@@ -97,9 +95,8 @@ class UniViGU(EvaluatedModule):
     ) -> None:
         super().__init__()
         self.foundation_path, self.init_from, self.seed = foundation, init_from, seed
-        self.architecture, self.lora = architecture, lora
+        self.architecture, self.lora, self.sampling, self.predict_task = architecture, lora, sampling, predict_task
         self.optimizer_options, self.evaluation_options = optimizer, evaluation
-        self.sampling, self.predict_task = sampling, predict_task
         self.text_encoder_dtype, self.vae_tiling = text_encoder_dtype, vae_tiling
         self.gradient_checkpointing, self.compile_blocks = gradient_checkpointing, compile_blocks
         self.stage, self.stage_name, self.stage_step = Stage(), "", 0
@@ -119,8 +116,7 @@ class UniViGU(EvaluatedModule):
     @property
     def tasks(self) -> TaskRunner:
         """The task runner over the current weights."""
-        foundation = self.foundation
-        return TaskRunner(foundation, self._model, foundation.scheduler, self.sampling, self.device)
+        return TaskRunner(self.foundation, self._model, self._foundation.scheduler, self.sampling, self.device)
 
     @cached_property
     def shift(self) -> float:
@@ -142,9 +138,6 @@ class UniViGU(EvaluatedModule):
             raise MisconfigurationException(f"trainer.precision={precision!r}: expected {choices}")
         if precision == "bf16-true":
             self.trainer.strategy.precision_plugin = BFloat16Weights()
-        if every := stage == "fit" and self.trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
-            message = "expected 0, because a new loader would begin with the same samples"
-            raise MisconfigurationException(f"trainer.reload_dataloaders_every_n_epochs={every}: {message}")
         if stage == "fit" and isinstance(self.trainer.strategy, DDPStrategy):
             # Frozen weights change with the stages, and a small batch may lack a task.
             self.trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
@@ -162,8 +155,10 @@ class UniViGU(EvaluatedModule):
             self._set_transformer(self._build_transformer())
 
     def _weight_dtype(self, name: str) -> torch.dtype:
+        """The dtype to load a weight in: with bf16-true float32 only if a stage of the fit trains it."""
         rates = [self.optimizer_options.rates(stage) for stage in self.stages] if self._fits else []
-        return weight_dtype(name, rates, adapted=self.lora is not None) if self._half else torch.float32
+        trained = any(rate.get(group_of(name, self.lora), 0.0) > 0 for rate in rates)
+        return torch.bfloat16 if self._half and not trained else torch.float32
 
     @property
     def _half(self) -> bool:
@@ -218,17 +213,11 @@ class UniViGU(EvaluatedModule):
         return UniFlowObjective(flow, self.shift, self.stage.text_time_power, config.clean_video_reads_prompt)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        stage, size = self.stage, len(batch["key"])
-        step = self.trainer.fit_loop.total_batch_idx
+        stage, size, step = self.stage, len(batch["key"]), self.trainer.fit_loop.total_batch_idx
         joint, understand, _ = counts = stage.tasks.counts(size, step)
         inputs, draw = self.prepare(batch), random.Random(f"{self.seed}, {self.global_rank}, {step}")
         if not stage.writes_text and self.tasks.conventions.prompt_padding == "zeros":
-            text, slot = draw.choice(GENERATOR_CONDITIONS)
-            captions = text == "caption" and all(batch.get("caption", [""]))
-            if captions and not has_large_encoder(self.foundation.path):  # then texts are encoded beforehand
-                embeds = self.tasks.encode_ids(batch["caption_ids"])
-                inputs = replace(inputs, prompt_embeds=embeds, null_embeds=self.tasks.encode_null(embeds.shape[1]))
-            inputs = inputs.pad_prompts(slot)
+            inputs = vary_conditions(inputs, batch, self.tasks, self.foundation.path, draw)
         text_share = stage.text_share_at(self.stage_step)
         patches = zip(inputs.latents.shape[2:], self._model.config.patch_size, strict=True)
         self.sample_tokens = prod(n // p for n, p in patches) + num_positions(stage.text_length, text_share)
@@ -241,7 +230,7 @@ class UniViGU(EvaluatedModule):
             inputs,
             counts,
             dropout=stage.condition_dropout,
-            generator=self._generator(step),
+            generator=make_generator(self.device, self.seed, self.global_rank, step),  # no state to restore
             text_share=text_share,
             step=step,
             teacher=self._teacher if stage.teacher_weight and stage.tasks.generate else None,
@@ -249,8 +238,6 @@ class UniViGU(EvaluatedModule):
         loss = losses.total(size, stage.teacher_weight)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
         self._log_losses(losses)
-        if losses.teacher is not None:
-            self.log("train/teacher_distance", losses.teacher.detach().mean(), batch_size=losses.teacher.numel())
         return loss
 
     @cached_property
@@ -267,8 +254,8 @@ class UniViGU(EvaluatedModule):
         """Encode a batch; precomputed latents and embeddings are used as they are."""
         target, text_ids = self.stage.target, None
         if "prompt_embeds" in batch and self.tasks.conventions.prompt_padding == "zeros":  # as shards store it
-            embeds, null = batch["prompt_embeds"].to(self.device), batch["null_embeds"].to(self.device)
-            null = self.tasks.conventions.null(null)
+            embeds = batch["prompt_embeds"].to(self.device)
+            null = self.tasks.conventions.null(batch["null_embeds"].to(self.device))
         else:
             embeds = self.tasks.encode_ids(batch["prompt_ids"])
             null = self.tasks.encode_null(embeds.shape[1])
@@ -286,10 +273,6 @@ class UniViGU(EvaluatedModule):
         # Shards store normalised latents; the VAE is loaded only for a model that expects others.
         return latents if conventions.latents_normalized else conventions.from_normalized(latents, self.foundation.vae)
 
-    def _generator(self, *numbers: int) -> torch.Generator:
-        """A generator determined by the seed, the rank and the given numbers, so there is no state to restore."""
-        return make_generator(self.device, self.seed, self.global_rank, *numbers)
-
     def _log_losses(self, losses: UniFlowLosses) -> None:
         by_level = self.trainer.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         for modality in ("video", "text"):
@@ -298,6 +281,8 @@ class UniViGU(EvaluatedModule):
                 self.log(f"train/{modality}_loss", values.mean(), prog_bar=True, batch_size=values.numel())
                 for level, value in by_noise_level(values, times).items() if by_level else ():
                     self.log(f"train/{modality}_loss_{level}", value, batch_size=values.numel())
+        if losses.teacher is not None:
+            self.log("train/teacher_distance", losses.teacher.detach().mean(), batch_size=losses.teacher.numel())
 
     # ---------------------------------------------------------------- evaluation
 
@@ -308,27 +293,49 @@ class UniViGU(EvaluatedModule):
         the prompt.
         """
         size, inputs = len(batch["key"]), self.prepare(batch)
-        shown = 0.0 if questions_of(batch) else 1.0
-        for counts in ((0, size, 0), (0, 0, size)):
-            if counts[1] and inputs.text_ids is None:
+        for modality, counts in (("text", (0, size, 0)), ("video", (0, 0, size))):
+            if modality == "text" and inputs.text_ids is None:
                 continue
             losses = self.objective(
                 self._model,
                 inputs,
                 counts,
-                dropout=ConditionDropout(understand=shown, generate=0.0),
+                dropout=ConditionDropout(understand=0.0 if questions_of(batch) else 1.0, generate=0.0),
                 generator=make_generator(self.device, self.seed, 1, batch_idx),
             )
-            for modality, values in (("video", losses.video), ("text", losses.text)):
-                if values.numel():
-                    self.log(f"val/{modality}_loss", values.mean(), prog_bar=True, batch_size=size, sync_dist=True)
+            value = getattr(losses, modality).mean()
+            self.log(f"val/{modality}_loss", value, prog_bar=True, batch_size=size, sync_dist=True)
 
-    def make_evaluation(self) -> HeldOutEvaluation:
-        options = self.evaluation_options
+    def on_validation_start(self) -> None:
+        """``lightning validate`` measures what ``test`` does, unless the model is sharded; ``fit`` only has losses."""
+        sharded = self.device_mesh is not None and self.trainer.world_size > 1
+        if self.trainer.state.fn == TrainerFn.VALIDATING and not sharded:
+            self.on_test_start()
+
+    def on_test_start(self) -> None:
         if getattr(getattr(self.trainer, "datamodule", None), "precompute", False):  # else the first batch shows
-            options.refuse_latents(self.stage.writes_text)
+            self.evaluation_options.refuse_latents(self.stage.writes_text)
         generator = load_generator(self.foundation.path / "transformer", self._half, self.device)
-        return HeldOutEvaluation(self.stage.target, self.shift, generator, options).to(self.device).eval()
+        evaluation = HeldOutEvaluation(self.stage.target, self.shift, generator, self.evaluation_options)
+        self._evaluation = (evaluation.to(self.device).eval(),)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.on_validation_batch_end(None, batch)
+
+    def on_validation_batch_end(self, outputs: Any, batch: dict[str, Any], *numbers: int) -> None:
+        loader = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
+        for evaluation in self._evaluation:
+            if counted := own_samples(batch, getattr(loader, "own", None), evaluation.counted):
+                evaluation.update(self.tasks, self.prepare(counted), counted)
+
+    def on_test_epoch_end(self) -> None:
+        prefix = "test" if self.trainer.testing else "val"
+        for evaluation in self._evaluation:
+            results = evaluation.compute(lambda tensor: self.trainer.strategy.reduce(tensor, reduce_op="sum"))
+            self.log_dict({f"{prefix}/{name}": value for name, value in results.items()})
+        self._evaluation = ()
+
+    on_validation_epoch_end = on_test_epoch_end
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[tuple[int, Row]]:
         return predict_batch(self, batch, self.trainer.datamodule)  # type: ignore[attr-defined]

@@ -54,23 +54,26 @@ class OptimizerOptions:
         return {"video": video, "text": text}
 
 
+def group_of(name: str, lora: LoraOptions | None) -> str:
+    """A parameter's group: "text"; "video", the pretrained weights or their adapters; "" if it is never trained."""
+    if is_text_parameter(name):
+        return "text"
+    return "video" if lora is None or is_lora_parameter(name) else ""
+
+
 def parameter_groups(model: nn.Module, lora: LoraOptions | None) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Named parameters that can be trained: "video", the pretrained weights (or their adapters), and "text"."""
+    """Named parameters that can be trained, by ``group_of``."""
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"video": [], "text": []}
     for name, parameter in model.named_parameters():
-        if is_text_parameter(name):
-            groups["text"].append((name, parameter))
-        elif lora is None or is_lora_parameter(name):
-            groups["video"].append((name, parameter))
+        if group := group_of(name, lora):
+            groups[group].append((name, parameter))
     return groups
 
 
 def freeze_by_rate(model: nn.Module, lora: LoraOptions | None, rates: Mapping[str, float]) -> None:
     """Require gradients of exactly those parameters whose group has a learning rate over 0."""
-    model.requires_grad_(False)
-    for name, members in parameter_groups(model, lora).items():
-        for _, parameter in members:
-            parameter.requires_grad_(rates[name] > 0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(rates.get(group_of(name, lora), 0.0) > 0)
 
 
 def trained_and_frozen(model: nn.Module) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,7 +10,6 @@ from diffusers import WanTransformer3DModel
 from lightning.pytorch.plugins import Precision
 from torch import nn
 
-from univigu.models.text import is_text_parameter
 from univigu.models.weights import load_model
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -34,16 +32,6 @@ def compute_in_bfloat16(model: Model, device_type: str) -> Model:
         if name.endswith("time_embedder"):
             module.forward = torch.autocast(device_type, enabled=False)(module.forward)  # type: ignore[method-assign]
     return model
-
-
-def weight_dtype(name: str, rates: Iterable[Mapping[str, float]], adapted: bool) -> torch.dtype:
-    """The dtype with bf16-true of a weight, given the stages' learning rates of "text" and "video": float32 if trained.
-
-    ``adapted``: adapters are trained instead of the video's weights.
-    """
-    group = "text" if is_text_parameter(name) else "video"
-    trained = any(rate[group] > 0 for rate in rates) and not (adapted and group == "video")
-    return torch.float32 if trained else torch.bfloat16
 
 
 def load_generator(folder: Path, half: bool, device: torch.device) -> WanTransformer3DModel:

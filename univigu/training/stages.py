@@ -155,6 +155,9 @@ class StageSwitch(Callback):
         self._enter(0 if self._fitting else len(self.stages) - 1, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if every := trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+            message = "expected 0, because a new loader would begin with the same samples"
+            raise MisconfigurationException(f"trainer.reload_dataloaders_every_n_epochs={every}: {message}")
         limit = trainer.max_steps
         if limit == -1 or limit > self.total_steps:
             trainer.fit_loop.epoch_loop.max_steps = self.total_steps

@@ -1,4 +1,4 @@
-"""Question answering as a share of a training batch: the condition is a question, the target its answer."""
+"""What training puts in place of a sample's prompt: questions about the clip, or other conditions of a generator."""
 
 from __future__ import annotations
 
@@ -6,15 +6,33 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from univigu.data.encode import has_large_encoder
 from univigu.flow.objective import UniFlowBatch
 from univigu.models.tokens import TextTooLongError, tokenize
 from univigu.pipeline import TaskRunner
 
 log = logging.getLogger(__name__)
+
+GENERATOR_CONDITIONS = (("prompt", 0), ("prompt", 0), ("prompt", 0), ("prompt", 128), ("prompt", 512), ("caption", 0))
+"""A generator that is trained alone sees one of these conditions a step, in a slot of so many tokens (0: the data's):
+also in the slots of prediction and of WanPipeline, because padding takes part in attention."""
+
+
+def vary_conditions(
+    inputs: UniFlowBatch, batch: dict[str, Any], tasks: TaskRunner, foundation: Path, generator: random.Random
+) -> UniFlowBatch:
+    """Condition an encoded batch on one of ``GENERATOR_CONDITIONS``; captions only if they are encoded in training."""
+    text, slot = generator.choice(GENERATOR_CONDITIONS)
+    captions = text == "caption" and all(batch.get("caption", [""]))
+    if captions and not has_large_encoder(foundation):
+        embeds = tasks.encode_ids(batch["caption_ids"])
+        inputs = replace(inputs, prompt_embeds=embeds, null_embeds=tasks.encode_null(embeds.shape[1]))
+    return inputs.pad_prompts(slot)
 
 
 def ask_questions(
