@@ -151,8 +151,15 @@ class Demo:
         self, task: Callable[..., Any], seed: int, progress: Progress | None, *given: Any, **options: Any
     ) -> tuple[Any, str]:
         """What a task of the pipeline makes, and the page of its trajectory."""
-        recorder = _Recorder(self.pipe, progress)
-        options |= {"generator": torch.Generator().manual_seed(int(seed)), "callback_on_step_end": recorder}
+        recorder = TrajectoryRecorder(self.pipe)
+
+        def on_step(*state: Any) -> dict[str, Any]:
+            tensors = recorder(*state)
+            if progress is not None:
+                progress((recorder.steps[-1]["step"], recorder.steps[-1]["of"]))
+            return tensors
+
+        options |= {"generator": torch.Generator().manual_seed(int(seed)), "callback_on_step_end": on_step}
         made = task(*given, max_sequence_length=self.options.max_sequence_length, **options)
         # In a frame of its own, so that its style and script stay inside.
         source = html.escape(recorder.page(), quote=True)
@@ -174,20 +181,6 @@ class Demo:
         path = self.folder / f"{self.count:06d}.mp4"
         path.write_bytes(encode_mp4(frames, self.options.fps))
         return str(path)
-
-
-class _Recorder(TrajectoryRecorder):
-    """Records the steps and reports their progress."""
-
-    def __init__(self, pipe: UniViGUPipeline, progress: Progress | None) -> None:
-        super().__init__(pipe)
-        self.progress = progress
-
-    def __call__(self, pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> dict[str, Any]:
-        state = tensors.get("state")
-        if self.progress is not None:
-            self.progress((step + 1, pipe.num_timesteps if state is None else state.num_steps))
-        return super().__call__(pipe, step, timestep, tensors)
 
 
 def _video_options(steps: int, guidance: float) -> dict[str, Any]:

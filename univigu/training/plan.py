@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from univigu.data.buckets import Bucket, latents_shape
+from univigu.data.buckets import Bucket, Grid, latents_shape
 from univigu.flow.objective import UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
 from univigu.models.foundation import vocabulary_of
@@ -29,9 +29,9 @@ from univigu.training.stages import Stage
 
 META = torch.device("meta")
 TASKS = ("joint", "understand", "generate")
-LATENT_CHANNELS, TEMPORAL, SPATIAL = 16, 4, 8  # of Wan2.1's VAE
-_WAN21 = {"patch_size": (1, 2, 2), "attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
-_WAN21 |= {"in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS}
+WAN21_GRID = Grid(4, 8, (1, 2, 2))
+_WAN21 = {"patch_size": WAN21_GRID.patch, "attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
+_WAN21 |= {"in_channels": 16, "out_channels": 16}
 WAN21: dict[str, dict[str, Any]] = {
     "Wan2.1-T2V-1.3B": _WAN21 | {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
     "Wan2.1-T2V-14B": _WAN21 | {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
@@ -86,13 +86,12 @@ def workloads_of(args: list[str]) -> dict[str, Workload]:
     cli = UniViGUCLI([*args, *here], run=False)
     model, data, trainer = cli.model, cli.datamodule, cli.trainer
     half = trainer.precision == "bf16-true"
-    transformer, vocabulary, (channels, temporal, spatial) = _sizes(Path(model.foundation_path))
-    transformer |= asdict(model.architecture) | vocabulary
-    shape = latents_shape(Bucket(data.height, data.width, data.num_frames), temporal, spatial)
+    transformer, grid = _sizes(Path(model.foundation_path))
+    shape = latents_shape(Bucket(data.height, data.width, data.num_frames), grid.temporal, grid.spatial)
     return {
         name: Workload(
-            known_options(UniViGUTransformer3DModel, transformer),
-            (channels, *shape),
+            known_options(UniViGUTransformer3DModel, transformer | asdict(model.architecture)),
+            (transformer["in_channels"], *shape),
             data.prompt_length,
             stage,
             data.batch_size,
@@ -106,16 +105,13 @@ def workloads_of(args: list[str]) -> dict[str, Workload]:
     }
 
 
-def _sizes(foundation: Path) -> tuple[dict[str, Any], dict[str, Any], tuple[int, int, int]]:
-    """The transformer's options, its vocabulary's and the VAE's (channels, temporal, spatial)."""
-    if (foundation / "transformer" / "config.json").is_file():
-        files = (foundation / name / "config.json" for name in ("transformer", "vae"))
-        transformer, vae = (json.loads(file.read_text()) for file in files)
-        scales = (vae["z_dim"], vae.get("scale_factor_temporal", TEMPORAL), vae.get("scale_factor_spatial", SPATIAL))
-        return transformer, vocabulary_of(foundation), scales
+def _sizes(foundation: Path) -> tuple[dict[str, Any], Grid]:
+    """The options of a foundation's transformer, with those of its vocabulary, and the grid of its videos."""
+    if (file := foundation / "transformer" / "config.json").is_file():
+        return json.loads(file.read_text()) | vocabulary_of(foundation), Grid.of(foundation)
     for name, options in WAN21.items():
         if foundation.name.startswith(name):
-            return dict(options), {"vocab_size": UMT5_VOCAB_SIZE}, (LATENT_CHANNELS, TEMPORAL, SPATIAL)
+            return options | {"vocab_size": UMT5_VOCAB_SIZE}, WAN21_GRID
     raise FileNotFoundError(f"foundation={str(foundation)!r}: no such folder, nor one of {', '.join(WAN21)}")
 
 

@@ -75,7 +75,9 @@ def test_copying_shows() -> None:
         "scene": [scene.to_dict() for scene in scenes],
         "prompt_ids": torch.zeros(8, 32),
     }
-    results = callback.measure(SimpleNamespace(), Copier())  # type: ignore[arg-type]
+    results: dict[str, float] = {}
+    logger = SimpleNamespace(log_metrics=lambda metrics, step: results.update(metrics))
+    callback.evaluate(SimpleNamespace(loggers=[logger], global_step=1), Copier())  # type: ignore[arg-type]
     assert results["val/caption/mean"] == 0
     assert results["val/caption_with_prompt/mean"] == 1
     assert 0 < results["val/caption_with_other_prompt/mean"] < 0.6

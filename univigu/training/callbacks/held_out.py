@@ -109,15 +109,9 @@ class CaptionAccuracy(HeldOutCallback):
         self.batch_size = batch_size
 
     def evaluate(self, trainer: Trainer, pl_module: UniViGU) -> None:
-        results = self.measure(trainer, pl_module)
-        for logger in trainer.loggers:
-            logger.log_metrics(results, step=trainer.global_step)
-
-    def measure(self, trainer: Trainer, pl_module: UniViGU) -> dict[str, float]:
-        """Accuracies in [0, 1] by name; empty if no scene is known or the stage trains no captions."""
         samples = self.samples(trainer) if pl_module.stage.writes_text else {}
         if not samples or questions_of(samples):
-            return {}
+            return
         latents, prompts = pl_module.latents_of(samples), samples["prompt"]
         conditions = {"": None, "_with_prompt": prompts, "_with_other_prompt": prompts[1:] + prompts[:1]}
         results: dict[str, float] = {}
@@ -126,7 +120,8 @@ class CaptionAccuracy(HeldOutCallback):
             accuracy = attribute_accuracy(captions, samples, pl_module.stage.target)
             names = accuracy if given is None else accuracy.keys() & {"mean"}
             results |= {f"val/caption{suffix}/{name}": accuracy[name] for name in names}
-        return results
+        for logger in trainer.loggers:
+            logger.log_metrics(results, step=trainer.global_step)
 
 
 class FinalReport(HeldOutCallback):
