@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from univigu.models.encode import CONVENTIONS
 from univigu.models.foundation import COMPONENTS, VOCABULARY, Foundation, vocabulary_of
-from univigu.models.lora import LoraOptions, lora_differences, lora_options, merge_lora
+from univigu.models.lora import LoraOptions, lora_options, merge_lora
 from univigu.models.options import ArchitectureOptions, check_replaced
 from univigu.models.text import is_text_parameter
 from univigu.models.tokens import clean_text
@@ -198,7 +198,11 @@ def check_resumed(checkpoint: Mapping[str, Any], path: Path, lora: LoraOptions |
     ``checkpoint`` is as Lightning gives it to ``on_load_checkpoint``: without the weights if the model is sharded.
     A MisconfigurationException names the options, with the checkpoint's and the configuration's values.
     """
-    differing = lora_differences(checkpoint["univigu"].get("lora"), lora)
+    saved = lora_options(checkpoint["univigu"].get("lora"))
+    differing: dict[str, Any] = {} if saved == lora else {"model.lora": (saved, lora)}
+    if saved is not None and lora is not None:
+        pairs = config_differences(vars(saved), vars(lora))
+        differing = {f"model.lora.{name}": pair for name, pair in pairs.items()}
     names = checkpoint.get("state_dict") or saved_names(path)
     averaged = any(name.startswith(EMA_PREFIX) for name in names)
     if averaged != averages:

@@ -5,9 +5,10 @@ torchmetrics' own CLIPScore accepts hub names only and does not support transfor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +19,14 @@ from transformers import AutoModel, CLIPModel, CLIPProcessor
 
 from univigu.data.video import even_indices
 
-T = TypeVar("T")
 
-
-def _load(option: str, path: str | Path, expected: str, load: Callable[[], T]) -> T:
-    """Call ``load``; errors become one line that names the option and the path."""
+@contextmanager
+def _loading(option: str, path: str | Path, expected: str) -> Iterator[None]:
+    """Turn errors of the block into one line that names the option and the path."""
     if not Path(path).exists():
         raise ValueError(f"evaluation.{option}={str(path)!r}: no such file or folder")
     try:
-        return load()
+        yield
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"evaluation.{option}={str(path)!r}: expected {expected} ({reason[:160]})") from error
@@ -37,10 +37,9 @@ class ClipEncoder(nn.Module):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
-        expected = "a CLIP model with its processor"
-        model = _load("clip", folder, expected, lambda: CLIPModel.from_pretrained(folder))
-        self.model = model.eval().requires_grad_(False)
-        self.processor = _load("clip", folder, expected, lambda: CLIPProcessor.from_pretrained(folder))
+        with _loading("clip", folder, "a CLIP model with its processor"):
+            self.model = CLIPModel.from_pretrained(folder).eval().requires_grad_(False)
+            self.processor = CLIPProcessor.from_pretrained(folder)
 
     @torch.no_grad()
     def images(self, frames: torch.Tensor) -> torch.Tensor:
@@ -102,16 +101,11 @@ class VideoFeatures(nn.Module):
         path, self.scripted = str(path).removeprefix("trusted:"), str(path).startswith("trusted:")
         if Path(path).is_file() and not self.scripted:
             raise ValueError(f"evaluation.video_features={path!r}: a file of code; to trust it, write 'trusted:{path}'")
-        network = _load(
-            "video_features",
-            path,
-            "a TorchScript file or a transformers folder",
-            lambda: (
-                torch.jit.load(path, map_location="cpu")
-                if self.scripted
-                else AutoModel.from_pretrained(path, trust_remote_code=False)
-            ),
-        )
+        with _loading("video_features", path, "a TorchScript file or a transformers folder"):
+            if self.scripted:
+                network = torch.jit.load(path, map_location="cpu")
+            else:
+                network = AutoModel.from_pretrained(path, trust_remote_code=False)
         self.network = network.eval()
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)

@@ -66,12 +66,3 @@ def merge_lora(state: Mapping[str, torch.Tensor], options: LoraOptions) -> dict[
 def lora_options(saved: Mapping[str, Any] | None) -> LoraOptions | None:
     """The options that a checkpoint has recorded."""
     return None if saved is None else LoraOptions(**{**saved, "attention": tuple(saved["attention"])})
-
-
-def lora_differences(saved: Mapping[str, Any] | None, ours: LoraOptions | None) -> dict[str, tuple[Any, Any]]:
-    """Options of adapters that differ: name -> (the checkpoint's, the configuration's)."""
-    theirs = lora_options(saved)
-    if theirs is None or ours is None:
-        return {} if theirs == ours else {"model.lora": (theirs, ours)}
-    pairs = {f"model.lora.{name}": (value, getattr(ours, name)) for name, value in vars(theirs).items()}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

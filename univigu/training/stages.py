@@ -135,11 +135,6 @@ class StageSwitch(Callback):
         self.index = self._announced = -1
         self._fitting = True
 
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of all stages together."""
-        return sum(stage.steps for stage in self.stages)
-
     def locate(self, global_step: int) -> tuple[int, int]:
         """Index of the stage at a global step, and the step counted from the start of that stage."""
         for index, stage in enumerate(self.stages):
@@ -158,9 +153,9 @@ class StageSwitch(Callback):
         if every := trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
             message = "expected 0, because a new loader would begin with the same samples"
             raise MisconfigurationException(f"trainer.reload_dataloaders_every_n_epochs={every}: {message}")
-        limit = trainer.max_steps
-        if limit == -1 or limit > self.total_steps:
-            trainer.fit_loop.epoch_loop.max_steps = self.total_steps
+        total = sum(stage.steps for stage in self.stages)
+        if trainer.max_steps == -1 or trainer.max_steps > total:
+            trainer.fit_loop.epoch_loop.max_steps = total
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         length, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
