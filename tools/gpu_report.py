@@ -25,6 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import yaml
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 from safetensors.torch import save
 
@@ -46,16 +47,8 @@ from univigu.training.optim import freeze_by_rate
 from univigu.training.plan import UMT5_VOCAB_SIZE, WAN21, Workload, count_step
 from univigu.training.stages import Stage
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {"text_flow": "uniform"},
-    "frozen": {
-        "text_flow": "mask",
-        "text_positions": 256,
-        "text_attention": "own",
-        "clean_video_reads_text": False,
-        "clean_video_timestep": 300,
-    },
-}
+FROZEN = yaml.safe_load((Path(__file__).parents[1] / "configs" / "frozen.yaml").read_text())
+RECIPES: dict[str, dict[str, Any]] = {"paper": {"text_flow": "uniform"}, "frozen": FROZEN["model"]["architecture"]}
 NOMINAL_TFLOPS = 989.0
 """Dense bfloat16 rate of the H100 and H200 (SXM), by their data sheets."""
 Row = dict[str, Any]

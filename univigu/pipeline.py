@@ -90,11 +90,6 @@ class TaskRunner:
         """Latents [B, C, T, H, W] of the transformer -> video [B, C, F, H, W], roughly in [-1, 1]."""
         return self.conventions.decode(self.components.vae, latents)
 
-    def encode_prompts(self, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
-        """Prompt embeddings [B, S, text_dim] and those of the null condition [1, S, text_dim]; S = ``length``."""
-        null = self.encode_null(length)
-        return self.encode_ids(tokenize(self.components.tokenizer, prompts, length)) if prompts else null[:0], null
-
     def encode_null(self, length: int) -> Tensor:
         """Embeddings of the null condition [1, S, text_dim]; S = ``length``."""
         return self.conventions.null(self.encode_ids(tokenize(self.components.tokenizer, [""], length)))
@@ -132,9 +127,11 @@ class TaskRunner:
 
         ``start`` has the other fields of ``univigu.sampling.sampler.SampleInputs`` that the task needs.
         """
-        embeds, null = self.encode_prompts(prompts or [], prompt_length)
         text_length, tokenizer = self.transformer.config.text_length, self.components.tokenizer
-        inputs = SampleInputs(embeds if prompts else null, null, text_length=text_length, **start)
+        embeds = null = self.encode_null(prompt_length)
+        if prompts:
+            embeds = self.encode_ids(tokenize(tokenizer, prompts, prompt_length))
+        inputs = SampleInputs(embeds, null, text_length=text_length, **start)
         ends = self.encode_tokens(torch.tensor([[tokenizer.eos_token_id, tokenizer.pad_token_id]]), "end")[0].tolist()
         samples = Sampler(self.transformer, self.scheduler(), self.sampling, *ends).sample(task, inputs)
         return replace(samples, tokens=None if samples.tokens is None else self.vocabulary.decode(samples.tokens))
