@@ -93,36 +93,32 @@ class Demo:
         self.size = {name: getattr(self.options, name) for name in ("height", "width", "num_frames")}
         self.count = 0
 
-    def caption(self, video: str | None, steps: int, seed: int, progress: Progress | None = None) -> tuple[str, str]:
+    def caption(self, video: str | None, steps: int, seed: int, progress: Progress | None = None) -> tuple[str, ...]:
         """Text from a video file, and the trajectory."""
-        made, page = self._run(self.pipe.caption, seed, progress, self._frames(video), caption_steps=int(steps))
-        return made.text[0], page
+        return self._run(self.pipe.caption, seed, progress, self._frames(video), caption_steps=int(steps))
 
     def ask(
         self, video: str | None, question: str, steps: int, seed: int, progress: Progress | None = None
-    ) -> tuple[str, str]:
+    ) -> tuple[str, ...]:
         """Answer to a question about a video file, and the trajectory."""
         question, frames = _required(question, "question"), self._frames(video)
-        made, page = self._run(self.pipe.caption, seed, progress, frames, question, caption_steps=int(steps))
-        return made.text[0], page
+        return self._run(self.pipe.caption, seed, progress, frames, question, caption_steps=int(steps))
 
     def generate(
         self, prompt: str, steps: int, guidance: float, seed: int, progress: Progress | None = None
-    ) -> tuple[str, str]:
+    ) -> tuple[str, ...]:
         """Video from a prompt: path of an mp4 file, and the trajectory."""
         prompt, options = _required(prompt, "prompt"), self.size | _video_options(steps, guidance)
         # The pipeline's own call, WanPipeline's, would cut it; the other tasks check for themselves.
         check_prompts(self.pipe.tokenizer, [prompt], self.options.max_sequence_length)
-        made, page = self._run(self.pipe, seed, progress, prompt, **options)
-        return self._write(made.frames), page
+        return self._run(self.pipe, seed, progress, prompt, **options)
 
     def joint(
         self, prompt: str, steps: int, guidance: float, seed: int, progress: Progress | None = None
-    ) -> tuple[str, str, str]:
+    ) -> tuple[str, ...]:
         """Video and its text together: path of an mp4 file, the text, and the trajectory."""
         prompt, options = _required(prompt, "prompt"), self.size | _video_options(steps, guidance)
-        made, page = self._run(self.pipe.joint, seed, progress, prompt, **options)
-        return self._write(made.frames), made.text[0], page
+        return self._run(self.pipe.joint, seed, progress, prompt, **options)
 
     def describe(self, video: str | None, seed: int, progress: Progress | None = None) -> str:
         """The model's own prompt of a video file, to be changed for ``edit``."""
@@ -137,11 +133,10 @@ class Demo:
         guidance: float,
         seed: int,
         progress: Progress | None = None,
-    ) -> tuple[str, str]:
+    ) -> tuple[str, ...]:
         """A video file regenerated under another prompt: path of an mp4 file, and the trajectory."""
         given, options = (_required(new_prompt, "prompt"), strength), _video_options(steps, guidance)
-        made, page = self._run(self.pipe.edit, seed, progress, self._frames(video), *given, **options)
-        return self._write(made.frames), page
+        return self._run(self.pipe.edit, seed, progress, self._frames(video), *given, **options)
 
     def examples(self) -> list[str]:
         """Example clips as mp4 files."""
@@ -149,8 +144,8 @@ class Demo:
 
     def _run(
         self, task: Callable[..., Any], seed: int, progress: Progress | None, *given: Any, **options: Any
-    ) -> tuple[Any, str]:
-        """What a task of the pipeline makes, and the page of its trajectory."""
+    ) -> tuple[str, ...]:
+        """What a task of the pipeline makes, a file of a video before a text, and the page of its trajectory."""
         recorder = TrajectoryRecorder(self.pipe)
 
         def on_step(*state: Any) -> dict[str, Any]:
@@ -161,9 +156,12 @@ class Demo:
 
         options |= {"generator": torch.Generator().manual_seed(int(seed)), "callback_on_step_end": on_step}
         made = task(*given, max_sequence_length=self.options.max_sequence_length, **options)
+        results = [] if made.frames is None else [self._save(to_uint8(made.frames[0]).cpu())]
+        results += getattr(made, "text", None) or []
         # In a frame of its own, so that its style and script stay inside.
         source = html.escape(recorder.page(), quote=True)
-        return made, f'<iframe srcdoc="{source}" title="steps" style="width: 100%; height: 640px; border: 0"></iframe>'
+        frame = f'<iframe srcdoc="{source}" title="steps" style="width: 100%; height: 640px; border: 0"></iframe>'
+        return (*results, frame)
 
     def _frames(self, video: str | None) -> torch.Tensor:
         """[1, F, C, H, W] in [0, 1]."""
@@ -172,9 +170,6 @@ class Demo:
         if (number := probe_video(video)[2]) > MAX_FRAMES:
             raise DemoError(f"video: it has {number} frames, over the limit of {MAX_FRAMES}")
         return read_video(video, self.options.num_frames, self.options.height, self.options.width)[None].float() / 255
-
-    def _write(self, frames: torch.Tensor) -> str:
-        return self._save(to_uint8(frames[0]).cpu())
 
     def _save(self, frames: torch.Tensor) -> str:
         self.count += 1
