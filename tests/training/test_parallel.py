@@ -26,7 +26,6 @@ from univigu.checkpoint import load_weights, read_checkpoint
 from univigu.cli import main
 from univigu.flow import objective
 from univigu.flow.objective import TaskMixture
-from univigu.flow.random import make_generator
 from univigu.models.lora import LoraOptions
 from univigu.models.options import ArchitectureOptions
 from univigu.models.transformer import UniViGUTransformer3DModel
@@ -80,8 +79,9 @@ class AsTwo(UniViGU):
 
     rank = 0
 
-    def _generator(self, *numbers: int) -> torch.Generator:
-        return make_generator(self.device, self.seed, self.rank, *numbers)
+    @property
+    def global_rank(self) -> int:
+        return self.rank
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         losses = []
