@@ -37,13 +37,13 @@ def client(pipe: UniViGUPipeline, tmp_path_factory: pytest.TempPathFactory) -> I
     patch = pytest.MonkeyPatch()
     patch.setenv("GRADIO_TEMP_DIR", str(folder / "gradio"))
     options = DemoOptions(height=48, width=32, num_frames=5, max_sequence_length=16)
-    demo = Demo(pipe, options, folder / "videos")
+    demo = Demo(pipe, options)
     page = build(demo)
     _, url, _ = launch(page, demo, prevent_thread_lock=True, quiet=True)
     assert url.startswith(f"http://{HOST}:")
     yield gradio_client.Client(url, verbose=False, download_files=str(folder / "downloads"))
     page.close()
-    examples = {path.read_bytes() for path in sorted((folder / "videos").iterdir())[:4]}
+    examples = {path.read_bytes() for path in sorted(demo.folder.iterdir())[:4]}
     copies = {path.read_bytes() for path in (folder / "gradio").rglob("*.mp4")}
     assert copies <= examples  # none of what it was given and made
     patch.undo()

@@ -78,17 +78,12 @@ class Demo:
     Args:
         pipe: the model.
         options: see ``DemoOptions``.
-        folder: where videos are written; None is a temporary one.
     """
 
-    def __init__(
-        self, pipe: UniViGUPipeline, options: DemoOptions | None = None, folder: str | Path | None = None
-    ) -> None:
+    def __init__(self, pipe: UniViGUPipeline, options: DemoOptions | None = None) -> None:
         self.pipe, self.options = pipe, options or DemoOptions()
-        if folder is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="univigu-demo-")  # removed with this object
-        self.folder = Path(self._temporary.name if folder is None else folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._temporary = tempfile.TemporaryDirectory(prefix="univigu-demo-")  # of videos; removed with this object
+        self.folder = Path(self._temporary.name)
         self.pipe.set_progress_bar_config(disable=True)
         self.size = {name: getattr(self.options, name) for name in ("height", "width", "num_frames")}
         self.count = 0
