@@ -42,7 +42,7 @@ SUBJECT = re.compile(
     r"^(?:the animation shows an? )?(?P<name>.+?)(?: with (?P<tone>[\w-]+) skin)?"
     r"(?: in front of a plain|, on a) (?P<background>\w+) background"
 )
-BATCH, CAPTION_STEPS = 16, 20
+BATCH = 16
 Attributes = dict[str, str]
 
 
@@ -225,7 +225,7 @@ class Evaluation:
         """What a model's captions of uint8 videos [B, F, C, H, W] say."""
         found = []
         for number in track(range(0, len(videos), BATCH), "captions"):
-            output = pipe.caption(videos[number : number + BATCH], caption_steps=CAPTION_STEPS, **self.start(number))
+            output = pipe.caption(videos[number : number + BATCH], **self.start(number))
             found += [read_text(text, self.people) for text in output.text or []]
         return found
 
@@ -309,7 +309,7 @@ class Evaluation:
         right: dict[str, list[bool]] = {}
         for clip in track(spread(self.clips["test"], self.options.clips), "answers"):
             questions = [pair["question"] for pair in clip.texts["qa"]]
-            answers = self.pipe.answer(clip.video, questions, caption_steps=CAPTION_STEPS, **self.start(0))
+            answers = self.pipe.answer(clip.video, questions, **self.start(0))
             for pair, answer in zip(clip.texts["qa"], answers.text or [], strict=True):
                 right.setdefault(pair["kind"], []).append(answer.strip() == pair["answer"].lower())
         return {"answers, held-out triples": {kind: round(100 * sum(r) / len(r), 1) for kind, r in right.items()}}
