@@ -10,7 +10,7 @@ import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.inputs import PredictionInput, find_videos, read_pairs, read_prompts
+from univigu.data.inputs import find_videos, read_pairs, read_prompts
 from univigu.data.sample import DataError
 from univigu.data.synthesis import Pipeline, Synthesis, VideoOptions
 from univigu.data.video import encode_mp4, read_video
@@ -47,14 +47,18 @@ def predict(foundation: str, **options: Any) -> list[dict[str, Any]]:
     return trainer.predict(Collector(), datamodule=data)  # type: ignore[return-value]
 
 
+def usable(batch: dict[str, Any]) -> list[bool]:
+    return [error is None for error in batch["error"]]
+
+
 def test_every_video_gives_a_row(foundation: str, folder: Path) -> None:
     batches = predict(foundation, videos=str(folder), num_workers=1)
-    rows = [row for b in batches for row in zip(b["index"], b["path"], b["ok"], b["error"], strict=True)]
+    rows = [row for b in batches for row in zip(b["index"], b["row"], b["error"], strict=True)]
     assert [row[0] for row in rows] == list(range(6))
-    assert [Path(row[1]).name[0] for row in rows] == list("abcdef")
-    assert [row[2] for row in rows] == [True, True, True, False, False, False]
-    for _, path, ok, error in rows:
-        assert (error is None) == ok and (ok or path in error)
+    assert [Path(row[1]["video"]).name[0] for row in rows] == list("abcdef")
+    assert [row[2] is None for row in rows] == [True, True, True, False, False, False]
+    for _, row, error in rows:
+        assert error is None or row["video"] in error
     assert [batch["video"].shape for batch in batches] == [(3, 9, 3, 64, 64), (0, 9, 3, 64, 64)]
     assert all(batch["video"].dtype == torch.uint8 for batch in batches)
     assert torch.equal(batches[0]["video"][1], read_video(folder / "b-wide.mp4", 9, 64, 64))
@@ -79,8 +83,9 @@ def test_prompts_that_do_not_fit_are_rows_too(foundation: str, tmp_path: Path) -
     long = " ".join(["red"] * 70)
     (tmp_path / "p.txt").write_text(f"a red circle\n\n{long}\na blue ring\n")
     (batch,) = predict(foundation, prompts=str(tmp_path / "p.txt"), prompt_length=64)
-    assert batch["index"] == [0, 1, 2] and batch["prompt"] == ["a red circle", long, "a blue ring"]
-    assert batch["ok"] == [True, False, True] and "71 tokens, over the limit of 64" in batch["error"][1]
+    assert batch["index"] == [0, 1, 2]
+    assert batch["row"] == [{"prompt": text} for text in ("a red circle", long, "a blue ring")]
+    assert usable(batch) == [True, False, True] and "71 tokens, over the limit of 64" in batch["error"][1]
 
 
 def test_where_prompts_come_from(tmp_path: Path) -> None:
@@ -211,19 +216,24 @@ def test_files_and_objects_say_the_same(clip: str, tmp_path: Path) -> None:
     rows = [{"video": clip, "prompt": "a ring, red"}, {"video": clip, "prompt": "b", "strength": 0.5}]
     (tmp_path / "e.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
     (tmp_path / "e.csv").write_text(f'video,prompt,strength\n{clip},"a ring, red",\n{clip},b,0.5\n')
-    expected = [PredictionInput(clip, "a ring, red", 0.8), PredictionInput(clip, "b", 0.5)]
+    expected = [
+        ({"source": clip, "prompt": "a ring, red", "strength": 0.8, "replace": None}, None),
+        ({"source": clip, "prompt": "b", "strength": 0.5, "replace": None}, None),
+    ]
     assert read_pairs(rows, "prompt") == expected
     assert read_pairs(rows[0], "prompt") == expected[:1]
     for name in ("e.jsonl", "e.csv"):
         assert read_pairs(str(tmp_path / name), "prompt") == expected
-    assert read_pairs({"video": clip, "question": "what?"}, "question") == [PredictionInput(clip, "what?")]
+    assert read_pairs({"video": clip, "question": "what?"}, "question") == [
+        ({"video": clip, "question": "what?"}, None)
+    ]
 
 
 def test_one_text_for_many_videos(clip: str, tmp_path: Path) -> None:
     (tmp_path / "b.mp4").write_bytes(Path(clip).read_bytes())
     pairs = read_pairs({"video": str(tmp_path / "*.mp4"), "question": "what?"}, "question")
-    assert [Path(pair.video).name for pair in pairs] == ["b.mp4", "clip.mp4"]
-    assert {pair.text for pair in pairs} == {"what?"}
+    assert [Path(row["video"]).name for row, _ in pairs] == ["b.mp4", "clip.mp4"]
+    assert {row["question"] for row, _ in pairs} == {"what?"}
 
 
 def test_a_wrong_row_is_an_error_of_its_own(clip: str, tmp_path: Path) -> None:
@@ -242,19 +252,24 @@ def test_a_wrong_row_is_an_error_of_its_own(clip: str, tmp_path: Path) -> None:
     lines = [row if isinstance(row, str) else json.dumps(row) for row, _ in wrong]
     path.write_text("\n".join([*lines, json.dumps({"video": clip, "prompt": "fine"})]))
     *bad, good = read_pairs(str(path), "prompt")
-    assert good == PredictionInput(clip, "fine", 0.8)
-    for pair, (_, message) in zip(bad, wrong, strict=True):
-        assert pair.error is not None and message in pair.error
+    assert good == ({"source": clip, "prompt": "fine", "strength": 0.8, "replace": None}, None)
+    for (_, error), (_, message) in zip(bad, wrong, strict=True):
+        assert error is not None and message in error
     (edit,) = read_pairs({"video": clip, "replace": {"red": "blue"}}, "prompt")
-    assert edit == PredictionInput(clip, None, 0.8, {"red": "blue"})
+    assert edit == ({"source": clip, "prompt": None, "strength": 0.8, "replace": {"red": "blue"}}, None)
     for words in ({}, "red", {"red": 1}, {"red": "\ud83d"}):
-        (pair,) = read_pairs({"video": clip, "prompt": "a", "replace": words}, "prompt")
-        assert pair.error is not None and f"replace={words!r}: expected words" in pair.error
-    (question,) = read_pairs({"video": clip, "question": "a", "replace": {"a": "b"}}, "question")
-    assert "unknown field 'replace'" in str(question.error)
-    assert bad[6].video == clip and bad[6].text == "a"  # what is known of it is kept
-    (question,) = read_pairs({"video": clip, "question": "a", "strength": 0.5}, "question")
-    assert "unknown field 'strength'" in str(question.error)
+        ((_, error),) = read_pairs({"video": clip, "prompt": "a", "replace": words}, "prompt")
+        assert error is not None and f"replace={words!r}: expected words" in error
+    ((_, error),) = read_pairs({"video": clip, "question": "a", "replace": {"a": "b"}}, "question")
+    assert "unknown field 'replace'" in str(error)
+    assert bad[6][0] == {
+        "source": clip,
+        "prompt": "a",
+        "strength": None,
+        "replace": None,
+    }  # what is known of it is kept
+    ((_, error),) = read_pairs({"video": clip, "question": "a", "strength": 0.5}, "question")
+    assert "unknown field 'strength'" in str(error)
 
 
 @pytest.mark.parametrize("value", ["none.jsonl", "edits.txt", "empty.csv", []])
@@ -274,8 +289,9 @@ def test_batches_of_pairs(foundation: str, clip: str, tmp_path: Path) -> None:
         {"video": clip, "prompt": "a", "strength": 0.5},
     ]
     (batch,) = predict(foundation, pairs=rows, predict_task="edit", prompt_length=64)
-    assert batch["ok"] == [True, False, False, True] and batch["index"] == [0, 1, 2, 3]
-    assert batch["strength"] == [0.8, 0.8, 0.8, 0.5] and batch["text"] == [row["prompt"] for row in rows]
+    assert usable(batch) == [True, False, False, True] and batch["index"] == [0, 1, 2, 3]
+    assert [row["strength"] for row in batch["row"]] == [0.8, 0.8, 0.8, 0.5]
+    assert [row["prompt"] for row in batch["row"]] == [row["prompt"] for row in rows]
     assert "broken.mp4: not a readable video" in batch["error"][1] and "over the limit of 64" in batch["error"][2]
     assert batch["video"].shape == (2, 9, 3, 64, 64) and batch["video"].dtype == torch.uint8
 
@@ -288,7 +304,7 @@ def test_the_questions_about_a_video_come_together(foundation: str, clip: str, t
     asked = [(clip, "a"), (str(tmp_path / "broken.mp4"), "a"), (str(other), "a"), (clip, "red " * 70), (clip, "b")]
     rows = [{"video": video, "question": text} for video, text in asked]
     (batch,) = predict(foundation, pairs=rows, predict_task="qa", prompt_length=64)
-    assert batch["index"] == [0, 3, 4, 1, 2] and batch["ok"] == [True, False, True, False, True]
+    assert batch["index"] == [0, 3, 4, 1, 2] and usable(batch) == [True, False, True, False, True]
     assert len(batch["video"]) == 2 and [batch["clip"][i] for i in (0, 2, 4)] == [0, 0, 1]
     assert "broken.mp4: not a readable video" in batch["error"][3] and "over the limit of 64" in batch["error"][1]
     many = [{"video": clip, "question": f"{number}"} for number in range(20)]

@@ -9,7 +9,6 @@ import glob
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,21 +32,15 @@ MAX_QUESTIONS = 16
 """Most questions about a video that are answered together."""
 
 
-@dataclass(frozen=True)
-class PredictionInput:
-    """A video, a text, or both, or an error."""
+Input = tuple[dict[str, Any], str | None]
+"""The fields of a result's row that are inputs, and why they cannot be used.
 
-    video: str | None = None
-    text: str | None = None
-    """Prompt or question."""
-    strength: float | None = None
-    """How far back towards noise an edit starts."""
-    replace: dict[str, str] | None = None
-    """Words of the video's prompt to replace; without ``text`` the prompt is the model's own."""
-    error: str | None = None
+The fields are "prompt"; or "video", and a "question" about it; or of an edit "source" (a video), "prompt" (None: the
+model's own), "strength" (how far back towards noise it starts) and "replace" (words of the prompt).
+"""
 
 
-def find_inputs(given: dict[str, Any], task: PredictTask | None) -> list[PredictionInput]:
+def find_inputs(given: dict[str, Any], task: PredictTask | None) -> list[Input]:
     """The inputs in the one option (videos, prompts or pairs) that is not None, which must be the task's."""
     names = [name for name, value in given.items() if value is not None]
     if len(names) != 1:
@@ -57,10 +50,10 @@ def find_inputs(given: dict[str, Any], task: PredictTask | None) -> list[Predict
     if task is not None and name != INPUTS[task]:
         raise DataError(f"model.predict_task={task!r} needs data.{INPUTS[task]}, not data.{name}")
     if name == "videos":
-        return [PredictionInput(path) for path in find_videos(given[name])]
+        return [({"video": path}, None) for path in find_videos(given[name])]
     if name == "pairs":
         return read_pairs(given[name], "question" if task == "qa" else "prompt")
-    return [PredictionInput(None, text, error=error) for text, error in read_prompts(given[name])]
+    return [({"prompt": text}, error) for text, error in read_prompts(given[name])]
 
 
 def find_videos(value: str | list[str]) -> list[str]:
@@ -125,7 +118,7 @@ def read_list(path: str, name: str) -> list[Row]:
     return rows
 
 
-def read_pairs(value: str | dict[str, Any] | list[dict[str, Any]], field: TextField) -> list[PredictionInput]:
+def read_pairs(value: str | dict[str, Any] | list[dict[str, Any]], field: TextField) -> list[Input]:
     """Videos with their texts of a file (.jsonl, .csv, ...), of one object, or of a list of objects.
 
     An object is ``{"video": ..., "question": ...}``, or for an edit ``{"video": ..., "prompt": ..., "replace": {"red":
@@ -156,48 +149,55 @@ def text_of(row: Row, field: str) -> tuple[str, str | None]:
     return text, None if is_unicode(text) else f"{row.where}: {field!r} is no valid Unicode: {text!r}"
 
 
-def _pairs_of(row: Row, field: TextField) -> list[PredictionInput]:
+def _pairs_of(row: Row, field: TextField) -> list[Input]:
     """The pairs of one row, one for each video that it names."""
-    own = "replace" in row.fields and row.fields.get(field) is None  # the prompt is the model's
-    video, video_error = text_of(row, "video")
-    text, text_error = (None, None) if own else text_of(row, field)
-    pair = PredictionInput(video, text)
-    if error := video_error or text_error:
-        return [replace(pair, error=error)]
-    allowed = ["prompt", "replace", "strength", "video"] if field == "prompt" else [field, "video"]
-    try:
-        if unknown := sorted(row.fields.keys() - set(allowed)):
-            raise DataError(f"unknown field {unknown[0]!r}, expected {allowed}")
-        strength, words = None, row.fields.get("replace")
-        texts = [text for item in words.items() for text in item] if isinstance(words, dict) else []
-        if words is not None and not (texts and all(isinstance(text, str) and is_unicode(text) for text in texts)):
-            raise DataError(f'replace={words!r}: expected words and what replaces them, such as {{"red": "blue"}}')
-        if field == "prompt":
-            value = row.fields.get("strength")
-            value = DEFAULT_STRENGTH if value in (None, "") else value
-            with suppress(TypeError, ValueError):
-                strength = float(value)
-            if strength is None or not 0 < strength <= 1:
-                raise DataError(f"strength={value!r}: expected over 0, at most 1")
-        return [replace(pair, video=path, strength=strength, replace=words) for path in find_videos(video)]
-    except DataError as failure:
-        return [replace(pair, error=f"{row.where}: {failure}")]
+    name, options = ("source", ["replace", "strength"]) if field == "prompt" else ("video", [])
+    video, error = text_of(row, "video")
+    text: str | None = None
+    if row.fields.get(field) is not None or "replace" not in row.fields:  # else the prompt is the model's
+        text, text_error = text_of(row, field)
+        error = error or text_error
+    if error is None:
+        allowed = [field, *options, "video"]
+        try:
+            if unknown := sorted(row.fields.keys() - set(allowed)):
+                raise DataError(f"unknown field {unknown[0]!r}, expected {allowed}")
+            values = _edit_options(row.fields) if options else {}
+            return [({name: path, field: text, **values}, None) for path in find_videos(video)]
+        except DataError as failure:
+            error = f"{row.where}: {failure}"
+    return [({name: video, field: text, **dict.fromkeys(reversed(options))}, error)]
 
 
-class PredictionInputs(Dataset[list[dict[str, Any]]]):
-    """The inputs (all with a video, or all with a text only) as rows, decoded and checked; see ``collate``.
+def _edit_options(fields: dict[str, Any]) -> dict[str, Any]:
+    """The strength of an edit and the words that it replaces."""
+    strength, value, words = None, fields.get("strength"), fields.get("replace")
+    texts = [text for item in words.items() for text in item] if isinstance(words, dict) else []
+    if words is not None and not (texts and all(isinstance(text, str) and is_unicode(text) for text in texts)):
+        raise DataError(f'replace={words!r}: expected words and what replaces them, such as {{"red": "blue"}}')
+    value = DEFAULT_STRENGTH if value in (None, "") else value
+    with suppress(TypeError, ValueError):
+        strength = float(value)
+    if strength is None or not 0 < strength <= 1:
+        raise DataError(f"strength={value!r}: expected over 0, at most 1")
+    return {"strength": strength, "replace": words}
 
-    An item has the rows of one input, or of up to ``MAX_QUESTIONS`` questions about a video, which is read once.
+
+class PredictionInputs(Dataset[tuple[list[int], list[str | None], torch.Tensor | None]]):
+    """The inputs (all with a video, or all with a prompt only), decoded and checked; see ``collate``.
+
+    An item has one input, or up to ``MAX_QUESTIONS`` questions about a video, which is read once: the inputs' numbers,
+    their errors, and the video's frames.
     """
 
     def __init__(
-        self, inputs: Sequence[PredictionInput], size: Bucket, tokenizer: PreTrainedTokenizerBase, prompt_length: int
+        self, inputs: Sequence[Input], size: Bucket, tokenizer: PreTrainedTokenizerBase, prompt_length: int
     ) -> None:
         self.inputs, self.size, self.tokenizer, self.prompt_length = inputs, size, tokenizer, prompt_length
+        self.videos: list[str | None] = [row.get("source", row.get("video")) for row, _ in inputs]
         groups: dict[Any, list[int]] = {}
-        for index, item in enumerate(inputs):
-            asked = item.video is not None and item.text is not None and item.strength is None
-            groups.setdefault(item.video if asked else index, []).append(index)
+        for index, (row, _) in enumerate(inputs):
+            groups.setdefault(row["video"] if "question" in row else index, []).append(index)
         self.groups = [
             group[start : start + MAX_QUESTIONS]
             for group in groups.values()
@@ -207,42 +207,40 @@ class PredictionInputs(Dataset[list[dict[str, Any]]]):
     def __len__(self) -> int:
         return len(self.groups)
 
-    def __getitem__(self, number: int) -> list[dict[str, Any]]:
-        items = [self.inputs[index] for index in self.groups[number]]
-        errors, frames = [self._error_of(item) for item in items], None
-        if items[0].video is not None and None in errors:
+    def __getitem__(self, number: int) -> tuple[list[int], list[str | None], torch.Tensor | None]:
+        indices, frames = self.groups[number], None
+        errors = [self._error_of(*self.inputs[index]) for index in indices]
+        video = self.videos[indices[0]]
+        if video is not None and None in errors:
             try:
-                frames = read_video(items[0].video, self.size.num_frames, self.size.height, self.size.width)
+                frames = read_video(video, self.size.num_frames, self.size.height, self.size.width)
             except VideoError as failure:
                 errors = [error or str(failure) for error in errors]
-        rows = []
-        for index, item, error in zip(self.groups[number], items, errors, strict=True):
-            row = {"index": index, "error": error, "ok": error is None}
-            texts = {"text": item.text, "strength": item.strength, "replace": item.replace}
-            shown = {"path": item.video, "video": frames, **texts}
-            rows.append(row | ({"prompt": item.text} if item.video is None else shown))
-        return rows
+        return indices, errors, frames
 
-    def _error_of(self, item: PredictionInput) -> str | None:
+    def _error_of(self, row: dict[str, Any], error: str | None) -> str | None:
+        text = row.get("question", row.get("prompt"))
         try:
-            if item.error is None and item.text is not None:
-                tokenize(self.tokenizer, [item.text], self.prompt_length)
+            if error is None and text is not None:
+                tokenize(self.tokenizer, [text], self.prompt_length)
         except TextTooLongError as failure:
             return str(failure)
-        return item.error
+        return error
 
-    def collate(self, groups: list[list[dict[str, Any]]]) -> dict[str, Any]:
-        """A batch: lists ``index``, ``error``, ``ok``, and ``prompt`` or ``path`` of all rows.
+    def collate(self, items: list[tuple[list[int], list[str | None], torch.Tensor | None]]) -> dict[str, Any]:
+        """A batch: lists ``index``, ``row``, ``error`` and ``clip`` of all inputs.
 
-        With ``path`` come lists ``text``, ``strength`` and ``replace``, and ``video``, uint8 [n, F, C, H, W] of the n
-        videos that can be used, in which ``clip`` has each row's number.
+        With videos it has ``video``, uint8 [n, F, C, H, W] of those that can be used; ``clip`` are their numbers.
         """
-        rows = [row for group in groups for row in group]
-        batch: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
-        if "video" in batch:
-            shown = [group[0]["video"] is not None for group in groups]
-            videos = [group[0]["video"] for group, usable in zip(groups, shown, strict=True) if usable]
+        batch: dict[str, Any] = {"index": [], "row": [], "error": [], "clip": []}
+        videos = list[torch.Tensor]()
+        for indices, errors, frames in items:
+            batch["index"] += indices
+            batch["row"] += [self.inputs[index][0] for index in indices]
+            batch["error"] += errors
+            batch["clip"] += [len(videos)] * len(indices)
+            videos += [] if frames is None else [frames]
+        if self.videos[0] is not None:
             none = torch.zeros(0, self.size.num_frames, 3, self.size.height, self.size.width, dtype=torch.uint8)
             batch["video"] = torch.stack(videos) if videos else none
-            batch["clip"] = [sum(shown[:number]) for number, group in enumerate(groups) for _ in group]
         return batch

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from univigu.pipeline import TaskRunner
     from univigu.training.module import UniViGU
 
-FIELDS = {
-    "caption": (["video"], ["caption"]),
-    "qa": (["video", "question"], ["answer"]),
-    "edit": (["source", "prompt", "strength", "replace"], ["video"]),
-    "generate": (["prompt"], ["video", "caption"]),
-    "joint": (["prompt"], ["video", "caption"]),
+RESULTS = {
+    "caption": ["caption"],
+    "qa": ["answer"],
+    "edit": ["video"],
+    "generate": ["video", "caption"],
+    "joint": ["video", "caption"],
 }
-"""Fields of a result's row by task: of the input (video or prompt, text about it, options of edits), and results."""
+"""Fields of a result's row by task, beside those of the input."""
 LISTS = {"caption": "captions.jsonl", "qa": "answers.jsonl"}
 """Names of the lists of tasks that give only text; of others it is ``MANIFEST``."""
 MANIFEST = "manifest.jsonl"
@@ -40,7 +40,7 @@ VIDEO = re.compile(r"\d{5,}\.mp4|\.\d{5,}\.mp4\.\w+\.tmp")
 
 
 Row = dict[str, Any]
-"""What the list of results holds of an input: see ``FIELDS``, with its error, seconds and seed."""
+"""What the list of results holds of an input: its fields, see ``RESULTS``, error, seconds and seed."""
 
 
 def predict_batch(module: UniViGU, batch: dict[str, Any], data: LightningDataModule) -> list[tuple[int, Row]]:
@@ -54,15 +54,11 @@ def predict_batch(module: UniViGU, batch: dict[str, Any], data: LightningDataMod
     Returns:
         The inputs' positions in their list and rows, in which a made video is uint8 [F, C, H, W] until it is written.
     """
-    start, count = time.perf_counter(), len(batch["index"])
-    columns = [batch["path"] if "path" in batch else batch["prompt"]]
-    columns += [batch.get(name, [None] * count) for name in ("text", "strength", "replace")]
-    rows, (inputs, outputs) = list[Row](), FIELDS[module.predict_task]
-    for index, error, *values in zip(batch["index"], batch["error"], *columns, strict=True):
+    start, rows = time.perf_counter(), list[Row]()
+    for index, row, error in zip(batch["index"], batch["row"], batch["error"], strict=True):
         result = {"error": error, "seconds": 0.0, "seed": module.seed + index}
-        rows.append(dict(zip(inputs, values, strict=False)) | dict.fromkeys(outputs) | result)
-    clips = batch.get("clip", range(count))
-    valid = [(row, clip) for row, clip in zip(rows, clips, strict=True) if row["error"] is None]
+        rows.append(row | dict.fromkeys(RESULTS[module.predict_task]) | result)
+    valid = [(row, clip) for row, clip in zip(rows, batch["clip"], strict=True) if row["error"] is None]
     texts, groups = Counter(clip for _, clip in valid), dict[Any, list[tuple[Row, int]]]()
     for row, clip in valid:  # each strength has its own start time, each video of a batch as many questions
         groups.setdefault((row.get("strength"), texts[clip]), []).append((row, clip))
@@ -151,7 +147,7 @@ class PredictionWriter(BasePredictionWriter):
         if self._list == MANIFEST:
             old += sorted(path for path in (folder / "videos").glob("*") if VIDEO.fullmatch(path.name))
         dataset = getattr(trainer.predict_dataloaders, "dataset", None)
-        inputs = {os.path.realpath(item.video) for item in getattr(dataset, "inputs", ()) if item.video}
+        inputs = {os.path.realpath(path) for path in getattr(dataset, "videos", ()) if path}
         if read := [path for path in old if os.path.realpath(path) in inputs]:
             raise DataError(f"{read[0]}: is to be read, but would be replaced; choose another trainer.default_root_dir")
         if trainer.is_global_zero:

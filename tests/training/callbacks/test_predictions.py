@@ -27,13 +27,12 @@ class Painter(LightningModule):
         self.predict_task, self.fail_at = predict_task, fail_at
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[tuple[int, Row]]:
-        sources = batch["prompt"] if "prompt" in batch else batch["path"]
         if self.fail_at in batch["index"]:
             raise RuntimeError("killed")
         makes = self.predict_task not in ("caption", "qa")
         return [
-            (i, {"prompt": source, "video": _clip(i) if makes else None, "error": None})
-            for i, source in zip(batch["index"], sources, strict=True)
+            (i, {"prompt": row.get("prompt"), "video": _clip(i) if makes else None, "error": None})
+            for i, row in zip(batch["index"], batch["row"], strict=True)
         ]
 
 
