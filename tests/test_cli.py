@@ -195,17 +195,15 @@ def test_a_question_is_a_condition(foundation: str) -> None:
     torch.nn.init.normal_(module.transformer.text_head.linear.weight)
     batch = {
         "index": [0],
-        "path": ["a"],
+        "row": [{"video": "a", "question": "a red circle"}],
         "error": [None],
-        "text": ["a red circle"],
-        "strength": [None],
         "video": render(sample_scene(0), 64, 64, 9)[None],
         "clip": [0],
     }
     module.sampling.caption_steps = 1
     data = SimpleNamespace(prompt_length=16)
     predict_batch(module, batch, data)
-    predict_batch(module, {**batch, "text": ["where is the blue ring"]}, data)
+    predict_batch(module, {**batch, "row": [{"video": "a", "question": "where is the blue ring"}]}, data)
     predict_batch(module, batch, data)
     assert torch.equal(seen[0], seen[2]) and (seen[0] - seen[1]).abs().max() > 1e-4
 
@@ -221,7 +219,8 @@ def test_the_questions_about_a_video_share_its_pass(foundation: str, reads: bool
     passes: list[int] = []
     module.transformer.patch_embedding.register_forward_hook(lambda _, __, output: passes.append(len(output)))
     clips, asked = [0, 0, 1, 2, 2], ["a red circle", "where is it", "a", "which", "a"]
-    rows = {"index": range(5), "path": ["v"] * 5, "error": [None] * 5, "text": asked, "strength": [None] * 5}
+    inputs = [{"video": "v", "question": text} for text in asked]
+    rows = {"index": range(5), "row": inputs, "error": [None] * 5}
     videos = torch.stack([render(sample_scene(i), 64, 64, 9) for i in range(3)])
     data = SimpleNamespace(prompt_length=16)
     together = predict_batch(module, {**rows, "clip": clips, "video": videos}, data)

@@ -30,10 +30,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from univigu.cli import ToolParser
 from univigu.data.buckets import Bucket
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.encode import encode_shards
 from univigu.data.engine import SpawnPool
 from univigu.data.index import index_folder
 from univigu.data.sample import SampleRef
+from univigu.data.sources import encode_shards
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.sampling.options import SamplingOptions

@@ -49,8 +49,8 @@ def convert(options: argparse.Namespace) -> None:
             import_wan(checkpoint, options.config).save_pretrained(output)
         case "prune":
             samples = [ref.texts() for folder in options.texts for ref in index_folder(folder)[0]]
-            answers = [pair["answer"] for texts in samples for pair in texts.qa or []]
-            written = [text for texts in samples for text in (texts.prompt, texts.caption)]
+            answers = [pair["answer"] for texts in samples for pair in texts["qa"]]
+            written = [text for texts in samples for text in (texts["prompt"], texts["caption"])]
             ids = used_tokens(Foundation(options.foundation), [*written, *answers, *options.keep])
             if checkpoint is None:
                 prune_foundation(options.foundation, ids, output)

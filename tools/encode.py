@@ -32,12 +32,12 @@ def places(source: Path) -> list[tuple[str, Path]]:
 
 
 def run(options: argparse.Namespace) -> None:
-    from univigu.data.encode import encode_shards, has_large_encoder
+    from univigu.data.sources import encode_shards, has_large_encoder
 
     size = f"{options.height}x{options.width}x{options.num_frames}"
     grid, buckets = Grid.of(options.foundation), [Bucket.parse(text) for text in options.buckets or [size]]
     for bucket in buckets:
-        grid.check(bucket, f"size {bucket}: ")
+        grid.latents_shape(bucket, f"size {bucket}: ")
     engine, device = open_engine(options, processes=True)
     prompts, workers = not options.no_prompts, options.workers
     if workers is None and prompts and has_large_encoder(options.foundation):

@@ -19,6 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ from univigu.cli import ToolParser, exit_code
 from univigu.data.engine import this_device
 from univigu.data.index import find_split, index_folder
 from univigu.data.progress import track
-from univigu.data.sample import SampleError, SampleRef, Texts
+from univigu.data.sample import SampleError, SampleRef
 from univigu.data.video import to_model_range
 from univigu.models.tokens import clean_text
 from univigu.shapes.write import write_shapes
@@ -43,7 +44,7 @@ LONGEST_TEXT = 256
 PUNCTUATION = r"[.,;:!?()\"]"
 
 
-def read_texts(refs: Iterable[SampleRef]) -> list[Texts]:
+def read_texts(refs: Iterable[SampleRef]) -> list[dict[str, Any]]:
     """The texts of all samples that can be read."""
     texts = []
     for ref in refs:
@@ -330,8 +331,8 @@ def run(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     samples = find_samples(options.data)
     texts = {split: read_texts(refs) for split, refs in samples.items()}
-    questions = [row.qa[i % len(row.qa)]["question"] for i, row in enumerate(texts["train"][::4]) if row.qa]
-    tokenizer = make_tokenizer([text for row in texts["train"] for text in (row.prompt, row.caption)] + questions)
+    questions = [row["qa"][i % len(row["qa"])]["question"] for i, row in enumerate(texts["train"][::4]) if row["qa"]]
+    tokenizer = make_tokenizer([text for row in texts["train"] for text in (row["prompt"], row["caption"])] + questions)
     encoder = make_text_encoder(len(tokenizer), 16 * options.heads)
     vae = make_vae(options.channels)
     pipeline = WanPipeline(
@@ -350,12 +351,12 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"--data: no {name} of at most {LONGEST_TEXT} tokens")
         return tokenizer(kept, padding=True, return_tensors="pt").input_ids
 
-    captions = [row.caption for row in texts["train"] if row.caption]
+    captions = [row["caption"] for row in texts["train"] if row["caption"]]
     accuracies = train_text_encoder(
         encoder.to(this_device()),
-        ids([row.prompt for row in texts["train"]] + questions, "prompt"),
+        ids([row["prompt"] for row in texts["train"]] + questions, "prompt"),
         ids(captions, "caption") if captions else None,
-        ids([row.prompt for row in texts["val"]], "prompt"),
+        ids([row["prompt"] for row in texts["val"]], "prompt"),
         options.text_steps,
         training / "text_encoder.pt",
     )

@@ -22,7 +22,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from univigu.data.buckets import Bucket, Grid, latents_shape
+from univigu.data.buckets import Bucket, Grid
 from univigu.flow.random import Generators
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
 from univigu.models.encode import Conventions, crop, to_pixels
@@ -118,8 +118,7 @@ class TaskRunner:
         """Latents' (C, T, H, W) of a video of that size; a ValueError if it is not a whole number of patches."""
         config, patch_size = self.components.vae.config, self.transformer.config.patch_size
         grid = Grid(config.scale_factor_temporal, config.scale_factor_spatial, patch_size)
-        grid.check(bucket := Bucket(height, width, num_frames), "")
-        return config.z_dim, *latents_shape(bucket, grid.temporal, grid.spatial)
+        return config.z_dim, *grid.latents_shape(Bucket(height, width, num_frames))
 
     @torch.no_grad()
     def sample(self, task: Task, prompts: list[str] | None, prompt_length: int, **start: Any) -> Samples:

@@ -18,10 +18,10 @@ from tests.data.conftest import ranked
 from tools.encode import main as encode_command
 from univigu.data.buckets import Bucket, best_bucket, choose_bucket
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.encode import encode_shards
 from univigu.data.index import index_folder
 from univigu.data.sample import DataError, SampleError
 from univigu.data.shards import Manifest, write_shard
+from univigu.data.sources import encode_shards
 from univigu.data.video import encode_mp4, read_video
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 from univigu.shapes import renderer, scenes, texts

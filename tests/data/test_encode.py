@@ -16,10 +16,10 @@ from tests.conftest import RealPool
 from tests.damage import is_intact
 from tools.encode import main
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.encode import encode_shards
 from univigu.data.index import index_folder
 from univigu.data.sample import DataError, SampleError, SampleRef
 from univigu.data.shards import Manifest
+from univigu.data.sources import encode_shards
 from univigu.shapes.write import write_shapes
 from univigu.training.module import UniViGU
 from univigu.training.stages import Stage

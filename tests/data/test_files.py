@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from tests.damage import good_sample, write_raw
-from univigu.data import encode as encoding
+from univigu.data import sources as encoding
 from univigu.data.buckets import Bucket
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.encode import encode_shards
 from univigu.data.index import find_split, index_folder, scan_shard
 from univigu.data.options import LengthFilter
 from univigu.data.sample import DataError
 from univigu.data.shards import Manifest
+from univigu.data.sources import encode_shards
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 from univigu.shapes import scenes
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from univigu.data.rows import MAX_FIELD, read_rows, split_lines, to_json, to_line
+from univigu.data.rows import MAX_FIELD, read_rows, to_json, to_line
 from univigu.data.sample import DataError, is_unicode
 
 TEXTS = [
@@ -26,7 +26,7 @@ TEXTS = [
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_row_is_one_line_to_everyone(text: str) -> None:
     line = to_line({"text": text, text: [text]})
-    assert line.endswith("\n") and len(line.splitlines()) == 1 and len(split_lines(line)) == 2
+    assert line.endswith("\n") and len(line.splitlines()) == 1 and line.count("\n") == 1
     assert json.loads(line.encode()) == {"text": text, text: [text]}
 
 
@@ -35,8 +35,13 @@ def test_people_can_read_it() -> None:
     assert to_json("\udc80 ä") == '"\\udc80 \\u00e4"'  # only where it must
 
 
-def test_lines_end_where_json_says() -> None:
-    assert split_lines('"a\u2028b"\r\n"c\x85"\n') == ['"a\u2028b"', '"c\x85"', ""]
+def test_lines_end_where_json_says(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_bytes("a\u2028b\r\n\r\nc\x85d\n".encode())
+    assert [(row.where, row.fields["prompt"]) for row in read_rows(path)] == [
+        (f"{path}:1", "a\u2028b"),
+        (f"{path}:3", "c\x85d"),
+    ]
 
 
 @pytest.mark.parametrize("text", TEXTS)

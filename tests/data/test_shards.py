@@ -14,10 +14,10 @@ import webdataset
 from tests.damage import is_intact, write_raw
 from tests.data.conftest import FAULTS
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.encode import encode_shards
 from univigu.data.index import index_folder, scan_shard
 from univigu.data.sample import DataError, SampleError, SampleRef
 from univigu.data.shards import Manifest, write_shard
+from univigu.data.sources import encode_shards
 from univigu.data.video import read_video
 from univigu.shapes import renderer, scenes, texts
 from univigu.shapes.write import write_shapes
@@ -47,9 +47,9 @@ def test_samples_are_what_was_rendered(world: dict[str, Any]) -> None:
     for seed in (0, 12):
         sample = refs[seed].texts()
         scene = scenes.sample_scene(seed)
-        assert scenes.Scene.from_dict({**sample.scene, "objects": scene.to_dict()["objects"]})  # type: ignore[dict-item]
-        assert sample.prompt == texts.prompt_of(scene)
-        assert sample.caption == texts.caption_of(scene)
+        assert scenes.Scene.from_dict({**sample["scene"], "objects": scene.to_dict()["objects"]})
+        assert sample["prompt"] == texts.prompt_of(scene)
+        assert sample["caption"] == texts.caption_of(scene)
         difference = read_video(refs[seed].read("mp4"), 9, 64, 64).float() - renderer.render(scene).float()
         assert difference.abs().mean() < 6  # 4:2:0 chroma and compression
     with pytest.raises(ValueError, match="num_clips=0"):
@@ -170,14 +170,14 @@ def _changed(**changes: Any) -> dict[str, Any]:
 def test_a_scene_of_another_world_is_none(scene: Any) -> None:
     """Whatever goes by that name in someone's own metadata neither costs the sample nor meets the exact metrics."""
     texts = SampleRef("", "k", {"json": json.dumps({"prompt": "a", "caption": "b", "scene": scene}).encode()}).texts()
-    assert texts.scene is None and texts.prompt == "a"
+    assert texts["scene"] is None and texts["prompt"] == "a"
 
 
 def test_a_scene_of_the_embedded_world_is_kept() -> None:
     drawn = [scenes.sample_scene(seed, split).to_dict() for seed in range(50) for split in ("train", "val", "test")]  # type: ignore[arg-type]
     for scene in [*drawn, {**_changed(), "more": 1}]:
         raw = json.dumps({"prompt": "a", "caption": "b", "scene": scene}).encode()
-        assert SampleRef("a.tar", "k", {"json": raw}).texts().scene == json.loads(json.dumps(scene))
+        assert SampleRef("a.tar", "k", {"json": raw}).texts()["scene"] == json.loads(json.dumps(scene))
 
 
 def test_errors_travel_between_processes() -> None:
@@ -207,7 +207,7 @@ def test_faulty_latents_are_named(tensors: Any, reason: str) -> None:
 def test_manifests_know_their_shards(tmp_path: Path) -> None:
     names = [f"val-00000{i}.tar" for i in range(3)]
     manifest = write_shapes(tmp_path, "val", 5, shard_size=2)
-    assert [shard.name for shard in manifest.shards] == names and manifest.complete and manifest.num_samples == 5
+    assert [shard.name for shard in manifest.shards] == names and manifest.complete and manifest.counts == {"kept": 5}
     assert Manifest.load(tmp_path) == manifest and is_intact(tmp_path)
     (tmp_path / names[0]).write_bytes(bytes((tmp_path / names[0]).stat().st_size))
     (tmp_path / names[1]).unlink()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.data.conftest import fit, ranked
-from univigu.data import encode
+from univigu.data import sources as encode
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.sample import DataError
 from univigu.data.sources import Source

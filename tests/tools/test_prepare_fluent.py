@@ -116,8 +116,8 @@ def test_packages_become_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixtur
     }
     for ref in clips["val"]:
         texts, background = ref.texts(), ref.key.rpartition("-")[2]
-        assert texts.prompt.endswith(f", on a {background} background")
-        assert texts.caption.count(background) >= 2 and 100 < len(texts.caption.split()) < 220
+        assert texts["prompt"].endswith(f", on a {background} background")
+        assert texts["caption"].count(background) >= 2 and 100 < len(texts["caption"].split()) < 220
         frames = ref.video(5, 32, 32).permute(0, 2, 3, 1).int()
         corner = np.array(tool.BACKGROUNDS[background])
         assert np.abs(frames[:, 0, 0].numpy() - corner).max() <= 3  # transparent

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset
 
 from tests import tiny
-from univigu.data import encode
+from univigu.data import sources as encode
 from univigu.flow.objective import TaskMixture
 from univigu.models.text import is_text_parameter
 from univigu.training.callbacks import StageSwitch

@@ -38,27 +38,22 @@ class Bucket:
             raise ValueError(f"bucket {text!r}: expected HEIGHTxWIDTHxFRAMES, such as 480x832x81")
         return cls(*map(int, parts))
 
-    def kept(self, height: int, width: int, num_frames: int) -> float:
-        """Share of a clip's area that the crop keeps, times the share of its frames that are used.
-
-        A clip that is shorter than the bucket repeats frames, which counts like frames lost from a longer one.
-        """
-        aspect = abs(math.log(width / height) - math.log(self.width / self.height))
-        return math.exp(-aspect - abs(math.log(num_frames / self.num_frames)))
-
 
 def best_bucket(buckets: Sequence[Bucket], height: int, width: int, num_frames: int) -> int:
-    """Number of the bucket that keeps most of a clip of that size; of equals the nearest in area, then the first."""
-    keys = []
-    for bucket in buckets:
+    """Number of the bucket that keeps most of a clip of that size; of equals the nearest in area, then the first.
+
+    What is kept is the share of the area inside the crop, times the share of the frames that are used.  A clip that is
+    shorter than the bucket repeats frames, which counts like frames lost from a longer one.
+    """
+
+    def cost(number: int) -> tuple[float, float]:
+        bucket = buckets[number]
+        aspect = abs(math.log(width / height) - math.log(bucket.width / bucket.height))
+        kept = math.exp(-aspect - abs(math.log(num_frames / bucket.num_frames)))
         area = abs(math.log(height * width) - math.log(bucket.height * bucket.width))
-        keys.append((round(-bucket.kept(height, width, num_frames), 6), round(area, 6)))
-    return keys.index(min(keys))
+        return round(-kept, 6), round(area, 6)
 
-
-def latents_shape(bucket: Bucket, temporal: int, spatial: int) -> tuple[int, int, int]:
-    """(T, H, W) of a bucket's latents under a VAE of that compression."""
-    return (bucket.num_frames - 1) // temporal + 1, bucket.height // spatial, bucket.width // spatial
+    return min(range(len(buckets)), key=cost)
 
 
 @dataclass(frozen=True)
@@ -86,8 +81,11 @@ class Grid:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"foundation={str(foundation)!r}: no sizes in {path} ({error})") from error
 
-    def check(self, bucket: Bucket, where: str) -> None:
-        """Raise a DataError for a size that is no whole number of tokens; ``where`` goes before the field's name."""
+    def latents_shape(self, bucket: Bucket, where: str = "") -> tuple[int, int, int]:
+        """(T, H, W) of a size's latents; a DataError if that is no whole number of tokens.
+
+        In the error ``where`` goes before the field's name.
+        """
         step = self.temporal * self.patch[0]
         first = step - self.temporal + 1
         if bucket.num_frames % step != first % step or bucket.num_frames < first:
@@ -97,6 +95,7 @@ class Grid:
             if getattr(bucket, side) % (self.spatial * patch):
                 expected = f"expected a multiple of {self.spatial * patch} for this foundation's VAE and transformer"
                 raise DataError(f"{where}{side}={getattr(bucket, side)}: {expected}")
+        return (bucket.num_frames - 1) // self.temporal + 1, bucket.height // self.spatial, bucket.width // self.spatial
 
 
 def choose_bucket(ref: SampleRef, buckets: Sequence[Bucket], shapes: Sequence[tuple[int, int, int]] = ()) -> int:

@@ -14,8 +14,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
-from univigu.data.buckets import Bucket, Grid, choose_bucket, latents_shape
-from univigu.data.encode import has_large_encoder
+from univigu.data.buckets import Bucket, Grid, choose_bucket
 from univigu.data.engine import SpawnPool, this_device
 from univigu.data.index import list_shards
 from univigu.data.inputs import PredictionInputs, PredictTask, find_inputs
@@ -23,7 +22,7 @@ from univigu.data.loader import ErrorLog, SampleLoader, TrainLoader, VideoTextDa
 from univigu.data.options import LengthFilter, check_least
 from univigu.data.order import TrainOrder, eval_batches
 from univigu.data.sample import DataError, SampleError, SampleRef
-from univigu.data.sources import Source, SourceFolder, Split, source_weights
+from univigu.data.sources import Source, SourceFolder, Split, has_large_encoder, source_weights
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 from univigu.models.tokens import token_count
 from univigu.shapes.write import world_fingerprint, write_shapes
@@ -184,10 +183,8 @@ class VideoTextDataModule(LightningDataModule):
     def _latents_shapes(self) -> list[tuple[int, int, int]]:
         """(T, H, W) of each bucket's latents; raises DataError for a size that is no whole number of tokens."""
         grid = Grid.of(self.foundation)
-        grid.check(self.size, "data.")
-        for number, bucket in enumerate(self.buckets):
-            grid.check(bucket, f"data.buckets[{number}].")
-        return [latents_shape(bucket, grid.temporal, grid.spatial) for bucket in self.buckets]
+        grid.latents_shape(self.size, "data.")
+        return [grid.latents_shape(bucket, f"data.buckets[{number}].") for number, bucket in enumerate(self.buckets)]
 
     # ------------------------------------------------------------------- setup
 
@@ -227,11 +224,12 @@ class VideoTextDataModule(LightningDataModule):
                 except SampleError as error:
                     errors.append(error)
                     continue
-                questions: list[int | None] = [*range(len(texts.qa or []))] if self.texts == "qa" else [None]
-                filtered["no_question"] += not questions
-                for number in questions:
-                    pair = texts.question(number)
-                    lengths = {name: token_count(self.tokenizer, getattr(pair, name)) for name in self._slots}
+                pairs = [texts]
+                if self.texts == "qa":
+                    pairs = [{"prompt": pair["question"], "caption": pair["answer"]} for pair in texts["qa"]]
+                filtered["no_question"] += not pairs
+                for number, pair in enumerate(pairs):
+                    lengths = {name: token_count(self.tokenizer, pair[name]) for name in self._slots}
                     over = next((name for name, slot in self._slots.items() if lengths[name] > slot), None)
                     if reason := self.length_filter.reason(lengths["prompt"], lengths["caption"]):
                         filtered[reason] += 1
@@ -239,7 +237,7 @@ class VideoTextDataModule(LightningDataModule):
                         value = f"{lengths[over]} tokens, {over}_length={self._slots[over]}"
                         errors.append(ref.error("text_over_slot", over, value))
                     else:
-                        found.append(replace(ref, question=number))
+                        found.append(replace(ref, question=number if self.texts == "qa" else None))
             self.errors.add(errors)
             filtered.update(error.reason for error in errors)
             numbers = {"kept": len(found), **dict(sorted((+filtered).items()))}
@@ -274,9 +272,8 @@ class VideoTextDataModule(LightningDataModule):
             batches = map(order.global_numbers, range(min(wanted, len(order))))
             refs = [refs[number] for batch in batches for number in batch]
             order = self._train_order(refs, None)
-        loader = TrainLoader(self._dataset("train", refs), order, self.errors, self.num_workers)
-        loader.multiple = getattr(self.trainer, "accumulate_grad_batches", 1)
-        return loader
+        multiple = getattr(self.trainer, "accumulate_grad_batches", 1)
+        return TrainLoader(self._dataset("train", refs), order, self.errors, self.num_workers, multiple)
 
     def _train_order(self, refs: list[SampleRef], weights: list[float] | None) -> TrainOrder:
         sources, buckets = [ref.source for ref in refs], [ref.bucket for ref in refs]

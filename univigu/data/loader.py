@@ -75,11 +75,7 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
 
     def load(self, ref: SampleRef) -> dict[str, Any]:
         """One sample, decoded and tokenised, as a batch without the batch dimension."""
-        texts = ref.texts().question(ref.question)
-        item: dict[str, Any] = {"key": ref.key, "prompt": texts.prompt, "caption": texts.caption, "scene": texts.scene}
-        item |= {"source": ref.source, "bucket": ref.bucket, "qa": texts.qa or [], "question": None, "kind": None}
-        if ref.question is not None:
-            item |= {"question": texts.prompt, "kind": item["qa"][ref.question].get("kind")}
+        item = {"key": ref.key, "source": ref.source, "bucket": ref.bucket, **ref.texts()}
         if ref.media == LATENTS_SUFFIX:
             (item["latents"],) = ref.tensors(LATENTS_SUFFIX, "latents")
             shape, expected = tuple(item["latents"].shape[1:]), self.latents_shapes[ref.bucket]
@@ -166,6 +162,8 @@ class SampleLoader:
         self.dataset, self.errors = dataset, errors
         self.own = own
         """Samples that evaluation counts on this rank; others in its batches are repetitions.  None counts all."""
+        self.waited = 0.0
+        """Seconds that the caller has waited for batches so far."""
         self._loader = DataLoader(
             dataset,
             batch_size=None,  # the sampler gives whole batches
@@ -180,11 +178,14 @@ class SampleLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        start = time.perf_counter()
         for batch, errors in self._loader:
             self.errors.add(errors)
             if not batch:
                 raise DataError(f"none of {len(self.dataset)} samples can be read: {dict(self.errors.counts)}")
+            self.waited += time.perf_counter() - start
             yield batch
+            start = time.perf_counter()
 
     @property
     def _iterator(self) -> Any:
@@ -204,12 +205,12 @@ class TrainLoader(SampleLoader):
     have fetched ahead; Lightning saves it in every checkpoint.
     """
 
-    def __init__(self, dataset: VideoTextDataset, order: TrainOrder, errors: ErrorLog, num_workers: int = 0) -> None:
+    def __init__(
+        self, dataset: VideoTextDataset, order: TrainOrder, errors: ErrorLog, num_workers: int = 0, multiple: int = 1
+    ) -> None:
         self.order, self.position = order, 0
-        self.multiple = 1
+        self.multiple = multiple
         """Of what the number of batches of a pass is a multiple: Lightning takes a step at its end in any case."""
-        self.waited = 0.0
-        """Seconds that the training loop has waited for batches so far."""
         names = []
         for ref in dataset.refs:
             parts = (("?", ref.question), ("@", ref.source or None), ("#", ref.bucket or None))
@@ -220,13 +221,7 @@ class TrainLoader(SampleLoader):
         super().__init__(dataset, _Upcoming(self), errors, num_workers)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        batches = super().__iter__()
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - start
-            if batch is None:
-                return
+        for batch in super().__iter__():
             self.position += 1
             yield batch
 

@@ -92,9 +92,10 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 
 def _read_txt(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(split_lines(path.read_text(encoding="utf-8-sig")), 1):
-        if line.strip():
-            yield Row(f"{path}:{number}", {"prompt": line.strip()})
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield Row(f"{path}:{number}", {"prompt": line.strip()})
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -124,8 +125,3 @@ def to_json(value: Any, indent: int | None = None) -> str:
 def to_line(row: Any) -> str:
     """JSON and a newline; every other character that could end a line is escaped."""
     return to_json(row).translate(_LINE_ENDS) + "\n"
-
-
-def split_lines(text: str) -> list[str]:
-    """Lines that end in LF or CRLF; ``str.splitlines`` would also split at marks inside JSON strings."""
-    return text.replace("\r\n", "\n").split("\n")

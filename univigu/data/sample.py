@@ -64,25 +64,6 @@ def is_video(path: Path) -> bool:
     return path.suffix[1:].lower() in VIDEO_SUFFIXES
 
 
-@dataclass(frozen=True)
-class Texts:
-    """The json member of a sample."""
-
-    prompt: str
-    caption: str
-    scene: dict[str, Any] | None = None
-    """The embedded world's description of the clip; None if the field holds anything else."""
-    qa: list[dict[str, str]] | None = None
-    """Pairs {"question", "answer"} about the clip."""
-
-    def question(self, number: int | None) -> Texts:
-        """With that question as the prompt and its answer as the caption; None returns the texts unchanged."""
-        if number is None or self.qa is None:
-            return self
-        pair = self.qa[number]
-        return Texts(pair["question"], pair["answer"], self.scene, self.qa)
-
-
 def questions_of(batch: Mapping[str, Any]) -> list[str] | None:
     """A batch's questions if its captions are their answers, else None."""
     questions: list[str | None] = batch.get("question") or []
@@ -137,8 +118,11 @@ class SampleRef:
             raise self.error("damaged_shard", suffix, f"{len(data)} of {size} bytes are there")
         return data
 
-    def texts(self) -> Texts:
-        """The json member."""
+    def texts(self) -> dict[str, Any]:
+        """The texts of the json member: "prompt" and "caption", the embedded world's "scene" or None, and a list "qa".
+
+        If a question is chosen, it is the prompt and its answer the caption, and "question" and "kind" are not None.
+        """
         try:
             data = json.loads(self.read(TEXT_SUFFIX).decode("utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -155,7 +139,13 @@ class SampleRef:
         qa, scene = data.get("qa"), data.get("scene")
         if qa is not None and not _is_qa(qa):
             raise self.error("wrong_type", "qa", f"expected a list of question/answer strings, got {qa!r}")
-        return Texts(data["prompt"], data["caption"], scene if is_scene(scene) else None, qa)
+        texts = {"prompt": data["prompt"], "caption": data["caption"], "scene": scene if is_scene(scene) else None}
+        texts |= {"qa": qa or [], "question": None, "kind": None}
+        if self.question is not None:
+            pair = texts["qa"][self.question]
+            texts |= {"prompt": pair["question"], "caption": pair["answer"]}
+            texts |= {"question": pair["question"], "kind": pair.get("kind")}
+        return texts
 
     def video(self, num_frames: int, height: int, width: int) -> torch.Tensor:
         """The video's frames; see ``univigu.data.video.read_video``."""

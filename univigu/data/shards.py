@@ -88,10 +88,6 @@ class Manifest:
     shards: list[ShardInfo] = field(default_factory=list)
     complete: bool = False
 
-    @property
-    def num_samples(self) -> int:
-        return sum(shard.num_samples for shard in self.shards)
-
     def skipped(self, folder: str | Path) -> list[SampleError]:
         """Errors of the skipped samples; ``folder`` holds the source's shards, for the messages."""
         return [SampleError(shard=str(Path(folder) / s.name), **row) for s in self.shards for row in s.skipped]
@@ -100,7 +96,7 @@ class Manifest:
     def counts(self) -> dict[str, int]:
         """Numbers of samples of the source: "kept", and skipped by reason."""
         reasons = Counter(row["reason"] for shard in self.shards for row in shard.skipped)
-        return {"kept": self.num_samples, **dict(sorted(reasons.items()))}
+        return {"kept": sum(shard.num_samples for shard in self.shards), **dict(sorted(reasons.items()))}
 
     @property
     def state(self) -> str:
@@ -111,7 +107,7 @@ class Manifest:
         """Write the manifest, replacing an older one atomically."""
         folder.mkdir(parents=True, exist_ok=True)
         self.shards.sort(key=lambda shard: shard.name)
-        data = {**asdict(self), "num_samples": self.num_samples, "counts": self.counts}
+        data = {**asdict(self), "num_samples": self.counts["kept"], "counts": self.counts}
         with replacing(folder / MANIFEST) as temporary:
             temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
 

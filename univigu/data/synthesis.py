@@ -76,26 +76,26 @@ class VideoOptions:
         check_dtype(self.dtype)
 
 
-def pipeline_class(folder: str | Path, option: str = "--pipeline") -> str:
-    """Class of a folder's pipeline: "UniViGUPipeline", or that of diffusers; DataError if it is no such folder."""
-    try:
-        index = json.loads((Path(folder) / "model_index.json").read_text())
-        unified = "UniViGUTransformer3DModel" in index.get("transformer", ())
-        return "UniViGUPipeline" if unified else str(index["_class_name"])
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        problem = f"no folder of a diffusers pipeline (model_index.json: {error})"
-        raise DataError(f"{option}={str(folder)!r}: {problem}; `tools/convert.py pipeline` writes one") from error
-
-
 @dataclass(eq=False)
 class Pipeline(Model):
-    """A folder's pipeline, ours or any text-to-video one of diffusers; a DataError if it cannot be loaded."""
+    """A folder's pipeline, ours or any text-to-video one of diffusers; a DataError for another folder."""
 
     folder: str
     options: VideoOptions
     device: str
     option: str = "--pipeline"
     """Option that named the folder, for messages."""
+
+    def __post_init__(self) -> None:
+        try:
+            index = json.loads((Path(self.folder) / "model_index.json").read_text())
+            unified = "UniViGUTransformer3DModel" in index.get("transformer", ())
+            self.class_name = "UniViGUPipeline" if unified else str(index["_class_name"])
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            problem = f"no folder of a diffusers pipeline (model_index.json: {error})"
+            raise DataError(
+                f"{self.option}={self.folder!r}: {problem}; `tools/convert.py pipeline` writes one"
+            ) from error
 
     @cached_property
     def pipe(self) -> Any:
@@ -104,7 +104,7 @@ class Pipeline(Model):
         from univigu.models.weights import check_files
         from univigu.pipeline import UniViGUPipeline
 
-        kind = UniViGUPipeline if pipeline_class(self.folder, self.option) == "UniViGUPipeline" else DiffusionPipeline
+        kind = UniViGUPipeline if self.class_name == "UniViGUPipeline" else DiffusionPipeline
         try:
             check_files(Path(self.folder), subfolders=True)
             dtype = check_dtype(self.options.dtype)
@@ -259,7 +259,6 @@ class Synthesis:
     def __post_init__(self) -> None:
         self.rows = [text_of(row, "prompt") for row in read_list(self.prompts, "--prompts")]
         folder, self.options = self.pipeline.folder, self.pipeline.options
-        pipeline_class(folder)
         tokenizer = self.tokenizer_folder or f"{folder}/tokenizer"
         try:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)

@@ -18,7 +18,7 @@ from univigu.data.options import check_least
 from univigu.data.rows import read_rows, to_json, to_line
 from univigu.data.sample import DataError
 from univigu.data.shards import Engine, Manifest, ShardInfo, build_folder, replacing, sha256_of
-from univigu.data.synthesis import Pipeline, VideoOptions, pipeline_class
+from univigu.data.synthesis import Pipeline, VideoOptions
 from univigu.data.video import encode_mp4
 from univigu.models.fingerprint import folder_fingerprint
 
@@ -132,12 +132,12 @@ def export_vbench(
     ours or any text-to-video pipeline of diffusers. Finished batches are kept in the hidden folder ``.parts``.
     """
     planned = plan(prompts, augmented, options)
-    pipeline_class(model, "--model")
+    pipeline = Pipeline(model, options, device, "--model")
     digest = hashlib.sha256(repr([[row["prompt"], row["text"]] for row in planned]).encode()).hexdigest()
     parameters = {"model": folder_fingerprint(model), "inputs": digest, **asdict(options)}
     size, parts = options.batch_size, output / ".parts"
     jobs = {f"{start:08d}.jsonl": planned[start : start + size] for start in range(0, len(planned), size)}
-    work = VideoExport(output, Pipeline(model, options, device, "--model"), options)
+    work = VideoExport(output, pipeline, options)
     build_folder(parts, Manifest("rows", parameters), jobs, work, engine)
     rows = [row.fields for name in jobs for row in read_rows(parts / name)]
     made = {row["video"]: row["prompt"] for row in rows if row["error"] is None}

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from univigu.data.buckets import Bucket, Grid, latents_shape
+from univigu.data.buckets import Bucket, Grid
 from univigu.flow.objective import UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
 from univigu.models.foundation import vocabulary_of
@@ -87,7 +87,7 @@ def workloads_of(args: list[str]) -> dict[str, Workload]:
     model, data, trainer = cli.model, cli.datamodule, cli.trainer
     half = trainer.precision == "bf16-true"
     transformer, grid = _sizes(Path(model.foundation_path))
-    shape = latents_shape(Bucket(data.height, data.width, data.num_frames), grid.temporal, grid.spatial)
+    shape = grid.latents_shape(Bucket(data.height, data.width, data.num_frames), "data.")
     return {
         name: Workload(
             known_options(UniViGUTransformer3DModel, transformer | asdict(model.architecture)),
