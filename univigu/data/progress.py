@@ -20,7 +20,8 @@ class LineProgress(Progress):
     def __init__(self, seconds: float = 5.0) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
-        super().__init__(*columns, console=console, disable=not console.is_terminal)
+        shown = console.is_terminal
+        super().__init__(*columns, console=console, disable=not shown, auto_refresh=shown)
         self.seconds, self._next = seconds, 0.0
 
     def advance(
@@ -37,10 +38,7 @@ class LineProgress(Progress):
 def track(items: Sequence[Item], description: str = "working") -> Iterator[Item]:
     """Items of a sequence with the progress through them."""
     with LineProgress() as progress:
-        task = progress.add_task(description, total=len(items))
-        for item in items:  # Progress.track counts only where a bar is shown
-            yield item
-            progress.advance(task)
+        yield from progress.track(items, description=description)
 
 
 def _line(task: Task, numbers: Mapping[str, float], clips: float) -> str:

@@ -10,15 +10,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torchmetrics import Metric
 
 from univigu.shapes import text_checker
-from univigu.shapes.scenes import NUM_FRAMES, SIZES, Scene
+from univigu.shapes.scenes import NUM_FRAMES, Scene
 from univigu.shapes.text_checker import ObjectReading, Reading, Source, normalize_text
 from univigu.shapes.texts import caption_of, prompt_of, region_of
-from univigu.shapes.video_checker import detect, holding_relations
+from univigu.shapes.video_checker import detect
 
 ATTRIBUTES = ("count", "background", "size", "color", "shape", "motion", "speed", "relation", "start", "end")
 POSITIONS = ("start", "end")
@@ -31,14 +30,7 @@ def reading_of(scene: Scene, source: Source = "caption") -> Reading:
         start, end = (None if source == "prompt" else region_of(obj.center(i)) for i in (0, NUM_FRAMES - 1))
         center = obj.center(0) if source == "video" else None
         objects.append(ObjectReading(obj.size, obj.color, obj.shape, obj.motion, obj.speed, start, end, center))
-    other = None
-    if source == "video" and len(scene.objects) == 2:
-        boxes = []
-        for obj in scene.objects:
-            centers = np.array([obj.center(frame) for frame in range(NUM_FRAMES)])
-            boxes.append(np.concatenate([centers - SIZES[obj.size], centers + SIZES[obj.size]], -1))
-        other = next((name for name in holding_relations(*boxes) if name != scene.relation), None)
-    return Reading(source, len(objects), scene.background, scene.relation, tuple(objects), other)
+    return Reading(source, len(objects), scene.background, scene.relation, tuple(objects))
 
 
 def score(reading: Reading, scene: Scene) -> dict[str, bool]:
@@ -107,15 +99,13 @@ class AttributeAccuracy(Metric):
         self.exact += sum(all(result.values()) for result in results)
         self.samples += len(results)
 
-    def accuracies(self) -> dict[str, float]:
+    def compute(self) -> dict[str, torch.Tensor]:
         """Accuracies of the attributes that samples had, their "mean", and "exact" (all right in a sample)."""
         counts = zip(ATTRIBUTES, self.right.tolist(), self.scored.tolist(), strict=True)
         values = {name: right / scored for name, right, scored in counts if scored}
         mean = sum(values.values()) / max(len(values), 1)
-        return {**values, "mean": mean, "exact": int(self.exact) / max(int(self.samples), 1)}
-
-    def compute(self) -> dict[str, torch.Tensor]:
-        return {name: torch.tensor(value, device=self.right.device) for name, value in self.accuracies().items()}
+        values |= {"mean": mean, "exact": int(self.exact) / max(int(self.samples), 1)}
+        return {name: torch.tensor(value, device=self.right.device) for name, value in values.items()}
 
 
 class ShapesTextAccuracy(AttributeAccuracy):
@@ -125,11 +115,10 @@ class ShapesTextAccuracy(AttributeAccuracy):
 
     def __init__(self, kind: str = "caption", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if kind not in ("caption", "prompt"):
+        forms = {"caption": (text_checker.parse_caption, caption_of), "prompt": (text_checker.parse_prompt, prompt_of)}
+        if kind not in forms:
             raise ValueError(f"kind={kind!r}: expected caption or prompt")
-        is_caption = kind == "caption"
-        self.parse = text_checker.parse_caption if is_caption else text_checker.parse_prompt
-        self.write = caption_of if is_caption else prompt_of
+        self.parse, self.write = forms[kind]
         self.add_state("exact_text", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, texts: Sequence[str], scenes: Sequence[Scene | Mapping[str, Any] | None]) -> None:  # type: ignore[override]
@@ -161,9 +150,8 @@ class ShapesAgreement(AttributeAccuracy):
 
     def update(self, captions: Sequence[str], frames: torch.Tensor) -> None:  # type: ignore[override]
         """Add a batch of captions and their clips, uint8 [B, F, C, H, W]."""
-        super().update(
-            [agreement(text_checker.parse_text(c), detect(clip)) for c, clip in zip(captions, frames, strict=True)]
-        )
+        pairs = zip(map(text_checker.parse_text, captions), map(detect, frames), strict=True)
+        super().update([agreement(text, video) for text, video in pairs])
 
 
 def _with_scenes(values: Any, scenes: Sequence[Scene | Mapping[str, Any] | None]) -> list[tuple[Any, Scene]]:

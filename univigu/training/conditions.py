@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from univigu.data.encode import has_large_encoder
+from univigu.data.sources import has_large_encoder
 from univigu.flow.objective import UniFlowBatch
 from univigu.models.tokens import TextTooLongError, tokenize
 from univigu.pipeline import TaskRunner

@@ -21,7 +21,6 @@ from torch import Tensor
 from univigu.checkpoint import PREFIX, check_resumed, config_differences, load_weights, start_weights
 from univigu.data.inputs import PredictTask
 from univigu.data.sample import questions_of
-from univigu.data.sources import has_large_encoder
 from univigu.data.video import to_model_range
 from univigu.evaluation.held_out import EvaluationOptions, HeldOutEvaluation, own_samples
 from univigu.flow.objective import (
