@@ -290,7 +290,10 @@ def test_encoding_runs_where_training_runs(
     with pytest.raises((AssertionError, RuntimeError), match=r"(?i)cuda"):
         module.prepare_data()
     module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    assert module._encoding_device() == "cpu"  # training on the CPU does not use a GPU
+    devices: list[str] = []
+    monkeypatch.setattr(datamodule.SourceFolder, "encode", lambda *args: devices.append(args[-1]))
+    module.prepare_data()
+    assert devices == ["cpu"] * 3  # training on the CPU does not use a GPU
 
 
 @pytest.mark.gpu

@@ -129,7 +129,7 @@ class VideoTextDataModule(LightningDataModule):
         """Write the embedded world and encode the shards, if that has not been done yet (one process a node)."""
         fn = None if self.trainer is None else self.trainer.state.fn
         wanted: tuple[Split, ...] = ("train", "val", "test") if fn is None else SPLITS[fn]
-        splits = [split for split in wanted if not self._is_unneeded(split)]
+        splits = [split for split in wanted if self._folders_of(split)]
         if not splits:
             return
         self._latents_shapes()  # checks the sizes
@@ -147,23 +147,12 @@ class VideoTextDataModule(LightningDataModule):
             jobs = [(folder, split) for split in splits for _, folder in self._folders_of(split)]
             for folder, split in jobs:  # before hours are spent on encoding another
                 list_shards(folder.videos(split))
-            device = self._encoding_device()
+            # the trainer's GPU, or else the CPU; without a trainer this process's GPU, if there is one
+            device = this_device() if self.trainer is None else str(self.trainer.strategy.root_device)
+            device = device if device.startswith("cuda") else "cpu"
             encoders = single if device != "cpu" or has_large_encoder(self.foundation) else pool
             for folder, split in jobs:
                 folder.encode(split, self.strict, encoders.map, device)
-
-    def _is_unneeded(self, split: Split) -> bool:
-        """Whether a validation split is missing that is not used."""
-        if split != "val" or self.sources is None or self.trainer is None or self.trainer.limit_val_batches != 0:
-            return False
-        return not any(folder.videos(split).exists() for folder in self._folders())
-
-    def _encoding_device(self) -> str:
-        """The trainer's GPU, or else the CPU; without a trainer this process's GPU, if there is one."""
-        if self.trainer is None:
-            return this_device()
-        device = self.trainer.strategy.root_device
-        return str(device) if device.type == "cuda" else "cpu"
 
     def _folders(self) -> list[SourceFolder]:
         """The local folder of each source."""
@@ -175,10 +164,16 @@ class VideoTextDataModule(LightningDataModule):
         return [SourceFolder(path, self.root, self.foundation, self.buckets, self.precompute) for path in paths]
 
     def _folders_of(self, split: Split) -> list[tuple[int, SourceFolder]]:
-        """Numbers and folders of the sources of a split: all in training, else those that have it, or the first."""
+        """Numbers and folders of the sources of a split: all in training, else those that have it, or the first.
+
+        Without validation there are none of a missing validation split.
+        """
         folders = list(enumerate(self._folders()))
+        if split == "train":
+            return folders
         existing = [(number, folder) for number, folder in folders if folder.videos(split).exists()]
-        return folders if split == "train" else existing or folders[:1]
+        unused = split == "val" and self.sources is not None and getattr(self.trainer, "limit_val_batches", 1) == 0
+        return existing or ([] if unused else folders[:1])
 
     def _latents_shapes(self) -> list[tuple[int, int, int]]:
         """(T, H, W) of each bucket's latents; raises DataError for a size that is no whole number of tokens."""
@@ -198,7 +193,7 @@ class VideoTextDataModule(LightningDataModule):
             self._inputs = PredictionInputs(inputs, self.size, self.tokenizer, self.prompt_length)
             return
         for split in SPLITS[stage]:
-            if split not in self._refs and not self._is_unneeded(split):
+            if split not in self._refs and self._folders_of(split):
                 self._refs[split] = self._select(split)
 
     @cached_property
