@@ -24,10 +24,10 @@ def add_options(parser: Any, options: Any) -> None:
             parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(options, name), help=text)
 
 
-def read_options(kind: type[Options], namespace: argparse.Namespace, **more: Any) -> Options:
+def read_options(kind: type[Options], namespace: argparse.Namespace) -> Options:
     """The dataclass of parsed options; fields that are no options have their defaults."""
     given = {field.name: getattr(namespace, field.name) for field in fields(kind) if hasattr(namespace, field.name)}  # type: ignore[arg-type]
-    return kind(**given | more)
+    return kind(**given)
 
 
 def check_least(options: Any, group: str = "", **least: float) -> None:

@@ -115,10 +115,7 @@ class Manifest:
     def load(cls, folder: str | Path) -> Manifest | None:
         """The folder's manifest, or None if it has none."""
         path = Path(folder) / MANIFEST
-        try:
-            return cls.parse(path.read_bytes(), str(path))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        return cls.parse(path.read_bytes(), str(path)) if path.is_file() else None
 
     @classmethod
     def parse(cls, text: bytes, where: str) -> Manifest:
