@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
+from diffusers import AutoencoderKLWan
 from safetensors.torch import save
 
 from univigu.cli import ToolParser
@@ -179,8 +179,7 @@ class Report:
             self.row(f"train step, {recipe}, {task}", partial(measure, counts))
 
     def sampler(self, model: UniViGUTransformer3DModel, **options: Any) -> Sampler:
-        scheduler = UniPCMultistepScheduler(flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction")
-        return Sampler(model, scheduler, SamplingOptions(**options))
+        return Sampler(model, Foundation().scheduler(), SamplingOptions(**options))
 
     def caption(
         self, model: UniViGUTransformer3DModel, steps: int, refresh: int = 1, runs: tuple[int, int] = (2, 1)
