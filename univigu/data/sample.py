@@ -66,9 +66,8 @@ def is_video(path: Path) -> bool:
 
 def questions_of(batch: Mapping[str, Any]) -> list[str] | None:
     """A batch's questions if its captions are their answers, else None."""
-    questions: list[str | None] = batch.get("question") or []
-    asked = [question for question in questions if question is not None]
-    return asked if asked and len(asked) == len(questions) else None
+    questions: list[Any] = batch.get("question") or [None]
+    return None if None in questions else questions
 
 
 @dataclass(frozen=True, slots=True)
