@@ -1,7 +1,7 @@
 """Draw videos and their captions at every step of joint sampling (docs/pictures/joint.gif).
 
     python tools/picture.py --model my_model --output joint.gif
-    python tools/picture.py --model my_model --output joint.gif --prompt "a small blue ring staying still, ..."
+    python tools/picture.py --model my_model --output joint.webp --prompt "a small blue ring staying still, ..."
 
 ``--model`` is a UniViGUPipeline folder (tools/convert.py pipeline).
 """
@@ -69,7 +69,7 @@ def draw(samples: list[list[dict[str, Any]]]) -> list[Image.Image]:
             picture = Image.new("RGB", (sum(p.width for p in panels), panels[0].height), "white")
             for i, p in enumerate(panels):
                 picture.paste(p, (i * p.width, 0))
-            pictures.append(picture.quantize(48))
+            pictures.append(picture)
             clock += 1
     return pictures
 
@@ -80,6 +80,8 @@ def run(options: argparse.Namespace) -> None:
         record(pipe, prompt, options.seed + number, options) for number, prompt in enumerate(options.prompt or PROMPTS)
     ]
     pictures = draw(samples)
+    if options.output.suffix.lower() == ".gif":
+        pictures = [picture.quantize(48) for picture in pictures]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     pictures[0].save(options.output, save_all=True, append_images=pictures[1:], duration=140, loop=0, optimize=True)
     print(f"wrote {options.output}: {len(pictures)} pictures, {options.output.stat().st_size / 2**20:.1f} MiB")
@@ -88,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
 def main(args: list[str] | None = None) -> int:
     parser = ToolParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="UniViGUPipeline folder")
-    parser.add_argument("--output", type=Path, required=True, help="the picture, a .gif file")
+    parser.add_argument("--output", type=Path, required=True, help="the picture, a .gif or (smaller) .webp file")
     parser.add_argument("--prompt", nargs="+", help="one a video; default: three of the embedded world")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--lag", type=int, default=10, help="further steps of the text, beside the finished video")

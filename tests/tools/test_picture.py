@@ -11,8 +11,9 @@ from tools import picture
 
 
 @pytest.mark.slow
-def test_it_moves_and_shows_text(untrained_model: str, tmp_path: Path) -> None:
-    output = tmp_path / "new" / "joint.gif"
+@pytest.mark.parametrize("kind", ["gif", "webp"])
+def test_it_moves_and_shows_text(kind: str, untrained_model: str, tmp_path: Path) -> None:
+    output = tmp_path / "new" / f"joint.{kind}"
     options = ["--model", untrained_model, "--output", str(output), "--steps", "4", "--lag", "4"]
     assert picture.main([*options, "--prompt", "a large red circle staying still", "a ring"]) == 0
     frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(Image.open(output))]
