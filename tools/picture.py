@@ -44,7 +44,7 @@ def video_of(step: dict[str, Any]) -> list[Image.Image]:
     """A recorded step's frames, enlarged."""
     data = base64.b64decode(step["video"].partition(",")[2])
     frames = ImageSequence.Iterator(Image.open(io.BytesIO(data)))
-    return [frame.convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST) for frame in frames]
+    return [frame.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC) for frame in frames]
 
 
 def panel(frame: Image.Image, step: dict[str, Any], font: Any) -> Image.Image:
@@ -83,7 +83,8 @@ def run(options: argparse.Namespace) -> None:
     if options.output.suffix.lower() == ".gif":
         pictures = [picture.quantize(48) for picture in pictures]
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    pictures[0].save(options.output, save_all=True, append_images=pictures[1:], duration=140, loop=0, optimize=True)
+    kept = {"optimize": True, "quality": 30}  # GIF's, WebP's
+    pictures[0].save(options.output, save_all=True, append_images=pictures[1:], duration=140, loop=0, **kept)
     print(f"wrote {options.output}: {len(pictures)} pictures, {options.output.stat().st_size / 2**20:.1f} MiB")
 
 
