@@ -217,6 +217,8 @@ class Evaluation:
 
     @cached_property
     def judge(self) -> UniViGUPipeline:
+        if self.options.judge == self.options.model:
+            return self.pipe
         pipe = UniViGUPipeline.from_pretrained(self.options.judge)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -250,7 +252,7 @@ class Evaluation:
             videos, asked = torch.stack([clip.video for clip in chosen]), [clip.shown for clip in chosen]
             rows[f"captions, {kind}"] = accuracy(self.describe(self.pipe, videos), asked)
             rows[f"recogniser, {kind}"] = accuracy(self.recogniser.describe(videos), asked)
-            if self.options.judge:
+            if self.options.judge not in (None, self.options.model):  # else its row would be the first one again
                 rows[f"captions of the judge, {kind}"] = accuracy(self.describe(self.judge, videos), asked)
             rows[f"captions, {kind}: chance"] = chance(asked, self.everything)
         return rows

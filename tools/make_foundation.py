@@ -164,6 +164,7 @@ def train_text_encoder(
 
     Args:
         prompts, captions, held_out: token ids, int64 [N, L] each; captions are every other batch, if there are any.
+        state: see ``optimize``.
 
     Returns:
         held-out accuracies: of the position, the next token, and the token ``NEIGHBOURS`` further.
@@ -240,8 +241,7 @@ def train_vae(
     The first 70% of the steps use windows of 5 frames (two latent frames), which is cheap and enough for a frame's
     content; the others use whole clips, which the later chunks of the causal VAE need.
     """
-    device = next(vae.parameters()).device
-    frames = clips.shape[1]
+    device, frames = next(vae.parameters()).device, clips.shape[1]
 
     def loss_of(step: int) -> Tensor:
         window = min(5, frames) if step < 0.7 * steps else frames

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from univigu.data.progress import track
+from univigu.data.shards import replacing
 
 SAVE_EVERY = 250  # steps
 
@@ -56,5 +56,5 @@ def optimize(
         if state is not None and ((step + 1) % SAVE_EVERY == 0 or step + 1 == steps):
             saved = {"step": step + 1, "parts": [part.state_dict() for part in parts]}
             saved |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-            torch.save(saved, state.with_suffix(".part"))
-            os.replace(state.with_suffix(".part"), state)
+            with replacing(state) as temporary:
+                torch.save(saved, temporary)
