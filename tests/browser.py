@@ -119,18 +119,26 @@ class Browser:
     def click(self, element: str, until: str = "true") -> None:
         """Bring an element into view and click its middle with the mouse.
 
+        An element that is not there (yet, or because the click before this one took effect late) is waited for.
+
         Args:
             until: a JavaScript condition; a page whose scripts are still starting may miss the first clicks.
         """
+        view = "e.scrollIntoView({block: 'center', behavior: 'instant'}), e.getBoundingClientRect()"
+        middle = "[r.x + r.width / 2, r.y + r.height / 2]"
+        middle = f"(() => {{ const e = {element}, r = e && ({view}); return e && {middle} }})()"
         end = time.monotonic() + self.timeout
         while time.monotonic() < end:
-            self.read(f"({element}).scrollIntoView({{block: 'center', behavior: 'instant'}})")
-            left, top, width, height = self.box(element)
-            for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
-                self.mouse(kind, left + width / 2, top + height / 2)
-            if until == "true" or self.read(f"Boolean({until})"):
-                return
-            time.sleep(0.5)
+            if place := self.read(middle):
+                for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+                    self.mouse(kind, *place)
+                if until == "true":
+                    return
+            patience = time.monotonic() + 2  # a second click may undo the first: close the menu that it opens
+            while time.monotonic() < patience:
+                if until != "true" and self.read(f"Boolean({until})"):
+                    return
+                time.sleep(0.1)
         raise TimeoutError(f"{until}: not in {self.timeout} s of clicking {element}")
 
     def drag(self, x: float, y: float, to_x: float, pieces: int = 8) -> None:
