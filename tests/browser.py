@@ -124,19 +124,19 @@ class Browser:
         Args:
             until: a JavaScript condition; a page whose scripts are still starting may miss the first clicks.
         """
-        view = "e.scrollIntoView({block: 'center', behavior: 'instant'}), e.getBoundingClientRect()"
-        middle = "[r.x + r.width / 2, r.y + r.height / 2]"
-        middle = f"(() => {{ const e = {element}, r = e && ({view}); return e && {middle} }})()"
-        end = time.monotonic() + self.timeout
+        # In one step, since a page may replace the element at any time.
+        place = f"(() => {{ const e = {element}; if (!e) return null;"
+        place += " e.scrollIntoView({block: 'center', behavior: 'instant'});"
+        place += " const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2] })()"
+        end, clicked = time.monotonic() + self.timeout, False
         while time.monotonic() < end:
-            if place := self.read(middle):
+            if middle := self.read(place):
                 for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
-                    self.mouse(kind, *place)
-                if until == "true":
-                    return
+                    self.mouse(kind, *middle)
+                clicked = True
             patience = time.monotonic() + 2  # a second click may undo the first: close the menu that it opens
             while time.monotonic() < patience:
-                if until != "true" and self.read(f"Boolean({until})"):
+                if clicked and self.read(f"Boolean({until})"):
                     return
                 time.sleep(0.1)
         raise TimeoutError(f"{until}: not in {self.timeout} s of clicking {element}")

@@ -430,6 +430,7 @@ def test_the_frozen_recipe_combines_with_any_stage_and_scale(in_tmp: Path, name:
     assert list(cli.stages) == (["recall", "refine"] if name == "two_stage" else [name])
     for stage in cli.stages.values():
         assert stage.learning_rate == 0 == stage.tasks.generate and stage.condition_dropout.understand == 0.9
+        assert stage.steps == (5000 if len(overlays) == 2 else {"recall": 5000, "refine": 5500, "two_stage": 600}[name])
         assert (stage.teacher_weight == 0) == (len(overlays) == 2)
         assert stage.text_share == (0.5 if stage.target == "caption" and len(overlays) == 1 else 1.0)
     assert (cli.model.optimizer_options.learning_rate == 1e-5) == (len(overlays) == 2)
