@@ -32,7 +32,7 @@ def places(source: Path) -> list[tuple[str, Path]]:
 
 
 def run(options: argparse.Namespace) -> None:
-    from univigu.data.sources import encode_shards, has_large_encoder
+    from univigu.data.sources import encode_shards, is_large
 
     size = f"{options.height}x{options.width}x{options.num_frames}"
     grid, buckets = Grid.of(options.foundation), [Bucket.parse(text) for text in options.buckets or [size]]
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
         grid.latents_shape(bucket, f"size {bucket}: ")
     engine, device = open_engine(options, processes=True)
     prompts, workers = not options.no_prompts, options.workers
-    if workers is None and prompts and has_large_encoder(options.foundation):
+    if workers is None and prompts and is_large(options.foundation, "text_encoder"):
         workers = 1
     with SpawnPool(workers) as pool:
         if engine is map and device == "cpu" and pool.workers > 1:

@@ -13,7 +13,7 @@ from lightning import Trainer
 
 from tests.damage import write_raw
 from tests.data.conftest import FAULTS, fit
-from univigu.data import datamodule
+from univigu.data import datamodule, sources
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.options import LengthFilter
 from univigu.data.sample import DataError, SampleError
@@ -287,10 +287,16 @@ def test_encoding_runs_where_training_runs(
     for split in ("train", "val", "test"):
         write_raw(tmp_path / split / "a.tar", [("0", clips[0])])
     module = VideoTextDataModule(foundation, shards=str(tmp_path))
+    devices: list[str] = []
+    with monkeypatch.context() as patch:  # a small VAE is faster on the cores of the CPU
+        patch.setattr(datamodule.SourceFolder, "encode", lambda *args: devices.append(args[-1]))
+        module.prepare_data()
+        assert devices == ["cpu"] * 3
+    monkeypatch.setitem(sources.LARGE, "vae", 1000)
     with pytest.raises((AssertionError, RuntimeError), match=r"(?i)cuda"):
         module.prepare_data()
     module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    devices: list[str] = []
+    devices.clear()
     monkeypatch.setattr(datamodule.SourceFolder, "encode", lambda *args: devices.append(args[-1]))
     module.prepare_data()
     assert devices == ["cpu"] * 3  # training on the CPU does not use a GPU
@@ -298,7 +304,8 @@ def test_encoding_runs_where_training_runs(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_encodes_in_another_process(tmp_path: Path, foundation: str) -> None:
+def test_a_gpu_encodes_in_another_process(tmp_path: Path, foundation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sources.LARGE, "vae", 1000)
     before = torch.cuda.memory_allocated()
     module = VideoTextDataModule(foundation, str(tmp_path), num_train_clips=5, num_val_clips=2)
     module.prepare_data()

@@ -148,6 +148,6 @@ def test_a_missing_split_is_named_before_another_is_encoded(folders: list[Path],
 
 
 def test_a_large_encoder_is_known(foundation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not encode.has_large_encoder(foundation)
-    monkeypatch.setattr(encode, "LARGE_ENCODER", 1000)
-    assert encode.has_large_encoder(foundation)
+    assert not encode.is_large(foundation, "text_encoder") and not encode.is_large(foundation, "vae")
+    monkeypatch.setitem(encode.LARGE, "text_encoder", 1000)
+    assert encode.is_large(foundation, "text_encoder") and not encode.is_large(foundation, "vae")

@@ -285,7 +285,7 @@ def test_what_a_checkpoint_says_of_its_stages(trained: SimpleNamespace) -> None:
 def test_a_generator_alone_sees_captions_and_prompts_in_several_slots(
     large: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "LARGE_ENCODER", 0 if large else 2**31)
+    monkeypatch.setitem(encode.LARGE, "text_encoder", 0 if large else 2**31)
     slots: list[int] = []
 
     class Watch(Callback):

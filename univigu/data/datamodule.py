@@ -22,7 +22,7 @@ from univigu.data.loader import ErrorLog, SampleLoader, TrainLoader, VideoTextDa
 from univigu.data.options import LengthFilter, check_least
 from univigu.data.order import TrainOrder, eval_batches
 from univigu.data.sample import DataError, SampleError, SampleRef
-from univigu.data.sources import Source, SourceFolder, Split, has_large_encoder, source_weights
+from univigu.data.sources import Source, SourceFolder, Split, is_large, source_weights
 from univigu.models.foundation import EMBEDDED_FOUNDATION
 from univigu.models.tokens import token_count
 from univigu.shapes.write import world_fingerprint, write_shapes
@@ -149,8 +149,8 @@ class VideoTextDataModule(LightningDataModule):
                 list_shards(folder.videos(split))
             # the trainer's GPU, or else the CPU; without a trainer this process's GPU, if there is one
             device = this_device() if self.trainer is None else str(self.trainer.strategy.root_device)
-            device = device if device.startswith("cuda") else "cpu"
-            encoders = single if device != "cpu" or has_large_encoder(self.foundation) else pool
+            device = device if device.startswith("cuda") and is_large(self.foundation, "vae") else "cpu"
+            encoders = single if device != "cpu" or is_large(self.foundation, "text_encoder") else pool
             for folder, split in jobs:
                 folder.encode(split, self.strict, encoders.map, device)
 

@@ -37,8 +37,9 @@ log = logging.getLogger(__name__)
 Split = Literal["train", "val", "test"]
 SAMPLES_PER_SHARD = 500
 """Samples of a shard that is encoded from a list or a folder of files."""
-LARGE_ENCODER = 2 * 2**30
-"""Bytes of a text encoder from which on it takes seconds a prompt on a CPU."""
+LARGE = {"text_encoder": 2 * 2**30, "vae": 2**26}
+"""Bytes of a component from which on a GPU, or with a CPU one process at a time, should run it. Smaller ones are faster
+in a process on every core of the CPU."""
 MAX_PROMPT = 512
 """Most tokens of Wan's text encoder; samples with longer prompts are left out."""
 
@@ -191,10 +192,10 @@ def encoder_parameters(foundation: str | Path, buckets: Sequence[Bucket], prompt
     return {**encoders, "normalization": normalization, **sizes}
 
 
-def has_large_encoder(foundation_path: str | Path) -> bool:
-    """Whether the text encoder is so large that on a CPU only one process should run it."""
-    files = (Path(foundation_path) / "text_encoder").glob("*.safetensors")
-    return sum(path.stat().st_size for path in files) > LARGE_ENCODER
+def is_large(foundation_path: str | Path, component: Literal["text_encoder", "vae"]) -> bool:
+    """Whether the weights of a foundation's component have more bytes than ``LARGE`` says."""
+    files = (Path(foundation_path) / component).glob("*.safetensors")
+    return sum(path.stat().st_size for path in files) > LARGE[component]
 
 
 def source_parameters(source: Path) -> list[list[Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from univigu.data.sources import has_large_encoder
+from univigu.data.sources import is_large
 from univigu.flow.objective import UniFlowBatch
 from univigu.models.tokens import TextTooLongError, tokenize
 from univigu.pipeline import TaskRunner
@@ -29,7 +29,7 @@ def vary_conditions(
     """Condition an encoded batch on one of ``GENERATOR_CONDITIONS``; captions only if they are encoded in training."""
     text, slot = generator.choice(GENERATOR_CONDITIONS)
     captions = text == "caption" and all(batch.get("caption", [""]))
-    if captions and not has_large_encoder(foundation):
+    if captions and not is_large(foundation, "text_encoder"):
         embeds = tasks.encode_ids(batch["caption_ids"])
         inputs = replace(inputs, prompt_embeds=embeds, null_embeds=tasks.encode_null(embeds.shape[1]))
     return inputs.pad_prompts(slot)
