@@ -33,6 +33,7 @@ TRAINED = (
 )
 VARIANTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "recipe": ("", "configs/frozen.yaml", ()),
+    "paper": ("recipe (frozen)", "the paper's", ()),
     "trained": ("generator's weights (recipe: frozen)", "trained", TRAINED),
     "uniform": ("text flow (recipe: mask)", "uniform", ("--model.architecture.text_flow=uniform",)),
     "embedding": ("text flow (recipe: mask)", "embedding", ("--model.architecture.text_flow=embedding",)),
@@ -99,7 +100,8 @@ def arguments(run: Run, options: argparse.Namespace) -> list[str]:
         "report.num_samples": 1,
         "model.sampling.caption_steps": options.caption_steps,
     }
-    configs = [f"--config={CONFIGS / name}.yaml" for name in ("recall", "frozen")]
+    names = ("recall",) if run.variant == "paper" else ("recall", "frozen")
+    configs = [f"--config={CONFIGS / name}.yaml" for name in names]
     return [*configs, *(f"--{k}={v}" for k, v in values.items()), *VARIANTS[run.variant][2], *options.overrides]
 
 
