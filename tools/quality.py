@@ -1,6 +1,6 @@
-"""Measure edits of the embedded world's test clips with the checkers: what changes, what stays.
+"""Measure edits of the embedded world's held-out clips with the checkers: what changes, what stays.
 
-    python tools/quality.py edit --model my_model
+    python tools/quality.py edit --model my_model --splits val test
 
 ``--model`` is a UniViGUPipeline folder (tools/convert.py pipeline) trained on the embedded world; without it the model
 that ships is measured.  The clips have combinations that training never shows.  ``lightning test`` measures the rest.
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from univigu.cli import ToolParser, exit_code
 from univigu.data.engine import this_device
 from univigu.data.progress import track
 from univigu.data.video import to_uint8
+from univigu.flow.random import Generators
 from univigu.models.tokens import replace_words
 from univigu.pipeline import UniViGUPipeline
 from univigu.shapes.metrics import score
@@ -57,20 +60,36 @@ def rewritten(text: str, scene: Scene, target: Scene) -> str:
     return replace_words(text, {old: new}) if old in text else text
 
 
+def batches(scenes: list[Scene], options: argparse.Namespace) -> Iterator[tuple[range, torch.Tensor, Generators]]:
+    """Numbers of scenes, their videos and a generator for each."""
+    for start in range(0, len(scenes), options.batch_size):
+        numbers = range(start, min(start + options.batch_size, len(scenes)))
+        video = torch.stack([render(scenes[i]) for i in numbers]).float() / 255
+        yield numbers, video, [torch.Generator().manual_seed(i) for i in numbers]
+
+
+def prompts_of(pipe: UniViGUPipeline, scenes: list[Scene], options: argparse.Namespace) -> list[str]:
+    """The prompts of the scenes, true ones or the model's own."""
+    if options.prompts == "true":
+        return list(map(prompt_of, scenes))
+    texts = [pipe.caption(video, generator=generators).text for _, video, generators in batches(scenes, options)]
+    return list(map(brief_of, chain.from_iterable(texts)))
+
+
 def edit_row(
-    pipe: UniViGUPipeline, scenes: list[Scene], attribute: str, strength: float, options: argparse.Namespace
+    pipe: UniViGUPipeline,
+    scenes: list[Scene],
+    texts: list[str],
+    attribute: str,
+    strength: float,
+    options: argparse.Namespace,
 ) -> list[float]:
     """Shares of edits that show the change, of other attributes kept, and of first objects whose start is kept."""
     shown, kept, starts = [], [], []
     sampling = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
-    for start in range(0, len(scenes), options.batch_size):
-        numbers = range(start, min(start + options.batch_size, len(scenes)))
-        part, generators = [scenes[i] for i in numbers], [torch.Generator().manual_seed(i) for i in numbers]
-        video = torch.stack([render(scene) for scene in part]).float() / 255
-        texts, targets = list(map(prompt_of, part)), [changed(scenes[i], attribute, i) for i in numbers]
-        if options.prompts == "own":
-            texts = list(map(brief_of, pipe.caption(video, generator=generators).text))
-        prompts = list(map(rewritten, texts, part, targets))
+    for numbers, video, generators in batches(scenes, options):
+        targets = [changed(scenes[i], attribute, i) for i in numbers]
+        prompts = [rewritten(texts[i], scenes[i], target) for i, target in zip(numbers, targets, strict=True)]
         made = pipe.edit(video, prompts, strength, generator=generators, output_type="pt", **sampling)
         for clip, target in zip(to_uint8(made.frames), targets, strict=True):
             result = score(detect(clip), target)
@@ -85,11 +104,12 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--clips {options.clips}: expected at least 1")
     pipe = UniViGUPipeline.from_pretrained(options.model).to(options.device)
     pipe.set_progress_bar_config(disable=True)
-    scenes = [sample_scene(seed, "test") for seed in range(options.clips)]
+    scenes = [sample_scene(seed, split) for split in options.splits for seed in range(options.clips)]
+    texts = prompts_of(pipe, scenes, options)
     title = f"edits, {options.prompts} prompts, guidance {options.guidance_scale}, {options.num_inference_steps} steps"
     table = Table("changed", "strength", "change shown", "others kept", "start kept", title=title)
     for attribute, strength in track([(name, strength) for strength in options.strength for name in EDITED]):
-        shares = edit_row(pipe, scenes, attribute, strength, options)
+        shares = edit_row(pipe, scenes, texts, attribute, strength, options)
         table.add_row(attribute, f"{strength:g}", *(f"{100 * share:.1f}" for share in shares))
     Console(width=110).print(table)
 
@@ -98,7 +118,8 @@ def main(args: list[str] | None = None) -> int:
     parser = ToolParser(description=__doc__)
     parser.add_argument("task", choices=["edit"], help="one attribute of a clip is changed at a time")
     parser.add_argument("--model", type=Path, help="UniViGUPipeline folder; default: the model that ships")
-    parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--splits", nargs="+", choices=["val", "test"], default=["test"])
+    parser.add_argument("--clips", type=int, default=64, help="of each split")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default=this_device())
     parser.add_argument("--strength", type=float, nargs="+", default=[0.8])

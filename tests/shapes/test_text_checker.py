@@ -173,3 +173,15 @@ def test_a_caption_gives_its_brief_prompt() -> None:
         assert brief_of(caption_of(scene)) == brief_of(prompt_of(scene)) == prompt_of(scene)
     broken = caption_of(sample_scene(0)).replace("background", "wall")
     assert brief_of(broken) == broken and brief_of("a cat jumps.") == "a cat jumps."
+
+
+def test_of_a_contradiction_the_brief_prompt_has_the_first_statement() -> None:
+    text, prompt = caption_of(TWO), prompt_of(TWO)
+    for true, false in (("that of a ring", "that of a cross"), ("still looks large", "still looks small")):
+        contradictory = text.replace(true, false)
+        assert contradictory != text and parse_caption(contradictory) != reading_of(TWO)
+        assert brief_of(contradictory) == prompt
+    late = text.replace("the white background keeps", "the black background keeps")
+    assert late != text and parse_caption(late).background is None and brief_of(late) == prompt
+    early = text.replace("is a small red ring", "is a small red cross")
+    assert early != text and brief_of(early) == prompt.replace("ring", "cross")

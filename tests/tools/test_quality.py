@@ -41,9 +41,9 @@ def test_it_runs(untrained_model: str, capsys: pytest.CaptureFixture[str]) -> No
     pipe.set_progress_bar_config(disable=True)
     options = Namespace(batch_size=4, num_inference_steps=12, guidance_scale=2.0, prompts="true")
     drawn = [scenes.sample_scene(seed, "test") for seed in range(12)]
-    shown, kept, _ = quality.edit_row(pipe, drawn, "background", 1.0, options)
+    shown, kept, _ = quality.edit_row(pipe, drawn, list(map(prompt_of, drawn)), "background", 1.0, options)
     assert shown == 1.0 and kept > 0.8
-    none, _, _ = quality.edit_row(pipe, drawn[:4], "background", 0.05, options)
+    none, _, _ = quality.edit_row(pipe, drawn[:4], list(map(prompt_of, drawn[:4])), "background", 0.05, options)
     assert none < 0.5  # too weak to change anything
 
 

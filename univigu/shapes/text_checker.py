@@ -7,15 +7,14 @@ word costs one attribute and not the whole text.  An attribute that a text state
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal
 
 from univigu.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, SPEEDS
 from univigu.shapes.texts import prompt_of
 
 Source = Literal["prompt", "caption", "video"]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -85,34 +84,53 @@ def normalize_text(text: str) -> str:
     return re.sub(r" ([.,])", r"\1", " ".join(text.lower().split()))
 
 
-def parse_text(text: str) -> Reading:
+def _agreed(mentions: Iterable[Any]) -> Any:
+    """The value that all mentions share; None if there is no mention or two differ."""
+    values = set(mentions)
+    return values.pop() if len(values) == 1 else None
+
+
+def _first(mentions: Iterable[Any]) -> Any:
+    """The value of the first mention; None if there is none."""
+    return next(iter(mentions), None)
+
+
+Choice = Callable[[Iterable[Any]], Any]
+"""Gives the value of an attribute, of all its mentions in a text."""
+
+
+def parse_text(text: str, choose: Choice = _agreed) -> Reading:
     """Parse a prompt or a caption; captions contain words that no prompt has ("object", "clip", ...)."""
-    return parse_caption(text) if _CAPTION_WORD.search(normalize_text(text)) else parse_prompt(text)
+    return (parse_caption if _CAPTION_WORD.search(normalize_text(text)) else parse_prompt)(text, choose)
 
 
 def brief_of(text: str) -> str:
-    """The brief prompt that says the same as a detailed caption; a text that does not state all of it stays."""
-    reading = parse_text(text)
+    """The brief prompt that says the same as a detailed caption; a text that does not state all of it stays.
+
+    Of a text that contradicts itself the first mention counts: a prompt with one wrong word is of more use to a
+    generator than a detailed caption that it does not know.
+    """
+    reading = parse_text(text, _first)
     stated = [reading.background, reading.relation]
     stated += [value for obj in reading.objects for value in (obj.size, obj.color, obj.shape, obj.motion, obj.speed)]
     complete = reading.count == len(reading.objects) > 0 and None not in stated
     return prompt_of(reading) if complete else text  # type: ignore[arg-type]  # it has all that is read of a scene
 
 
-def parse_prompt(text: str) -> Reading:
+def parse_prompt(text: str, choose: Choice = _agreed) -> Reading:
     """Parse a brief prompt as ``texts.prompt_of`` writes it, complete or damaged."""
     text = normalize_text(text)
     body = re.sub(r"(?:\bon )?(?:\w+ ){1,3}background\b", ",", text)
     relations = _PROMPT_RELATION.findall(body)
     clauses = _PROMPT_RELATION.sub(",", body).split(",")
-    objects = tuple(_object([c]) for c in clauses if any(p.search(c) for p in (_SIZE, _COLOR, _SHAPE)))
-    relation = "" if not relations and len(objects) == 1 else _agreed(relations)
+    objects = tuple(_object([c], choose) for c in clauses if any(p.search(c) for p in (_SIZE, _COLOR, _SHAPE)))
+    relation = "" if not relations and len(objects) == 1 else choose(relations)
     # "..., above" with nothing after it announces an object that it does not name
     count = None if not objects or (relations and len(objects) == 1) else len(objects)
-    return Reading("prompt", count, _background(text), relation, objects)
+    return Reading("prompt", count, _background(text, choose), relation, objects)
 
 
-def parse_caption(text: str) -> Reading:
+def parse_caption(text: str, choose: Choice = _agreed) -> Reading:
     """Parse a detailed caption as ``texts.caption_of`` writes it, complete or damaged."""
     text = normalize_text(text)
     relations = [_relation_of(match) for match in _RELATION.finditer(text)]
@@ -121,23 +139,17 @@ def parse_caption(text: str) -> Reading:
     two = bool(relations) or "first" in paragraphs or "second" in paragraphs
     counts = [_NUMBERS[word] for word in _COUNT.findall(body)]
     counts += [1 if name == "" else 2 for name in paragraphs] + [2] * len(relations)
-    count = _agreed(counts)
+    count = choose(counts)
     # Paragraphs of both kinds ("the object" and "the first object"): count is None, the order of the text is kept.
     names = ("first", "second") if two and "" not in paragraphs else tuple(paragraphs)
-    objects = tuple(_object(paragraphs.get(name, [])) for name in names)
-    relation = "" if not relations and count == 1 else _agreed(relations)
-    return Reading("caption", count, _background(text), relation, objects)
+    objects = tuple(_object(paragraphs.get(name, []), choose) for name in names)
+    relation = "" if not relations and count == 1 else choose(relations)
+    return Reading("caption", count, _background(text, choose), relation, objects)
 
 
-def _agreed(mentions: Iterable[T | None]) -> T | None:
-    """The value that all mentions share; None if there is no mention or two differ."""
-    values = set(mentions)
-    return values.pop() if len(values) == 1 else None
-
-
-def _background(text: str) -> str | None:
+def _background(text: str, choose: Choice) -> str | None:
     # the whole noun phrase: "black white background" is a contradiction, too
-    return _agreed(word for phrase in _BACKGROUND.findall(text) for word in _BACKGROUND_WORD.findall(phrase))
+    return choose(word for phrase in _BACKGROUND.findall(text) for word in _BACKGROUND_WORD.findall(phrase))
 
 
 def _relation_of(match: re.Match[str]) -> str | None:
@@ -164,13 +176,13 @@ def _paragraphs(body: str) -> dict[str, list[str]]:
     return paragraphs
 
 
-def _object(sentences: list[str]) -> ObjectReading:
+def _object(sentences: list[str], choose: Choice) -> ObjectReading:
     def find(pattern: re.Pattern[str], within: list[str] = sentences) -> list[str]:
         return [word for sentence in within for word in pattern.findall(sentence)]
 
-    motion = _agreed("".join(groups) for groups in find(_MOTION))
+    motion = choose("".join(groups) for groups in find(_MOTION))
     speeds = find(_SPEED)
-    speed = _agreed(speeds) if motion != "still" else None if speeds else ""
-    size, color, shape = (_agreed(find(pattern)) for pattern in (_SIZE, _COLOR, _SHAPE))
-    start, end = (_agreed(find(_REGION, find(pattern))) for pattern in (_START, _END))
+    speed = choose(speeds) if motion != "still" else None if speeds else ""
+    size, color, shape = (choose(find(pattern)) for pattern in (_SIZE, _COLOR, _SHAPE))
+    start, end = (choose(find(_REGION, find(pattern))) for pattern in (_START, _END))
     return ObjectReading(size, color, shape, motion, speed, start, end)
