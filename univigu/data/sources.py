@@ -38,8 +38,8 @@ Split = Literal["train", "val", "test"]
 SAMPLES_PER_SHARD = 500
 """Samples of a shard that is encoded from a list or a folder of files."""
 LARGE = {"text_encoder": 2 * 2**30, "vae": 2**26}
-"""Bytes of a component from which on a GPU, or with a CPU one process at a time, should run it. Smaller ones are faster
-in a process on every core of the CPU."""
+"""Bytes of a large component, which runs on the GPU, or on a CPU in one process. A smaller one is faster in a process
+on every core of the CPU."""
 MAX_PROMPT = 512
 """Most tokens of Wan's text encoder; samples with longer prompts are left out."""
 

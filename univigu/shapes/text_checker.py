@@ -100,7 +100,10 @@ Choice = Callable[[Iterable[Any]], Any]
 
 
 def parse_text(text: str, choose: Choice = _agreed) -> Reading:
-    """Parse a prompt or a caption; captions contain words that no prompt has ("object", "clip", ...)."""
+    """Parse a prompt or a caption; captions contain words that no prompt has ("object", "clip", ...).
+
+    By default an attribute of several values is None; ``choose`` may take one of them instead.
+    """
     return (parse_caption if _CAPTION_WORD.search(normalize_text(text)) else parse_prompt)(text, choose)
 
 
@@ -140,7 +143,7 @@ def parse_caption(text: str, choose: Choice = _agreed) -> Reading:
     counts = [_NUMBERS[word] for word in _COUNT.findall(body)]
     counts += [1 if name == "" else 2 for name in paragraphs] + [2] * len(relations)
     count = choose(counts)
-    # Paragraphs of both kinds ("the object" and "the first object"): count is None, the order of the text is kept.
+    # Paragraphs of both kinds ("the object" and "the first object"): no count is agreed on, the order stays.
     names = ("first", "second") if two and "" not in paragraphs else tuple(paragraphs)
     objects = tuple(_object(paragraphs.get(name, []), choose) for name in names)
     relation = "" if not relations and count == 1 else choose(relations)
