@@ -328,25 +328,16 @@ def test_weights_to_evaluate_may_be_named(
     assert "lightning fit --config configs/refine.yaml" in failing(args)  # what the configuration names is fit's
 
 
-def test_a_configuration_may_name_weights_to_evaluate(in_tmp: Path, checkpoint: Path) -> None:
-    """Others than the training in its folder has started from."""
+def test_what_is_evaluated_by_default_is_named(
+    in_tmp: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The result of the training, not what its configuration starts from."""
     Path("mine.yaml").write_text(f"model: {{init_from: {checkpoint}}}")
     Path("runs/refine/checkpoints").mkdir(parents=True)
     shutil.copy(checkpoint, "runs/refine/checkpoints/last.ckpt")
-    args, saved = ["validate", *REFINE, "--config=mine.yaml"], Path("runs/refine/tensorboard/version_0/config.yaml")
-    saved.parent.mkdir(parents=True)
-    starts = (
-        (checkpoint, "null"),
-        ("runs/recall/checkpoints/last.ckpt", "null"),
-        ("null", "null"),
-        ("null", "resumed.ckpt"),
-    )
-    for (start, resumed), uses_last in zip(starts, (True, False, False, True), strict=True):
-        saved.write_text(f"model: {{init_from: {start}}}\nckpt_path: {resumed}")
-        cli = WithoutRun(args)
-        assert (cli.config["validate"].ckpt_path is not None) == uses_last == (cli.model.init_from is None)
-    saved.unlink()
-    assert WithoutRun(args).config["validate"].ckpt_path == "runs/refine/checkpoints/last.ckpt"
+    cli = WithoutRun(["validate", *REFINE, "--config=mine.yaml"])
+    assert cli.model.init_from == "runs/refine/checkpoints/last.ckpt" and cli.config["validate"].ckpt_path is None
+    assert "evaluating runs/refine/checkpoints/last.ckpt; --ckpt_path or --model" in capsys.readouterr().out
 
 
 def test_a_prediction_of_which_nothing_could_be_made_fails(in_tmp: Path, clips: Path) -> None:

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 from jsonargparse import Namespace, set_parsing_settings
 from lightning import Callback, LightningDataModule, Trainer
@@ -75,8 +74,7 @@ class UniViGUCLI(LightningCLI):
             "seed_everything_default": 0,
             "save_config_kwargs": {"overwrite": True},
         }
-        arguments = sys.argv[1:] if args is None else args
-        with_help = any(str(argument).endswith(("help", "-h")) for argument in arguments)
+        with_help = any(str(arg).endswith(("help", "-h")) for arg in (sys.argv[1:] if args is None else args))
         set_parsing_settings(docstring_parse_attribute_docstrings=with_help)  # of dataclasses' fields; takes a second
         super().__init__(args=args, run=run, **ours | options)
 
@@ -104,31 +102,29 @@ class UniViGUCLI(LightningCLI):
                 logger.init_args.save_dir = root or "."
         last = find_last(Path(config.checkpoint.dirpath or Path(root or ".") / FOLDER))
         given = [str(arg).partition("=")[0] for arg in (sys.argv[1:] if args is None else args)]
-        named = config.ckpt_path or ("--model.init_from" in given and config.model.init_from)
+        named = config.ckpt_path or "--model.init_from" in given
         if subcommand in ("validate", "test") and not named and root:
-            # By default evaluate what the configuration trained; model.init_from is then what that has started from.
-            start = config.model.init_from
-            if start and start != _trained_from(Path(root), start):
-                print(f"evaluating model.init_from={start!r}, with which the training in {root} has not started")
-            else:
-                config.ckpt_path = "last"
+            # What the configuration trained; its model.init_from is what that has started from.
+            print(f"evaluating {last}; --ckpt_path or --model.init_from names other weights")
+            config.ckpt_path = "last"
         if config.ckpt_path == "best":
             raise ValueError("ckpt_path='best': no checkpoint is chosen by a metric; use 'last' or a path")
         if config.ckpt_path == "last":  # Lightning would look before it knows the folder
-            starts = subcommand == "fit" and not last.exists()
-            config.ckpt_path = None if starts else str(last)
+            config.ckpt_path = None if subcommand == "fit" and not last.exists() else str(last)
         uses_last_run = config.model.init_from == LAST_RUN and config.model.foundation == EMBEDDED_FOUNDATION
         if subcommand == "predict" and not named and uses_last_run and not Path(LAST_RUN).exists():
             print(f"{LAST_RUN} does not exist: using the model that ships, which knows the embedded world")
             config.model.init_from = EMBEDDED_MODEL
         if config.ckpt_path:
+            config.model.init_from = None  # the checkpoint has all weights
             if config.ckpt_path != "hpc" and "://" not in str(config.ckpt_path):
                 check_checkpoint_file(Path(config.ckpt_path))
-            config.model.init_from = None  # the checkpoint has all weights
+                if subcommand != "fit":  # read it as weights, of which there is then no second copy
+                    config.model.init_from, config.ckpt_path = str(config.ckpt_path), None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the callbacks and the logger that every run of the subcommand has."""
-        config = self._options()
+        config = self.config_init if self.subcommand is None else self.config_init[self.subcommand]
         trainer, callbacks = config.trainer, _listed(config.trainer.callbacks)
         plugins = _listed(trainer.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -154,6 +150,7 @@ class UniViGUCLI(LightningCLI):
                 kwargs["limit_val_batches"] = FIT_VALIDATION_BATCHES
         given = trainer.enable_progress_bar is False or any(isinstance(callback, ProgressBar) for callback in callbacks)
         if not given and not Console().is_terminal:
+            kwargs["enable_progress_bar"] = False
             callbacks.append(ProgressLines())
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
@@ -166,35 +163,16 @@ class UniViGUCLI(LightningCLI):
         with lock_folder(Path(self.trainer.default_root_dir)) or nullcontext():
             self.trainer.fit(**options)
 
-    def before_test(self) -> None:
-        """Read a checkpoint as weights, of which there is then no second copy."""
-        options = self._options()
-        if options.ckpt_path and Path(options.ckpt_path).exists():
-            self.model.init_from, options.ckpt_path = options.ckpt_path, None
-
-    before_validate = before_predict = before_test
-
     def after_predict(self) -> None:
         """Exit with 1 if no input could be used."""
         if any(isinstance(callback, PredictionWriter) and callback.failed for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             raise SystemExit("error: no input could be used; each row has its error")
-
-    def _options(self) -> Namespace:
-        """The instantiated options of the subcommand."""
-        return self.config_init if self.subcommand is None else self.config_init[self.subcommand]
 
 
 def curves(root: Path, new: bool) -> TensorBoardLogger:
     """The logger of a new training, in a folder with a number of its own, or that of the newest one in ``root``."""
     logger = TensorBoardLogger(root, name="tensorboard")
     return logger if new else TensorBoardLogger(root, name="tensorboard", version=max(0, int(logger.version) - 1))
-
-
-def _trained_from(root: Path, default: str) -> str | None:
-    """The ``model.init_from`` of the training in a folder, as its curves' folder records it; ``default`` if unknown."""
-    file = Path(curves(root, new=False).log_dir) / "config.yaml"
-    saved: dict[str, Any] = yaml.safe_load(file.read_text()) if file.exists() else {"ckpt_path": "unknown"}
-    return default if saved["ckpt_path"] else saved["model"]["init_from"]  # a resumed one does not record it
 
 
 def _listed(option: Any) -> list[Any]:

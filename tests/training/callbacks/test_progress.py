@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from lightning import Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -86,10 +87,12 @@ def test_fit_names_step_stage_losses_rate_and_time_left(
         )
 
 
-def test_processes_but_the_first_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = ProgressLines(seconds=0)
-    lines.disable()
-    lines._advance(Trainer(accelerator="cpu", logger=False, barebones=True), {"key": ["a"]}, "fit", 3)
+def test_processes_but_the_first_are_silent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, lines = Trainer(accelerator="cpu", logger=False, barebones=True), ProgressLines(seconds=0)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    lines._advance(trainer, {"key": ["a"]}, "fit", 3)
     assert "fit" not in capsys.readouterr().err
 
 
@@ -105,7 +108,7 @@ def test_the_command_line_takes_one_of_both(
 
     monkeypatch.setattr(lightning_cli, "Console", lambda: Console(force_terminal=terminal))
     trainer = WithoutRun(["fit", "--config=recall.yaml", *small_data]).trainer
-    (bar,) = (callback for callback in trainer.callbacks if isinstance(callback, ProgressBar))
+    (bar,) = (callback for callback in trainer.callbacks if isinstance(callback, (ProgressBar, ProgressLines)))
     assert isinstance(bar, ProgressLines) == lines
     off = WithoutRun(["fit", "--config=recall.yaml", *small_data, "--trainer.enable_progress_bar=false"]).trainer
-    assert not any(isinstance(callback, ProgressBar) for callback in off.callbacks)
+    assert not any(isinstance(callback, (ProgressBar, ProgressLines)) for callback in off.callbacks)

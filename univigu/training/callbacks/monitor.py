@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import TaskID
 from torch.distributed.tensor import DTensor
 
@@ -113,28 +112,21 @@ class DataStatistics(Callback):
             logger.log_metrics(metrics, step=trainer.global_step)
 
 
-class ProgressLines(ProgressBar):
+class ProgressLines(Callback):
     """Prints a line every few seconds: step, stage, losses, clips a second, time left; in place of Lightning's bar."""
 
     def __init__(self, seconds: float = 5.0) -> None:
-        super().__init__()
-        self.progress, self._enabled = LineProgress(seconds), True
+        self.progress = LineProgress(seconds)
         self.progress.disable = True  # no bar, whatever standard error is
 
-    def disable(self) -> None:
-        """Lightning calls it on all processes but the first."""
-        self._enabled = False
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
         self._task: TaskID | None = None
 
+    @rank_zero_only
     def _advance(
         self, trainer: Trainer, batch: Any, description: str, total: float, done: int = 0, batches: int = 1
     ) -> None:
         """Count a step (of some batches), or a batch; ``done`` were counted before the first."""
-        if not self._enabled:
-            return
         if self._task is None:
             self._task = self.progress.add_task(description, total=total, completed=done)
         self.progress.update(self._task, description=description)
@@ -147,7 +139,7 @@ class ProgressLines(ProgressBar):
             self._advance(trainer, batch, f"fit {pl_module.stage_name}", trainer.max_steps, done, batches)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
+        if trainer.state.fn == "validate":  # not within fit
             self._advance(trainer, args[2], "validate", sum(trainer.num_val_batches))
 
     def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
