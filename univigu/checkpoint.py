@@ -20,7 +20,6 @@ from diffusers import WanTransformer3DModel
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed.checkpoint import load
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from univigu.models.encode import CONVENTIONS
 from univigu.models.foundation import COMPONENTS, VOCABULARY, Foundation, vocabulary_of
@@ -72,27 +71,20 @@ def _read_file(path: Path) -> Any:
 def _read_sharded(path: Path) -> dict[str, Any]:
     """The full weights that are used of a sharded checkpoint, and its other entries, without the optimizer's state."""
     reader = sharded_reader(path)
-    entries = {
-        name.removeprefix(SHARDED_PREFIX): entry
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith(SHARDED_PREFIX) and isinstance(entry, TensorStorageMetadata)
-    }
-    averaged = {PREFIX + name.removeprefix(EMA_PREFIX) for name in entries if name.startswith(EMA_PREFIX)}
-    state = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if name not in averaged
-    }
+    entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    names = saved_names(path)
+    averaged = {PREFIX + name.removeprefix(EMA_PREFIX) for name in names if name.startswith(EMA_PREFIX)}
+    state = dict[str, torch.Tensor]()
+    for name in sorted(names - averaged):
+        entry = entries[SHARDED_PREFIX + name]
+        state[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     load({"state_dict": state}, storage_reader=reader, no_dist=True)
     return {"state_dict": state} | _read_file(path / "meta.pt")  # written by Lightning
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A training checkpoint: a ``.ckpt`` file, mapped into memory, or the folder of a sharded one, whose full weights
-    are read (of averaged weights only the means).
-
-    A CheckpointError if there is none (it says how to make it), or if it is not one of this project's.
-    """
+    are read (of averaged weights only the means). A CheckpointError if it is missing or not one of this project's."""
     path = Path(path)
     check_checkpoint_file(path)
     with reading(path):
@@ -116,8 +108,7 @@ def load_weights(
     ``checkpoint`` is the content of a training checkpoint that has been read; its weights are taken out of it.
     """
     folder = Path(path)
-    is_folder = checkpoint is None and (folder / "config.json").is_file()
-    if is_folder:
+    if checkpoint is None and (folder / "config.json").is_file():
         with reading(folder):
             config = dict(UniViGUTransformer3DModel.load_config(folder))
     else:
@@ -193,19 +184,14 @@ def saved_names(path: Path) -> set[str]:
 
 
 def check_resumed(checkpoint: Mapping[str, Any], path: Path, lora: LoraOptions | None, averages: bool) -> None:
-    """Refuse to resume a fit that trained adapters, or averaged weights, differently.
+    """Raise a MisconfigurationException to resume a fit that trained adapters, or averaged weights, differently.
 
     ``checkpoint`` is as Lightning gives it to ``on_load_checkpoint``: without the weights if the model is sharded.
-    A MisconfigurationException names the options, with the checkpoint's and the configuration's values.
     """
     saved = lora_options(checkpoint["univigu"].get("lora"))
     differing: dict[str, Any] = {} if saved == lora else {"model.lora": (saved, lora)}
-    if saved is not None and lora is not None:
-        pairs = config_differences(vars(saved), vars(lora))
-        differing = {f"model.lora.{name}": pair for name, pair in pairs.items()}
     names = checkpoint.get("state_dict") or saved_names(path)
-    averaged = any(name.startswith(EMA_PREFIX) for name in names)
-    if averaged != averages:
+    if (averaged := any(name.startswith(EMA_PREFIX) for name in names)) != averages:
         differing["the WeightEMA callback"] = (averaged, averages)
     if differing:
         raise MisconfigurationException(
@@ -251,10 +237,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 def used_tokens(foundation: Foundation, texts: Iterable[str]) -> list[int]:
     """The tokenizer's ids that texts use, and those that end and pad them, ascending."""
-    ids = {foundation.tokenizer.eos_token_id, foundation.pad_token_id}
-    for text in texts:
-        ids |= set(foundation.tokenizer(clean_text(text))["input_ids"])
-    return sorted(ids)
+    used = (foundation.tokenizer(clean_text(text))["input_ids"] for text in texts)
+    return sorted({foundation.tokenizer.eos_token_id, foundation.pad_token_id}.union(*used))
 
 
 def prune_foundation(source: str | Path, token_ids: list[int], target: str | Path) -> None:
@@ -299,10 +283,9 @@ def export_pipeline(transformer: WanTransformer3DModel, foundation: str | Path, 
         if name != "transformer":
             shutil.copytree(source / name, target / name, dirs_exist_ok=True)
     kind = type(transformer)
-    pipeline, library = "UniViGUPipeline", kind.__module__
-    if kind is WanTransformer3DModel:
-        pipeline, library = "WanPipeline", "diffusers"
+    is_wan = kind is WanTransformer3DModel
     index = json.loads((source / "model_index.json").read_text())
-    index |= {"_class_name": pipeline, "transformer": [library, kind.__name__]}
+    index["_class_name"] = "WanPipeline" if is_wan else "UniViGUPipeline"
+    index["transformer"] = ["diffusers" if is_wan else kind.__module__, kind.__name__]
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     transformer.save_pretrained(target / "transformer")

@@ -84,11 +84,6 @@ def test_steps_are_located_at_the_borders() -> None:
     assert switch.locate(6) == switch.locate(100) == (2, 2)
 
 
-def test_no_stages_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"stages=\{\}"):
-        StageSwitch({})
-
-
 def test_the_stages_of_a_run_are_selected_in_order() -> None:
     stages = {"refine": Stage(steps=3), "recall": Stage(steps=2), "mine": Stage(steps=1)}
     assert [*select_stages(stages, ["mine", "recall"])] == ["mine", "recall"]

@@ -44,16 +44,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,  # each stage says what it trains
 }
-FIT_VALIDATION_BATCHES = 4
 LAST_RUN = "runs/refine/checkpoints/last.ckpt"
 """What the configurations of prediction use; the model that ships takes its place while it does not exist."""
-CALLBACK_OPTIONS = {
-    "checkpoint": LastCheckpoint,
-    "media": MediaLogger,
-    "monitor": TrainingMonitor,
-    "report": FinalReport,
-}
-"""Callbacks of every fit that have options on the command line, such as ``--media.every_n_steps 100``."""
 
 
 class UniViGUCLI(LightningCLI):
@@ -82,8 +74,10 @@ class UniViGUCLI(LightningCLI):
         parser.set_defaults({"data": {"class_path": DATA}})
         parser.add_argument("--run", type=list[str], default=[], help="Names of the stages to run, in order.")
         parser.add_argument("--stages", type=dict[str, Stage], default={}, help="Training stages by name.")
-        for name, callback in CALLBACK_OPTIONS.items():
-            parser.add_class_arguments(callback, name)
+        parser.add_class_arguments(LastCheckpoint, "checkpoint")
+        parser.add_class_arguments(MediaLogger, "media")
+        parser.add_class_arguments(TrainingMonitor, "monitor")
+        parser.add_class_arguments(FinalReport, "report")
         parser.link_arguments("model.foundation", "data.init_args.foundation")
         parser.link_arguments("model.predict_task", "data.init_args.predict_task")
         parser.link_arguments("seed_everything", "model.seed")
@@ -147,7 +141,7 @@ class UniViGUCLI(LightningCLI):
                 resumed = config.get("ckpt_path") or (SLURMEnvironment.detect() and any(root.glob("hpc_ckpt_*")))
                 kwargs["logger"] = curves(root, new=self.subcommand in (None, "fit") and not resumed)
             if self.subcommand == "fit" and trainer.limit_val_batches is None:
-                kwargs["limit_val_batches"] = FIT_VALIDATION_BATCHES
+                kwargs["limit_val_batches"] = 4
         given = trainer.enable_progress_bar is False or any(isinstance(callback, ProgressBar) for callback in callbacks)
         if not given and not Console().is_terminal:
             kwargs["enable_progress_bar"] = False

@@ -14,7 +14,6 @@ import torch
 from diffusers import WanTransformer3DModel
 from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -39,10 +38,11 @@ from univigu.models.lora import LoraOptions, add_lora
 from univigu.models.options import ArchitectureOptions, check_replaced
 from univigu.models.tokens import fit_slot
 from univigu.models.transformer import UniViGUTransformer3DModel
+from univigu.models.weights import known_options
 from univigu.pipeline import TaskRunner
 from univigu.sampling.options import SamplingOptions
 from univigu.training.conditions import ask_questions, vary_conditions
-from univigu.training.optim import OptimizerOptions, freeze_by_rate, group_of, make_optimizer, parameter_groups
+from univigu.training.optim import OptimizerOptions, freeze_by_rate, group_of, make_optimizer
 from univigu.training.parallel import ShardedStrategy, build_sharded, is_sharded, trained_weights_changed
 from univigu.training.precision import BFloat16Weights, compute_in_bfloat16, load_generator
 from univigu.training.prediction import Row, predict_batch
@@ -148,8 +148,7 @@ class UniViGU(LightningModule):
             return
         strategy = self.trainer.strategy if self._trainer is not None else None
         if isinstance(strategy, ShardedStrategy):
-            assert self.device_mesh is not None
-            mesh, device, dtype = self.device_mesh["data_parallel"], strategy.root_device, strategy.compute_dtype
+            mesh, device, dtype = strategy.device_mesh["data_parallel"], strategy.root_device, strategy.compute_dtype
             self._set_transformer(build_sharded(self._build_transformer, self.lora, mesh, device, dtype))
         else:
             self._set_transformer(self._build_transformer())
@@ -201,7 +200,7 @@ class UniViGU(LightningModule):
         trained_weights_changed(self._model)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return make_optimizer(parameter_groups(self._model, self.lora), self.optimizer_options)
+        return make_optimizer(self._model, self.lora, self.optimizer_options)
 
     # ---------------------------------------------------------------- training
 
@@ -293,23 +292,19 @@ class UniViGU(LightningModule):
         the prompt.
         """
         size, inputs = len(batch["key"]), self.prepare(batch)
+        dropout = ConditionDropout(understand=0.0 if questions_of(batch) else 1.0, generate=0.0)
         for modality, counts in (("text", (0, size, 0)), ("video", (0, 0, size))):
             if modality == "text" and inputs.text_ids is None:
                 continue
-            losses = self.objective(
-                self._model,
-                inputs,
-                counts,
-                dropout=ConditionDropout(understand=0.0 if questions_of(batch) else 1.0, generate=0.0),
-                generator=make_generator(self.device, self.seed, 1, batch_idx),
-            )
+            generator = make_generator(self.device, self.seed, 1, batch_idx)
+            losses = self.objective(self._model, inputs, counts, dropout=dropout, generator=generator)
             value = getattr(losses, modality).mean()
             self.log(f"val/{modality}_loss", value, prog_bar=True, batch_size=size, sync_dist=True)
 
     def on_validation_start(self) -> None:
         """``lightning validate`` measures what ``test`` does, unless the model is sharded; ``fit`` only has losses."""
         sharded = self.device_mesh is not None and self.trainer.world_size > 1
-        if self.trainer.state.fn == TrainerFn.VALIDATING and not sharded:
+        if self.trainer.state.fn == "validate" and not sharded:
             self.on_test_start()
 
     def on_test_start(self) -> None:
@@ -344,26 +339,25 @@ class UniViGU(LightningModule):
 
     @property
     def _model(self) -> UniViGUTransformer3DModel:
-        if self.transformer is None:
-            self.configure_model()
+        self.configure_model()
         assert self.transformer is not None
         return self.transformer
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record what is needed to rebuild the model without its configuration file."""
-        config = {name: value for name, value in self._model.config.items() if not name.startswith("_")}
+        config = known_options(UniViGUTransformer3DModel, self._model.config)
         checkpoint["univigu"] = {"transformer_config": config}
         if self.lora is not None:
             checkpoint["univigu"]["lora"] = asdict(self.lora)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Evaluation, prediction and plain loading take the checkpoint's architecture; a resumed fit must have it."""
-        saved = checkpoint.get("univigu", {}).get("transformer_config")
-        if saved is None:
-            raise ValueError("ckpt_path: not a checkpoint of this project (it has no 'univigu' entry)")
         path = Path("ckpt_path")
         if self._trainer is not None:
             path = Path(self.trainer.strategy.broadcast(self.trainer.ckpt_path or path))
+        if "univigu" not in checkpoint:
+            raise ValueError(f"{path}: not a checkpoint of this project (it has no 'univigu' entry)")
+        saved = checkpoint["univigu"]["transformer_config"]
         check_replaced(saved, path)
         if not self._fits:
             if is_sharded(self._model):

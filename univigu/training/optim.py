@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,10 +16,6 @@ from univigu.models.text import is_text_parameter
 if TYPE_CHECKING:
     from univigu.training.stages import Stage
 
-BETAS = (0.9, 0.95)
-"""AdamW's decay rates of the two moments."""
-MOMENTUM = 0.95
-"""Muon's (Nesterov) momentum."""
 WEIGHT_DECAY = {"muon": 0.1, "adamw": 0.01}
 """Decoupled weight decay of the text stream's matrices. Pretrained weights are not decayed."""
 SMALL = 2**20
@@ -61,15 +56,6 @@ def group_of(name: str, lora: LoraOptions | None) -> str:
     return "video" if lora is None or is_lora_parameter(name) else ""
 
 
-def parameter_groups(model: nn.Module, lora: LoraOptions | None) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Named parameters that can be trained, by ``group_of``."""
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"video": [], "text": []}
-    for name, parameter in model.named_parameters():
-        if group := group_of(name, lora):
-            groups[group].append((name, parameter))
-    return groups
-
-
 def freeze_by_rate(model: nn.Module, lora: LoraOptions | None, rates: Mapping[str, float]) -> None:
     """Require gradients of exactly those parameters whose group has a learning rate over 0."""
     for name, parameter in model.named_parameters():
@@ -107,15 +93,11 @@ class MuonAdamW(torch.optim.Optimizer):
     On a CPU, and if they are small, matrices of one shape are orthogonalised together, in float32. torch's Muon, used
     elsewhere and for sharded matrices, processes one after the other in bfloat16, which takes fifteen times as long on
     a CPU without instructions for that type, and on a GPU launches thousands of kernels a step.
-
-    Args:
-        muon_groups: groups of matrices, with the options of ``torch.optim.Muon``.
-        adamw_groups: groups of everything else, with those of ``torch.optim.AdamW``.
     """
 
-    def __init__(self, muon_groups: list[dict[str, Any]], adamw_groups: list[dict[str, Any]]) -> None:
-        self.muon = torch.optim.Muon(muon_groups, lr=0.0, adjust_lr_fn="match_rms_adamw")  # type: ignore[arg-type]
-        self.adamw = torch.optim.AdamW(adamw_groups, lr=0.0)
+    def __init__(self, matrices: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+        self.muon = torch.optim.Muon(matrices, lr=0.0, adjust_lr_fn="match_rms_adamw")  # type: ignore[arg-type]
+        self.adamw = torch.optim.AdamW(others, lr=0.0)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
         self._share()
 
@@ -144,50 +126,42 @@ class MuonAdamW(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
-                updates = torch.stack([self._averaged(p, group) for p in parameters])
+                for parameter in parameters:
+                    if "momentum_buffer" not in self.state[parameter]:
+                        self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                    self.state[parameter]["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+                updates = torch.stack(
+                    [p.grad.lerp(self.state[p]["momentum_buffer"], group["momentum"]) for p in parameters]
+                )
                 # As AdamW's updates are, in size: adjust_lr_fn="match_rms_adamw" (Liu et al., 2025, arXiv:2502.16982).
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
                 options = (group["ns_coefficients"], group["ns_steps"], group["eps"])
                 for parameter, update in zip(parameters, orthogonalize(updates, *options), strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
 
-    def _averaged(self, parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        """Update the momentum buffer with the gradient; the (Nesterov) average."""
-        state, gradient = self.state[parameter], parameter.grad
-        assert gradient is not None
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-        return gradient.lerp(mean, group["momentum"]) if group["nesterov"] else mean
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, for both."""
         super().load_state_dict(state_dict)
         self._share()
 
 
-def make_optimizer(groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]], options: OptimizerOptions) -> Any:
-    """An optimizer whose groups have a "name", up to "_" that of a stage's rate, and a "rate" that multiplies it.
-
-    ``groups`` has the named parameters by the name of their learning rate.
-    """
+def make_optimizer(model: nn.Module, lora: LoraOptions | None, options: OptimizerOptions) -> Any:
+    """An optimizer whose groups have a "name", up to "_" that of a stage's rate, and a "rate" that multiplies it."""
     muon, adamw = [], []
-    for name, members in groups.items():
-        decay = 0.0 if name == "video" else WEIGHT_DECAY[options.name]
-        kinds: dict[str, list[nn.Parameter]] = {"_muon": [], "_matrix": [], "": []}
-        for full_name, parameter in members:
-            by_muon = options.name == "muon" and is_block_matrix(full_name, parameter)
-            kinds["_muon" if by_muon else "_matrix" if parameter.ndim == 2 else ""].append(parameter)
-        for kind, params in kinds.items():
-            group = {"params": params, "name": name + kind, "weight_decay": decay if kind else 0.0}
-            if params and kind == "_muon":
-                muon.append(group | {"rate": MUON_RATE, "momentum": MOMENTUM})
-            elif params:
-                adamw.append(group | {"rate": 1.0, "betas": BETAS})
+    groups: dict[str, list[nn.Parameter]] = {a + b: [] for a in ("video", "text") for b in ("_muon", "_matrix", "")}
+    for full_name, parameter in model.named_parameters():
+        by_muon = options.name == "muon" and is_block_matrix(full_name, parameter)
+        if name := group_of(full_name, lora):
+            groups[name + ("_muon" if by_muon else "_matrix" if parameter.ndim == 2 else "")].append(parameter)
+    for name, params in groups.items():
+        decay = WEIGHT_DECAY[options.name] if name.startswith("text_") else 0.0
+        group = {"params": params, "name": name, "weight_decay": decay}
+        if params and name.endswith("_muon"):
+            muon.append(group | {"rate": MUON_RATE})
+        elif params:
+            adamw.append(group | {"rate": 1.0, "betas": (0.9, 0.95)})
     return MuonAdamW(muon, adamw) if muon else torch.optim.AdamW(adamw, lr=0.0)
 
 
 def is_block_matrix(name: str, parameter: torch.Tensor) -> bool:
     """Whether a parameter is a weight matrix inside a repeated block: no embedding, no head, no table."""
-    inside = re.search(r"(^|\.)blocks?\.\d+\.", name) is not None
-    return inside and parameter.ndim == 2
+    return name.startswith("blocks.") and parameter.ndim == 2

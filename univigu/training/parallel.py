@@ -2,9 +2,6 @@
 
 Each process keeps a shard of the float32 weights and of the optimizer's state. A block's weights are gathered in the
 compute dtype when the block runs, and its gradients are reduced in float32.
-
-Rank 0 builds the model (or reads its checkpoint) and sends the other ranks their shards, one weight at a time, so the
-host memory for loading does not grow with the number of processes.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from univigu.models.lora import LoraOptions, add_lora
 from univigu.models.transformer import UniViGUTransformer3DModel
-from univigu.models.weights import empty_model, sharded_reader
+from univigu.models.weights import empty_model, known_options, sharded_reader
 
 
 def build_sharded(
@@ -39,7 +36,8 @@ def build_sharded(
 ) -> UniViGUTransformer3DModel:
     """A model sharded over a one-dimensional mesh, with the weights of the model that ``build`` returns on rank 0.
 
-    ``lora`` describes that model's adapters.
+    ``lora`` describes that model's adapters. Rank 0 sends one weight at a time, so that the host memory for loading
+    does not grow with the number of processes.
 
     Raises:
         RuntimeError: building failed on rank 0; there the error itself is raised.
@@ -50,7 +48,7 @@ def build_sharded(
         if dist.get_rank() == 0:  # in host memory
             full_model = build()
             state = full_model.state_dict()
-            message = [{name: value for name, value in full_model.config.items() if not name.startswith("_")}]
+            message = [known_options(UniViGUTransformer3DModel, full_model.config)]
             del full_model  # so that each weight is freed when it is sent
     except Exception as error:
         message = [f"{error.__class__.__name__}: {error}"]
@@ -82,12 +80,9 @@ def shard(model: UniViGUTransformer3DModel, mesh: DeviceMesh, dtype: torch.dtype
     embedders = model.condition_embedder.time_embedder, model.time_embedding_t.time_embedder  # float32 in Wan, too
     for module in (*embedders, model.text_head, model):
         module.register_forward_hook(_own_outputs)  # before FSDP2's own hook looks at them
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    for embedder in embedders:
-        fully_shard(embedder, mesh=mesh, mp_policy=exact, reshard_after_forward=True)
-    for table in (model.vocab_embed, model.text_head):
-        fully_shard(table, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    for module in (*model.blocks, *embedders, model.vocab_embed, model.text_head):
+        kept = exact if module in embedders else policy
+        fully_shard(module, mesh=mesh, mp_policy=kept, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
     @lru_cache(maxsize=2)  # the same tensor for the same embeddings: an AttentionCache compares prompts by identity
@@ -116,10 +111,8 @@ def _own_outputs(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 def trained_weights_changed(model: nn.Module) -> None:
     """Let FSDP2 choose each group's dtypes again, from the weights that are trained now; it chooses only once."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
-            group = module._get_fsdp_state()._fsdp_param_group
-            if group is not None:
-                group._init_mp_dtypes()
+        if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None:
+            group._init_mp_dtypes()
 
 
 def reshard(model: nn.Module) -> None:
@@ -141,31 +134,26 @@ class ShardedStrategy(ModelParallelStrategy):
     is trained at the start.
 
     Args:
-        data_parallel_size: processes to shard over; "auto" is all.
         save_distributed_checkpoint: True: a folder to which every process writes; False: one file, by rank 0.
         compute_dtype: of the gathered weights and of activations. Shards and gradient sums stay float32.
     """
 
     def __init__(
-        self,
-        data_parallel_size: Literal["auto"] | int = "auto",
-        save_distributed_checkpoint: bool = True,
-        compute_dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        self, save_distributed_checkpoint: bool = True, compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     ) -> None:
         if compute_dtype not in ("bfloat16", "float32"):
             raise ValueError(f"strategy.compute_dtype={compute_dtype!r}: expected 'bfloat16' or 'float32'")
-        super().__init__(data_parallel_size, 1, save_distributed_checkpoint)
+        super().__init__("auto", 1, save_distributed_checkpoint)
         self.compute_dtype: torch.dtype = getattr(torch, compute_dtype)
 
     def setup_environment(self) -> None:
-        if self._data_parallel_size == "auto":
-            self._data_parallel_size = self.num_nodes * self.num_processes
+        self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """As Lightning's, with the optimizer state of exactly those weights that were saved with one."""
         path = Path(self.broadcast(checkpoint_path))
-        saved = sharded_reader(path).read_metadata().state_dict_metadata if path.is_dir() else {}  # or CheckpointError
+        saved = sharded_reader(path).read_metadata().state_dict_metadata if path.is_dir() else {}
         entries = torch.load(path / "meta.pt" if path.is_dir() else path, "cpu", weights_only=True, mmap=True)
         assert self.lightning_module is not None and self.model is not None
         self.lightning_module.on_load_checkpoint(entries)  # says how models differ, where torch would name a key

@@ -24,11 +24,10 @@ from univigu.models.official import UMT5_VOCAB_SIZE
 from univigu.models.text import is_text_parameter
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import empty_model, known_options
-from univigu.training.optim import OptimizerOptions, freeze_by_rate, is_block_matrix, parameter_groups
+from univigu.training.optim import OptimizerOptions, freeze_by_rate, is_block_matrix
 from univigu.training.stages import Stage
 
 META = torch.device("meta")
-TASKS = ("joint", "understand", "generate")
 WAN21_GRID = Grid(4, 8, (1, 2, 2))
 _WAN21 = {"patch_size": WAN21_GRID.patch, "attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
 _WAN21 |= {"in_channels": 16, "out_channels": 16}
@@ -133,26 +132,22 @@ def count_step(work: Workload, checkpointing: bool) -> tuple[float, int]:
     model.register_forward_pre_hook(lambda module, args: (args[0].to(module.dtype), *args[1:]))
     objective = UniFlowObjective(make_text_flow(model.config.text_flow, model.config.vocab_size))
     total, counter, mixture = 0.0, _StepCounter(model), asdict(work.stage.tasks)
-    for task in filter(mixture.get, TASKS):
+    for task in filter(mixture.get, mixture):
         share = mixture[task] / sum(mixture.values())
-        batch_size, before = max(1, round(share * work.batch_size)), counter.flops
+        size, before = max(1, round(share * work.batch_size)), counter.flops
+        prompt = torch.empty(size, work.prompt_length, model.config.text_dim, device=META, dtype=model.dtype)
+        ids = torch.zeros(size, work.stage.text_length, dtype=torch.int64, device=META)
+        latents = torch.empty(size, *work.latents, device=META)
+        batch = UniFlowBatch(latents, prompt, prompt[:1], None if task == "generate" else ids)
+        counts = [size * (name == task) for name in mixture]
         with counter, patch(_WAN, _flash_attention), patch(_OURS, _flash_attention):
-            loss = objective(model, *_batch(work, model, task, batch_size)).total(batch_size)
+            loss = objective(model, batch, counts).total(size)
             if loss.requires_grad:
                 loss.backward()
             del loss
         model.zero_grad(set_to_none=True)
-        total += share * work.batch_size / batch_size * (counter.flops - before)
+        total += share * work.batch_size / size * (counter.flops - before)
     return total, counter.peak_bytes
-
-
-def _batch(work: Workload, model: UniViGUTransformer3DModel, task: str, size: int) -> tuple[UniFlowBatch, list[int]]:
-    """A batch of one task, as training encodes it, and its numbers of samples by task."""
-    prompt = torch.empty(size, work.prompt_length, model.config.text_dim, device=META, dtype=model.dtype)
-    ids = torch.zeros(size, work.stage.text_length, dtype=torch.int64, device=META)
-    latents = torch.empty(size, *work.latents, device=META)
-    batch = UniFlowBatch(latents, prompt, prompt[:1], None if task == "generate" else ids)
-    return batch, [size * (name == task) for name in TASKS]
 
 
 _WAN = "diffusers.models.transformers.transformer_wan.dispatch_attention_fn"
@@ -170,9 +165,7 @@ def _attention_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *
     return 2 * sdpa_flop_count(query.shape, key.shape, value.shape)
 
 
-_FLOPS: dict[Any, Any] = flop_registry | {
-    torch.ops.aten._scaled_dot_product_flash_attention_backward: _attention_backward_flops
-}
+_FLOPS = flop_registry | {torch.ops.aten._scaled_dot_product_flash_attention_backward: _attention_backward_flops}
 
 
 class _StepCounter(TorchDispatchMode):
@@ -238,7 +231,7 @@ class Plan:
 
 
 def make_plan(work: Workload, world_size: int = 1, checkpointing: bool = False) -> Plan:
-    """Count for one of ``world_size`` processes that shard the transformer, with activations recomputed or kept."""
+    """Count for one of the processes that shard the transformer, with activations recomputed or kept."""
     if world_size < 1:
         raise ValueError(f"world_size={world_size}: expected at least 1")
     model = work.model()
@@ -247,6 +240,10 @@ def make_plan(work: Workload, world_size: int = 1, checkpointing: bool = False) 
     width = torch.empty(0, dtype=work.compute_dtype).element_size()
     sharded = world_size > 1 or (width < 4 and not work.half)
     weights = 4 * trained + (2 if work.half else 4) * (total - trained)
+    states, muon = 0, work.optimizer.name == "muon"  # which keeps one number a weight, AdamW two
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            states += parameter.numel() * (1 if muon and is_block_matrix(name, parameter) else 2)
     flops, activations = count_step(work, checkpointing)
     return Plan(
         parameters=total,
@@ -256,7 +253,7 @@ def make_plan(work: Workload, world_size: int = 1, checkpointing: bool = False) 
         weights=(weights + 4 * total * work.averaged) // world_size,
         gathered=width * _gathered_numbers(model) if sharded else 0,
         gradients=4 * trained // world_size,
-        optimizer=_optimizer_bytes(model, work) // world_size,
+        optimizer=4 * states // world_size,
         activations=activations,
     )
 
@@ -270,17 +267,6 @@ def _gathered_numbers(model: UniViGUTransformer3DModel) -> int:
     tables = [sum(p.numel() for p in table.parameters()) for table in (model.vocab_embed, model.text_head)]
     root = sum(p.numel() for p in model.parameters()) - len(model.blocks) * block - sum(tables)
     return root + max(3 * block, block + 2 * max(tables))
-
-
-def _optimizer_bytes(model: nn.Module, work: Workload) -> int:
-    """AdamW keeps two float32 numbers a weight, Muon one."""
-    muon = work.optimizer.name == "muon"
-    return 4 * sum(
-        parameter.numel() * (1 if muon and is_block_matrix(name, parameter) else 2)
-        for members in parameter_groups(model, work.lora).values()
-        for name, parameter in members
-        if parameter.requires_grad
-    )
 
 
 def added_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -11,8 +10,6 @@ from lightning.pytorch.plugins import Precision
 from torch import nn
 
 from univigu.models.weights import load_model
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 class BFloat16Weights(Precision):
@@ -25,17 +22,17 @@ class BFloat16Weights(Precision):
     precision = "bf16-true"  # type: ignore[assignment]
 
 
-def compute_in_bfloat16(model: Model, device_type: str) -> Model:
+def compute_in_bfloat16(model: nn.Module, device_type: str) -> None:
     """Let a model with weights in both dtypes compute in bfloat16, but times in float32 as Wan does."""
     model.forward = torch.autocast(device_type, torch.bfloat16, cache_enabled=False)(model.forward)  # type: ignore[method-assign]
     for name, module in model.named_modules():
         if name.endswith("time_embedder"):
             module.forward = torch.autocast(device_type, enabled=False)(module.forward)  # type: ignore[method-assign]
-    return model
 
 
 def load_generator(folder: Path, half: bool, device: torch.device) -> WanTransformer3DModel:
     """A foundation's frozen transformer, which takes float32 inputs also if its weights are bfloat16 (``half``)."""
     wan = load_model(WanTransformer3DModel, folder, torch_dtype=torch.bfloat16 if half else torch.float32).to(device)
-    wan.eval().requires_grad_(False)
-    return compute_in_bfloat16(wan, device.type) if half else wan
+    if half:
+        compute_in_bfloat16(wan, device.type)
+    return wan.eval().requires_grad_(False)

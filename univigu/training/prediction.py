@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
-from rich.console import Console
+from lightning import Callback, LightningDataModule, Trainer
 
 from univigu.data.rows import to_line
 from univigu.data.sample import DataError
@@ -34,11 +32,8 @@ RESULTS = {
 }
 """Fields of a result's row by task, beside those of the input."""
 LISTS = {"caption": "captions.jsonl", "qa": "answers.jsonl"}
-"""Names of the lists of tasks that give only text; of others it is ``MANIFEST``."""
-MANIFEST = "manifest.jsonl"
+"""Names of the lists of tasks that give only text; of others it is ``manifest.jsonl``."""
 VIDEO = re.compile(r"\d{5,}\.mp4|\.\d{5,}\.mp4\.\w+\.tmp")
-
-
 Row = dict[str, Any]
 """What the list of results holds of an input: its fields, see ``RESULTS``, error, seconds and seed."""
 
@@ -75,7 +70,7 @@ def _predict(module: UniViGU, rows: Sequence[Row], data: Any, video: torch.Tenso
     tasks, task = module.tasks, module.predict_task
     latents = None if video is None else module.latents_of({"video": video})
     if task == "edit" and latents is not None:
-        fill_in_prompts(tasks, rows, latents, data.prompt_length)
+        _fill_in_prompts(tasks, rows, latents, data.prompt_length)
         usable = [i for i, row in enumerate(rows) if row["error"] is None]
         rows, latents = [rows[i] for i in usable], latents[usable]
         if not rows:
@@ -95,14 +90,8 @@ def _predict(module: UniViGU, rows: Sequence[Row], data: Any, video: torch.Tenso
             row["video"] = frames
 
 
-def fill_in_prompts(tasks: TaskRunner, rows: Sequence[Row], latents: torch.Tensor, length: int) -> None:
-    """Replace words in the prompts of edits; a missing prompt is the model's own. A row that fails gets an error.
-
-    Args:
-        rows: with "prompt", "replace" and "seed".
-        latents: of the rows' videos.
-        length: slot of the prompts in tokens.
-    """
+def _fill_in_prompts(tasks: TaskRunner, rows: Sequence[Row], latents: torch.Tensor, length: int) -> None:
+    """Replace words in the prompts of edits; a missing prompt is the model's own. A row that fails gets an error."""
     if own := [i for i, row in enumerate(rows) if row["prompt"] is None]:
         texts = tasks.describe(latents[own], length, tasks.generators(rows[i]["seed"] for i in own))
         for i, text in zip(own, texts, strict=True):
@@ -116,35 +105,32 @@ def fill_in_prompts(tasks: TaskRunner, rows: Sequence[Row], latents: torch.Tenso
             row["error"] = str(error)
 
 
-class PredictionWriter(BasePredictionWriter):
+class PredictionWriter(Callback):
     """One JSON object a line for every input, in the order of the inputs, failed ones included.
 
-    Captions go to ``captions.jsonl`` (video, caption, error, seconds, seed), answers to ``answers.jsonl`` (with the
-    question), videos to ``videos/00000.mp4`` and so on, with ``manifest.jsonl`` (prompt, video, caption, error,
-    seconds, seed; of edits also source, strength and replace).  Files are written atomically.
+    In ``trainer.default_root_dir``: captions in ``captions.jsonl`` (video, caption, error, seconds, seed), answers in
+    ``answers.jsonl`` (with the question), videos in ``videos/00000.mp4`` and so on, with ``manifest.jsonl`` (prompt,
+    video, caption, error, seconds, seed; of edits also source, strength and replace).  Files are written atomically.
     Results of an earlier call of this kind are removed when prediction starts.
 
     Args:
-        output_dir: folder of the files; None is ``trainer.default_root_dir``.
         fps: frames a second of written videos.
     """
 
     failed = False
     """Whether no input could be used."""
-    _folder: Path
-    _list: str
+    _list: Path
     _rows: dict[int, Row]
 
-    def __init__(self, output_dir: str | None = None, fps: int = 8) -> None:
-        super().__init__(write_interval="batch")
-        self.output_dir, self.fps = output_dir, fps
+    def __init__(self, fps: int = 8) -> None:
+        self.fps = fps
 
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Remove the results of an earlier call; raises DataError if some of them are inputs of this one."""
-        folder = Path(self.output_dir or trainer.default_root_dir)
-        self._list = LISTS.get(pl_module.predict_task, MANIFEST)
-        old = [folder / self._list]
-        if self._list == MANIFEST:
+        folder = Path(trainer.default_root_dir)
+        self._list, self._rows = folder / LISTS.get(pl_module.predict_task, "manifest.jsonl"), {}
+        old = [self._list]
+        if pl_module.predict_task not in LISTS:
             old += sorted(path for path in (folder / "videos").glob("*") if VIDEO.fullmatch(path.name))
         dataset = getattr(trainer.predict_dataloaders, "dataset", None)
         inputs = {os.path.realpath(path) for path in getattr(dataset, "videos", ()) if path}
@@ -154,12 +140,11 @@ class PredictionWriter(BasePredictionWriter):
             for path in old:
                 path.unlink(missing_ok=True)
         trainer.strategy.barrier("earlier predictions removed")
-        self._folder, self._rows = folder, {}
 
-    def write_on_batch_end(self, trainer: Trainer, pl_module: Any, prediction: Any, *args: Any) -> None:
-        for index, row in prediction:
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *args: Any, **kwargs: Any) -> None:
+        for index, row in outputs:
             if isinstance(row.get("video"), torch.Tensor):
-                path = self._folder / "videos" / f"{index:05d}.mp4"
+                path = self._list.parent / "videos" / f"{index:05d}.mp4"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(path) as temporary:
                     temporary.write_bytes(encode_mp4(row["video"], self.fps))
@@ -172,10 +157,9 @@ class PredictionWriter(BasePredictionWriter):
             torch.distributed.all_gather_object(found, self._rows)
         if trainer.is_global_zero:
             rows = {number: row for part in found for number, row in part.items()}
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with replacing(self._folder / self._list) as temporary:
+            self._list.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self._list) as temporary:
                 temporary.write_text("".join(to_line(rows[number]) for number in sorted(rows)), encoding="utf-8")
             failed = sum(row["error"] is not None for row in rows.values())
             self.failed = failed == len(rows)
-            text = f"wrote {self._folder / self._list}: {len(rows)} rows, {failed} of them errors"
-            Console().print(text, soft_wrap=True, highlight=False)
+            print(f"wrote {self._list}: {len(rows)} rows, {failed} of them errors")

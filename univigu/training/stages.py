@@ -95,11 +95,7 @@ class Stage:
 
 
 def select_stages(stages: Mapping[str, Stage], run: Sequence[str]) -> dict[str, Stage]:
-    """The stages of a run, in order.
-
-    Args:
-        stages: configured stages by name; those of ``SHIPPED_STAGES`` may be missing from the run.
-        run: names of the stages to run.
+    """The stages of a run, in order; of those that are configured, the ``SHIPPED_STAGES`` may be missing from it.
 
     Raises:
         ValueError: the run is empty or names a stage that is not configured, or a name in ``stages`` is unknown.
@@ -129,10 +125,8 @@ class StageSwitch(Callback):
     """
 
     def __init__(self, stages: Mapping[str, Stage]) -> None:
-        if not stages:
-            raise ValueError("stages={}: expected at least one stage")
         self.names, self.stages = list(stages), list(stages.values())
-        self.index = self._announced = -1
+        self.index = -1
         self._fitting = True
 
     def locate(self, global_step: int) -> tuple[int, int]:
@@ -144,10 +138,9 @@ class StageSwitch(Callback):
         return len(self.stages) - 1, self.stages[-1].steps - 1
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        # Evaluation and prediction refer to the last stage.
-        pl_module.stages = self.stages
-        self._fitting = stage == "fit"
-        self._enter(0 if self._fitting else len(self.stages) - 1, pl_module)
+        pl_module.stages, self._fitting = self.stages, stage == "fit"
+        index = 0 if self._fitting else len(self.stages) - 1  # evaluation refers to the last stage
+        pl_module.enter_stage(self.stages[index], self.names[index])
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         if every := trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
@@ -173,22 +166,17 @@ class StageSwitch(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         index, step = self.locate(trainer.global_step)
+        stage = self.stages[index]
         if index != self.index:
-            self._enter(index, pl_module)
-        if index != self._announced:
-            self._announced = index
-            parts = trained_and_frozen(pl_module.tasks.transformer)
-            rank_zero_info(f"stage {self.names[index]}, {self.stages[index].steps} steps: {parts}")
+            self.index = index
+            pl_module.enter_stage(stage, self.names[index])
+            parts = trained_and_frozen(pl_module.transformer)
+            rank_zero_info(f"stage {self.names[index]}, {stage.steps} steps: {parts}")
         pl_module.stage_step = step
-        factor = self.stages[index].learning_rate_factor(step)
-        rates = pl_module.optimizer_options.rates(self.stages[index])
+        factor, rates = stage.learning_rate_factor(step), pl_module.optimizer_options.rates(stage)
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rates[group["name"].partition("_")[0]] * group["rate"] * factor
-
-    def _enter(self, index: int, pl_module: Any) -> None:
-        self.index = index
-        pl_module.enter_stage(self.stages[index], self.names[index])
 
     def state_dict(self) -> dict[str, Any]:
         stages = zip(self.names, self.stages, strict=True)

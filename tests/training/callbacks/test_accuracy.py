@@ -61,14 +61,14 @@ class Copier(UniViGU):
     def sample(
         self, task: str, prompts: list[str] | None, length: int, latents: torch.Tensor, generator: list[int]
     ) -> list[str]:
-        assert task == "caption" and len(latents) == len(generator) <= 3
+        assert task == "caption" and len(latents) == len(generator) <= 16
         return prompts or [""] * len(latents)
 
 
 def test_copying_shows() -> None:
     """The measure itself, on a captioner that can only copy: perfect, wrong with another's prompt, mute without."""
     scenes = [sample_scene(seed, "val") for seed in range(8)]
-    callback = CaptionAccuracy(num_clips=8, batch_size=3)
+    callback = CaptionAccuracy(num_clips=8)
     callback._samples = {
         "key": [str(i) for i in range(8)],
         "prompt": [prompt_of(scene) for scene in scenes],

@@ -43,19 +43,20 @@ class WeightEMA(Callback):
     @staticmethod
     def _start(pl_module: LightningModule) -> None:
         # Part of the module's state dict under this name, see checkpoint.EMA_PREFIX. A resumed run loads its means.
-        pl_module.ema = _Means(pl_module.transformer)  # type: ignore[arg-type]
+        reshard(pl_module.transformer)  # type: ignore[arg-type]
+        pl_module.ema = _means(pl_module.transformer)  # type: ignore[arg-type]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not ends_step(trainer, batch_idx):
             return
         step = trainer.global_step
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        for mean, weight in pl_module.ema.pairs(pl_module.transformer):
+        for mean, weight in _pairs(pl_module):
             mean.lerp_(weight.to(mean.dtype), 1.0 - decay)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         if hasattr(pl_module, "ema"):
-            for mean, weight in pl_module.ema.pairs(pl_module.transformer):
+            for mean, weight in _pairs(pl_module):
                 trained = weight.clone()
                 weight.copy_(mean)
                 mean.copy_(trained)
@@ -63,31 +64,24 @@ class WeightEMA(Callback):
     on_validation_end = on_validation_start  # swaps them back
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        for mean, weight in pl_module.ema.pairs(pl_module.transformer):
+        for mean, weight in _pairs(pl_module):
             weight.copy_(mean)
 
 
-class _Means(nn.Module):
-    """Means of a model's parameters, with the same names; local shares of sharded ones."""
+def _means(module: nn.Module) -> nn.Module:
+    """Float32 copies of a module's parameters, under the same names."""
+    means = nn.Module()
+    for name, parameter in module.named_parameters(recurse=False):
+        copy = parameter.detach().to(torch.float32, copy=True)
+        means.register_parameter(name, nn.Parameter(copy, requires_grad=False))
+    for name, child in module.named_children():
+        means.add_module(name, _means(child))
+    return means
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        reshard(model)
-        for name, parameter in model.named_parameters():
-            owner: nn.Module = self
-            *path, last = name.split(".")
-            for part in path:  # modules within modules, for the names
-                if part not in owner._modules:
-                    owner.add_module(part, nn.Module())
-                owner = owner.get_submodule(part)
-            mean = parameter.detach().to(torch.float32, copy=True)
-            owner.register_parameter(last, nn.Parameter(mean, requires_grad=False))
 
-    def pairs(self, model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Each mean with the model's weight, without their gradients."""
-        reshard(model)
-        weights = dict(model.named_parameters())
-        for name, mean in self.named_parameters():
-            pair = (mean.detach(), weights[name].detach())
-            local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in pair]
-            yield local[0], local[1]
+def _pairs(pl_module: Any) -> Iterator[list[torch.Tensor]]:
+    """Each mean with its weight, without their gradients; local shares of sharded ones."""
+    reshard(pl_module.transformer)
+    for name, mean in pl_module.ema.named_parameters():
+        pair = (mean.detach(), pl_module.transformer.get_parameter(name).detach())
+        yield [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in pair]

@@ -50,37 +50,32 @@ class HeldOutCallback(Callback):
 
     def evaluate(self, trainer: Trainer, pl_module: UniViGU) -> None:
         """Measure or log once, without changing the training's random state."""
-        raise NotImplementedError
 
     def samples(self, trainer: Trainer) -> dict[str, Any]:
         """The clips of rank 0, read once: the first of the validation split, of one size. May be empty."""
         if self._samples is None:
-            samples = _held_out_samples(trainer, self.num_samples) if trainer.is_global_zero else {}
-            self._samples = trainer.strategy.broadcast(samples)
+            rows: dict[str, Any] = {}
+            data = getattr(trainer, "datamodule", None)
+            for batch in data.val_dataloader() if data is not None and trainer.is_global_zero else ():
+                if rows and batch.get("bucket", [0])[0] != rows.get("bucket", [0])[0]:
+                    break
+                for name, value in batch.items():
+                    if name in rows:
+                        value = torch.cat([rows[name], value]) if torch.is_tensor(value) else rows[name] + value
+                    rows[name] = value
+                if len(rows["key"]) >= self.num_samples:
+                    break
+            rows = {name: value[: self.num_samples] for name, value in rows.items()}
+            self._samples = trainer.strategy.broadcast(rows)
         return self._samples
 
 
-def _held_out_samples(trainer: Trainer, count: int) -> dict[str, Any]:
-    rows: dict[str, Any] = {}
-    data = getattr(trainer, "datamodule", None)
-    for batch in data.val_dataloader() if data is not None else ():
-        if rows and batch.get("bucket", [0])[0] != rows.get("bucket", [0])[0]:
-            break
-        for name, value in batch.items():
-            if name in rows:
-                value = torch.cat([rows[name], value]) if isinstance(value, torch.Tensor) else rows[name] + value
-            rows[name] = value
-        if len(rows["key"]) >= count:
-            break
-    return {name: value[:count] for name, value in rows.items()}
-
-
 def caption_samples(
-    tasks: TaskRunner, samples: dict[str, Any], latents: torch.Tensor, prompts: list[str] | None, batch_size: int = 16
+    tasks: TaskRunner, samples: dict[str, Any], latents: torch.Tensor, prompts: list[str] | None
 ) -> list[str]:
-    """Captions of clean latents [B, C, T, H, W], ``batch_size`` at a time; ``prompts``: a condition for each clip."""
+    """Captions of clean latents [B, C, T, H, W], 16 at a time; ``prompts``: a condition for each clip."""
     captions, length = [], samples["prompt_ids"].shape[1]
-    for numbers in torch.arange(len(latents)).split(batch_size):
+    for numbers in torch.arange(len(latents)).split(16):
         part, generators = slice(numbers[0], numbers[-1] + 1), tasks.generators(numbers.tolist())
         given = None if prompts is None else prompts[part]
         captions += tasks.texts(tasks.sample("caption", given, length, latents=latents[part], generator=generators))
@@ -102,11 +97,10 @@ class CaptionAccuracy(HeldOutCallback):
     * ``val/caption_with_other_prompt/mean``: given another clip's prompt; a model that copies its condition fails here.
     """
 
-    def __init__(self, every_n_steps: int = 200, num_clips: int = 64, batch_size: int = 32) -> None:
-        if num_clips < 2 or batch_size < 1:
-            raise ValueError(f"num_clips={num_clips}, batch_size={batch_size}: expected at least 2 and 1")
+    def __init__(self, every_n_steps: int = 200, num_clips: int = 64) -> None:
+        if num_clips < 2:
+            raise ValueError(f"num_clips={num_clips}: expected at least 2")
         super().__init__(every_n_steps, num_clips)
-        self.batch_size = batch_size
 
     def evaluate(self, trainer: Trainer, pl_module: UniViGU) -> None:
         samples = self.samples(trainer) if pl_module.stage.writes_text else {}
@@ -116,7 +110,7 @@ class CaptionAccuracy(HeldOutCallback):
         conditions = {"": None, "_with_prompt": prompts, "_with_other_prompt": prompts[1:] + prompts[:1]}
         results: dict[str, float] = {}
         for suffix, given in conditions.items():
-            captions = caption_samples(pl_module.tasks, samples, latents, given, self.batch_size)
+            captions = caption_samples(pl_module.tasks, samples, latents, given)
             accuracy = attribute_accuracy(captions, samples, pl_module.stage.target)
             names = accuracy if given is None else accuracy.keys() & {"mean"}
             results |= {f"val/caption{suffix}/{name}": accuracy[name] for name in names}
@@ -205,10 +199,7 @@ class MediaLogger(HeldOutCallback):
         log_table(loggers, "held_out/prompts", ["prompt"], [(prompt,) for prompt in samples["prompt"]], step)
 
 
-MediaLoggers = Sequence[TensorBoardLogger | WandbLogger]
-
-
-def log_table(loggers: MediaLoggers, tag: str, columns: list[str], rows: Sequence[Sequence[str]], step: int) -> None:
+def log_table(loggers: Sequence[Any], tag: str, columns: list[str], rows: Sequence[Sequence[str]], step: int) -> None:
     """Log texts as a table."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
@@ -224,7 +215,7 @@ def markdown_table(columns: list[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def log_video(loggers: MediaLoggers, tag: str, frames: torch.Tensor, step: int) -> None:
+def log_video(loggers: Sequence[Any], tag: str, frames: torch.Tensor, step: int) -> None:
     """Log clips uint8 [B, F, C, H, W] side by side as one GIF, which needs no moviepy."""
     first, *others = enlarged(torch.cat(list(frames.cpu()), dim=-1), SCALE)  # [F, C, H, B * W]
     buffer = io.BytesIO()

@@ -56,26 +56,21 @@ class TrainingMonitor(Callback):
         self._tokens += len(batch["key"]) * pl_module.sample_tokens
         if self._batches < self.every_n_steps:
             return
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize()
+            memory = torch.cuda.max_memory_allocated(pl_module.device)
         elapsed = time.perf_counter() - self._started
         rates = {
             "samples_per_second": self._samples * trainer.world_size / elapsed,
             "tokens_per_second": self._tokens * trainer.world_size / elapsed,
             "seconds_per_batch": elapsed / self._batches,
-            "memory_gb": _memory_bytes(pl_module.device) / 1e9,
+            "memory_gb": memory / 1e9,
         }
         if self._waited is not None:
             rates["data_wait_share"] = (trainer.train_dataloader.waited - self._waited) / elapsed  # type: ignore[union-attr]
         pl_module.log_dict({f"throughput/{name}": value for name, value in rates.items()})
         self.on_train_start(trainer, pl_module)
-
-
-def _memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class DataStatistics(Callback):
