@@ -22,22 +22,20 @@ from univigu.training.plan import Workload, added_parameters, make_plan, workloa
 # Dense bfloat16 operations a second, by the makers' data sheets.
 DEVICES = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
 
-CONVERTED = 0.3
-"""Gigabytes of the part of a large weight that is converted at a time; nothing else is held twice."""
+CONVERTED = 0.3  # gigabytes of the part of a large weight that is converted at a time; nothing else is held twice
 
 
-def show_plan(title: str, work: Workload, options: argparse.Namespace, console: Console) -> None:
-    """Print one stage's numbers."""
+def plan_table(title: str, work: Workload, options: argparse.Namespace) -> Table:
+    """One stage's numbers."""
     plan, checkpointed = (make_plan(work, options.world_size, checkpointing) for checkpointing in (False, True))
-    table = Table("", "", title=f"{title}, batch {work.batch_size} on each of {options.world_size}", show_header=False)
+    table = Table(title=f"{title}, batch {work.batch_size} on each of {options.world_size}", show_header=False)
     table.add_row("parameters", f"{plan.parameters:,} ({plan.wan_parameters:,} of them Wan's)")
     table.add_row("trained in this stage", f"{plan.trained_parameters:,}")
     table.add_row("video tokens a clip", f"{work.video_tokens:,}")
     operations = f"{plan.flops / 1e12:,.3f} T ({checkpointed.flops / 1e12:,.3f} T with checkpointing)"
     table.add_row("operations a step and process", operations)
     half, whole = (width * plan.parameters / 1e9 + CONVERTED for width in (2, 4))
-    loading = f"{half:.1f} GB in bfloat16, {whole:.1f} GB in float32"
-    table.add_row("loading it for use takes of host memory", loading)
+    table.add_row("loading it for use takes of host memory", f"{half:.1f} GB in bfloat16, {whole:.1f} GB in float32")
     for name in ("weights", "gathered", "gradients", "optimizer"):
         table.add_row(name, f"{getattr(plan, name) / 1e9:.3f} GB")
     for name in ("activations", "total"):
@@ -46,31 +44,28 @@ def show_plan(title: str, work: Workload, options: argparse.Namespace, console: 
     if options.device:
         seconds = plan.flops / (DEVICES[options.device] * options.utilisation)
         table.add_row(f"a step on {options.device}, {options.utilisation:.0%} used", f"{seconds:.3f} s")
-    console.print(table)
+    table.caption = "Not counted: the frozen text encoder and VAE, the libraries' own memory, fragmentation."
+    return table
 
 
-def show_modules(title: str, work: Workload, console: Console) -> None:
-    """Print what the text stream (and adapters) add to Wan."""
+def modules_table(title: str, work: Workload) -> Table:
+    """What the text stream (and adapters) add to Wan."""
     table = Table("module", "parameters", "added to Wan", "trained", title=title)
     rows = added_parameters(work.model())
     total, added, trained = (sum(row[i] for row in rows.values()) for i in range(3))
     for module, numbers in [*rows.items(), ("together", (total, added, trained))]:
         table.add_row(module, *(f"{number:,}" for number in numbers))
-    console.print(table)
-    console.print(f"added: {added / (total - added):.1%} of Wan's own {total - added:,}")
+    table.caption = f"added: {added / (total - added):.1%} of Wan's own {total - added:,}"
+    return table
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> None:
-    console = Console(width=100)
     if not 0 < options.utilisation <= 1:
         raise ValueError(f"--utilisation {options.utilisation}: expected a share over 0 and at most 1")
     for name, work in workloads_of(rest).items():
-        if options.modules:
-            show_modules(f"stage {name}" + (", LoRA" if work.lora else ""), work, console)
-        else:
-            show_plan(f"stage {name}", work, options, console)
-    if not options.modules:
-        console.print("Not counted: the frozen text encoder and VAE, the libraries' own memory, fragmentation.")
+        title = f"stage {name}" + (", LoRA" if work.lora else "")
+        table = modules_table(title, work) if options.modules else plan_table(title, work, options)
+        Console(width=100).print(table)
 
 
 def main(args: list[str] | None = None) -> int:

@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
@@ -44,10 +43,7 @@ UNIVIGU_DEBUG=1 shows where an error comes from."""
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line with the arguments of ``sys.argv``, or those given without the program's name.
-
-    User errors end in one line on standard error and exit code 2.
-    """
+    """Run the command line with the arguments of ``sys.argv``, or those given without the program's name."""
     given = sys.argv[1:] if args is None else args
     answer_at_once(given)
     if given[0] == "demo":
@@ -90,8 +86,8 @@ def closest(name: str, names: Iterable[str]) -> str:
 def one_line(message: object) -> str:
     """A message of several lines in one; of a class that could not be made, the reason."""
     reason = re.search(r"Problem with given (class_path .*?)\n *- Expected", str(message), re.DOTALL)
-    message = reason[1] if reason else message
-    return "; ".join(line.strip() for line in str(message).splitlines() if line.strip())
+    lines = (reason[1] if reason else str(message)).splitlines()
+    return "; ".join(line.strip() for line in lines if line.strip())
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
@@ -126,8 +122,7 @@ def exit_code(run: Callable[[], object]) -> int:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet_known_warnings()
-    in_main = threading.current_thread() is threading.main_thread()  # others cannot set handlers
-    numbers = (signal.SIGTERM, signal.SIGINT) if in_main else ()
+    numbers = (signal.SIGTERM, signal.SIGINT)
     earlier = {number: signal.signal(number, lambda n, _: sys.exit(128 + n)) for number in numbers}
     try:
         run()

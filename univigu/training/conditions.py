@@ -36,11 +36,7 @@ def vary_conditions(
 
 
 def ask_questions(
-    inputs: UniFlowBatch,
-    batch: dict[str, Any],
-    rows: Sequence[int],
-    tasks: TaskRunner,
-    generator: random.Random,
+    inputs: UniFlowBatch, batch: dict[str, Any], rows: Sequence[int], tasks: TaskRunner, generator: random.Random
 ) -> UniFlowBatch:
     """Replace the conditions and targets of some samples by a question about each and its answer.
 

@@ -67,8 +67,7 @@ class Parser(LightningArgumentParser):
     Options cannot be abbreviated: a misspelt one would be taken for another.
     """
 
-    given: ClassVar[list[str]] = []
-    """The arguments of the command, for messages."""
+    given: ClassVar[list[str]] = []  # arguments of the command, for messages
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{**options, "allow_abbrev": False})
@@ -114,17 +113,17 @@ def find_config(name: str) -> str:
 
 def _explain(message: str, given: list[str], options: set[str]) -> str:
     """A message of jsonargparse in one line: where, what is wrong, and what may have been meant."""
-    keys = ".".join(re.findall(r'Parser key "([^"]+)"', message)).split(".")
+    key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     if "StageSwitch" in message:
         return f"'StageSwitch' was replaced; use {REPLACED['StageSwitch']}"
     if unknown := UNKNOWN.search(message):
         return _unknown_option(next(filter(None, unknown.groups())), given, options)
-    if not keys[-1]:
+    if not key:
         return one_line(message)
     reason = _value_error(message) or one_line(message)
-    if keys[-1] == "condition_dropout":
+    if key.endswith("condition_dropout"):
         reason = f"expected {REPLACED['condition_dropout']}"
-    return f"{_where('.'.join(keys), given)}: {reason}"
+    return f"{_where(key, given)}: {reason}"
 
 
 def _unknown_option(name: str, given: list[str], options: set[str]) -> str:

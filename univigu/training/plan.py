@@ -200,8 +200,7 @@ class _StepCounter(TorchDispatchMode):
 
     def _forget_gradient(self, parameter: torch.Tensor) -> None:
         """Stop counting a parameter's gradient, which ``Plan`` counts separately."""
-        assert parameter.grad is not None
-        key = id(parameter.grad.untyped_storage())
+        key = id(parameter.grad.untyped_storage())  # type: ignore[union-attr]
         self.live_bytes -= self._sizes.get(key, 0)
         self._sizes[key] = 0
 
@@ -259,10 +258,8 @@ def make_plan(work: Workload, world_size: int = 1, checkpointing: bool = False) 
 
 
 def _gathered_numbers(model: UniViGUTransformer3DModel) -> int:
-    """Peak number of gathered weights: the root, and two blocks (one runs, one is prefetched) or the largest table.
-
-    In the backward a block's unreduced gradients count as a third block.
-    """
+    """Peak number of gathered weights: the root, and two blocks (one runs, one is prefetched) or the largest table. In
+    the backward a block's unreduced gradients count as a third block."""
     block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
     tables = [sum(p.numel() for p in table.parameters()) for table in (model.vocab_embed, model.text_head)]
     root = sum(p.numel() for p in model.parameters()) - len(model.blocks) * block - sum(tables)

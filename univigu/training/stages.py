@@ -14,8 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from univigu.flow.objective import ConditionDropout, TaskMixture
 from univigu.training.optim import trained_and_frozen
 
-SHIPPED_STAGES = ("foundation", "recall", "refine")
-"""Stages of the shipped configurations. An overlay may configure those that a run does not have."""
+SHIPPED_STAGES = ("foundation", "recall", "refine")  # an overlay may configure those that a run does not have
 FULL_TEXT_FROM = 0.6
 """Fraction of a stage's steps after which training uses all positions of the text, as sampling does."""
 FINAL_RATE = 0.02
@@ -117,11 +116,9 @@ def ends_step(trainer: Trainer, batch_idx: int) -> bool:
 
 
 class StageSwitch(Callback):
-    """Switches stages by optimizer step and sets learning rates within them.
+    """Switches stages by the global step, sets learning rates, and ends training after the steps of the last stage.
 
-    The stage is a function of the global step, so a resumed run continues in the right stage at the right learning
-    rate. Training stops after the steps of the last stage, or earlier by the trainer's options. The command line always
-    adds this callback.
+    The command line always adds this callback.
     """
 
     def __init__(self, stages: Mapping[str, Stage]) -> None:

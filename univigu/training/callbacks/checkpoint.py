@@ -19,8 +19,6 @@ from univigu.training.stages import ends_step
 
 log = logging.getLogger(__name__)
 
-REQUEUE = getattr(signal, "SIGUSR1", signal.SIGTERM)
-"""The signal that Lightning answers under SLURM."""
 FOLDER, LAST, OLD = "checkpoints", "last.ckpt", ".old"
 
 
@@ -30,10 +28,9 @@ class LastCheckpoint(Checkpoint):
     SIGTERM and SIGINT end the training after the optimizer step, whose checkpoint is saved; the exit code is that of
     the signal (143, 130). A second signal ends it at once.
 
-    Under SLURM Lightning answers SIGUSR1 (save, then requeue the job) at once: within a step, whose batch would then be
-    skipped, or in a validation, which would save averaged weights as trained ones, and on each process at another
-    time, where those of a sharded model would wait for each other for ever. This signal waits for the end of the step,
-    too. There the processes agree on the signals of all of them.
+    Under SLURM SIGUSR1 waits for the end of the step, too. Lightning answers it (save, then requeue the job) at once:
+    within a step, whose batch would be skipped; in a validation, which would save averaged weights as trained ones; and
+    on each process at another time, where those of a sharded model would wait for each other for ever.
 
     Args:
         dirpath: folder; None is ``checkpoints`` in ``trainer.default_root_dir``.
@@ -55,8 +52,8 @@ class LastCheckpoint(Checkpoint):
         if threading.current_thread() is not threading.main_thread():
             return
         numbers = [signal.SIGTERM, signal.SIGINT]
-        if type(signal.getsignal(REQUEUE)).__module__.startswith("lightning."):
-            numbers.append(REQUEUE)
+        if type(signal.getsignal(signal.SIGUSR1)).__module__.startswith("lightning."):  # under SLURM
+            numbers.append(signal.SIGUSR1)
         self._earlier = {number: signal.signal(number, self._on_signal) for number in numbers}
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
@@ -67,11 +64,11 @@ class LastCheckpoint(Checkpoint):
 
     def _answer_signals(self, trainer: Trainer) -> None:
         number = self._signal
-        if trainer.world_size > 1:
+        if trainer.world_size > 1:  # all processes answer the signals of any
             device = trainer.strategy.root_device
             number = int(trainer.strategy.reduce(torch.tensor(number, device=device), reduce_op="max"))
         self._signal = 0
-        if number == REQUEUE:
+        if number == signal.SIGUSR1:
             self._earlier[number](number, None)
         elif number:
             self._save(trainer)
@@ -101,8 +98,7 @@ class LastCheckpoint(Checkpoint):
             return
         self._saved_step = trainer.global_step
         target = Path(self.last_model_path)
-        sharded = is_sharded(trainer.lightning_module.transformer)  # type: ignore[arg-type]
-        if not sharded and not target.is_dir():
+        if not is_sharded(trainer.lightning_module.transformer) and not target.is_dir():  # type: ignore[arg-type]
             trainer.save_checkpoint(target, weights_only=False)
             return
         part, old = (target.with_suffix(suffix) for suffix in (".part", OLD))

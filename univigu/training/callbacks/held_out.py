@@ -149,8 +149,7 @@ class FinalReport(HeldOutCallback):
             console.print(f"checkpoint: {path}", soft_wrap=True, highlight=False)
 
     def _captions(self, trainer: Trainer, pl_module: UniViGU, console: Console) -> None:
-        samples = self.samples(trainer)
-        if not samples:
+        if not (samples := self.samples(trainer)):
             return
         pl_module.eval()
         questions, target = questions_of(samples), pl_module.stage.target

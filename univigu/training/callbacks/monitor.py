@@ -76,12 +76,9 @@ class TrainingMonitor(Callback):
 class DataStatistics(Callback):
     """Logs at the end of every epoch its samples on all ranks, and counts of the samples that are left out.
 
-    ``data/epoch/*``: numbers of samples, of those that were not new in the epoch, and of each source and bucket.
-    ``data/filtered/*``: samples of the training split that the filters and the index leave out; ``data/unusable/*``:
-    unusable samples of all splits so far.
-
-    It needs no state: the samples of an epoch follow from the loader's position. An unreadable sample counts itself,
-    not its replacement. With loaders of another kind nothing is logged.
+    ``data/epoch/*``: numbers of samples, of those that were not new in the epoch, and of each source and bucket; an
+    unreadable sample counts itself, not its replacement. ``data/filtered/*``: samples of the training split that the
+    filters and the index leave out; ``data/unusable/*``: unusable samples of all splits so far.
     """
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
