@@ -1,8 +1,4 @@
-"""The command line: ``lightning fit|validate|test|predict`` (also installed as ``univigu``).
-
-lightning fit --config configs/recall.yaml
-lightning predict --config configs/caption.yaml --data.videos 'clips/*.mp4'
-"""
+"""The command line: ``lightning fit|validate|test|predict|demo`` (also installed as ``univigu``), see ``HELP``."""
 
 from __future__ import annotations
 
@@ -57,11 +53,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def answer_at_once(args: list[str]) -> None:
-    """Answer help, the version and a misspelt subcommand without the seconds that importing everything takes.
-
-    Raises:
-        SystemExit: 0 after ``--help`` or ``--version``, 2 without a subcommand of ours; otherwise it returns.
-    """
+    """Answer help, the version and a misspelt subcommand, and exit, without importing everything for seconds."""
     first = args[0] if args else ""
     if first in ("-h", "--help", "--version"):
         print(f"univigu {__version__}" if first == "--version" else HELP)

@@ -44,15 +44,13 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,  # each stage says what it trains
 }
-LAST_RUN = "runs/refine/checkpoints/last.ckpt"
-"""What the configurations of prediction use; the model that ships takes its place while it does not exist."""
+LAST_RUN = "runs/refine/checkpoints/last.ckpt"  # of the configurations of prediction
 
 
 class UniViGUCLI(LightningCLI):
     """LightningCLI of UniViGU with any data module; values that both need are linked."""
 
-    stages: dict[str, Stage]
-    """The stages of the run, in order."""
+    stages: dict[str, Stage]  # of the run, in order
 
     def __init__(self, args: Any = None, run: bool = True, **options: Any) -> None:
         """``options`` are LightningCLI's, in place of ours."""

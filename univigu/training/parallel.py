@@ -66,9 +66,9 @@ def build_sharded(
     model.rope = rope.to(device)  # its buffers are in no state dict
     with torch.no_grad():
         for name, share in model.state_dict().items():
-            full = state[name] if name in state else torch.empty(share.shape, dtype=share.dtype)
+            full = state.pop(name) if name in state else torch.empty(share.shape, dtype=share.dtype)
             share.copy_(distribute_tensor(full.to(device), share.device_mesh, share.placements))  # sent by rank 0
-            state.pop(name, None)
+            del full
     return model
 
 

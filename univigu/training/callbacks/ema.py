@@ -34,17 +34,13 @@ class WeightEMA(Callback):
         # Lightning restores a whole model before on_fit_start, and a sharded one after it.
         if stage == "fit" and pl_module.device_mesh is None:
             pl_module.configure_model()
-            self._start(pl_module)
+            self.on_fit_start(trainer, pl_module)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not hasattr(pl_module, "ema"):
-            self._start(pl_module)
-
-    @staticmethod
-    def _start(pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         # Part of the module's state dict under this name, see checkpoint.EMA_PREFIX. A resumed run loads its means.
-        reshard(pl_module.transformer)  # type: ignore[arg-type]
-        pl_module.ema = _means(pl_module.transformer)  # type: ignore[arg-type]
+        if not hasattr(pl_module, "ema"):
+            reshard(pl_module.transformer)
+            pl_module.ema = _means(pl_module.transformer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not ends_step(trainer, batch_idx):
