@@ -30,9 +30,9 @@ from univigu.data.engine import start_worker
 from univigu.shapes.scenes import sample_scene
 from univigu.shapes.texts import prompt_of
 from univigu.shapes.write import write_shapes
-from univigu.training.callbacks import LastCheckpoint, StageSwitch
+from univigu.training.callbacks.checkpoint import LastCheckpoint
 from univigu.training.module import UniViGU
-from univigu.training.stages import Stage
+from univigu.training.stages import Stage, StageSwitch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KILLS = int(os.environ.get("UNIVIGU_KILLS", 1))

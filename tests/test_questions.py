@@ -24,10 +24,10 @@ from univigu.pipeline import TaskRunner
 from univigu.sampling.options import SamplingOptions
 from univigu.shapes import texts as shapes_texts
 from univigu.shapes.scenes import sample_scene
-from univigu.training.callbacks import FinalReport, StageSwitch
+from univigu.training.callbacks.held_out import FinalReport
 from univigu.training.conditions import ask_questions
 from univigu.training.module import UniViGU
-from univigu.training.stages import Stage
+from univigu.training.stages import Stage, StageSwitch
 
 QA = [{"question": "a red circle", "answer": "moving left."}, {"question": "a green circle", "answer": "large."}]
 ASKED = [pair["question"] for pair in QA]

@@ -21,9 +21,9 @@ from univigu.models.lora import LoraOptions
 from univigu.models.official import export_official, import_official
 from univigu.models.tokens import Vocabulary, tokenize
 from univigu.models.weights import CheckpointError
-from univigu.training.callbacks import StageSwitch
 from univigu.training.module import UniViGU
 from univigu.training.plan import workloads_of
+from univigu.training.stages import StageSwitch
 
 TEXTS = ["a large red circle moving left", "two small blue rings"]
 

@@ -22,9 +22,8 @@ from univigu.flow.objective import TaskMixture
 from univigu.models.foundation import Foundation
 from univigu.pipeline import UniViGUPipeline
 from univigu.sampling.options import SamplingOptions
-from univigu.training.callbacks import StageSwitch
 from univigu.training.module import UniViGU
-from univigu.training.stages import Stage
+from univigu.training.stages import Stage, StageSwitch
 
 SIZE = {"height": 64, "width": 32, "num_frames": 5}
 

@@ -22,9 +22,8 @@ from univigu.data.video import encode_mp4
 from univigu.evaluation.held_out import EvaluationOptions, own_samples
 from univigu.flow.objective import TaskMixture
 from univigu.sampling.options import SamplingOptions
-from univigu.training.callbacks import StageSwitch
 from univigu.training.module import UniViGU
-from univigu.training.stages import Stage
+from univigu.training.stages import Stage, StageSwitch
 
 COLORS = ["red", "green", "blue", "white", "black"]
 

@@ -23,10 +23,9 @@ from univigu.models.lora import LoraOptions, add_lora, is_lora_parameter, merge_
 from univigu.models.options import ArchitectureOptions
 from univigu.models.text import is_text_parameter
 from univigu.models.transformer import UniViGUTransformer3DModel
-from univigu.training.callbacks import StageSwitch
 from univigu.training.module import UniViGU
 from univigu.training.optim import OptimizerOptions, freeze_by_rate, group_of, trained_and_frozen
-from univigu.training.stages import Stage
+from univigu.training.stages import Stage, StageSwitch
 
 VOCAB = 11
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from tests.conftest import run_ranks
 from tests.training import test_parallel as parts
 from univigu.flow import objective
-from univigu.training.callbacks import StageSwitch
+from univigu.training.stages import StageSwitch
 
 STAGES = {name: replace(stage, steps=4) for name, stage in parts.STAGES.items()}
 

@@ -30,11 +30,12 @@ from univigu.models.lora import LoraOptions
 from univigu.models.options import ArchitectureOptions
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import sharded_reader
-from univigu.training.callbacks import LastCheckpoint, StageSwitch, WeightEMA
+from univigu.training.callbacks import WeightEMA
+from univigu.training.callbacks.checkpoint import LastCheckpoint
 from univigu.training.module import UniViGU
 from univigu.training.optim import OptimizerOptions
 from univigu.training.parallel import ShardedStrategy
-from univigu.training.stages import Stage
+from univigu.training.stages import Stage, StageSwitch
 
 BATCH, EPOCH = 4, 2  # samples a process and step, steps an epoch
 ADAMW = OptimizerOptions(name="adamw")

@@ -19,9 +19,10 @@ from univigu.checkpoint import load_weights
 from univigu.models.lora import LoraOptions
 from univigu.models.text import is_text_parameter
 from univigu.models.transformer import UniViGUTransformer3DModel
-from univigu.training.callbacks import StageSwitch, WeightEMA
+from univigu.training.callbacks import WeightEMA
 from univigu.training.lightning_cli import UniViGUCLI
 from univigu.training.module import UniViGU
+from univigu.training.stages import StageSwitch
 
 FROZEN = {"recall": replace(stages.RECALL, steps=6)}
 

@@ -19,10 +19,9 @@ from tests import tiny
 from univigu.data import sources as encode
 from univigu.flow.objective import TaskMixture
 from univigu.models.text import is_text_parameter
-from univigu.training.callbacks import StageSwitch
 from univigu.training.module import UniViGU
 from univigu.training.optim import OptimizerOptions
-from univigu.training.stages import Stage, select_stages
+from univigu.training.stages import Stage, StageSwitch, select_stages
 
 # ---------------------------------------------------------------------- one stage
 

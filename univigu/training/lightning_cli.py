@@ -20,20 +20,13 @@ from rich.console import Console
 
 from univigu.checkpoint import SafeCheckpointIO, check_checkpoint_file
 from univigu.models.foundation import EMBEDDED_FOUNDATION, EMBEDDED_MODEL, Foundation
-from univigu.training.callbacks import (
-    DataStatistics,
-    FinalReport,
-    LastCheckpoint,
-    MediaLogger,
-    PredictionWriter,
-    ProgressLines,
-    StageSwitch,
-    TrainingMonitor,
-)
-from univigu.training.callbacks.checkpoint import FOLDER, find_last
+from univigu.training.callbacks.checkpoint import FOLDER, LastCheckpoint, find_last
+from univigu.training.callbacks.held_out import FinalReport, MediaLogger
+from univigu.training.callbacks.monitor import DataStatistics, ProgressLines, TrainingMonitor
 from univigu.training.module import UniViGU
 from univigu.training.parser import DATA, Parser
-from univigu.training.stages import Stage, select_stages
+from univigu.training.prediction import PredictionWriter
+from univigu.training.stages import Stage, StageSwitch, select_stages
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "gradient_clip_val": 1.0,

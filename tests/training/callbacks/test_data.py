@@ -19,7 +19,7 @@ from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.options import LengthFilter
 from univigu.data.sources import Source
 from univigu.shapes.write import write_shapes
-from univigu.training.callbacks import DataStatistics
+from univigu.training.callbacks.monitor import DataStatistics
 
 
 class Seen(LightningModule):

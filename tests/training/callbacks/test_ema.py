@@ -16,8 +16,11 @@ from tests import tiny
 from tests.training import test_stages as stages
 from univigu.checkpoint import load_weights
 from univigu.evaluation.held_out import EvaluationOptions
-from univigu.training.callbacks import FinalReport, LastCheckpoint, StageSwitch, WeightEMA
+from univigu.training.callbacks import WeightEMA
+from univigu.training.callbacks.checkpoint import LastCheckpoint
+from univigu.training.callbacks.held_out import FinalReport
 from univigu.training.module import UniViGU
+from univigu.training.stages import StageSwitch
 
 
 class Track(Callback):

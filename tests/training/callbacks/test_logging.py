@@ -27,9 +27,11 @@ from tests import tiny
 from tests.conftest import REPO
 from tests.training import test_stages as stages
 from univigu.cli import main
-from univigu.training.callbacks import FinalReport, LastCheckpoint, MediaLogger, StageSwitch, TrainingMonitor
-from univigu.training.callbacks.held_out import HeldOutCallback, log_video, markdown_table
+from univigu.training.callbacks.checkpoint import LastCheckpoint
+from univigu.training.callbacks.held_out import FinalReport, HeldOutCallback, MediaLogger, log_video, markdown_table
+from univigu.training.callbacks.monitor import TrainingMonitor
 from univigu.training.module import UniViGU
+from univigu.training.stages import StageSwitch
 
 CALLBACKS = """
 stages: {recall: {steps: 3, warmup_steps: 1}}

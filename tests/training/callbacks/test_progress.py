@@ -17,8 +17,9 @@ from tests import tiny
 from tests.training import test_stages as stages
 from univigu.data import progress
 from univigu.data.progress import LineProgress, track
-from univigu.training.callbacks import ProgressLines, StageSwitch
+from univigu.training.callbacks.monitor import ProgressLines
 from univigu.training.module import UniViGU
+from univigu.training.stages import StageSwitch
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 
 from tests.training import test_stages as stages
 from univigu.cli import exit_code
-from univigu.training.callbacks import LastCheckpoint, StageSwitch
-from univigu.training.callbacks.checkpoint import find_last
+from univigu.training.callbacks.checkpoint import LastCheckpoint, find_last
 from univigu.training.module import UniViGU
+from univigu.training.stages import StageSwitch
 
 
 class Preempted(Callback):

@@ -1,21 +1,7 @@
-"""Lightning callbacks, each with one purpose."""
+"""Lightning callbacks, each with one purpose; here those that a configuration may name."""
 
-from univigu.training.callbacks.checkpoint import LastCheckpoint
 from univigu.training.callbacks.ema import WeightEMA
-from univigu.training.callbacks.held_out import CaptionAccuracy, FinalReport, MediaLogger
-from univigu.training.callbacks.monitor import DataStatistics, ProgressLines, TrainingMonitor
+from univigu.training.callbacks.held_out import CaptionAccuracy
 from univigu.training.prediction import PredictionWriter
-from univigu.training.stages import StageSwitch
 
-__all__ = [
-    "CaptionAccuracy",
-    "DataStatistics",
-    "FinalReport",
-    "LastCheckpoint",
-    "MediaLogger",
-    "PredictionWriter",
-    "ProgressLines",
-    "StageSwitch",
-    "TrainingMonitor",
-    "WeightEMA",
-]
+__all__ = ["CaptionAccuracy", "PredictionWriter", "WeightEMA"]
