@@ -149,7 +149,6 @@ class UniViGUCLI(LightningCLI):
             self.trainer.fit(**options)
 
     def after_predict(self) -> None:
-        """Exit with 1 if no input could be used."""
         if any(isinstance(callback, PredictionWriter) and callback.failed for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             raise SystemExit("error: no input could be used; each row has its error")
 

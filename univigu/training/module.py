@@ -286,11 +286,8 @@ class UniViGU(LightningModule):
     # ---------------------------------------------------------------- evaluation
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Held-out losses, with the same noise and times at every validation.
-
-        Text is read from the clean video without its prompt (an answer with its question); video is denoised under
-        the prompt.
-        """
+        """Held-out losses, with the same noise and times every time: of text, read from the clean video without its
+        prompt (an answer with its question), and of video, denoised under the prompt."""
         size, inputs = len(batch["key"]), self.prepare(batch)
         dropout = ConditionDropout(understand=0.0 if questions_of(batch) else 1.0, generate=0.0)
         for modality, counts in (("text", (0, size, 0)), ("video", (0, 0, size))):

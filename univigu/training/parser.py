@@ -35,7 +35,7 @@ CLASSES = {name for module in (callbacks, loggers, strategies) for name in modul
 """Lightning's classes that can be given by their names alone."""
 REMOVED = (
     *("clip_frames", "prompt_slots", "muon_rate", "fused", "video_weight", "text_weight", "text_loss", "video_times"),
-    *("whole_text_from", "full_text_from"),
+    *("whole_text_from", "full_text_from", "data_parallel_size"),
 )
 REPLACED = {
     "overrides": "stages (fields of a stage by its name), checkpoint, media and report (callback options)",
@@ -46,6 +46,7 @@ REPLACED = {
     "condition_dropout": "a mapping by task: condition_dropout: {joint: , understand: , generate: }",
     "random_init": "model.init_from: random",
     "vae_slicing": "model.vae_tiling",
+    "output_dir": "trainer.default_root_dir",
     "text_times": "stages.NAME.text_time_power",
     "flow": "stages.NAME.text_time_power; the video's shift is the one of the foundation's scheduler",
     "parallel": "trainer.strategy.init_args.compute_dtype of ShardedStrategy",

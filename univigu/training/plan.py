@@ -115,12 +115,9 @@ def _sizes(foundation: Path) -> tuple[dict[str, Any], Grid]:
 
 
 def count_step(work: Workload, checkpointing: bool) -> tuple[float, int]:
-    """Operations and memory of one process's training step, with or without recomputing activations.
-
-    Returns:
-        Operations (a multiply and an add are two), the mean over the tasks; and the peak bytes besides weights, their
-        gradients and the optimizer's state, of the costliest task.
-    """
+    """Of one process's training step, with or without recomputing activations: operations (a multiply and an add are
+    two), the mean over the tasks; and the peak bytes besides weights, gradients and the optimizer's state, of the
+    costliest task."""
     model = work.model()
     nn.Module.to(model, work.compute_dtype)  # diffusers' own method warns about what the next lines correct
     for embedding in (model.condition_embedder, model.time_embedding_t):
@@ -160,12 +157,11 @@ def _flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     return torch.ops.aten._scaled_dot_product_flash_attention(*heads_first)[0].transpose(1, 2)
 
 
-def _attention_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Four products, without the recomputed scores."""
-    return 2 * sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
-_FLOPS = flop_registry | {torch.ops.aten._scaled_dot_product_flash_attention_backward: _attention_backward_flops}
+_FLOPS = flop_registry | {  # four products, without the recomputed scores
+    torch.ops.aten._scaled_dot_product_flash_attention_backward: lambda gradient, query, key, value, *_, **__: (
+        2 * sdpa_flop_count(query.shape, key.shape, value.shape)
+    )
+}
 
 
 class _StepCounter(TorchDispatchMode):

@@ -29,10 +29,9 @@ SCALE, FPS = 2, 8
 
 
 class HeldOutCallback(Callback):
-    """Calls ``evaluate`` every few optimizer steps (0: never), in evaluation mode.
+    """Calls ``evaluate`` every few optimizer steps (0: never), in evaluation mode, on the same clips every time.
 
-    All processes call it, on the clips of rank 0, because a sharded model needs them all; rank 0 writes. The clips are
-    the same ones every time.
+    All processes call it, on the clips of rank 0, because a sharded model needs them all; rank 0 writes.
     """
 
     def __init__(self, every_n_steps: int, num_samples: int) -> None:
