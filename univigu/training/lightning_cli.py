@@ -90,7 +90,7 @@ class UniViGUCLI(LightningCLI):
         named = config.ckpt_path or "--model.init_from" in given
         if subcommand in ("validate", "test") and not named and root:
             # What the configuration trained; its model.init_from is what that has started from.
-            print(f"evaluating {last}; --ckpt_path or --model.init_from names other weights")
+            rank_zero_only(print)(f"evaluating {last}; --ckpt_path or --model.init_from names other weights")
             config.ckpt_path = "last"
         if config.ckpt_path == "best":
             raise ValueError("ckpt_path='best': no checkpoint is chosen by a metric; use 'last' or a path")
