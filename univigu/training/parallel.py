@@ -68,7 +68,6 @@ def build_sharded(
         for name, share in model.state_dict().items():
             full = state.pop(name) if name in state else torch.empty(share.shape, dtype=share.dtype)
             share.copy_(distribute_tensor(full.to(device), share.device_mesh, share.placements))  # sent by rank 0
-            del full
     return model
 
 

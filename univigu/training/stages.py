@@ -123,8 +123,7 @@ class StageSwitch(Callback):
 
     def __init__(self, stages: Mapping[str, Stage]) -> None:
         self.names, self.stages = list(stages), list(stages.values())
-        self.index = -1
-        self._fitting = True
+        self.index, self._fitting = -1, True
 
     def locate(self, global_step: int) -> tuple[int, int]:
         """Index of the stage at a global step, and the step counted from the start of that stage."""
@@ -135,7 +134,7 @@ class StageSwitch(Callback):
         return len(self.stages) - 1, self.stages[-1].steps - 1
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        pl_module.stages, self._fitting = self.stages, stage == "fit"
+        pl_module.stages, self.index, self._fitting = self.stages, -1, stage == "fit"
         index = 0 if self._fitting else len(self.stages) - 1  # evaluation refers to the last stage
         pl_module.enter_stage(self.stages[index], self.names[index])
 
