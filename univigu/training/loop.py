@@ -27,11 +27,8 @@ def optimize(
 ) -> None:
     """Train a module in place with AdamW; the rate rises over a tenth of the steps and falls as a cosine.
 
-    Args:
-        name: for the progress.
-        loss_of: draws the batch of a step, given its number, and returns the loss.
-        state: file that receives, every ``SAVE_EVERY`` steps and at the end, all that the next step depends on. If it
-            is there, training continues from it as if it had not been interrupted.
+    ``loss_of`` draws the batch of a step, given its number, and returns the loss. The file ``state`` receives, every
+    ``SAVE_EVERY`` steps and at the end, all that the next step depends on; if it is there, training continues from it.
     """
     warmup = max(1, steps // 10)
     optimizer = torch.optim.AdamW(module.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)

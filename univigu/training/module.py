@@ -16,6 +16,7 @@ from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from univigu.checkpoint import PREFIX, check_resumed, config_differences, load_weights, start_weights
 from univigu.data.inputs import PredictTask
@@ -43,7 +44,7 @@ from univigu.pipeline import TaskRunner
 from univigu.sampling.options import SamplingOptions
 from univigu.training.conditions import ask_questions, vary_conditions
 from univigu.training.optim import OptimizerOptions, freeze_by_rate, group_of, make_optimizer
-from univigu.training.parallel import ShardedStrategy, build_sharded, is_sharded, trained_weights_changed
+from univigu.training.parallel import ShardedStrategy, build_sharded, trained_weights_changed
 from univigu.training.precision import BFloat16Weights, compute_in_bfloat16, load_generator
 from univigu.training.prediction import Row, predict_batch
 from univigu.training.stages import Stage
@@ -242,7 +243,7 @@ class UniViGU(LightningModule):
     @cached_property
     def _teacher(self) -> WanTransformer3DModel:
         """The frozen foundation; as a cached property it is no part of the module tree and of checkpoints."""
-        if is_sharded(self._model) or not self.tasks.conventions.latents_normalized:
+        if isinstance(self._model, FSDPModule) or not self.tasks.conventions.latents_normalized:
             raise MisconfigurationException(
                 f"stages: teacher_weight={self.stage.teacher_weight}: the foundation cannot teach a sharded model, nor "
                 "one whose latents are not normalised; set it to 0"
@@ -357,7 +358,7 @@ class UniViGU(LightningModule):
         saved = checkpoint["univigu"]["transformer_config"]
         check_replaced(saved, path)
         if not self._fits:
-            if is_sharded(self._model):
+            if isinstance(self._model, FSDPModule):
                 raise MisconfigurationException(f"{path}: use model.init_from to evaluate with a sharded model")
             if hasattr(self, "ema"):  # of an earlier fit of this module; no callback updates it now
                 del self.ema

@@ -121,11 +121,6 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether a model is split over processes, which then must all run it together."""
-    return isinstance(model, FSDPModule)
-
-
 class ShardedStrategy(ModelParallelStrategy):
     """Lightning's ModelParallelStrategy for FSDP2 only, which also resumes exactly within any stage.
 

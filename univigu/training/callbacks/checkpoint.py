@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch.distributed.fsdp import FSDPModule
 
-from univigu.training.parallel import is_sharded
 from univigu.training.stages import ends_step
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class LastCheckpoint(Checkpoint):
             return
         self._saved_step = trainer.global_step
         target = Path(self.last_model_path)
-        if not is_sharded(trainer.lightning_module.transformer) and not target.is_dir():  # type: ignore[arg-type]
+        if not isinstance(trainer.lightning_module.transformer, FSDPModule) and not target.is_dir():
             trainer.save_checkpoint(target, weights_only=False)
             return
         part, old = (target.with_suffix(suffix) for suffix in (".part", OLD))
