@@ -126,19 +126,20 @@ class MuonAdamW(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
-                updates = []
-                for parameter in parameters:
-                    state, gradient = self.state[parameter], parameter.grad
-                    assert gradient is not None
-                    if "momentum_buffer" not in state:
-                        state["momentum_buffer"] = torch.zeros_like(gradient)
-                    mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-                    updates.append(gradient.lerp(mean, group["momentum"]))
+                updates = torch.stack([self._averaged(p, group["momentum"]) for p in parameters])
                 # As AdamW's updates are, in size: adjust_lr_fn="match_rms_adamw" (Liu et al., 2025, arXiv:2502.16982).
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
                 options = (group["ns_coefficients"], group["ns_steps"], group["eps"])
-                for parameter, update in zip(parameters, orthogonalize(torch.stack(updates), *options), strict=True):
+                for parameter, update in zip(parameters, orthogonalize(updates, *options), strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+
+    def _averaged(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:
+        """Update the momentum buffer with the gradient; the (Nesterov) average."""
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        return gradient.lerp(state["momentum_buffer"].lerp_(gradient, 1 - momentum), momentum)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
