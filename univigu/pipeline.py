@@ -1,9 +1,4 @@
-"""All tasks of a model: a diffusers pipeline over a model folder, and the task runner that training shares with it.
-
-pipe = UniViGUPipeline.from_pretrained("my_model").to("cuda")
-frames = pipe("a red circle moving left").frames
-text = pipe.caption(frames).text[0]
-"""
+"""All tasks of a model: a diffusers pipeline over a model folder, and the task runner that training shares with it."""
 
 from __future__ import annotations
 
@@ -25,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from univigu.data.buckets import Bucket, Grid
 from univigu.flow.random import Generators
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
-from univigu.models.encode import Conventions, crop, to_pixels
+from univigu.models.encode import Conventions, crop, encode_clips, to_pixels
 from univigu.models.foundation import EMBEDDED_FOUNDATION, EMBEDDED_MODEL, TWO_TRANSFORMERS, Foundation, set_conv_layout
 from univigu.models.tokens import (
     Vocabulary,
@@ -83,7 +78,8 @@ class TaskRunner:
     @torch.no_grad()
     def encode_video(self, video: Tensor) -> Tensor:
         """Video [B, C, F, H, W] in [-1, 1] -> latents [B, C, T, H, W] of the transformer."""
-        return self.conventions.encode(self.components.vae, video.to(self.device))
+        latents = encode_clips(self.components.vae, video.to(self.device))
+        return self.conventions.from_normalized(latents, self.components.vae)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -221,16 +217,11 @@ class UniViGUPipeline(WanPipeline):
         return pipe
 
     @torch.no_grad()
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, output_type: str = "np", return_dict: bool = True, **kwargs: Any) -> Any:
         """WanPipeline's, on latents as the transformer knows them."""
-        if self.conventions.latents_normalized:
-            return super().__call__(*args, **kwargs)
-        arguments = signature(WanPipeline.__call__).bind(self, *args, **kwargs)
-        arguments.apply_defaults()
-        output_type, return_dict = arguments.arguments["output_type"], arguments.arguments["return_dict"]
-        arguments.arguments |= {"output_type": "latent", "return_dict": False}
-        (frames,) = WanPipeline.__call__(*arguments.args, **arguments.kwargs)
-        if output_type != "latent":
+        made_as = output_type if self.conventions.latents_normalized else "latent"
+        (frames,) = super().__call__(*args, output_type=made_as, return_dict=False, **kwargs)
+        if made_as != output_type:
             decoded = self.conventions.decode(self.vae, frames)
             frames = self.video_processor.postprocess_video(decoded, output_type=output_type)
         return WanPipelineOutput(frames=frames) if return_dict else (frames,)
@@ -305,19 +296,18 @@ class UniViGUPipeline(WanPipeline):
         for name in ("transformer", "text_encoder", "tokenizer", "vae"):
             if getattr(self, name) is None:
                 raise ValueError(f"{name}=None: {task} needs one")
-        self._interrupt = False
+        self._interrupt, count = False, None
         options = options or SamplingOptions()
         options.check_keywords(overrides, task, self.transformer.config.text_flow)
         runner = self._runner(replace(options, **overrides))
-        inputs: dict[str, Any] = {"strength": strength, "generator": generator}
-        inputs["on_step"], count = self._on_step(callback_on_step_end), None
+        inputs = {"strength": strength, "generator": generator, "on_step": self._on_step(callback_on_step_end)}
         if video is None:
             inputs["shape"] = runner.latents_shape(*size)
         else:
-            inputs["latents"] = runner.encode_video(self._pixels(video, *size))
-            count = len(inputs["latents"])
+            inputs["latents"] = latents = runner.encode_video(self._pixels(video, *size))
+            count = len(latents)
         if words:
-            texts = runner.describe(inputs["latents"], max_sequence_length, generator) if prompt is None else prompt
+            texts = runner.describe(latents, max_sequence_length, generator) if prompt is None else prompt
             prompt = [replace_words(text, words) for text in ([texts] if isinstance(texts, str) else texts)]
         prompts = None if prompt is None else list_prompts(prompt, count, several=task == "caption")
         if prompts is not None:

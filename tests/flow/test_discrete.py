@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from univigu.flow.discrete import cross_entropy, jump_probability, reveal_surest, sample_categorical
-from univigu.flow.text import DiscreteFlow, MaskFlow, UniformFlow, make_text_flow
+from univigu.flow.text import MaskFlow, UniformFlow, make_text_flow
 
 V = 7
 DISCRETE = [UniformFlow(V), MaskFlow(V)]
@@ -19,7 +19,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def by_name(flow: DiscreteFlow) -> str:
+def by_name(flow: UniformFlow) -> str:
     return flow.name
 
 
@@ -38,7 +38,7 @@ def assert_distribution(samples: torch.Tensor, expected: torch.Tensor, fails: bo
     assert (statistic > freedom + 5 * math.sqrt(2 * freedom)) == fails, statistic
 
 
-def problem(flow: DiscreteFlow) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def problem(flow: UniformFlow) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     logits = 2 * torch.randn(4, 6, V, generator=seeded(0))
     tokens = torch.randint(V, (4, 6), generator=seeded(1))
     t = torch.tensor([0.05, 0.4, 0.7, 0.98])
@@ -137,7 +137,7 @@ def test_jump_probabilities() -> None:
 
 
 @pytest.mark.parametrize("flow", DISCRETE, ids=by_name)
-def test_few_steps_keep_to_the_path(flow: DiscreteFlow) -> None:
+def test_few_steps_keep_to_the_path(flow: UniformFlow) -> None:
     """Two steps give the path's marginal at t = 0.6, a third one the data.
 
     The data's tokens are independent, so that their distribution is the posterior of every token to come.

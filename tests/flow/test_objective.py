@@ -18,7 +18,6 @@ from univigu.flow.objective import (
     UniFlowLosses,
     UniFlowObjective,
     by_noise_level,
-    sample_positions,
 )
 from univigu.flow.random import make_generator
 from univigu.flow.text import EMBEDDING_TIME_POWER, make_text_flow
@@ -180,10 +179,13 @@ def test_same_seed_same_losses(models: dict[str, Any], flow: str) -> None:
 
 
 def test_positions_are_drawn_evenly_and_in_order() -> None:
-    positions = sample_positions(4000, 6, 0.5, torch.device("cpu"), torch.Generator().manual_seed(0))
-    assert positions.shape == (4000, 3) and (positions.diff(dim=1) > 0).all()
+    flow, generator = make_text_flow("mask", VOCAB), torch.Generator().manual_seed(0)
+    objective, batch = UniFlowObjective(flow), make_batch(4000)
+    positions = objective._corrupt(flow, batch, 4000, 0.5, generator)[0].positions
+    assert positions is not None and positions.shape == (4000, 3) and (positions.diff(dim=1) > 0).all()
     assert positions.flatten().bincount().tolist() == pytest.approx([2000] * 6, rel=0.06)
-    assert sample_positions(2, 6, 1e-3, torch.device("cpu")).shape == (2, 1)
+    shown, tokens, _ = objective._corrupt(flow, batch, 2, 1e-3, generator)
+    assert shown.tokens.shape == tokens.shape == (2, 1)
 
 
 @pytest.mark.parametrize("flow", FLOWS)

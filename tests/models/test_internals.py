@@ -8,7 +8,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers.hooks._helpers import TransformerBlockRegistry
 
 from tests import tiny
-from univigu.models.internals import attention_backend, execution_device, register_block, run_block
+from univigu.models.internals import attention_backend, execution_device, register_block
 
 
 def test_attention_backend() -> None:
@@ -33,10 +33,3 @@ def test_execution_device() -> None:
     assert execution_device(module) is None
     add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
     assert execution_device(module) == torch.device("cpu")
-
-
-def test_checkpointing_function() -> None:
-    model, calls = tiny.make_unified(tiny.make_wan()), []
-    model.enable_gradient_checkpointing(lambda *args: calls.append(args))
-    run_block(model, model.blocks[0], 1, 2)
-    assert calls == [(model.blocks[0], 1, 2)]

@@ -15,7 +15,7 @@ from tests import tiny
 from tests.models import test_transformer as formulas
 from tools import convert
 from univigu.checkpoint import load_weights
-from univigu.models.encode import CONVENTIONS, OFFICIAL, Conventions, denormalize_latents, encode_prompts
+from univigu.models.encode import CONVENTIONS, OFFICIAL, Conventions, encode_prompts, normalize_latents
 from univigu.models.official import export_official, import_official, import_wan, official_differences
 from univigu.models.tokens import tokenize
 from univigu.models.transformer import UniViGUTransformer3DModel
@@ -297,7 +297,7 @@ def test_training_honours_the_conventions(folder: Path, imported: Path) -> None:
     ids = tokenize(foundation.tokenizer, ["a red circle"], 8)
     batch = {"key": ["0"], "latents": torch.randn(1, tiny.CHANNELS, 2, 4, 4), "prompt_ids": ids}
     inputs = module.prepare(batch)
-    torch.testing.assert_close(inputs.latents, denormalize_latents(batch["latents"], foundation.vae))
+    torch.testing.assert_close(inputs.latents, normalize_latents(batch["latents"], foundation.vae, inverse=True))
     assert not inputs.null_embeds.any()
     assert inputs.prompt_embeds[:, -1].any()  # a place behind the prompt's end
     clean = encode_prompts(foundation.text_encoder, ids, foundation.pad_token_id)
@@ -317,7 +317,7 @@ def test_frames_go_through_the_same_latents(folder: Path, imported: Path) -> Non
     theirs.configure_model()
     frames = torch.randint(256, (1, 5, 3, 32, 32), dtype=torch.uint8)
     raw, normalized = (module.latents_of({"video": frames}) for module in (theirs, ours))
-    torch.testing.assert_close(raw, denormalize_latents(normalized, ours.foundation.vae))
+    torch.testing.assert_close(raw, normalize_latents(normalized, ours.foundation.vae, inverse=True))
     decoded = [m.tasks.conventions.decode(m.foundation.vae, z) for m, z in ((theirs, raw), (ours, normalized))]
     torch.testing.assert_close(*decoded, rtol=1e-4, atol=1e-4)
 

@@ -16,7 +16,7 @@ from diffusers import (
 )
 
 from univigu.flow.time import shift_sigma, time_from_sigma
-from univigu.sampling.solvers import VideoSolver, make_video_solver
+from univigu.sampling.solvers import VideoSolver
 
 SOLVERS = ("euler", "heun", "unipc", "dpm")
 
@@ -41,22 +41,22 @@ def truth(start: float = 0.0) -> float:
 
 
 def errors(name: str, *counts: int, shift: float = 3.0) -> list[float]:
-    return [abs(float(solve(make_video_solver(name, n, shift))) - truth()) for n in counts]
+    return [abs(float(solve(VideoSolver(name, n, shift))) - truth()) for n in counts]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 def test_levels_are_evenly_spaced_and_shifted(steps: int, shift: float) -> None:
     grid = time_from_sigma(shift_sigma(torch.linspace(1, 0, steps + 1), shift)).tolist()
-    euler, heun = (make_video_solver(name, steps, shift) for name in ("euler", "heun"))
+    euler, heun = (VideoSolver(name, steps, shift) for name in ("euler", "heun"))
     assert euler.times == pytest.approx(grid[:-1], abs=1e-6)
-    assert [euler.next_time(i) for i in range(steps)] == pytest.approx(grid[1:], abs=1e-6)
+    assert [euler.ends[i] for i in range(steps)] == pytest.approx(grid[1:], abs=1e-6)
     inner = [t for t in grid[1:-1] for _ in range(2)]  # Heun evaluates them twice, and never at the end
     assert heun.times == pytest.approx([grid[0], *inner], abs=1e-6)
-    assert [heun.next_time(i) for i in range(2 * steps - 1)] == pytest.approx([*inner, grid[-1]], abs=1e-6)
+    assert [heun.ends[i] for i in range(2 * steps - 1)] == pytest.approx([*inner, grid[-1]], abs=1e-6)
     for solver in (euler, heun):
         for i, t in enumerate(solver.times):
-            assert solver.timestep(i, 2).tolist() == pytest.approx([1000 * (1 - t)] * 2, abs=1e-3)
+            assert float(solver.timesteps[i]) == pytest.approx(1000 * (1 - t), abs=1e-3)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -71,7 +71,7 @@ def test_orders_under_step_halving(shift: float) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_straight_paths_are_followed_exactly(name: str, steps: int) -> None:
     noise, data = torch.randn(2, 2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
-    solver, x = make_video_solver(name, steps), noise
+    solver, x = VideoSolver(name, steps), noise
     for i in range(len(solver.times)):
         x = solver.step(noise - data, i, x)
     torch.testing.assert_close(x, data, rtol=0, atol=2e-6)
@@ -85,40 +85,37 @@ def test_straight_paths_are_followed_exactly(name: str, steps: int) -> None:
 def test_a_scheduler_steps_as_in_wan_pipeline(scheduler: Any) -> None:
     reference = type(scheduler).from_config(scheduler.config)
     reference.set_timesteps(8)
-    solver = make_video_solver(scheduler, 8)
+    solver = VideoSolver(scheduler, 8)
     theirs = ours = torch.linspace(-1, 1, 24).view(1, 2, 1, 3, 4)
     for i, t in enumerate(reference.timesteps):
-        assert solver.timestep(i, 2).tolist() == [float(t)] * 2
+        assert float(solver.timesteps[i]) == float(t)
         assert solver.times[i] == pytest.approx(1 - float(reference.sigmas[i]), abs=1e-6)
         theirs = reference.step(torch.sin(theirs) * t / 500, t, theirs, return_dict=False)[0]
         ours = solver.step(torch.sin(ours) * t / 500, i, ours)
     assert torch.equal(ours, theirs)
-    assert solver.next_time(7) == 1.0
+    assert solver.ends[7] == 1.0
     assert scheduler.step_index is None  # the one passed in is not changed
 
 
 @pytest.mark.parametrize(("name", "kind"), [("unipc", UniPCMultistepScheduler), ("dpm", DPMSolverMultistepScheduler)])
 def test_schedulers_by_name_are_wans(name: str, kind: type) -> None:
     """The same states as with the scheduler itself, at the given shift only."""
-    ends = [
-        solve(make_video_solver(*args)) for args in ((name, 6, 5.0), (flow_scheduler(kind, 5.0), 6), (name, 6, 3.0))
-    ]
+    ends = [solve(VideoSolver(*args)) for args in ((name, 6, 5.0), (flow_scheduler(kind, 5.0), 6), (name, 6, 3.0))]
     assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("start", [0.0, 0.3, 0.999])
 def test_start_takes_the_latest_level_that_is_noisy_enough(name: str, start: float) -> None:
-    whole, tail = make_video_solver(name, 50), make_video_solver(name, 50, start=start)
+    whole, tail = VideoSolver(name, 50), VideoSolver(name, 50, start=start)
     grid = sorted(set(whole.times))
     assert tail.times[0] == max([t for t in grid if t <= start], default=grid[0])
     assert set(tail.times) == {t for t in whole.times if t >= tail.times[0]}
-    assert tail.timestep(0, 1).dtype == torch.float32
-    assert abs(float(tail.timestep(0, 1)) - 1000 * (1 - tail.times[0])) < 1.01  # UniPC's are whole numbers
+    assert abs(float(tail.timesteps[0]) - 1000 * (1 - tail.times[0])) < 1.01  # UniPC's are whole numbers
     # A wrong entry into a multistep schedule would show in the end state.
     assert float(solve(tail)) == pytest.approx(truth(tail.times[0]), rel=0.08)
     for t in grid:  # a time of the schedule finds itself
-        assert make_video_solver(name, 50, start=t).times[0] == t
+        assert VideoSolver(name, 50, start=t).times[0] == t
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "unipc"])
@@ -126,7 +123,7 @@ def test_bfloat16_predictions_do_not_reach_the_state(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, 2, 2, 3, 3, generator=generator)
     prediction = torch.randn(noise.shape, generator=generator).bfloat16()
-    solver, reference = make_video_solver(name, 4), make_video_solver(name, 4)
+    solver, reference = VideoSolver(name, 4), VideoSolver(name, 4)
     x = expected = noise
     for i in range(len(solver.times)):
         x = solver.step(prediction, i, x)
@@ -134,18 +131,18 @@ def test_bfloat16_predictions_do_not_reach_the_state(name: str) -> None:
         assert x.dtype == torch.float32
     assert torch.equal(x, expected)
     assert not torch.equal(x, x.bfloat16().float())
-    assert make_video_solver(name, 4).step(prediction, 0, noise.bfloat16()).dtype == torch.float32
+    assert VideoSolver(name, 4).step(prediction, 0, noise.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("steps", [1, 2, 50, 177, 256, 999])
 def test_whole_number_timesteps_are_recognised(steps: int) -> None:
     """UniPC cuts its timesteps; at 177, 256 and 999 steps float32 then sees one that is off by a whole 1."""
-    assert len(make_video_solver("unipc", steps).times) == steps
+    assert len(VideoSolver("unipc", steps).times) == steps
 
 
 def test_many_neighbouring_steps_stay_apart() -> None:
-    solver = make_video_solver("euler", 1000)
-    assert len({float(solver.timestep(i, 1)) for i in range(1000)}) == 1000
+    solver = VideoSolver("euler", 1000)
+    assert len({float(solver.timesteps[i]) for i in range(1000)}) == 1000
 
 
 @pytest.mark.parametrize(
@@ -159,4 +156,4 @@ def test_many_neighbouring_steps_stay_apart() -> None:
 )
 def test_arguments_out_of_range_are_named(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_video_solver(*arguments)
+        VideoSolver(*arguments)

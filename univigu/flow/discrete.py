@@ -18,13 +18,9 @@ from univigu.flow.random import Generators, rand
 
 
 def jump_probability(t: float, t_next: float) -> float:
-    """Probability that a token jumps to its draw x ~ p between the times t and t'.
+    """Probability that a token jumps to its draw x ~ p between the times 0 <= t <= t' <= 1.
 
-    It is the rate integrated over the step, with p held constant:
-
-        1 - exp(-integral from t to t' of ds / (1 - s)) = (t' - t) / (1 - t)
-
-    So the share of tokens that have jumped is t, for any number of steps; 0 <= t <= t_next <= 1.
+    The rate integrated with p held constant, ``1 - exp(-integral ds / (1 - s))``; the share that has jumped is then t.
     """
     return 1.0 if t_next == 1.0 else (t_next - t) / (1.0 - t)
 

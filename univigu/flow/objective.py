@@ -1,9 +1,4 @@
-"""The uni-flow objective: one batch, three tasks, two losses (arXiv:2604.08121, section 3).
-
-* ``joint``: video at time t_v, text at its own time t_x; video loss and text loss.
-* ``understand``: clean video (t_v = 1), text at time t_x; text loss.
-* ``generate``: video at time t_v, no text stream; video loss.
-"""
+"""The uni-flow objective: one batch, three tasks, two losses (arXiv:2604.08121, section 3)."""
 
 from __future__ import annotations
 
@@ -28,11 +23,11 @@ class TaskMixture:
     """Shares of a batch given to each task; they are normalised to sum 1."""
 
     joint: float = 0.25
-    """Both modalities noisy, each at its own time."""
+    """Both modalities noisy, each at its own time; losses of both."""
     understand: float = 0.5
-    """Clean video, noisy text."""
+    """Clean video, noisy text; loss of the text."""
     generate: float = 0.25
-    """Noisy video without text."""
+    """Noisy video without text; loss of the video."""
 
     def __post_init__(self) -> None:
         _check_range("tasks", self, math.inf)
@@ -145,17 +140,6 @@ def num_positions(length: int, share: float) -> int:
     return max(1, round(share * length))
 
 
-def sample_positions(
-    batch: int, length: int, share: float, device: torch.device, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """Random positions of a text that a training step uses: int64 [B, K], ascending, K = share * length, at least 1.
-
-    A step on fewer tokens is cheaper, and each token's loss differs only by the smaller context.
-    """
-    count = num_positions(length, share)
-    return rand((batch, length), generator, device).topk(count, dim=1).indices.sort(dim=1).values
-
-
 @dataclass(frozen=True)
 class PerToken:
     """A function of each token's logits; a ``univigu.flow.text.TextReader``."""
@@ -211,7 +195,8 @@ class UniFlowObjective:
         Args:
             counts: how many samples are (joint, understand, generate); their sum is the batch size. Samples are given
                 to the tasks in order, which a shuffled batch makes random.
-            text_share: share of the text's positions that the model is given, see ``sample_positions``.
+            text_share: share of the text's positions that the model is given, random ones in ascending order. A step on
+                fewer tokens is cheaper, and each token's loss differs only by the smaller context.
             step: number of the training step, the same in all processes; in a random half of the steps a
                 self-conditioned text flow takes a second forward pass. None takes none.
             teacher: a frozen video transformer whose predictions are the target of ``generate`` in place of the data.
@@ -283,7 +268,8 @@ class UniFlowObjective:
         tokens, positions = batch.text_ids[:count], None
         t = flow.warp(sample_text_times(count, self.text_time_power, tokens.device, generator))
         if share < 1:
-            positions = sample_positions(count, tokens.shape[1], share, tokens.device, generator)
+            kept = num_positions(tokens.shape[1], share)
+            positions = rand(tokens.shape, generator, tokens.device).topk(kept, dim=1).indices.sort(dim=1).values
             tokens = tokens.gather(1, positions)
         return TextInputs(flow.corrupt(tokens, t, generator), to_timestep(t), positions=positions), tokens, t
 

@@ -1,12 +1,6 @@
-"""The three text flows behind one interface.
+"""The three text flows behind one interface: embedding, uniform and mask.
 
-* ``EmbeddingFlow``: tokens are rows of a learned matrix and flow continuously from Gaussian noise.
-* ``UniformFlow``: a discrete mixture path from uniform random tokens.
-* ``MaskFlow``: the same path from a mask state.
-
-In each of them the network gives logits of the posterior p(x_1 | x_t) of every token. A flow holds options and no
-weights: it corrupts tokens for training, computes the loss of logits, and steps a sample from noise (t = 0) to text
-(t = 1).
+In each of them the network gives logits of the posterior p(x_1 | x_t) of every token.
 """
 
 from __future__ import annotations
@@ -14,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +20,10 @@ from univigu.flow.time import expand_time
 from univigu.flow.video import interpolate
 
 Order = Literal["random", "confidence"]
-Time = TypeVar("Time", float, torch.Tensor)
 EMBEDDING_TIME_POWER = 4
 """Times of the embedding flow are ``u ** 4`` of an even u, because most tokens are decided at small t."""
 EMBEDDING_INPUT_SCALE = 0.05
 """Factor of z_t where it enters the network; noise of full size would drown the position embeddings."""
-
 
 TextReader = Callable[[torch.Tensor, nn.Linear], torch.Tensor]
 """Computes an output from the text's last hidden states [B, L, D] and the linear layer that would give logits."""
@@ -44,8 +36,6 @@ class TextInputs(NamedTuple):
     """Ids [B, L], or for the ``embedding`` flow float states [B, L, D]."""
     timestep: torch.Tensor
     """Timestep 1000 * (1 - t) of the text, [B]."""
-    mask: torch.Tensor | None = None
-    """bool [B, L]; False hides a text token from every query. None shows all."""
     positions: torch.Tensor | None = None
     """Positions of the tokens in the text, int64 [B, L] from 0; None is 0 to L-1."""
     endpoint: torch.Tensor | None = None
@@ -58,7 +48,7 @@ class TextInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class TextFlow(ABC):
-    """Interface of a text flow for training and sampling."""
+    """Interface of a text flow for training and sampling; it holds options and no weights."""
 
     name: ClassVar[str]
     vocab_size: int
@@ -76,8 +66,8 @@ class TextFlow(ABC):
         """This flow with what it needs of a transformer; call it before the methods below."""
         return self
 
-    def warp(self, u: Time) -> Time:
-        """Flow times of even times u in [0, 1], for training and sampling."""
+    def warp(self, u: Any) -> Any:
+        """Flow times of even times u in [0, 1], floats or tensors, for training and sampling."""
         return u
 
     @abstractmethod
@@ -98,9 +88,9 @@ class TextFlow(ABC):
     ) -> torch.Tensor:
         """Move the state from t to t_next (0 <= t <= t_next <= 1) given logits [B, L, V]; its type is kept."""
 
-    @abstractmethod
     def tokens(self, x: torch.Tensor) -> torch.Tensor:
         """Token ids int64 [B, L] of a state at t = 1."""
+        return x
 
     def close(self, x_t: torch.Tensor, eos_token_id: int, pad_token_id: int) -> tuple[torch.Tensor, bool]:
         """Finish the texts that are known to be complete; returns the state, and whether all texts are."""
@@ -121,31 +111,31 @@ class EmbeddingFlow(TextFlow):
 
     name: ClassVar[str] = "embedding"
     self_conditioning = True  # Chen et al., 2022, arXiv:2208.04202
-    table: torch.Tensor | None = None
+    table: Any = None
     """E, float32 [V, D]; ``bind`` sets it."""
 
     def bind(self, model: Any) -> Self:
         return replace(self, table=model.token_table())
 
-    def warp(self, u: Time) -> Time:
+    def warp(self, u: Any) -> Any:
         """Sampling at even u takes the quantiles of the training times."""
         return u**EMBEDDING_TIME_POWER
 
     def corrupt(self, tokens: torch.Tensor, t: torch.Tensor, generator: Generators = None) -> torch.Tensor:
         """z_t = (1 - t) z_0 + t E[tokens], float32 [B, L, D]; differentiable in E."""
-        data = F.embedding(tokens, self._table)
+        data = F.embedding(tokens, self.table)
         return interpolate(randn(data.shape, generator, data.device), data, t)
 
     def initial(self, batch: int, length: int, generator: Generators = None, device: Device = None) -> torch.Tensor:
         """Gaussian noise, float32 [B, L, D], on the table's device unless another is named."""
-        return randn((batch, length, self._table.shape[1]), generator, device or self._table.device)
+        return randn((batch, length, self.table.shape[1]), generator, device or self.table.device)
 
     def step(
         self, x_t: torch.Tensor, logits: torch.Tensor, t: float, t_next: float, generator: Generators = None
     ) -> torch.Tensor:
         """The Euler step ``z_t + (t_next - t) u``; the last one takes the likeliest token's row. Draws nothing."""
         if t_next == 1.0:
-            return F.embedding(logits.argmax(dim=-1), self._table)
+            return F.embedding(logits.argmax(dim=-1), self.table)
         return x_t + (t_next - t) / (1.0 - t) * (self.endpoint(logits) - x_t)
 
     def endpoint(self, logits: torch.Tensor) -> torch.Tensor:
@@ -154,21 +144,16 @@ class EmbeddingFlow(TextFlow):
         At temperature 0 it is the likeliest token's row.
         """
         if self.temperature == 0:
-            return F.embedding(logits.argmax(dim=-1), self._table)
+            return F.embedding(logits.argmax(dim=-1), self.table)
         p = torch.softmax(logits.float() / self.temperature, dim=-1)
         if self.top_p < 1.0:
             kept, order = nucleus(p, self.top_p)
             p = torch.zeros_like(p).scatter(-1, order, kept / kept.sum(dim=-1, keepdim=True))
-        return _product(p, self._table.T)
+        return _product(p, self.table.T)
 
     def tokens(self, x: torch.Tensor) -> torch.Tensor:
         """The most similar row of E for every vector of x [B, L, D]."""
-        return _product(x.float(), self._table).argmax(dim=-1)
-
-    @property
-    def _table(self) -> torch.Tensor:
-        assert self.table is not None, "the embedding flow needs a token table: call bind"
-        return self.table
+        return _product(x.float(), self.table).argmax(dim=-1)
 
 
 def _product(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -178,47 +163,32 @@ def _product(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class DiscreteFlow(TextFlow):
-    """The mixture path of ``univigu.flow.discrete``; subclasses define its source by ``initial``."""
+class UniformFlow(TextFlow):
+    """The path of ``univigu.flow.discrete`` from uniform tokens. All count in the loss: none shows it is corrupt."""
 
-    def may_jump(self, x_t: torch.Tensor) -> torch.Tensor:
-        """Tokens that the sampler may still change: bool [B, L]."""
-        return torch.ones_like(x_t, dtype=torch.bool)
+    name: ClassVar[str] = "uniform"
 
     def corrupt(self, tokens: torch.Tensor, t: torch.Tensor, generator: Generators = None) -> torch.Tensor:
         """Each token is kept with probability t, else drawn from the source: int64 [B, L]."""
         keep = rand(tokens.shape, generator, tokens.device) < expand_time(t, tokens)
-        batch, length = tokens.shape
-        return torch.where(keep, tokens, self.initial(batch, length, generator, tokens.device))
+        return torch.where(keep, tokens, self.initial(*tokens.shape, generator, tokens.device))
+
+    def initial(self, batch: int, length: int, generator: Generators = None, device: Device = None) -> torch.Tensor:
+        """Draw from the source: uniform random tokens, int64 [B, L]."""
+        return randint(self.vocab_size, (batch, length), generator, device)
 
     def step(
         self, x_t: torch.Tensor, logits: torch.Tensor, t: float, t_next: float, generator: Generators = None
     ) -> torch.Tensor:
         """Draw x_hat ~ softmax(logits / temperature) and jump to it or not; at t_next = 1 always."""
-        probability = jump_probability(t, t_next)
         x_hat = sample_categorical(logits, self.temperature, generator, self.top_p)
-        jumps = rand(x_t.shape, generator, x_t.device) < probability  # always at probability 1
-        return torch.where(self.may_jump(x_t) & jumps, x_hat, x_t)
-
-    def tokens(self, x: torch.Tensor) -> torch.Tensor:
-        """The state itself."""
-        return x
+        jumps = rand(x_t.shape, generator, x_t.device) < jump_probability(t, t_next)  # always at probability 1
+        return torch.where(jumps, x_hat, x_t)
 
 
 @dataclass(frozen=True)
-class UniformFlow(DiscreteFlow):
-    """The path from uniform random tokens. Every token counts in the loss: none shows whether it is corrupt."""
-
-    name: ClassVar[str] = "uniform"
-
-    def initial(self, batch: int, length: int, generator: Generators = None, device: Device = None) -> torch.Tensor:
-        """Uniform random tokens, int64 [B, L]."""
-        return randint(self.vocab_size, (batch, length), generator, device)
-
-
-@dataclass(frozen=True)
-class MaskFlow(DiscreteFlow):
-    """The path from a mask state, whose id is V, one past the vocabulary.
+class MaskFlow(UniformFlow):
+    """The same path from a mask state, whose id is V, one past the vocabulary.
 
     A revealed token is the data's, and the sampler does not change it: its posterior is certain whatever the network
     says. So the loss counts masked tokens only (Sahoo et al., 2024, arXiv:2406.07524).
@@ -228,7 +198,7 @@ class MaskFlow(DiscreteFlow):
 
     def loss(self, logits: torch.Tensor, x_t: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """As for every flow, and 0 where a token is revealed."""
-        return torch.where(self.may_jump(x_t), super().loss(logits, x_t, tokens), 0.0)
+        return torch.where(x_t == self.vocab_size, super().loss(logits, x_t, tokens), 0.0)
 
     def initial(self, batch: int, length: int, generator: Generators = None, device: Device = None) -> torch.Tensor:
         """Masks everywhere, int64 [B, L]. Draws nothing."""
@@ -237,25 +207,21 @@ class MaskFlow(DiscreteFlow):
     def step(
         self, x_t: torch.Tensor, logits: torch.Tensor, t: float, t_next: float, generator: Generators = None
     ) -> torch.Tensor:
-        """As in every discrete flow, or the most certain tokens first."""
+        """Masked tokens jump as in the uniform flow, or the most certain of them first."""
+        masked = x_t == self.vocab_size
         if self.order == "random":
-            return super().step(x_t, logits, t, t_next, generator)
+            return torch.where(masked, super().step(x_t, logits, t, t_next, generator), x_t)
         x_hat = sample_categorical(logits, self.temperature, generator, self.top_p)
         confidence = (-cross_entropy(logits, x_hat)).exp()
-        revealed = reveal_surest(self.may_jump(x_t), confidence, jump_probability(t, t_next))
-        return torch.where(revealed, x_hat, x_t)
-
-    def may_jump(self, x_t: torch.Tensor) -> torch.Tensor:
-        """Those still masked."""
-        return x_t == self.vocab_size
+        return torch.where(reveal_surest(masked, confidence, jump_probability(t, t_next)), x_hat, x_t)
 
     def close(self, x_t: torch.Tensor, eos_token_id: int, pad_token_id: int) -> tuple[torch.Tensor, bool]:
         """Pad what follows an end of text before which no mask is left; done once no mask is left anywhere."""
-        masked = self.may_jump(x_t)
+        masked = x_t == self.vocab_size
         ended = (x_t == eos_token_id).cumsum(dim=1) > 0
         complete = ended & (masked.cumsum(dim=1) == 0)  # from the first end on, where nothing before it is masked
         x_t = torch.where(masked & (complete.cumsum(dim=1) > 0), pad_token_id, x_t)
-        return x_t, not bool(self.may_jump(x_t).any())
+        return x_t, not bool((x_t == self.vocab_size).any())
 
 
 TEXT_FLOWS: dict[str, type[TextFlow]] = {flow.name: flow for flow in (EmbeddingFlow, UniformFlow, MaskFlow)}

@@ -26,10 +26,7 @@ def interpolate(noise: torch.Tensor, data: torch.Tensor, t: torch.Tensor) -> tor
 
 
 def flow_matching_loss(prediction: torch.Tensor, noise: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of Wan's prediction against ``noise - data``: float32 [B], the mean over C, T, H, W.
-
-    A ValueError unless all three have one shape [B, C, T, H, W].
-    """
+    """Mean squared error of Wan's prediction against ``noise - data``, float32 [B]; all have shape [B, C, T, H, W]."""
     _check_same_shape("noise", noise, data)
     _check_same_shape("prediction", prediction, data)
     target = noise.float() - data.float()

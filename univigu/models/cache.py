@@ -53,20 +53,16 @@ class AttentionCache:
         if self.prompt_embeds is None:
             self.prompt_embeds = prompt_embeds
             self.layers = [LayerCache(self.text_tokens if self.keep_video else None) for _ in range(num_layers)]
-        if not self._holds(prompt_embeds):
+        if not torch.equal(self.prompt_embeds, prompt_embeds):  # hooks that move a model's inputs may hand on a copy
             raise ValueError("cache: filled with another prompt's embeddings; take a new cache for each tensor of them")
         self.text_tokens = text_tokens or self.text_tokens
 
     def take_prompt(self, prompt_embeds: torch.Tensor) -> bool:
         """Replace the video's prompt by the text's; returns whether its keys are yet to be computed."""
-        if self.layers[0].prompt is not None and self._holds(prompt_embeds):
+        assert self.prompt_embeds is not None
+        if self.layers[0].prompt is not None and torch.equal(self.prompt_embeds, prompt_embeds):
             return False
         self.prompt_embeds = prompt_embeds
         for layer in self.layers:
             layer.prompt = None
         return True
-
-    def _holds(self, prompt_embeds: torch.Tensor) -> bool:
-        assert self.prompt_embeds is not None
-        # Hooks that move a model's inputs may hand on a copy.
-        return self.prompt_embeds is prompt_embeds or torch.equal(self.prompt_embeds, prompt_embeds)

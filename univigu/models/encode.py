@@ -23,7 +23,6 @@ from univigu.models.weights import compute_device
 NullCondition = Literal["encoded", "zeros"]
 PromptPadding = Literal["zeros", "encoded"]
 
-CHANNELS = (1, 3, 4)  # gray, RGB, RGBA
 MAX_CLIPS, MAX_PIXELS = 4, 2**18
 """Limits of a group of clips that is encoded in one call: clips, and pixels of all their frames."""
 
@@ -39,7 +38,7 @@ def to_pixels(video: Any, height: int | None = None, width: int | None = None) -
     frames = torch.as_tensor(np.ascontiguousarray(stacked) if isinstance(stacked, np.ndarray) else stacked)
     if frames.ndim == 4:
         frames = frames[None]
-    first, last = (frames.ndim == 5 and frames.shape[axis] in CHANNELS for axis in (2, 4))
+    first, last = (frames.ndim == 5 and frames.shape[axis] in (1, 3, 4) for axis in (2, 4))  # gray, RGB, RGBA
     if not first and not last:
         shape = list(stacked.shape)
         raise ValueError(f"video: shape {shape}, expected [F, H, W, C] or [F, C, H, W] with 1, 3 or 4 channels")
@@ -82,22 +81,11 @@ def _stacked(video: Any) -> Any:
     return np.stack(parts) if isinstance(parts[0], np.ndarray) else torch.stack(parts)
 
 
-def _statistics(vae: AutoencoderKLWan, like: torch.Tensor) -> list[torch.Tensor]:
-    """Mean and deviation of a VAE's latents a channel, each [1, C, 1, 1, 1]."""
+def normalize_latents(latents: torch.Tensor, vae: AutoencoderKLWan, inverse: bool = False) -> torch.Tensor:
+    """VAE latents [B, C, T, H, W] to zero mean and unit deviation a channel, or back, exactly as in WanPipeline."""
     values = vae.config.latents_mean, vae.config.latents_std
-    return [torch.tensor(value).view(1, -1, 1, 1, 1).to(like.device, like.dtype) for value in values]
-
-
-def normalize_latents(latents: torch.Tensor, vae: AutoencoderKLWan) -> torch.Tensor:
-    """VAE latents [B, C, T, H, W] to zero mean and unit deviation a channel, as the transformer wants them."""
-    mean, std = _statistics(vae, latents)
-    return (latents - mean) / std
-
-
-def denormalize_latents(latents: torch.Tensor, vae: AutoencoderKLWan) -> torch.Tensor:
-    """The inverse of ``normalize_latents``, exactly as diffusers' WanPipeline computes it."""
-    mean, std = _statistics(vae, latents)
-    return latents / (1.0 / std) + mean
+    mean, std = (torch.tensor(value).view(1, -1, 1, 1, 1).to(latents.device, latents.dtype) for value in values)
+    return latents / (1.0 / std) + mean if inverse else (latents - mean) / std
 
 
 def group_size(num_frames: int, height: int, width: int) -> int:
@@ -170,18 +158,14 @@ class Conventions:
         """Token ids [B, S] -> prompt embeddings [B, S, text_dim], padded as the model knows them."""
         return encode_prompts(text_encoder, ids, pad_token_id, self.prompt_padding == "zeros")
 
-    def encode(self, vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
-        """Video [B, C, F, H, W] in [-1, 1] -> float32 latents [B, C, T, H, W] for the transformer."""
-        return self.from_normalized(encode_clips(vae, video), vae)
-
     def from_normalized(self, latents: torch.Tensor, vae: AutoencoderKLWan) -> torch.Tensor:
         """Normalised latents, as in shards, for the transformer."""
-        return latents if self.latents_normalized else denormalize_latents(latents, vae)
+        return latents if self.latents_normalized else normalize_latents(latents, vae, inverse=True)
 
     def decode(self, vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
         """The transformer's latents [B, C, T, H, W] -> video [B, C, F, H, W], roughly in [-1, 1]."""
         latents = latents.to(compute_device(vae), vae.dtype)
-        return vae.decode(denormalize_latents(latents, vae) if self.latents_normalized else latents).sample
+        return vae.decode(normalize_latents(latents, vae, inverse=True) if self.latents_normalized else latents).sample
 
 
 CONVENTIONS = tuple(field.name for field in fields(Conventions))

@@ -1,8 +1,4 @@
-"""The pretrained generator around the transformer: tokenizer, text encoder, VAE, scheduler.
-
-A foundation is a folder in diffusers' WanPipeline layout.  The shipped one and the real Wan2.1 look the same
-from here, so going real is changing a path.
-"""
+"""The pretrained generator around the transformer: tokenizer, text encoder, VAE, scheduler; a folder of WanPipeline."""
 
 from __future__ import annotations
 
@@ -41,11 +37,8 @@ def vocabulary_of(folder: Path) -> dict[str, Any]:
 class Foundation:
     """Lazily loaded components of a WanPipeline folder, frozen and in evaluation mode.
 
-    ``vae_tiling`` processes the videos of a batch one by one, in overlapping tiles.
-
-    Raises:
-        FileNotFoundError: the folder or one of its components is missing, by name.
-        ValueError: it holds two transformers.
+    ``vae_tiling`` processes the videos of a batch one by one, in overlapping tiles. A FileNotFoundError names a missing
+    folder or component; two transformers are a ValueError.
     """
 
     def __init__(
@@ -83,11 +76,10 @@ class Foundation:
         with reading(folder), torch.device("meta"):
             model = UMT5EncoderModel(UMT5Config.from_pretrained(folder))
         state, own = WeightFiles(folder), model.state_dict()
-        tied = {name: "shared.weight" for name in ("encoder.embed_tokens.weight",) if name not in state}
-        missing = [name for name in own if tied.get(name, name) not in state]
+        missing = own.keys() - state.keys() - {"encoder.embed_tokens.weight"}  # which is shared.weight
         wrong = [name for name in own if name in state and state[name].shape != own[name].shape]
         check_complete(folder, {"missing_keys": missing, "mismatched_keys": wrong}, allow_unexpected=True)
-        weights = {name: state.converted(name, dtype).to(self._device) for name in own if name in state}
+        weights = {name: state[name].to(self._device, dtype, copy=True) for name in own if name in state}
         model.load_state_dict(weights, strict=False, assign=True)
         model.tie_weights()
         return model.requires_grad_(False).eval()
@@ -116,11 +108,10 @@ class Foundation:
         if torch.device(device) == self._device:  # asked in every step of a training
             return self
         self._device = torch.device(device)
-        for name in ("text_encoder", "vae"):
-            if name in self.__dict__:
-                self.__dict__[name].to(device)
+        if "text_encoder" in self.__dict__:
+            self.text_encoder.to(device)
         if "vae" in self.__dict__:
-            set_conv_layout(self.vae)
+            set_conv_layout(self.vae.to(device))
         return self
 
 

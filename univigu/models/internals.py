@@ -34,10 +34,3 @@ def execution_device(module: torch.nn.Module) -> torch.device | None:
         group = registry.get_hook("group_offloading")
         device = None if group is None else group.config.onload_device
     return None if device is None else torch.device(device)
-
-
-def run_block(model: Any, block: torch.nn.Module, *inputs: Any) -> Any:
-    """A block's output; in training under the function that ``model.enable_gradient_checkpointing`` has chosen."""
-    if torch.is_grad_enabled() and model.gradient_checkpointing:
-        return model._gradient_checkpointing_func(block, *inputs)
-    return block(*inputs)

@@ -18,16 +18,10 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 
 from univigu.models.encode import OFFICIAL, Conventions
 from univigu.models.transformer import UniViGUTransformer3DModel
-from univigu.models.weights import (
-    CheckpointError,
-    empty_model,
-    load_strictly,
-    read_weights,
-    wan_options,
-)
+from univigu.models.weights import CheckpointError, empty_model, load_strictly, read_weights, wan_options
 
 ROTARY_KEY = "rotary_emb_text.inv_freq"  # a buffer that the official files store
-WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.")
+WRAPPERS = r"_fsdp_wrapped_module\.|_orig_mod\."
 # Official name on the left, ours on the right; every other key is the same.
 RENAMED = (
     ("time_embedding_v.time_embedder.", "condition_embedder.time_embedder."),
@@ -68,22 +62,19 @@ def import_official(
 ) -> UniViGUTransformer3DModel:
     """Read a checkpoint file of the official preview, in the dtypes of the file; nothing in the file is run.
 
+    A CheckpointError for another file, and for keys that are missing, unexpected or of another shape, all named.
+
     Args:
         wan_transformer: the Wan transformer it extends, for the sizes: a folder (its config.json is enough) or a model.
         text_flow: "uniform", the official source of text, or "mask", which needs one more embedding in the file.
         conventions: of the model's inputs; recorded in its configuration.
-
-    Raises:
-        CheckpointError: not such a file; keys that are missing, unexpected or of another shape, all named.
-        FileNotFoundError: no transformer folder.
     """
     found = read_weights(path).get("model")
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise CheckpointError(f"{path}: not a checkpoint of the official preview (it holds no 'model' state dict)")
     state: dict[str, torch.Tensor] = {}
     for key, value in found.items():
-        for wrapper in WRAPPERS:
-            key = key.replace(wrapper, "")
+        key = re.sub(WRAPPERS, "", key)
         if key in state:
             raise CheckpointError(f"{path}: key {key!r} is there twice, with and without a wrapper's prefix")
         state[key] = value
@@ -113,11 +104,8 @@ def export_official(
     """Write a model, and a number of steps, as the official preview would; the inverse of ``import_official``.
 
     The tables of a pruned vocabulary become those of all ``vocab_size`` tokens. Those that were left out have
-    embeddings of zeros and are never predicted.
-
-    Raises:
-        CheckpointError: another architecture than the official one; other training conditions, which the file does not
-            record, unless ``accept_differences``. Names each option with its value and the official one.
+    embeddings of zeros and are never predicted. A CheckpointError names each option of another architecture than the
+    official one or, unless ``accept_differences``, of other training conditions, which the file does not record.
     """
     architecture, conditions = official_differences(model, ARCHITECTURE), official_differences(model)
     differing = [f"{name}={a!r} (official: {b!r})" for name, (a, b) in (architecture or conditions).items()]
@@ -134,10 +122,9 @@ def export_official(
     if (ids := model.config.token_ids) is not None:
         tables = {"vocab_embed.weight": 0.0, "text_head.linear.weight": 0.0, "text_head.linear.bias": -1e4}
         for name, unused in tables.items():
-            mask_state = state[name][len(ids) :]
-            table = torch.full((vocab_size, *state[name].shape[1:]), unused, dtype=state[name].dtype)
-            table[ids] = state[name][: len(ids)]
-            state[name] = torch.cat([table, mask_state])
+            known, mask_state = state[name].tensor_split([len(ids)])
+            table = known.new_full((vocab_size, *known.shape[1:]), unused)
+            state[name] = torch.cat([table.index_copy(0, torch.tensor(ids), known), mask_state])
     head_dim = model.config.attention_head_dim
     state[ROTARY_KEY] = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)
     target = Path(path)
@@ -149,10 +136,8 @@ def export_official(
 def import_wan(path: str | Path, wan_transformer: str | Path | None = None) -> WanTransformer3DModel:
     """Read Wan's original weights (.pth, .safetensors or a folder of the latter), by diffusers' own converter.
 
-    The sizes are those of the transformer folder, if one is given, and are otherwise read off the weights.
-
-    Raises:
-        CheckpointError: unreadable, or keys that are missing, unexpected or of another shape, all named.
+    The sizes are those of the transformer folder, if one is given, and are otherwise read off the weights. A
+    CheckpointError for unreadable ones, and for keys that are missing, unexpected or of another shape, all named.
     """
     state = dict(convert_wan_transformer_to_diffusers(dict(read_weights(path))))
     config = _infer_config(path, state) if wan_transformer is None else wan_options(wan_transformer)

@@ -26,8 +26,6 @@ class TextStream(NamedTuple):
     """Projected time embedding, [B, 1, 6, D]."""
     rotary: Rotary | None = None
     """Rotary table; None for learned positions."""
-    key_mask: torch.Tensor | None = None
-    """bool [B, 1, 1, N + L]; False hides a key of [video ; text] from every query."""
     context: torch.Tensor | None = None
     """The text's own prompt [B, S, D]; None: the video's."""
 
@@ -98,8 +96,7 @@ class TextHead(nn.Module):
 
         The reader is called in here because a sharded linear's weight is gathered only during this forward.
         """
-        normed = self.norm_final(states.float()) * (1 + scale) + shift
-        hidden = normed.type_as(states)
+        hidden = (self.norm_final(states.float()) * (1 + scale) + shift).type_as(states)
         return self.linear(hidden) if reader is None else reader(hidden, self.linear)
 
 
@@ -176,7 +173,6 @@ def check_inputs(
     for name, value, dtype, shape in (
         ("timestep", timestep, None, [batch, *([] if timestep is None else timestep.shape[1:2])]),
         ("text.timestep", text.timestep, None, [batch]),
-        ("text.mask", text.mask, torch.bool, [batch, length]),
         ("text.positions", text.positions, torch.int64, [batch, length]),
         ("text.endpoint", text.endpoint, None, list(text.tokens.shape)),
     ):

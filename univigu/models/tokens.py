@@ -19,11 +19,7 @@ def clean_text(text: str) -> str:
 
 
 def replace_words(text: str, words: Mapping[str, str]) -> str:
-    """The text with words or phrases replaced by others: wherever they occur as a whole, in upper or lower case.
-
-    Raises:
-        ValueError: a word does not occur in the text.
-    """
+    """The text with words or phrases replaced, as a whole, in upper or lower case; a ValueError for one not in it."""
     new = {word.lower(): value for word, value in words.items()}
     longest_first = sorted(map(re.escape, new), key=len, reverse=True)
     pattern = re.compile(rf"(?<!\w)({'|'.join(longest_first)})(?!\w)", re.IGNORECASE)
@@ -42,11 +38,7 @@ class TextTooLongError(ValueError):
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int, name: str = "prompt") -> torch.Tensor:
-    """Token ids int64 [B, length]: text, end of sequence, padding.
-
-    Raises:
-        TextTooLongError: a text needs more than ``length`` tokens, its end-of-sequence token counted.
-    """
+    """Token ids int64 [B, length]: text, end of sequence, padding; a TextTooLongError if they do not fit."""
     for text in texts:
         if len(text) > MAX_CHARACTERS:
             raise TextTooLongError(f"{name} has {len(text)} characters, over {MAX_CHARACTERS}: {text[:60]!r}...")
@@ -91,11 +83,7 @@ class Vocabulary:
 
 
 def fit_slot(ids: torch.Tensor, length: int, pad_token_id: int, name: str) -> torch.Tensor:
-    """Cut or pad token ids [B, S] to a slot [B, length]; only padding is ever cut.
-
-    Raises:
-        ValueError: a text is longer than the slot.
-    """
+    """Cut or pad token ids [B, S] to a slot [B, length]; a ValueError if more than padding would be cut."""
     if ids.shape[1] <= length:
         return torch.nn.functional.pad(ids, (0, length - ids.shape[1]), value=pad_token_id)
     longest = int((ids != pad_token_id).sum(1).max())

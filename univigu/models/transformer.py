@@ -12,10 +12,9 @@ Without text tokens its output is the parent's, bit for bit.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import ModelMixin, WanTransformer3DModel  # noqa: F401 (a pipeline's loader looks ModelMixin up here)
@@ -24,14 +23,12 @@ from diffusers.utils import BaseOutput, apply_lora_scale
 from einops import rearrange
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial
-from torch.nn.functional import pad
 
-from univigu.flow.text import EMBEDDING_INPUT_SCALE, TextInputs, TextReader
+from univigu.flow.text import EMBEDDING_INPUT_SCALE, TextInputs
 from univigu.models.attention import VideoOnly
 from univigu.models.block import UniViGUTransformerBlock, modulate
 from univigu.models.cache import AttentionCache
 from univigu.models.encode import Conventions, NullCondition, PromptPadding
-from univigu.models.internals import run_block
 from univigu.models.options import ArchitectureOptions, TextAttention, TextFlowName, check_replaced
 from univigu.models.text import (
     NO_TEXT,
@@ -82,14 +79,14 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
     """
 
     # diffusers looks these up by name on the class; Wan's own entries name Wan's block class.
-    _no_split_modules = ["UniViGUTransformerBlock"]  # noqa: RUF012
-    _repeated_blocks = ["UniViGUTransformerBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules = [  # noqa: RUF012
+    _no_split_modules: ClassVar = ["UniViGUTransformerBlock"]
+    _repeated_blocks: ClassVar = ["UniViGUTransformerBlock"]
+    _keep_in_fp32_modules: ClassVar = [
         *WanTransformer3DModel._keep_in_fp32_modules,
         "scale_shift_table_t",
         "norm_final",
     ]
-    _skip_layerwise_casting_patterns = [  # noqa: RUF012
+    _skip_layerwise_casting_patterns: ClassVar = [
         *WanTransformer3DModel._skip_layerwise_casting_patterns,
         "time_embedding_t",
         "vocab_embed",
@@ -132,6 +129,8 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         wan = known_options(WanTransformer3DModel, locals())
         ArchitectureOptions.of(self.config)  # checks them
         Conventions.of(self.config)
+        if image_dim is not None or added_kv_proj_dim is not None:
+            raise ValueError(f"{image_dim=}, {added_kv_proj_dim=}: image-to-video models are not supported")
         if vocab_size < 1:
             raise ValueError(f"vocab_size={vocab_size}: expected at least 1")
         if token_ids is not None and (len(token_ids) != vocab_size or sorted(set(token_ids)) != list(token_ids)):
@@ -140,20 +139,9 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         super().__init__(**(wan | {"num_layers": 0}))
         self.register_to_config(num_layers=num_layers)
         dim = num_attention_heads * attention_head_dim
-        self.blocks = nn.ModuleList(
-            UniViGUTransformerBlock(
-                dim,
-                ffn_dim,
-                num_attention_heads,
-                qk_norm,
-                cross_attn_norm,
-                eps,
-                added_kv_proj_dim,
-                separate_text_ffn=separate_text_ffn,
-                text_attention=text_attention,
-            )
-            for _ in range(num_layers)
-        )
+        sizes = dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps
+        of_text: Any = {"separate_text_ffn": separate_text_ffn, "text_attention": text_attention}
+        self.blocks = nn.ModuleList(UniViGUTransformerBlock(*sizes, **of_text) for _ in range(num_layers))
         self.vocab_embed = nn.Embedding(vocab_size + (text_flow == "mask"), dim)
         self.text_position_embed = nn.Embedding(text_positions, dim) if text_positions else None
         self.time_embedding_t = TextTimeEmbedding(freq_dim, dim)
@@ -171,7 +159,6 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         timestep: Any,
         encoder_hidden_states: Any,
         text: TextInputs | None = None,
-        encoder_hidden_states_image: torch.Tensor | None = None,
         cache: AttentionCache | None = None,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
@@ -191,19 +178,20 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
 
         A ValueError names shapes or dtypes that do not fit together, and a cache that belongs to another call.
         """
-        prompt = encoder_hidden_states, encoder_hidden_states_image
         if hidden_states is not None and text is None and cache is None and predict_video:  # Wan's own model
-            (sample,) = super().forward(hidden_states, timestep, *prompt, return_dict=False)
+            (sample,) = super().forward(hidden_states, timestep, encoder_hidden_states, return_dict=False)
             return UniViGUTransformerOutput(sample=sample) if return_dict else (sample,)
         check_inputs(self, text, hidden_states, timestep, cache, predict_video)
 
         # 1. The video: tokens, prompt, time and positions
         video_only: VideoOnly = False
-        if hidden_states is not None and (text is not None or not predict_video):
-            timestep, video_only = self._clean_video(timestep)
-        if hidden_states is not None and cache is not None:
-            cache.begin(encoder_hidden_states, len(self.blocks), 0 if text is None else text.tokens.shape[1])
-        states, *others, temb = self._embed_video(hidden_states, timestep, *prompt)
+        states, *others, temb = (None,) * 5
+        if hidden_states is not None:
+            if text is not None or not predict_video:
+                timestep, video_only = self._clean_video(timestep)
+            if cache is not None:
+                cache.begin(encoder_hidden_states, len(self.blocks), 0 if text is None else text.tokens.shape[1])
+            states, *others, temb = self._embed_video(hidden_states, timestep, encoder_hidden_states)
 
         # 2. The text: tokens, time, positions, and a prompt if it has its own
         stream, temb_t = self._embed_text(text, states, encoder_hidden_states, cache)
@@ -213,12 +201,16 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             layer = None if cache is None else cache.layers[i]
             for_text = not predict_video and i + 1 == len(self.blocks)
             inputs = (states, *others, stream, video_only, layer, for_text)
-            states, text_states = run_block(self, block, *inputs)
-            stream = stream._replace(states=text_states)
+            recomputed = torch.is_grad_enabled() and self.gradient_checkpointing
+            outputs = self._gradient_checkpointing_func(block, *inputs) if recomputed else block(*inputs)
+            states, stream = outputs[0], stream._replace(states=outputs[1])
 
         # 4. Heads
         sample = None if states is None else self._video_head(states, temb, hidden_states.shape[2:])
-        logits = None if text is None else self._text_head(stream.states, temb_t, text.reader)
+        logits = None
+        if text is not None:
+            shift, scale = (self.scale_shift_table_t.to(temb_t.device) + temb_t[:, None]).chunk(2, dim=1)
+            logits = self.text_head(stream.states, shift, scale, text.reader)
         if return_dict:
             return UniViGUTransformerOutput(sample=sample, text=logits)
         return (sample,) if text is None else (sample, logits)
@@ -235,19 +227,11 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             timestep = timestep.float().where(timestep > 0, self.config.clean_video_timestep)
         return timestep, video_only
 
-    def _embed_video(
-        self, latents: torch.Tensor | None, timestep: Any, prompt: Any, image: torch.Tensor | None
-    ) -> tuple[Any, ...]:
+    def _embed_video(self, latents: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor) -> tuple[Any, ...]:
         """A block's tokens [B, N, D], prompt, modulation [B, 1 or N, 6, D] and positions; the time's embedding."""
-        if latents is None:
-            return (None,) * 5
         rotary = self.rope(latents)
         tokens = rearrange(self.patch_embedding(latents), "b d t h w -> b (t h w) d").contiguous()
-        temb, modulation, context, image_context = self.condition_embedder(
-            timestep.flatten(), prompt, image, timestep[0].numel()
-        )
-        if image_context is not None:
-            context = torch.cat([image_context, context], dim=1)
+        temb, modulation, context, _ = self.condition_embedder(timestep.flatten(), prompt, None, timestep[0].numel())
         return tokens, context, modulation.unflatten(-1, (6, -1)), rotary, temb
 
     def _embed_text(
@@ -258,13 +242,12 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             return NO_TEXT, None
         if cache is not None and video is None:
             video, prompt = cache.of_video, cache.prompt_embeds
-        context, rotary, key_mask, positions = None, None, None, text.positions
+        context, rotary, positions = None, None, text.positions
         if text.tokens.ndim == 2:
             states = self.vocab_embed(text.tokens)
         else:
             states = EMBEDDING_INPUT_SCALE * text.tokens
-            if text.endpoint is not None:
-                assert self.text_endpoint_proj is not None
+            if text.endpoint is not None and self.text_endpoint_proj is not None:
                 states = states + self.text_endpoint_proj(text.endpoint.to(video.dtype))
         if positions is None:
             positions = torch.arange(states.shape[1], device=states.device)
@@ -272,13 +255,11 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             rotary = text_rotary_table(positions, self.config.attention_head_dim)
         else:
             states = states + self.text_position_embed(positions)
-        if text.mask is not None:  # every video key may be attended to
-            key_mask = pad(text.mask, (video.shape[1], 0), value=True)[:, None, None]
         sinusoid = self.condition_embedder.timesteps_proj(text.timestep)
         temb, modulation = self.time_embedding_t(sinusoid, prompt.dtype)
         if text.prompt_embeds is not None and (cache is None or cache.take_prompt(text.prompt_embeds)):
             context = self.condition_embedder.text_embedder(text.prompt_embeds.to(prompt.dtype))
-        return TextStream(states.to(video.dtype), modulation[:, None], rotary, key_mask, context), temb
+        return TextStream(states.to(video.dtype), modulation[:, None], rotary, context), temb
 
     def _video_head(self, video: torch.Tensor, temb: torch.Tensor, grid: torch.Size) -> torch.Tensor:
         """Tokens [B, N, D] -> latents [B, C, T, H, W]; the parent's output head."""
@@ -288,11 +269,6 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         t, h, w = grid[0] // pt, grid[1] // ph, grid[2] // pw
         pattern = "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)"
         return rearrange(video, pattern, t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
-
-    def _text_head(self, states: Any, temb: torch.Tensor, reader: TextReader | None) -> torch.Tensor:
-        """Tokens [B, L, D] -> logits [B, L, V], or what the reader returns."""
-        shift, scale = (self.scale_shift_table_t.to(temb.device) + temb[:, None]).chunk(2, dim=1)
-        return self.text_head(states, shift, scale, reader)
 
     def token_table(self) -> torch.Tensor:
         """The token embeddings with rows of RMS 1, float32 [V, D]: the data points of the ``embedding`` flow."""
@@ -350,8 +326,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
     @classmethod
     def from_config(cls, config: Any, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers; a ValueError for a configuration with a former key."""
-        if isinstance(config, Mapping):
-            check_replaced(config, "config.json")
+        check_replaced(config, "config.json")
         return super().from_config(config, *args, **kwargs)
 
     @classmethod

@@ -74,10 +74,6 @@ def check_files(path: Path, subfolders: bool = False) -> None:
             raise CheckpointError(f"{index}: keys that no file has: {missing}")
 
 
-MAX_MAPPED = 2**28
-"""Bytes of a file that are mapped into memory to convert them."""
-
-
 class WeightFiles(Mapping[str, torch.Tensor]):
     """The tensors of .safetensors files; each is mapped into memory when it is asked for, as long as it is used.
 
@@ -106,16 +102,6 @@ class WeightFiles(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         with reading(self._files[name]), safe_open(self._files[name], "pt") as content:
             return content.get_tensor(name)
-
-    def converted(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor in another dtype; of a large one only a part of the file is mapped at a time."""
-        value = self[name]
-        if value.dtype == dtype or value.nbytes <= MAX_MAPPED:
-            return value.to(dtype, copy=True)
-        made, rows = torch.empty(value.shape, dtype=dtype), max(1, MAX_MAPPED * len(value) // value.nbytes)
-        for start in range(0, len(value), rows):
-            made[start : start + rows] = self[name][start : start + rows]  # mapped anew
-        return made
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -199,14 +185,13 @@ def load_strictly(
     Weights are read and converted one after the other, so that nothing is in memory twice.
 
     Args:
-        source: what the state dict was read from.
+        source: what the state dict was read from; a CheckpointError names it and every missing and unexpected key and
+            wrong shape.
         names: the name in the state dict of each of the model's weights to load, of which each is a copy. By default
-            all by their own names, and what needs no conversion is the state dict's own tensor.
+            all by their own names, and what needs no conversion is the state dict's own tensor, if it is in memory.
         dtype: as of ``dtype_of``; None keeps the state dict's.
-
-    A CheckpointError names ``source`` and every missing and unexpected key and wrong shape.
     """
-    own, copy = model.state_dict(), names is not None
+    own, copy = model.state_dict(), names is not None or isinstance(state, WeightFiles)
     names = {name: name for name in own} if names is None else names
     shapes = {
         theirs: (list(state[theirs].shape), list(own[ours].shape)) for ours, theirs in names.items() if theirs in state
@@ -222,9 +207,7 @@ def load_strictly(
     loaded: dict[str, torch.Tensor] = {}
     for ours, theirs in names.items():
         value = state[theirs]
-        wanted = value.dtype if dtype is None else dtype_of(model, ours, dtype)
-        converted = state.converted(theirs, wanted) if isinstance(state, WeightFiles) else value.to(wanted, copy=copy)
-        loaded[ours] = converted
+        loaded[ours] = value.to(value.dtype if dtype is None else dtype_of(model, ours, dtype), copy=copy)
     model.load_state_dict(loaded, strict=False, assign=True)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from univigu.flow.text import Order, TextFlow, make_text_flow
+from univigu.flow.text import Order
 
 Solver = Literal["scheduler", "euler", "heun", "unipc", "dpm"]
 CaptionGuidance = Literal["video", "prompt"]
@@ -70,11 +70,6 @@ class SamplingOptions:
         check("top_p", 0 < self.top_p <= 1, "over 0, at most 1")
         low, high = self.guidance_interval
         check("guidance_interval", 0 <= low <= high <= 1, "0 <= low <= high <= 1")
-
-    def make_text_flow(self, config: Any) -> TextFlow:
-        """The text flow of a transformer's configuration, with these options."""
-        options = {"temperature": self.temperature, "top_p": self.top_p, "order": self.text_order}
-        return make_text_flow(config.text_flow, config.vocab_size, **options)
 
     def check_keywords(self, keywords: Mapping[str, Any], task: str, text_flow: str) -> None:
         """Raise a ValueError for an option, given by keyword beside these options, that the task does not use."""

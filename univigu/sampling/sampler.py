@@ -17,12 +17,12 @@ from typing import Any, Literal
 import torch
 
 from univigu.flow.random import Generators, randn
-from univigu.flow.text import EmbeddingFlow, TextFlow, TextInputs
+from univigu.flow.text import EmbeddingFlow, TextFlow, TextInputs, make_text_flow
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
 from univigu.flow.video import interpolate
 from univigu.models.cache import AttentionCache
 from univigu.sampling.options import SamplingOptions
-from univigu.sampling.solvers import VideoSolver, make_video_solver
+from univigu.sampling.solvers import VideoSolver
 
 Task = Literal["generate", "edit", "caption", "joint"]
 
@@ -87,27 +87,22 @@ class VideoRun:
         self, model: Any, solver: VideoSolver, state: torch.Tensor, inputs: SampleInputs, options: SamplingOptions
     ) -> None:
         self.model, self.solver, self.state, self.options = model, solver, state, options
-        null = inputs.null_embeds.expand(len(state), -1, -1).to(model.dtype)
-        self.conditions = {"prompt": inputs.prompt_embeds.to(model.dtype), "null": null}
-        self.caches = {name: AttentionCache(keep_video=False) for name in self.conditions}
+        self.prompt = inputs.prompt_embeds.to(model.dtype)
+        self.null = inputs.null_embeds.expand(len(state), -1, -1).to(model.dtype)
+        self.caches = AttentionCache(keep_video=False), AttentionCache(keep_video=False)
 
     def advance(self, i: int, text: TextInputs | None) -> torch.Tensor | None:
         """Take step i; returns the text's logits if text is computed along."""
         scale, (low, high) = self.options.guidance_scale, self.options.guidance_interval
         # A pass with prompt and text, and for guidance one with neither.
-        output = self._predict(i, "prompt", text)
+        video = self.state.to(self.model.dtype), _filled(float(self.solver.timesteps[i]), self.state)
+        output = self.model(*video, self.prompt, text=text, cache=self.caches[0])
         prediction = output.sample
         if scale > 1 and low <= self.solver.times[i] <= high:
-            unconditional = self._predict(i, "null").sample
+            unconditional = self.model(*video, self.null, cache=self.caches[1]).sample
             prediction = unconditional + scale * (prediction - unconditional)
         self.state = self.solver.step(prediction, i, self.state)
-        logits: torch.Tensor | None = output.text
-        return logits
-
-    def _predict(self, i: int, condition: str, text: TextInputs | None = None) -> Any:
-        latents = self.state.to(self.model.dtype)
-        timestep = self.solver.timestep(i, len(latents), latents.device)
-        return self.model(latents, timestep, self.conditions[condition], text=text, cache=self.caches[condition])
+        return output.text
 
 
 @dataclass
@@ -154,11 +149,12 @@ class TextRun:
 
     def inputs(self, i: int) -> TextInputs:
         """The transformer's inputs at step i."""
-        return TextInputs(self.state, _timestep(self.times[i], self.state), endpoint=self.endpoint)
+        timestep = _filled(NUM_TRAIN_TIMESTEPS * (1.0 - self.times[i]), self.state)
+        return TextInputs(self.state, timestep, endpoint=self.endpoint)
 
     def advance(self, i: int, logits: torch.Tensor) -> None:
         """Take step i, given the logits of its inputs."""
-        if isinstance(self.flow, EmbeddingFlow) and self.flow.self_conditioning:
+        if isinstance(self.flow, EmbeddingFlow):
             self.endpoint = self.flow.endpoint(logits)
         self.state = self.flow.step(self.state, logits, self.times[i], self.times[i + 1], self.generator)
 
@@ -178,7 +174,9 @@ class Sampler:
     before it is revealed; what follows the end is padding."""
 
     def __post_init__(self) -> None:
-        self.text_flow = self.options.make_text_flow(self.model.config)
+        config, options = self.model.config, self.options
+        text_options = {"temperature": options.temperature, "top_p": options.top_p, "order": options.text_order}
+        self.text_flow = make_text_flow(config.text_flow, config.vocab_size, **text_options)
 
     @torch.no_grad()
     def sample(self, task: Task, inputs: SampleInputs) -> Samples:
@@ -187,40 +185,33 @@ class Sampler:
         texts = len(inputs.prompt_embeds) // len(video) if task == "caption" and video is not None else 1
         if texts > 1 and not self._shares_video(inputs.prompt_embeds.unflatten(0, (-1, texts))):
             return self._in_turn(inputs, texts)
-        solver, text = None, None
-        if task == "edit":
-            if not 0 < inputs.strength <= 1:
-                raise ValueError(f"strength={inputs.strength!r}: expected over 0, at most 1")
-            assert video is not None
-            solver = self._solver(start=1.0 - inputs.strength)
-            begin = video.new_full((len(video),), solver.times[0], dtype=torch.float32)
-            video = interpolate(_noise(video, video.shape[1:], generator), video.float(), begin)
-        elif task != "caption":
-            solver = self._solver(start=0.0)
-            video = _noise(inputs.prompt_embeds, inputs.shape, generator)
+        if not 0 < inputs.strength <= 1:
+            raise ValueError(f"strength={inputs.strength!r}: expected over 0, at most 1")
+        run, text, steps = None, None, options.caption_steps
+        if task != "caption":
+            solver = self.scheduler if options.solver == "scheduler" else options.solver
+            shift = float(self.scheduler.config.get("flow_shift", self.scheduler.config.get("shift", 1.0)))
+            solver = VideoSolver(solver, options.num_inference_steps, shift, 1.0 - inputs.strength)
+            if video is None:
+                embeds = inputs.prompt_embeds
+                video = randn((len(embeds), *inputs.shape), generator, embeds.device)
+            else:
+                noise = randn(video.shape, generator, video.device)
+                video = interpolate(noise, video, _filled(solver.times[0], video))
+            run, steps = VideoRun(self.model, solver, video, inputs, options), len(solver.times) + options.joint_lag
         assert video is not None
         if task in ("caption", "joint"):
-            steps = options.caption_steps if solver is None else len(solver.times) + options.joint_lag
             flow, rows = self.text_flow.bind(self.model), max(len(video), len(inputs.prompt_embeds))
             state = flow.initial(rows, inputs.text_length, generator, video.device)
             text = TextRun(flow, state, [flow.warp(i / steps) for i in range(steps + 1)], generator)
-        run = None if solver is None else VideoRun(self.model, solver, video, inputs, options)
         return self._denoise(inputs, video, run, text)
-
-    def _solver(self, start: float) -> VideoSolver:
-        config, options = self.scheduler.config, self.options
-        shift = float(config.get("flow_shift", config.get("shift", 1.0)))
-        solver = self.scheduler if options.solver == "scheduler" else options.solver
-        return make_video_solver(solver, options.num_inference_steps, shift, start)
 
     def _shares_video(self, prompts: torch.Tensor) -> bool:
         """Whether one pass of each video serves all its texts, exactly: their prompts are [B, K, S, text_dim]."""
         config, options = self.model.config, self.options
-        if config.clean_video_reads_text or (
-            options.caption_guidance_scale != 1 and options.caption_guidance == "video"
-        ):
-            return False
-        return not config.clean_video_reads_prompt or bool((prompts == prompts[:, :1]).all())
+        contrasts_video = options.caption_guidance_scale != 1 and options.caption_guidance == "video"
+        same_for_all = not config.clean_video_reads_prompt or bool((prompts == prompts[:, :1]).all())
+        return same_for_all and not (config.clean_video_reads_text or contrasts_video)
 
     def _in_turn(self, inputs: SampleInputs, texts: int) -> Samples:
         """Each video's texts one after the other, because each of them needs its own pass of the video."""
@@ -245,7 +236,7 @@ class Sampler:
             shown, video_time, last = None if text is None else text.inputs(i), 1.0, i + 1 == num_steps
             if run is not None and i < video_steps:
                 logits = run.advance(i, shown)
-                video, video_time = run.state, run.solver.next_time(i)
+                video, video_time = run.state, run.solver.ends[i]
             else:
                 if i == video_steps:
                     contexts = self._caption_contexts(video, inputs)
@@ -281,20 +272,18 @@ class Sampler:
         read = embeds if config.clean_video_reads_prompt else null
         if rows > len(latents):
             read = read[:: rows // len(latents)]
-        clean = VideoContext(latents.to(dtype), _timestep(1.0, latents), embeds, read, refresh)
+        clean = VideoContext(latents.to(dtype), _filled(0.0, latents), embeds, read, refresh)
         if options.caption_guidance_scale == 1:
             return [clean]
         if options.caption_guidance == "video":
-            noise = _noise(latents, latents.shape[1:], inputs.generator).to(dtype)
-            return [clean, VideoContext(noise, _timestep(0.0, latents), embeds, embeds, options.caption_refresh)]
+            noise, timestep = (
+                randn(latents.shape, inputs.generator, latents.device),
+                _filled(NUM_TRAIN_TIMESTEPS, latents),
+            )
+            return [clean, VideoContext(noise.to(dtype), timestep, embeds, embeds, options.caption_refresh)]
         return [clean, replace(clean, prompt_embeds=null, video_embeds=null[: len(latents)])]
 
 
-def _noise(like: torch.Tensor, shape: Sequence[int], generator: Generators) -> torch.Tensor:
-    return randn((like.shape[0], *shape), generator, like.device)
-
-
-def _timestep(time: float, like: torch.Tensor) -> torch.Tensor:
-    """Wan's timestep of a flow time, float32 [B]."""
-    value = NUM_TRAIN_TIMESTEPS * (1.0 - time)
-    return torch.full((like.shape[0],), value, dtype=torch.float32, device=like.device)
+def _filled(value: float, like: torch.Tensor) -> torch.Tensor:
+    """A time or timestep for each sample, float32 [B]."""
+    return torch.full((len(like),), value, dtype=torch.float32, device=like.device)

@@ -1,88 +1,60 @@
-"""Solvers of the video's flow, from noise (t = 0) to latents (t = 1): diffusers' schedulers behind one interface.
-
-    solver = make_video_solver("heun", num_steps=20, shift=3.0)
-    for i, t in enumerate(solver.times):
-        prediction = model(x, solver.timestep(i, batch, device), ...)
-        x = solver.step(prediction, i, x)
-
-One pass of the loop is one evaluation of the model; Heun takes two a step.
-"""
+"""Solvers of the video's flow, from noise (t = 0) to latents (t = 1): diffusers' schedulers behind one interface."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS, shift_sigma, time_from_sigma
 
 
 class VideoSolver:
-    """One sampling run with a diffusers scheduler whose time steps are set.
+    """One sampling run of diffusers' "euler", "heun", "unipc" or "dpm" with ``shift``, or of a scheduler of diffusers.
 
-    ``times`` has the flow time of every evaluation, not falling. The first is the scheduler's latest one that is not
-    later than ``start`` in [0, 1), which is over 0 to edit a video. A ValueError for a scheduler that is not a
-    flow-matching one.
+    A scheduler is copied and steps as in ``WanPipeline``, with its own shift; a ValueError for one that is not a
+    flow-matching one. ``num_steps`` leads from noise to data.
+
+    ``timesteps`` has the model's timestep of every evaluation (1000 is noise, 0 is clean), of which Heun takes two a
+    step; ``times`` its flow time, not falling, and ``ends`` that of the state after it. The first is the scheduler's
+    latest one that is not later than ``start`` in [0, 1), which is over 0 to edit a video.
     """
 
-    def __init__(self, scheduler: Any, start: float = 0.0) -> None:
+    def __init__(self, solver: str | SchedulerMixin, num_steps: int, shift: float = 3.0, start: float = 0.0) -> None:
+        scheduler: Any
+        # Evenly spaced levels, then shifted. Given only their number, diffusers' flow-matching schedulers shift their
+        # last level twice, which makes their last step almost empty.
+        sigmas = torch.linspace(1.0, 0.0, num_steps + 1)
+        if isinstance(solver, SchedulerMixin):
+            scheduler = type(solver).from_config(solver.config)  # type: ignore[attr-defined]
+            scheduler.set_timesteps(num_steps)
+        elif solver == "euler":
+            scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+            scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())
+        elif solver == "heun":
+            scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=shift)
+            scheduler.set_timesteps(num_steps)
+            sigmas = shift_sigma(sigmas, shift)
+            scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
+            scheduler.timesteps = NUM_TRAIN_TIMESTEPS * scheduler.sigmas[:-1]
+        else:
+            kind = {"unipc": diffusers.UniPCMultistepScheduler, "dpm": diffusers.DPMSolverMultistepScheduler}[solver]
+            scheduler = kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+            scheduler.set_timesteps(num_steps)
         _check_flow_matching(scheduler)
         times = time_from_sigma(scheduler.sigmas)
         # The tolerance lets a time read from the schedule find itself, through float32 and back.
         begin = max(int((times[:-1] <= start + 1e-6).sum()) - 1, 0)
         scheduler.set_begin_index(begin)
-        self._scheduler, self._timesteps = scheduler, scheduler.timesteps[begin:]
+        self._scheduler, self.timesteps = scheduler, scheduler.timesteps[begin:]
         self.times: list[float] = times[begin:-1].tolist()
-        self._ends: list[float] = times[begin + 1 :].tolist()
-
-    def timestep(self, i: int, batch: int, device: torch.device | str | None = None) -> torch.Tensor:
-        """The model's timestep at evaluation i: float32 [B], 1000 is noise and 0 is clean."""
-        return torch.full((batch,), float(self._timesteps[i]), dtype=torch.float32, device=device)
-
-    def next_time(self, i: int) -> float:
-        """Flow time of the state that ``step(..., i, ...)`` returns."""
-        return self._ends[i]
+        self.ends: list[float] = times[begin + 1 :].tolist()
 
     def step(self, prediction: torch.Tensor, i: int, x: torch.Tensor) -> torch.Tensor:
         """The next state, float32, given Wan's prediction (noise - data) at x and ``times[i]``; i comes in order."""
-        return self._scheduler.step(prediction.float(), self._timesteps[i], x.float(), return_dict=False)[0]
-
-
-def make_video_solver(
-    solver: str | SchedulerMixin, num_steps: int, shift: float = 3.0, start: float = 0.0
-) -> VideoSolver:
-    """A solver from "euler", "heun", "unipc", "dpm" (all diffusers' own) with ``shift``, or a diffusers scheduler.
-
-    A scheduler is copied and steps as in ``WanPipeline``, with its own shift. ``num_steps`` leads from noise to data.
-    """
-    scheduler: Any
-    # Evenly spaced levels, then shifted. Given only their number, diffusers' flow-matching schedulers shift their
-    # last level twice, which makes their last step almost empty.
-    sigmas = torch.linspace(1.0, 0.0, num_steps + 1)
-    if isinstance(solver, SchedulerMixin):
-        scheduler = type(solver).from_config(solver.config)  # type: ignore[attr-defined]
-        scheduler.set_timesteps(num_steps)
-    elif solver == "euler":
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-        scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())
-    elif solver == "heun":
-        scheduler = FlowMatchHeunDiscreteScheduler(shift=shift)
-        scheduler.set_timesteps(num_steps)
-        sigmas = shift_sigma(sigmas, shift)
-        scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
-        scheduler.timesteps = NUM_TRAIN_TIMESTEPS * scheduler.sigmas[:-1]
-    else:
-        kind = {"unipc": UniPCMultistepScheduler, "dpm": DPMSolverMultistepScheduler}[solver]
-        scheduler = kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
-        scheduler.set_timesteps(num_steps)
-    return VideoSolver(scheduler, start)
+        return self._scheduler.step(prediction.float(), self.timesteps[i], x.float(), return_dict=False)[0]
 
 
 def _check_flow_matching(scheduler: Any) -> None:
