@@ -4,9 +4,7 @@
     python tools/gpu_report.py --size small --only "train step, paper"       # a step of both modalities on a CPU
 
 The weights are random, which does not change the times.  The file is written after every row; a row that fails records
-its error.  A bare machine needs these packages besides torch, lightning, transformers, accelerate, torchmetrics, einops
-and safetensors: diffusers, peft, jsonargparse, docstring_parser, typeshed_client, ftfy, wcwidth, av, filelock, torchao,
-and pytest.
+its error.  That of FP8 needs torchao.
 """
 
 from __future__ import annotations
@@ -14,35 +12,25 @@ from __future__ import annotations
 import gc
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import yaml
 from diffusers import AutoencoderKLWan
-from safetensors.torch import save
 
 from univigu.cli import ToolParser
-from univigu.data.buckets import Bucket
 from univigu.data.engine import this_device
-from univigu.data.index import index_folder
-from univigu.data.loader import ErrorLog, TrainLoader, VideoTextDataset
-from univigu.data.order import TrainOrder
-from univigu.data.sample import LATENTS_SUFFIX, PROMPT_SUFFIX, TEXT_SUFFIX
-from univigu.data.shards import write_shard
 from univigu.flow.objective import TaskMixture, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
 from univigu.models.foundation import Foundation
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.sampling.options import SamplingOptions
-from univigu.sampling.sampler import SampleInputs, Sampler
+from univigu.sampling.sampler import SampleInputs, Sampler, Task
 from univigu.training.optim import freeze_by_rate
 from univigu.training.plan import UMT5_VOCAB_SIZE, WAN21, Workload, count_step
 from univigu.training.stages import Stage
@@ -139,13 +127,6 @@ class Report:
         a, b = (torch.randn(size, size, device=self.device, dtype=torch.bfloat16) for _ in range(2))
         return {"tflops": round(2e-12 * size**3 / self.seconds(lambda: a @ b, 10, 3), 1)}
 
-    def tests(self, which: str = "tests") -> Row:
-        """The tests that need a GPU."""
-        command = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib", "-q", "-m", "gpu", which]
-        start, root = time.perf_counter(), Path(__file__).resolve().parents[1]
-        printed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout
-        return {"result": printed.strip().rpartition("\n")[2], "seconds": round(time.perf_counter() - start, 1)}
-
     def train(self, recipe: str) -> None:
         """A step of each task: float32 weights, bfloat16 autocast, AdamW, checkpointed blocks, one clip."""
         frozen = recipe == "frozen"
@@ -178,49 +159,48 @@ class Report:
         for task, counts in tasks.items():
             self.row(f"train step, {recipe}, {task}", partial(measure, counts))
 
-    def sampler(self, model: UniViGUTransformer3DModel, **options: Any) -> Sampler:
-        return Sampler(model, Foundation().scheduler(), SamplingOptions(**options))
-
-    def caption(
-        self, model: UniViGUTransformer3DModel, steps: int, refresh: int = 1, runs: tuple[int, int] = (2, 1)
+    def sample(
+        self, model: UniViGUTransformer3DModel, task: Task, runs: tuple[int, int] = (2, 1), **options: Any
     ) -> Row:
-        """Seconds of a caption; ``runs`` are the timed ones and those before them."""
-        (latents, _, null), sampler = self.inputs(), self.sampler(model, caption_steps=steps, caption_refresh=refresh)
-        inputs = SampleInputs(null, null, latents, text_length=self.size.text_length)
-        return {"seconds": round(self.seconds(lambda: sampler.sample("caption", inputs), *runs), 4), "steps": steps}
-
-    def video(self, model: UniViGUTransformer3DModel, steps: int) -> Row:
-        """Seconds of a video's denoising under guidance (two passes a step), without decoding."""
-        (_, embeds, null), sampler = self.inputs(), self.sampler(model, num_inference_steps=steps, guidance_scale=5.0)
+        """Seconds of a caption, or of denoising a video; ``runs`` are the timed ones and those before them."""
+        sampler = Sampler(model, Foundation().scheduler(), SamplingOptions(**options))
+        latents, embeds, null = self.inputs()
         inputs = SampleInputs(embeds, null, shape=self.size.latents)
-        return {"seconds": round(self.seconds(lambda: sampler.sample("generate", inputs), 1, 0), 3), "steps": steps}
+        if task == "caption":
+            inputs = SampleInputs(null, null, latents, text_length=self.size.text_length)
+        return {"seconds": round(self.seconds(lambda: sampler.sample(task, inputs), *runs), 4), **options}
 
     def samples(self) -> None:
-        """Captions without the cache, with it, in bfloat16, compiled; a video."""
+        """Captions without the cache, with it, in bfloat16, compiled; a video under guidance (two passes a step)."""
         many, few, video_steps = self.size.steps
         model = self.model("paper", torch.bfloat16).eval()
-        self.row("caption, paper, bfloat16, no cache", lambda: self.caption(model, few, runs=(1, 1)))
-        self.row("caption, paper, bfloat16, no cache", lambda: self.caption(model, many, runs=(1, 0)))
-        self.row("caption, paper, bfloat16, cache of the first pass", lambda: self.caption(model, many, many))
-        model = self.model("frozen", torch.float32).eval()
-        self.row("caption, frozen, float32, exact cache", lambda: self.caption(model, few, runs=(1, 1)))
-        convert(model, torch.bfloat16)
-        for steps in (many, few):
-            self.row("caption, frozen, bfloat16, exact cache", partial(self.caption, model, steps))
-        model.compile_repeated_blocks(backend=self.compiler)
-        for steps in (many, few):
-            self.row("caption, frozen, bfloat16, compiled", partial(self.caption, model, steps))
-        self.row("video, bfloat16, compiled", lambda: self.video(model, video_steps))
-        if self.device.type == "cuda":  # compiling takes minutes
-            self.row("caption, frozen, FP8, compiled", lambda: self.caption(self.quantize(model), many))
 
-    def quantize(self, model: UniViGUTransformer3DModel) -> UniViGUTransformer3DModel:
-        """FP8 weights and activations in the blocks, which are compiled again."""
+        def caption(name: str, steps: int, **options: Any) -> None:
+            self.row(f"caption, {name}", lambda: self.sample(model, "caption", caption_steps=steps, **options))
+
+        caption("paper, bfloat16, no cache", few, runs=(1, 1))
+        caption("paper, bfloat16, no cache", many, runs=(1, 0))
+        caption("paper, bfloat16, cache of the first pass", many, caption_refresh=many)
+        model = self.model("frozen", torch.float32).eval()
+        caption("frozen, float32, exact cache", few, runs=(1, 1))
+        convert(model, torch.bfloat16)
+        caption("frozen, bfloat16, exact cache", many)
+        caption("frozen, bfloat16, exact cache", few)
+        model.compile_repeated_blocks(backend=self.compiler)
+        caption("frozen, bfloat16, compiled", many)
+        caption("frozen, bfloat16, compiled", few)
+        guided = {"num_inference_steps": video_steps, "guidance_scale": 5.0}
+        self.row("video, bfloat16, compiled", lambda: self.sample(model, "generate", (1, 0), **guided))
+        if self.device.type == "cuda":  # compiling again takes minutes
+            self.row("caption, frozen, FP8, compiled", lambda: self.quantized(model, many))
+
+    def quantized(self, model: UniViGUTransformer3DModel, steps: int) -> Row:
+        """A caption with FP8 weights and activations in the blocks, which are compiled again."""
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
         torch.compiler.reset()
         quantize_(model.blocks, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-        return model
+        return self.sample(model, "caption", caption_steps=steps)
 
     @torch.no_grad()
     def vae(self) -> None:
@@ -235,32 +215,6 @@ class Report:
                 call = partial(run, value.to(dtype))
                 row = f"VAE {name} a clip, {str(dtype).removeprefix('torch.')}"
                 self.row(row, lambda call=call: {"seconds": round(self.seconds(call, 1), 3)})  # type: ignore[misc]
-
-    def loader(self) -> Row:
-        """Clips from encoded shards on disk to the device, two a batch: by four processes, from pinned memory."""
-        tokenizer, prompt, tiny = Foundation().tokenizer, "a circle", self.size is SIZES["tiny"]
-        embeds = torch.randn(len(tokenizer(prompt).input_ids), self.size.transformer["text_dim"]).half()
-        members = {
-            TEXT_SUFFIX: json.dumps({"prompt": prompt, "caption": prompt}).encode(),
-            LATENTS_SUFFIX: save({"latents": torch.randn(self.size.latents).half()}),
-            PROMPT_SUFFIX: save({"prompt": embeds, "null": embeds[:1].clone()}),
-        }
-        clips, slots = 4 if tiny else 128, {"prompt": self.size.prompt_length, "caption": self.size.text_length}
-        with TemporaryDirectory() as folder:
-            write_shard(Path(folder) / "000000.tar", ((f"{number:06d}", members) for number in range(clips)))
-            refs, _ = index_folder(Path(folder))
-            buckets = [Bucket(2, 2, 1)]  # the videos' size, which latents do not need
-            dataset = VideoTextDataset(refs, tokenizer, slots, buckets, [self.size.latents[1:]], replace=False)
-            batches = TrainLoader(dataset, TrainOrder(clips, 2), ErrorLog(strict=True), 0 if tiny else 4)
-
-            def read() -> None:
-                for batch in batches:
-                    for value in batch.values():
-                        if isinstance(value, torch.Tensor):
-                            value.to(self.device, non_blocking=True)
-
-            seconds = self.seconds(read)
-        return {"seconds": round(seconds / clips, 6), "clips_per_second": round(clips / seconds, 1)}
 
 
 def convert(model: UniViGUTransformer3DModel, dtype: torch.dtype) -> UniViGUTransformer3DModel:
@@ -280,13 +234,10 @@ def main(args: list[str] | None = None) -> dict[str, Any]:
     torch.manual_seed(0)
     report = Report(options.output, torch.device(options.device), options.size, options.only)
     report.row("matrix product, bfloat16", report.matrix_product)
-    if report.device.type == "cuda":
-        report.row("tests marked gpu", report.tests)
     for recipe in RECIPES:
         report.train(recipe)
     report.samples()
     report.vae()
-    report.row("loader to device", report.loader)
     return report.content
 
 

@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from univigu.cli import ToolParser, exit_code
 from univigu.data.engine import this_device
 from univigu.data.index import find_split, index_folder
+from univigu.data.options import check_least
 from univigu.data.progress import track
 from univigu.data.sample import SampleError, SampleRef
 from univigu.data.video import to_model_range
@@ -44,26 +45,22 @@ LONGEST_TEXT = 256
 PUNCTUATION = r"[.,;:!?()\"]"
 
 
-def read_texts(refs: Iterable[SampleRef]) -> list[dict[str, Any]]:
-    """The texts of all samples that can be read."""
-    texts = []
-    for ref in refs:
-        try:
-            texts.append(ref.texts())
-        except SampleError as error:
-            print(f"skipped: {error}", file=sys.stderr)
-    return texts
-
-
-def read_clips(refs: Sequence[SampleRef], count: int, size: tuple[int, int, int]) -> Tensor:
-    """Up to ``count`` clips, spread evenly over the samples, uint8 [B, F, C, H, W]; ``size`` is (F, H, W)."""
-    chosen = [refs[i * len(refs) // count] for i in range(min(count, len(refs)))] if len(refs) > count else refs
+def read_all(refs: Iterable[SampleRef], read: Callable[[SampleRef], Any], name: str) -> list[Any]:
+    """What is read of all samples that can be read."""
     found = []
-    for ref in track(chosen, "reading videos"):
+    for ref in track(list(refs), f"reading {name}"):
         try:
-            found.append(ref.video(*size).contiguous())
+            found.append(read(ref))
         except SampleError as error:
             print(f"skipped: {error}", file=sys.stderr)
+    return found
+
+
+def read_clips(refs: Sequence[SampleRef], count: int, size: dict[str, int]) -> Tensor:
+    """Up to ``count`` clips, spread evenly over the samples, uint8 [B, F, C, H, W]."""
+    count = min(count, len(refs))
+    chosen = [refs[i * len(refs) // count] for i in range(count)]
+    found = read_all(chosen, lambda ref: ref.video(**size).contiguous(), "videos")
     if not found:
         raise ValueError("--data: none of its videos can be read")
     return torch.stack(found)
@@ -285,20 +282,6 @@ def record_latent_statistics(vae: AutoencoderKLWan, latents: Tensor) -> None:
 # ------------------------------------------------------------------- all
 
 
-def make_transformer(channels: int, text_dim: int, heads: int, layers: int) -> WanTransformer3DModel:
-    """Wan's architecture with heads of 32."""
-    return WanTransformer3DModel(
-        num_attention_heads=heads,
-        attention_head_dim=32,
-        in_channels=channels,
-        out_channels=channels,
-        text_dim=text_dim,
-        freq_dim=64,
-        ffn_dim=96 * heads,
-        num_layers=layers,
-    )
-
-
 def find_samples(data: Path | None) -> dict[str, list[SampleRef]]:
     """The samples of the splits train and val; without data those of the embedded world, which is rendered."""
     if data is None:
@@ -316,34 +299,35 @@ def start_or_continue(options: argparse.Namespace) -> Path:
     if not file.exists():
         file.write_text(json.dumps(wanted))
     for name, value in json.loads(file.read_text()).items():
-        if (given := wanted[name]) != value:
+        if wanted[name] != value:
             message = f"{folder} is of an unfinished run with {value}; continue that one or delete it"
-            raise ValueError(f"--{name.replace('_', '-')} {given}: {message}")
+            raise ValueError(f"--{name.replace('_', '-')} {wanted[name]}: {message}")
     return folder
 
 
 def run(options: argparse.Namespace) -> None:
     """Make and train everything, write the folder."""
-    for name in ("text_steps", "vae_steps", "heads", "layers", "channels"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
+    check_least(options, text_steps=1, vae_steps=1, heads=1, layers=1, channels=1)
     training = start_or_continue(options)
     torch.manual_seed(options.seed)
     samples = find_samples(options.data)
-    texts = {split: read_texts(refs) for split, refs in samples.items()}
+    texts = {split: read_all(refs, SampleRef.texts, "texts") for split, refs in samples.items()}
     questions = [row["qa"][i % len(row["qa"])]["question"] for i, row in enumerate(texts["train"][::4]) if row["qa"]]
     tokenizer = make_tokenizer([text for row in texts["train"] for text in (row["prompt"], row["caption"])] + questions)
     encoder = make_text_encoder(len(tokenizer), 16 * options.heads)
     vae = make_vae(options.channels)
-    pipeline = WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=encoder,
-        vae=vae,
-        transformer=make_transformer(options.channels, encoder.config.d_model, options.heads, options.layers),
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
-        ),
+    transformer = WanTransformer3DModel(
+        num_attention_heads=options.heads,
+        attention_head_dim=32,
+        in_channels=options.channels,
+        out_channels=options.channels,
+        text_dim=encoder.config.d_model,
+        freq_dim=64,
+        ffn_dim=96 * options.heads,
+        num_layers=options.layers,
     )
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipeline = WanPipeline(tokenizer, encoder, vae, scheduler, transformer)
 
     def ids(texts: Sequence[str], name: str) -> Tensor:
         kept = [text for text in texts if len(tokenizer(text).input_ids) <= LONGEST_TEXT]
@@ -362,7 +346,7 @@ def run(options: argparse.Namespace) -> None:
     )
     print("text encoder, held-out prompts:", {name: round(value, 3) for name, value in accuracies.items()})
 
-    size = (options.num_frames, options.height, options.width)
+    size = {name: getattr(options, name) for name in ("num_frames", "height", "width")}
     clips = read_clips(samples["train"], options.num_clips, size)
     train_vae(vae.to(this_device()), clips, options.vae_steps, options.kl_weight, state=training / "vae.pt")
     rotate_latents(vae, encode(vae, clips[:512]))
