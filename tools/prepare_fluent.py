@@ -14,14 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import sys
-import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -78,25 +79,13 @@ class Emoji:
         return f"{self.name} with {self.tone} skin" if self.tone else self.name
 
 
-def unpack(package: Path) -> Path:
-    """The folder of a package, which is extracted beside a .tgz if need be."""
-    if package.is_dir():
-        return package
-    folder = package.with_suffix("")
-    if not folder.exists():
-        with tarfile.open(package) as tar:
-            tar.extractall(folder.with_name(f".{folder.name}"), filter="data")
-        folder.with_name(f".{folder.name}").rename(folder)
-    return folder
-
-
 def key_of(codes: Iterable[str]) -> str:
     return "-".join(code for code in codes if code != VARIANT)
 
 
-def read_names(folders: Iterable[Path], file: str) -> dict[str, Any]:
-    """A JSON object by emoji of one of the packages, by code points instead."""
-    for path in (path for folder in folders for path in folder.rglob(file)):
+def read_names(folder: Path, file: str) -> dict[str, Any]:
+    """A JSON object by emoji, which one of the packages has, by code points instead."""
+    for path in folder.rglob(file):
         found = json.loads(path.read_text())
         return {key_of(f"{ord(letter):04x}" for letter in emoji): value for emoji, value in found.items()}
     raise ValueError(f"PACKAGE: none of them has the file {file}")
@@ -257,7 +246,7 @@ def plan(emoji: list[Emoji], per_emoji: int) -> dict[str, list[tuple[Emoji, str]
     splits: dict[str, list[tuple[Emoji, str]]] = {"train": [], "val": [], "test": []}
     unseen = held_out(emoji)
     for e in emoji:
-        start = zlib.crc32(e.file.rpartition("/")[2].encode())
+        start = zlib.crc32(Path(e.file).name.encode())
         names = [list(BACKGROUNDS)[(start + i) % len(BACKGROUNDS)] for i in range(per_emoji)]
         if (e.role, e.gender, e.tone) in unseen:
             splits["test"] += [(e, name) for name in names[:2]]
@@ -275,13 +264,14 @@ def is_animated(file: Path) -> bool:
 def run(options: argparse.Namespace) -> None:
     if not 2 <= options.backgrounds <= len(BACKGROUNDS):
         raise ValueError(f"--backgrounds {options.backgrounds}: expected 2 to {len(BACKGROUNDS)}")
-    folders = [unpack(package) for package in options.packages]
-    names, keywords = read_names(folders, "data-by-emoji.json"), read_names(folders, "emoji-en-US.json")
-    files = sorted((file for folder in folders for file in folder.rglob("*.webp")), key=lambda file: file.name)
-    found = [describe(file, names, keywords) for file in files if is_animated(file)]
-    emoji = [e for e in found if e is not None]
-    print(f"{len(files)} files, {len(found)} animations, {len(found) - len(emoji)} skipped (several skin tones)")
-    with SpawnPool() as pool:
+    with TemporaryDirectory() as folder, SpawnPool() as pool:
+        for package in options.packages:
+            shutil.unpack_archive(package, Path(folder, package.stem), filter="data")
+        names, keywords = (read_names(Path(folder), file) for file in ("data-by-emoji.json", "emoji-en-US.json"))
+        files = sorted(Path(folder).rglob("*.webp"), key=lambda file: file.name)
+        found = [describe(file, names, keywords) for file in files if is_animated(file)]
+        emoji = [e for e in found if e is not None]
+        print(f"{len(files)} files, {len(found)} animations, {len(found) - len(emoji)} skipped (several skin tones)")
         for split, clips in plan(emoji, options.backgrounds).items():
             parts = [clips[start : start + 100] for start in range(0, len(clips), 100)]
             jobs = {f"{split}-{number:06d}.tar": part for number, part in enumerate(parts)}
@@ -295,7 +285,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(args: list[str] | None = None) -> int:
     parser = ToolParser(description=__doc__)
-    parser.add_argument("packages", type=Path, nargs="+", metavar="PACKAGE", help=".tgz file of npm pack, or a folder")
+    parser.add_argument("packages", type=Path, nargs="+", metavar="PACKAGE", help=".tgz file of npm pack")
     parser.add_argument("--output", type=Path, required=True, help="folder to write, with train, val and test")
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels, even")
     parser.add_argument("--num-frames", type=int, default=25, help="frames a clip, spread evenly over the animation")

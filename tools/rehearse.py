@@ -10,25 +10,21 @@ is trained has --train-layers of the transformer's layers, since optimizer state
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import time
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from rich.console import Console
-from rich.table import Table
 from transformers import UMT5Config, UMT5EncoderModel
 
 from univigu.cli import ToolParser, exit_code
+from univigu.data.engine import SpawnPool
 from univigu.data.video import encode_mp4
 from univigu.models.foundation import COMPONENTS, Foundation
 from univigu.models.official import UMT5_VOCAB_SIZE
-from univigu.models.weights import known_options
 from univigu.shapes.scenes import sample_scene
 from univigu.shapes.texts import prompt_of
 from univigu.training.plan import WAN21
@@ -37,34 +33,21 @@ TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_
 TINY |= dict.fromkeys(("in_channels", "out_channels"), 8)  # of the embedded world's VAE
 
 
-def write_foundation(folder: Path, size: str) -> None:
-    """A folder as ``hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers`` makes it; one component is in memory at once."""
-    tiny, tokenizer = size == "tiny", Foundation().tokenizer
-    options = TINY if tiny else WAN21[f"Wan2.1-T2V-{size.upper()}"]
-    widths = (8, 32, 4, len(tokenizer)) if tiny else (64, 10240, 64, UMT5_VOCAB_SIZE)
-    named = dict(zip(("d_kv", "d_ff", "num_heads", "vocab_size"), widths, strict=True))
-    config = UMT5Config(d_model=options["text_dim"], **named, num_layers=1, feed_forward_proj="gated-gelu")
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    vae = Foundation().vae if tiny else AutoencoderKLWan()
-    WanPipeline(tokenizer, None, vae, scheduler, None).save_pretrained(folder)
-    index = json.loads((folder / "model_index.json").read_text())
-    for name, kind in {"text_encoder": UMT5EncoderModel, "transformer": WanTransformer3DModel}.items():
-        index[name] = [kind.__module__.partition(".")[0], kind.__name__]
-        model = kind(config) if name == "text_encoder" else kind(**options)
-        model.save_pretrained(folder / name, max_shard_size="5GB")
-        del model
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
-
-
 def write_folders(root: Path, size: str, num_layers: int) -> None:
-    """The foundation, and the same one with fewer layers."""
-    write_foundation(root / "wan", size)
+    """A foundation as ``hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers`` makes it, and the same one with fewer layers."""
+    tokenizer, vae = Foundation().tokenizer, Foundation().vae if size == "tiny" else AutoencoderKLWan()
+    options = TINY if size == "tiny" else WAN21[f"Wan2.1-T2V-{size.upper()}"]
+    widths = {"d_kv": 64, "d_ff": 10240, "num_heads": 64, "vocab_size": UMT5_VOCAB_SIZE}
+    if size == "tiny":
+        widths = {"d_kv": 8, "d_ff": 32, "num_heads": 4, "vocab_size": len(tokenizer)}
+    config = UMT5Config(d_model=options["text_dim"], **widths, num_layers=1, feed_forward_proj="gated-gelu")
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    parts = tokenizer, UMT5EncoderModel(config), vae, scheduler, WanTransformer3DModel(**options)
+    WanPipeline(*parts).save_pretrained(root / "wan", max_shard_size="5GB")
     (root / "short").mkdir()
     for name in {*COMPONENTS, "model_index.json"} - {"transformer"}:
-        (root / "short" / name).symlink_to((root / "wan" / name).resolve())
-    config = WanTransformer3DModel.load_config(root / "wan" / "transformer")
-    options = known_options(WanTransformer3DModel, config) | {"num_layers": num_layers}
-    WanTransformer3DModel(**options).save_pretrained(root / "short" / "transformer")
+        (root / "short" / name).symlink_to(root / "wan" / name)
+    WanTransformer3DModel(**options | {"num_layers": num_layers}).save_pretrained(root / "short" / "transformer")
 
 
 def commands(scale: str) -> dict[str, str]:
@@ -108,24 +91,19 @@ def measure(command: list[str], root: Path) -> tuple[float, int]:
     return time.perf_counter() - start, 1024 * usage.ru_maxrss
 
 
-def rehearse(output: Path, size: str, train_layers: int, float32: bool) -> Table:
-    """Write the folders and run every command; a table with seconds and peak memory of each."""
+def rehearse(output: Path, size: str, train_layers: int, float32: bool) -> None:
+    """Write the folders, run every command and print seconds and peak memory of each."""
     (root := output.resolve()).mkdir(parents=True)  # a FileExistsError if there is a rehearsal
-    # In a process of its own: a process's peak includes that of the one that starts it.
-    writer = get_context("spawn").Process(target=write_folders, args=(root, size, train_layers))
-    writer.start()
-    writer.join()
+    with SpawnPool(1) as pool:  # a process's peak includes that of the one that starts it
+        pool.submit(write_folders, root, size, train_layers).result()
     (root / "prompts.txt").write_text("".join(prompt_of(sample_scene(seed)) + "\n" for seed in range(2)))
     (root / "clip.mp4").write_bytes(encode_mp4(torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)))
     for name in ("tools", "configs"):
         (root / name).symlink_to(Path(__file__).resolve().parents[1] / name)
-    table = Table("step", "seconds", "peak GB", title=f"Wan2.1 {size}, random weights")
     for name, command in commands("" if size == "tiny" else f"--config=configs/wan2.1-{size}.yaml").items():
         if float32 or not name.endswith("float32"):
             seconds, peak = measure(command.split(), root)
             print(f"{name}: {seconds:.0f} s, {peak / 1e9:.2f} GB", flush=True)
-            table.add_row(name, f"{seconds:.0f}", f"{peak / 1e9:.2f}")
-    return table
 
 
 def main(args: list[str] | None = None) -> int:
@@ -135,7 +113,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--train-layers", type=int, default=4, help="layers of the transformer that is trained")
     parser.add_argument("--float32", action="store_true", help="caption in float32, too (18 GB at 1.3b)")
     chosen = parser.parse_args(args)
-    return exit_code(lambda: Console().print(rehearse(**vars(chosen))))
+    return exit_code(lambda: rehearse(**vars(chosen)))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def test_every_task_is_judged(tmp_path: Path, untrained_model: str, capsys: pyte
     judges = [f"{base}-{tone}-200d-2696-fe0f" for base in ("1f468", "1f469") for tone in prepare_fluent.TONES]
     surfers = [f"1f3c4-{tone}-200d-{sign}-fe0f" for sign in ("2642", "2640") for tone in prepare_fluent.TONES]
     package, data, out = write_package(tmp_path, judges + surfers), str(tmp_path / "data"), tmp_path / "out"
-    command = [str(package), str(tmp_path / "names"), "--output", data, "--num-frames", "9"]
+    command = [str(package), "--output", data, "--num-frames", "9"]
     assert prepare_fluent.main([*command, "--backgrounds", "2"]) == 0
     command = [data, "--model", untrained_model, "--judge", f"{untrained_model}/", "--output", str(out), "--clips", "4"]
     command += ["--prompt-length", "64", "--steps", "2", "--recogniser-steps", "20"]
