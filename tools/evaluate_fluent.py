@@ -1,7 +1,5 @@
 """Evaluate a model of the animated emoji (tools/prepare_fluent.py) without rules that check pixels.
 
-    python tools/convert.py pipeline --checkpoint runs/fluent/refine/checkpoints/last.ckpt \
-        --foundation runs/fluent/final --output runs/fluent/model
     python tools/evaluate_fluent.py data/fluent --model runs/fluent/model --judge runs/fluent/judge --output runs/fluent
 
 Texts are read by the two sentences that the data set writes, and compared with the clip.  A generated video is judged

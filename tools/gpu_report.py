@@ -3,8 +3,8 @@
     python tools/gpu_report.py                                               # Wan2.1 1.3B at 480x832x81, one H100
     python tools/gpu_report.py --size small --only "train step, paper"       # a step of both modalities on a CPU
 
-The weights are random, which does not change the times.  The file is written after every row; a row that fails records
-its error.  That of FP8 needs torchao.
+The weights are random, which does not change the times.  Each row is printed as a line of JSON; of one that fails its
+error is.  The row of FP8 needs torchao.
 """
 
 from __future__ import annotations
@@ -66,13 +66,14 @@ SIZES = {
 
 
 class Report:
-    """Rows measured so far, in a file that is rewritten after each of them."""
+    """Measures and prints rows."""
 
-    def __init__(self, path: Path, device: torch.device, size: str, only: str = "") -> None:
-        self.path, self.device, self.size, self.only = path, device, SIZES[size], only
+    def __init__(self, device: torch.device, size: str, only: str) -> None:
+        self.device, self.size, self.only = device, SIZES[size], only
         self.compiler = "eager" if size == "tiny" else "inductor"
+        self.rows: list[Row] = []
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        self.content: dict[str, Any] = {"device": name, "torch": torch.__version__, "size": size, "rows": []}
+        print(json.dumps({"device": name, "torch": torch.__version__, "size": size}), flush=True)
 
     def row(self, name: str, measure: Callable[[], Row]) -> None:
         """Measure one row, if it is asked for; its error is recorded instead of raised."""
@@ -89,9 +90,8 @@ class Report:
             result = {"error": f"{type(error).__name__}: {error}"[:300]}
         if cuda:
             result["peak_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)
-        self.content["rows"].append({"name": name, **result})
-        self.path.write_text(json.dumps(self.content, indent=1))
-        print(json.dumps(self.content["rows"][-1]), flush=True)
+        self.rows.append({"name": name, **result})
+        print(json.dumps(self.rows[-1]), flush=True)
 
     def seconds(self, run: Callable[[], Any], repeats: int = 3, warmup: int = 1) -> float:
         """Median seconds of a call."""
@@ -224,21 +224,20 @@ def convert(model: UniViGUTransformer3DModel, dtype: torch.dtype) -> UniViGUTran
     return model
 
 
-def main(args: list[str] | None = None) -> dict[str, Any]:
+def main(args: list[str] | None = None) -> list[Row]:
     parser = ToolParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("gpu_report.json"))
     parser.add_argument("--size", choices=SIZES, default="1.3b")
     parser.add_argument("--device", default=this_device())
     parser.add_argument("--only", default="", help="how the names of the rows to measure begin")
     options = parser.parse_args(args)
     torch.manual_seed(0)
-    report = Report(options.output, torch.device(options.device), options.size, options.only)
+    report = Report(torch.device(options.device), options.size, options.only)
     report.row("matrix product, bfloat16", report.matrix_product)
     for recipe in RECIPES:
         report.train(recipe)
     report.samples()
     report.vae()
-    return report.content
+    return report.rows
 
 
 if __name__ == "__main__":

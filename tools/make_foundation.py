@@ -2,11 +2,10 @@
 
     python tools/make_foundation.py --output runs/foundation/start                  # the embedded world
     python tools/make_foundation.py --output runs/foundation/start --data mine      # videos and texts of your own
-    lightning fit --config configs/foundation.yaml --model.foundation runs/foundation/start   # trains the generator
 
 The result is a folder in diffusers' WanPipeline layout.  Everything is trained on the train split of the data (the
-format is in docs/DATA.md), the transformer is random.  ``tools/convert.py foundation`` writes a trained transformer
-into such a folder.  The same command continues an interrupted run, with the same result.
+format is in docs/DATA.md), the transformer is random; docs/TRAINING.md says how to train it.  The same command
+continues an interrupted run, with the same result.
 """
 
 from __future__ import annotations
@@ -113,42 +112,17 @@ def make_text_encoder(vocab_size: int, dim: int = 64) -> UMT5EncoderModel:
     )
 
 
-class NeighbourHead(nn.Module):
-    """Reads from a token's embedding the tokens around it, and its position."""
-
-    def __init__(self, dim: int, vocab_size: int) -> None:
-        super().__init__()
-        self.offsets = [k for k in range(-NEIGHBOURS, NEIGHBOURS + 1) if k]
-        self.shifts = nn.ModuleList(nn.Linear(dim, dim) for _ in self.offsets)
-        self.words = nn.Linear(dim, vocab_size)
-        self.position = nn.Linear(dim, LONGEST_TEXT)
-
-    def forward(
-        self, embeds: Tensor, ids: Tensor, which: Iterable[int], asked: Tensor
-    ) -> Iterable[tuple[Tensor, Tensor]]:
-        """Logits [n, classes] and labels [n] (-100 is no label) of the position, then of the chosen neighbours.
-
-        Args:
-            embeds: [B, L, dim]
-            ids: int64 [B, L], 0 is padding.
-            which: numbers of the offsets.
-            asked: bool [B, L], the n tokens that are asked.
-        """
-        places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        yield self.position(embeds[asked]), places[asked]
-        for number in which:
-            offset = self.offsets[number]
-            outside = (places + offset < 0) | (places + offset >= ids.shape[1])
-            labels = ids.roll(-offset, 1)
-            labels = labels.masked_fill(outside | (labels == 0), -100)
-            yield self.words(self.shifts[number](embeds[asked])), labels[asked]
+def neighbours(ids: Tensor, offset: int) -> Tensor:
+    """The token at an offset (at most ``NEIGHBOURS``) from each of ids [B, L]; -100 where there is none or padding."""
+    found = F.pad(ids, (NEIGHBOURS, NEIGHBOURS))[:, NEIGHBOURS + offset :][:, : ids.shape[1]]
+    return found.masked_fill(found == 0, -100)
 
 
 def train_text_encoder(
     encoder: UMT5EncoderModel,
     prompts: Tensor,
     captions: Tensor | None,
-    held_out: Tensor,
+    held: Tensor,
     steps: int,
     state: Path | None = None,
 ) -> dict[str, float]:
@@ -160,36 +134,41 @@ def train_text_encoder(
     outweigh the position biases for good.
 
     Args:
-        prompts, captions, held_out: token ids, int64 [N, L] each; captions are every other batch, if there are any.
+        prompts, captions, held: token ids, int64 [N, L] each; captions are every other batch, if there are any.
         state: see ``optimize``.
 
     Returns:
         held-out accuracies: of the position, the next token, and the token ``NEIGHBOURS`` further.
     """
-    device = next(encoder.parameters()).device
-    head = NeighbourHead(encoder.config.d_model, encoder.config.vocab_size).to(device)
+    device, dim = next(encoder.parameters()).device, encoder.config.d_model
+    offsets = [k for k in range(-NEIGHBOURS, NEIGHBOURS + 1) if k]
+    shifts = nn.ModuleList(nn.Linear(dim, dim) for _ in offsets).to(device)
+    words = nn.Linear(dim, encoder.config.vocab_size).to(device)
+    position = nn.Linear(dim, LONGEST_TEXT).to(device)
 
-    def read(ids: Tensor, which: Iterable[int], share: float = 1.0) -> Iterable[tuple[Tensor, Tensor]]:
-        mask = (ids != 0).long()
+    def read(ids: Tensor, which: Sequence[int], share: float = 1.0) -> list[tuple[Tensor, Tensor]]:
+        """Logits and labels of the position and of some neighbours, for a share of the tokens."""
         asked = (torch.rand(ids.shape, device=device) < share) & (ids != 0)
-        return head(encoder(ids, mask).last_hidden_state * mask[..., None], ids, which, asked)
+        embeds = encoder(ids, (ids != 0).long()).last_hidden_state[asked]
+        places = torch.arange(ids.shape[1], device=device).expand_as(ids)
+        found = [(position(embeds), places[asked])]
+        return found + [(words(shifts[n](embeds)), neighbours(ids, offsets[n])[asked]) for n in which]
 
     def loss_of(step: int) -> Tensor:
         texts, size = (prompts, 128) if captions is None or step % 2 == 0 else (captions, 16)
         ids = texts[torch.randint(0, len(texts), (size,))].to(device)
-        which = torch.randperm(len(head.offsets))[:4].tolist()
+        which = torch.randperm(len(offsets))[:4].tolist()
         share = TOKENS_A_STEP / int((ids != 0).sum())  # logits over the vocabulary cost more than the encoder
         return torch.stack([F.cross_entropy(a, b) for a, b in read(ids, which, share)]).mean()
 
     encoder.train()
-    optimize("text encoder", nn.ModuleList([encoder, head]), loss_of, steps, 3e-3, state=state)
+    optimize("text encoder", nn.ModuleList([encoder, shifts, words, position]), loss_of, steps, 3e-3, state=state)
     encoder.eval()
     with torch.no_grad():
-        results = read(held_out[:256].to(device), [NEIGHBOURS, 2 * NEIGHBOURS - 1])
-        names = ("position", "next token", f"token {NEIGHBOURS} further")
-        return {
-            name: (a.argmax(-1) == b)[b >= 0].float().mean().item() for name, (a, b) in zip(names, results, strict=True)
-        }
+        results = read(held[:256].to(device), [offsets.index(1), offsets.index(NEIGHBOURS)])
+    names = ("position", "next token", f"token {NEIGHBOURS} further")
+    right = [(a.argmax(-1) == b)[b >= 0].float().mean().item() for a, b in results]
+    return dict(zip(names, right, strict=True))
 
 
 # ------------------------------------------------------------------- VAE
