@@ -56,12 +56,10 @@ class Size:
 
 
 SMALL = {"num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024, "num_layers": 4, "text_dim": 64}
-TINY = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "num_layers": 1, "text_dim": 32}
 SMALL_VAE = {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
 SIZES = {
     "1.3b": Size(WAN21["Wan2.1-T2V-1.3B"], UMT5_VOCAB_SIZE, (16, 21, 60, 104), 512, 256, (50, 8, 20), {}),
     "small": Size(SMALL, 4096, (16, 5, 60, 52), 64, 32, (50, 8, 20), SMALL_VAE),  # Wan's proportion of the tokens
-    "tiny": Size(TINY, 512, (16, 2, 8, 8), 8, 16, (4, 2, 2), SMALL_VAE),
 }
 
 
@@ -70,7 +68,6 @@ class Report:
 
     def __init__(self, device: torch.device, size: str, only: str) -> None:
         self.device, self.size, self.only = device, SIZES[size], only
-        self.compiler = "eager" if size == "tiny" else "inductor"
         self.rows: list[Row] = []
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         print(json.dumps({"device": name, "torch": torch.__version__, "size": size}), flush=True)
@@ -186,7 +183,7 @@ class Report:
         convert(model, torch.bfloat16)
         caption("frozen, bfloat16, exact cache", many)
         caption("frozen, bfloat16, exact cache", few)
-        model.compile_repeated_blocks(backend=self.compiler)
+        model.compile_repeated_blocks()
         caption("frozen, bfloat16, compiled", many)
         caption("frozen, bfloat16, compiled", few)
         guided = {"num_inference_steps": video_steps, "guidance_scale": 5.0}

@@ -64,7 +64,7 @@ COLORS = BACKGROUNDS | {
 class Emoji:
     """What the code points of an animation's file name say."""
 
-    file: str
+    file: Path
     name: str
     group: str
     keywords: tuple[str, ...] = ()
@@ -105,13 +105,12 @@ def describe(file: Path, names: dict[str, Any], keywords: dict[str, list[str]]) 
     signed = "-".join([*base, JOINER, "2642"]) in names  # a person whose gender a sign would tell
     if not entry["skin_tone_support"] or len(people) > 1 or not (people or signed):
         tone = (tones or [YELLOW])[0] if entry["skin_tone_support"] and len(people) < 2 else ""
-        return Emoji(str(file), name, group, words, tone=tone)
+        return Emoji(file, name, group, words, tone=tone)
     gender = GENDERS[people[0]] if people else "person"
-    neutral = [code for code in base if code not in ("2640", "2642")]
-    neutral = ["1f9d1" if code in GENDERS else code for code in neutral]
+    neutral = ["1f9d1" if code in GENDERS else code for code in base if code not in ("2640", "2642")]
     neutral_name = names.get("-".join(neutral).removesuffix(f"-{JOINER}"), entry)["name"]
     role = re.sub(r"\b(person|people|man|woman|men|women)\b", "", neutral_name).strip(" :") or "adult"
-    return Emoji(str(file), name, group, words, re.sub(r"\s+", " ", role), gender, (tones or [YELLOW])[0])
+    return Emoji(file, name, group, words, re.sub(r"\s+", " ", role), gender, (tones or [YELLOW])[0])
 
 
 def held_out(emoji: list[Emoji]) -> set[tuple[str, str, str]]:
@@ -134,7 +133,7 @@ def held_out(emoji: list[Emoji]) -> set[tuple[str, str, str]]:
 
 
 @lru_cache(maxsize=1)
-def read_animation(file: str, size: int) -> tuple[np.ndarray, int]:
+def read_animation(file: Path, size: int) -> tuple[np.ndarray, int]:
     """All frames, RGBA float32 [F, size, size, 4] in [0, 1] with premultiplied alpha, and frames a second."""
     with Image.open(file) as image:
         frames, durations = [], []
@@ -219,14 +218,14 @@ def texts_of(emoji: Emoji, frames: np.ndarray, background: str) -> dict[str, Any
         "prompt": f"{emoji.subject}, on a {background} background",
         "caption": " ".join(sentences),
         "qa": [{"kind": kind, "question": text, "answer": f"{answer}."} for kind, text, answer in questions],
-        "emoji": {**asdict(emoji), "file": Path(emoji.file).name, "background": background},
+        "emoji": {**asdict(emoji), "file": emoji.file.name, "background": background},
     }
 
 
 # ------------------------------------------------------------------ shards
 
 
-def write(size: int, num_frames: int, path: Path, clips: list[tuple[Emoji, str]]) -> ShardInfo:
+def write(path: Path, clips: list[tuple[Emoji, str]], size: int, num_frames: int) -> ShardInfo:
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         for emoji, background in clips:
             frames, fps = read_animation(emoji.file, size)
@@ -236,7 +235,7 @@ def write(size: int, num_frames: int, path: Path, clips: list[tuple[Emoji, str]]
             pixels = torch.from_numpy(np.rint(shown * 255).clip(0, 255).astype(np.uint8)).permute(0, 3, 1, 2)
             video = encode_mp4(pixels, fps=max(1, round(fps * num_frames / len(frames))))
             texts = json.dumps(texts_of(emoji, frames, background)).encode()
-            yield f"{Path(emoji.file).stem}-{background}", {"mp4": video, "json": texts}
+            yield f"{emoji.file.stem}-{background}", {"mp4": video, "json": texts}
 
     return write_shard(path, samples())
 
@@ -246,7 +245,7 @@ def plan(emoji: list[Emoji], per_emoji: int) -> dict[str, list[tuple[Emoji, str]
     splits: dict[str, list[tuple[Emoji, str]]] = {"train": [], "val": [], "test": []}
     unseen = held_out(emoji)
     for e in emoji:
-        start = zlib.crc32(Path(e.file).name.encode())
+        start = zlib.crc32(e.file.name.encode())
         names = [list(BACKGROUNDS)[(start + i) % len(BACKGROUNDS)] for i in range(per_emoji)]
         if (e.role, e.gender, e.tone) in unseen:
             splits["test"] += [(e, name) for name in names[:2]]
@@ -275,12 +274,11 @@ def run(options: argparse.Namespace) -> None:
         for split, clips in plan(emoji, options.backgrounds).items():
             parts = [clips[start : start + 100] for start in range(0, len(clips), 100)]
             jobs = {f"{split}-{number:06d}.tar": part for number, part in enumerate(parts)}
-            sources = [(Path(e.file).name, background) for e, background in clips]
-            parameters = {"generator": "fluent", "size": options.size, "num_frames": options.num_frames}
-            parameters["clips"] = zlib.crc32(repr(sources).encode())
-            work = partial(write, options.size, options.num_frames)
-            manifest = Manifest("video", parameters)
-            print(build_folder(options.output / split, manifest, jobs, work, pool.map).state)
+            sources = [(e.file.name, background) for e, background in clips]
+            size = {"size": options.size, "num_frames": options.num_frames}
+            clips_hash = zlib.crc32(repr(sources).encode())
+            manifest = Manifest("video", {"generator": "fluent", "clips": clips_hash, **size})
+            print(build_folder(options.output / split, manifest, jobs, partial(write, **size), pool.map).state)
 
 
 def main(args: list[str] | None = None) -> int:

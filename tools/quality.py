@@ -38,10 +38,11 @@ BATCH = 32
 EDITED = {"color": list(COLORS), "shape": list(SHAPES), "size": list(SIZES), "background": list(BACKGROUNDS)}
 
 
-def changed(scene: Scene, attribute: str, seed: int) -> Scene:
+def changed(scene: Scene, attribute: str, seed: int) -> tuple[Scene, str, str]:
     """The scene with another value of one attribute of its first object (or of the background), drawn from the seed.
 
-    The other object's colour is not used, because prompts tell objects apart by colour.
+    The other object's colour is not used, because prompts tell objects apart by colour.  Also returned are the words of
+    a prompt that the change replaces, and the new ones.
     """
     first, *others = scene.objects
     taken = {scene.background if attribute == "background" else getattr(first, attribute)}
@@ -50,16 +51,10 @@ def changed(scene: Scene, attribute: str, seed: int) -> Scene:
     free = [value for value in EDITED[attribute] if value not in taken]
     value = free[int(torch.randint(len(free), (1,), generator=torch.Generator().manual_seed(seed)))]
     if attribute == "background":
-        return replace(scene, background=value)
-    return replace(scene, objects=(replace(first, **{attribute: value}), *others))
-
-
-def rewritten(text: str, scene: Scene, target: Scene) -> str:
-    """A prompt of a scene with the words changed in which the target differs; unchanged if it does not hold them."""
-    old, new = (f"{s.objects[0].size} {s.objects[0].color} {s.objects[0].shape}" for s in (scene, target))
-    if old == new:
-        old, new = (f"{s.background} background" for s in (scene, target))
-    return replace_words(text, {old: new}) if old in text else text
+        return replace(scene, background=value), f"{scene.background} background", f"{value} background"
+    other = replace(first, **{attribute: value})
+    old, new = (f"{obj.size} {obj.color} {obj.shape}" for obj in (first, other))
+    return replace(scene, objects=(other, *others)), old, new
 
 
 def batches(scenes: list[Scene]) -> Iterator[tuple[range, torch.Tensor, Generators]]:
@@ -77,8 +72,11 @@ def edit_row(
     shown, kept, starts = [], [], []
     sampling: dict[str, Any] = {"num_inference_steps": steps, "output_type": "pt"}
     for numbers, video, generators in batches(scenes):
-        targets = [changed(scenes[i], attribute, i) for i in numbers]
-        prompts = [rewritten(texts[i], scenes[i], target) for i, target in zip(numbers, targets, strict=True)]
+        targets, prompts = [], []
+        for i in numbers:
+            target, old, new = changed(scenes[i], attribute, i)
+            targets.append(target)
+            prompts.append(replace_words(texts[i], {old: new}) if old in texts[i] else texts[i])
         made = pipe.edit(video, prompts, strength, generator=generators, **sampling)
         for clip, target in zip(to_uint8(made.frames), targets, strict=True):
             result = score(detect(clip), target)

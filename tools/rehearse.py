@@ -29,20 +29,15 @@ from univigu.shapes.scenes import sample_scene
 from univigu.shapes.texts import prompt_of
 from univigu.training.plan import WAN21
 
-TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2, "text_dim": 32}
-TINY |= dict.fromkeys(("in_channels", "out_channels"), 8)  # of the embedded world's VAE
+TEXT_ENCODER = {"d_kv": 64, "d_ff": 10240, "num_heads": 64, "num_layers": 1}
 
 
 def write_folders(root: Path, size: str, num_layers: int) -> None:
     """A foundation as ``hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers`` makes it, and the same one with fewer layers."""
-    tokenizer, vae = Foundation().tokenizer, Foundation().vae if size == "tiny" else AutoencoderKLWan()
-    options = TINY if size == "tiny" else WAN21[f"Wan2.1-T2V-{size.upper()}"]
-    widths = {"d_kv": 64, "d_ff": 10240, "num_heads": 64, "vocab_size": UMT5_VOCAB_SIZE}
-    if size == "tiny":
-        widths = {"d_kv": 8, "d_ff": 32, "num_heads": 4, "vocab_size": len(tokenizer)}
-    config = UMT5Config(d_model=options["text_dim"], **widths, num_layers=1, feed_forward_proj="gated-gelu")
+    options = WAN21[f"Wan2.1-T2V-{size.upper()}"]
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=UMT5_VOCAB_SIZE, d_model=options["text_dim"], **TEXT_ENCODER))
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    parts = tokenizer, UMT5EncoderModel(config), vae, scheduler, WanTransformer3DModel(**options)
+    parts = Foundation().tokenizer, encoder, AutoencoderKLWan(), scheduler, WanTransformer3DModel(**options)
     WanPipeline(*parts).save_pretrained(root / "wan", max_shard_size="5GB")
     (root / "short").mkdir()
     for name in {*COMPONENTS, "model_index.json"} - {"transformer"}:
@@ -50,15 +45,15 @@ def write_folders(root: Path, size: str, num_layers: int) -> None:
     WanTransformer3DModel(**options | {"num_layers": num_layers}).save_pretrained(root / "short" / "transformer")
 
 
-def commands(scale: str) -> dict[str, str]:
+def commands(size: str) -> dict[str, str]:
     """Each step's command without the interpreter, by its name; paths are relative to the rehearsal's folder."""
-    run, size = "-m univigu.cli", "--height 64 --width 64 --num-frames 5 --device cpu"
+    run, small = "-m univigu.cli", "--height 64 --width 64 --num-frames 5 --device cpu"
     clip = "--data.height=64 --data.width=64 --data.num_frames=5 --data.num_workers=0 --trainer.accelerator=cpu"
     fit = (
-        f"{scale} --config=configs/frozen.yaml {clip} --model.foundation=pruned --data.shards=data-encoded"
-        " --data.batch_size=1 --trainer.max_steps=2 --trainer.precision=bf16-true --trainer.limit_val_batches=0"
-        " --data.length_filter.min_caption=1 --report.num_samples=1 --model.optimizer.name=muon"
-        " --media.every_n_steps=0 --model.sampling.caption_steps=1"
+        f"--config=configs/wan2.1-{size}.yaml --config=configs/frozen.yaml {clip} --model.foundation=pruned"
+        " --data.shards=data-encoded --data.batch_size=1 --trainer.max_steps=2 --trainer.precision=bf16-true"
+        " --trainer.limit_val_batches=0 --data.length_filter.min_caption=1 --report.num_samples=1"
+        " --model.optimizer.name=muon --media.every_n_steps=0 --model.sampling.caption_steps=1"
     )
     caption = (
         f"{run} predict --config=configs/caption.yaml {clip} --data.videos=clip.mp4"
@@ -66,9 +61,9 @@ def commands(scale: str) -> dict[str, str]:
     )
     whole = f"{caption} --model.foundation=wan --model.init_from=null"
     return {
-        "synthesize, 2 steps": f"tools/synthesize.py --prompts prompts.txt --pipeline wan {size} --fps 16 --steps 2"
+        "synthesize, 2 steps": f"tools/synthesize.py --prompts prompts.txt --pipeline wan {small} --fps 16 --steps 2"
         " --batch-size 1 --dtype bfloat16 --min-caption 1 --output data/train",
-        "encode": f"tools/encode.py --source data --output data-encoded --foundation wan {size} --dtype float16",
+        "encode": f"tools/encode.py --source data --output data-encoded --foundation wan {small} --dtype float16",
         "prune the vocabulary": "tools/convert.py prune --foundation short --texts data --output pruned",
         "fit recall, 2 steps": f"{run} fit --config=configs/recall.yaml {fit} --trainer.default_root_dir=recall",
         "fit refine, 2 steps": f"{run} fit --config=configs/refine.yaml {fit} --trainer.default_root_dir=refine"
@@ -100,7 +95,7 @@ def rehearse(output: Path, size: str, train_layers: int, float32: bool) -> None:
     (root / "clip.mp4").write_bytes(encode_mp4(torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)))
     for name in ("tools", "configs"):
         (root / name).symlink_to(Path(__file__).resolve().parents[1] / name)
-    for name, command in commands("" if size == "tiny" else f"--config=configs/wan2.1-{size}.yaml").items():
+    for name, command in commands(size).items():
         if float32 or not name.endswith("float32"):
             seconds, peak = measure(command.split(), root)
             print(f"{name}: {seconds:.0f} s, {peak / 1e9:.2f} GB", flush=True)
@@ -109,7 +104,7 @@ def rehearse(output: Path, size: str, train_layers: int, float32: bool) -> None:
 def main(args: list[str] | None = None) -> int:
     parser = ToolParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/rehearsal"), help="folder of everything it writes")
-    parser.add_argument("--size", choices=["tiny", "1.3b", "14b"], default="1.3b", help="of the transformer and VAE")
+    parser.add_argument("--size", choices=["1.3b", "14b"], default="1.3b", help="of the transformer and VAE")
     parser.add_argument("--train-layers", type=int, default=4, help="layers of the transformer that is trained")
     parser.add_argument("--float32", action="store_true", help="caption in float32, too (18 GB at 1.3b)")
     chosen = parser.parse_args(args)

@@ -9,9 +9,19 @@ import pytest
 
 from tools import gpu_report
 
+TINY = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "num_layers": 1, "text_dim": 32}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size of seconds, whose blocks are not compiled."""
+    size = gpu_report.Size(TINY, 512, (16, 2, 8, 8), 8, 16, (4, 2, 2), gpu_report.SMALL_VAE)
+    monkeypatch.setitem(gpu_report.SIZES, "small", size)
+    monkeypatch.setattr(gpu_report.UniViGUTransformer3DModel, "compile_repeated_blocks", lambda model: None)
+
 
 def report(only: str = "") -> list[dict[str, Any]]:
-    return gpu_report.main(["--size=tiny", "--device=cpu", f"--only={only}"])
+    return gpu_report.main(["--size=small", "--device=cpu", f"--only={only}"])
 
 
 def test_rows_may_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:

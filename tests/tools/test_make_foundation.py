@@ -17,6 +17,8 @@ from univigu.models.tokens import detokenize
 from univigu.shapes import renderer, scenes
 from univigu.shapes.texts import prompt_of
 
+SIZE = {"num_frames": 9, "height": 64, "width": 64}
+
 
 def prompts(count: int, split: scenes.Split = "train") -> list[str]:
     return [prompt_of(scenes.sample_scene(seed, split)) for seed in range(count)]
@@ -90,7 +92,7 @@ def test_a_foundation_is_made_from_videos_and_texts(captions: bool, tmp_path: Pa
 def test_a_vae_learns_and_its_latents_are_rotated_and_measured(tmp_path: Path) -> None:
     torch.manual_seed(0)
     write_clips(tmp_path / "train", 2)
-    vae, clips = tool.make_vae(), tool.read_clips(index_folder(tmp_path / "train")[0], 2, (9, 64, 64))
+    vae, clips = tool.make_vae(), tool.read_clips(index_folder(tmp_path / "train")[0], 2, SIZE)
     video = to_model_range(clips)
     before = tool.vae_loss(vae, video, 3e-4).item()
     tool.train_vae(vae, clips, 8, 3e-4, batch_size=1)

@@ -54,7 +54,7 @@ def test_code_points_tell_role_gender_and_tone(
 def test_held_out_triples_have_their_pairs_in_training() -> None:
     roles = [f"role {number}" for number in range(20)]
     everyone = [
-        tool.Emoji("x", role, "people", (), role, gender, tone)
+        tool.Emoji(Path("x"), role, "people", (), role, gender, tone)
         for role, gender, tone in product(roles, ("man", "woman", "person"), (tool.YELLOW, *tool.TONES.values()))
     ]
     triples = {(e.role, e.gender, e.tone) for e in everyone}

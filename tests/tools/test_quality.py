@@ -16,9 +16,9 @@ def test_one_thing_changes_and_nothing_else() -> None:
     for seed in range(20):
         scene = scenes.sample_scene(seed, "test")
         for attribute in quality.EDITED:
-            other = quality.changed(scene, attribute, seed)
-            assert quality.rewritten(prompt_of(scene), scene, other) == prompt_of(other)
-            assert other == quality.changed(scene, attribute, seed)
+            other, *words = quality.changed(scene, attribute, seed)
+            assert prompt_of(scene).replace(*words, 1) == prompt_of(other)
+            assert (other, *words) == quality.changed(scene, attribute, seed)
             before, after = scene.to_dict(), other.to_dict()
             place = [(before, after)] if attribute == "background" else [(before["objects"][0], after["objects"][0])]
             ((old, new),) = place
