@@ -42,6 +42,7 @@ SUBJECT = re.compile(
 )
 BATCH = 16
 Attributes = dict[str, str]
+Rows = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ class Evaluation:
             said += [read_text(text, self.people) for text in output.get("text", [])]
         return torch.cat(videos), said
 
-    def judged(self, videos: Tensor, asked: list[Attributes], of: str) -> dict[str, dict[str, float]]:
+    def judged(self, videos: Tensor, asked: list[Attributes], of: str) -> Rows:
         """Accuracies of generated videos by every judge."""
         rows = {f"{of}: nearest clip, {name}": accuracy(self.nearest(videos, name), asked) for name in self.features}
         rows[f"{of}: recogniser"] = accuracy(self.recogniser.describe(videos), asked)
@@ -237,8 +238,8 @@ class Evaluation:
 
     # ----------------------------------------------------------------- tasks
 
-    def caption(self) -> dict[str, dict[str, float]]:
-        rows = {}
+    def caption(self) -> Rows:
+        rows: Rows = {}
         for split, kind in (("val", "other backgrounds"), ("test", "held-out triples")):
             chosen = spread(self.clips[split], self.options.clips)
             videos, asked = videos_of(chosen), [clip.shown for clip in chosen]
@@ -249,24 +250,24 @@ class Evaluation:
             rows[f"captions, {kind}: chance"] = chance(asked, self.everything)
         return rows
 
-    def generate(self) -> dict[str, dict[str, float]]:
-        rows = {}
+    def generate(self) -> Rows:
+        rows: Rows = {}
         for kind, chosen in self.prompts.items():
             videos, _ = self.made(self.pipe, chosen, f"videos, {kind}")
             rows |= self.judged(videos, [clip.shown for clip in chosen], f"videos, {kind}")
         return rows
 
-    def joint(self) -> dict[str, dict[str, float]]:
-        rows = {}
+    def joint(self) -> Rows:
+        rows: Rows = {}
         for kind, chosen in self.prompts.items():
             videos, said = self.made(self.pipe.joint, chosen, f"both, {kind}")
             rows[f"joint, {kind}: text and prompt"] = accuracy(said, [clip.shown for clip in chosen])
             rows |= self.judged(videos, said, f"joint, {kind}, video and text")
         return rows
 
-    def edit(self) -> dict[str, dict[str, float]]:
+    def edit(self) -> Rows:
         """Another background or skin tone for clips of val."""
-        rows = {}
+        rows: Rows = {}
         people = [clip for clip in self.clips["val"] if clip.shown["role"]]
         for name, noun in (("background", "background"), ("tone", "skin")):
             values, wanted = sorted({clip.shown[name] for clip in people}), list[Clip]()
@@ -279,7 +280,7 @@ class Evaluation:
             rows |= self.judged(videos, [clip.shown for clip in wanted], f"edits of the {name}")
         return rows
 
-    def answer(self) -> dict[str, dict[str, float]]:
+    def answer(self) -> Rows:
         """Exact answers by kind of question."""
         right: dict[str, list[bool]] = {}
         for clip in track(spread(self.clips["test"], self.options.clips), "answers"):

@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
     if options.output.suffix.lower() == ".gif":
         pictures = [picture.quantize(48) for picture in pictures]
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    kept = {"optimize": True, "quality": 30}  # GIF's, WebP's
+    kept: dict[str, Any] = {"optimize": True, "quality": 30}  # GIF's, WebP's
     pictures[0].save(options.output, save_all=True, append_images=pictures[1:], duration=140, loop=0, **kept)
     print(f"wrote {options.output}: {len(pictures)} pictures, {options.output.stat().st_size / 2**20:.1f} MiB")
 

@@ -52,7 +52,8 @@ def changed(scene: Scene, attribute: str, seed: int) -> tuple[Scene, str, str]:
     value = free[int(torch.randint(len(free), (1,), generator=torch.Generator().manual_seed(seed)))]
     if attribute == "background":
         return replace(scene, background=value), f"{scene.background} background", f"{value} background"
-    other = replace(first, **{attribute: value})
+    change: dict[str, Any] = {attribute: value}
+    other = replace(first, **change)
     old, new = (f"{obj.size} {obj.color} {obj.shape}" for obj in (first, other))
     return replace(scene, objects=(other, *others)), old, new
 
