@@ -56,11 +56,11 @@ VARIANTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 
 @dataclass
 class Run:
-    """One training: its variant, its seed, its folder."""
+    """One training: its variant, its folder, and its options of ``lightning fit``."""
 
     variant: str
-    seed: int
     folder: Path
+    options: list[str]
 
     @property
     def done(self) -> Path:
@@ -78,15 +78,25 @@ class Run:
         curve = self.curve("val/caption/mean").items()
         return next((str(step) for step, value in curve if value >= goal), "never")
 
+    def check(self) -> None:
+        """Raise ValueError if it is finished with other options: all runs of the table have the same."""
+        made = json.loads(self.done.read_text()) if self.done.exists() else self.options
+        if made != self.options:
+            other = " ".join(option for option in made if option not in self.options)
+            wanted = " ".join(option for option in self.options if option not in made)
+            told = f"made with {other or 'fewer options'}, asked for is {wanted or 'fewer options'}"
+            raise ValueError(f"{self.folder}: {told}; remove it or give another --output")
 
-def arguments(run: Run, options: argparse.Namespace) -> list[str]:
-    """The options of ``lightning fit`` for a run."""
-    logger = {"save_dir": str(run.folder), "name": "", "version": "", "flush_logs_every_n_steps": 50}
+
+def plan(variant: str, seed: int, options: argparse.Namespace) -> Run:
+    """The run of a variant and seed."""
+    folder = (options.output / f"{variant}-{seed}").resolve()
+    logger = {"save_dir": str(folder), "name": "", "version": "", "flush_logs_every_n_steps": 50}
     accuracy = {"every_n_steps": options.every, "num_clips": options.clips}
     values = {
-        "seed_everything": run.seed,
+        "seed_everything": seed,
         "stages.recall.steps": options.steps,
-        "trainer.default_root_dir": run.folder,
+        "trainer.default_root_dir": folder,
         "trainer.enable_progress_bar": "false",
         "trainer.enable_checkpointing": "false",
         "trainer.enable_model_summary": "false",
@@ -100,21 +110,9 @@ def arguments(run: Run, options: argparse.Namespace) -> list[str]:
         "report.num_samples": 1,
         "model.sampling.caption_steps": options.caption_steps,
     }
-    names = ("recall",) if run.variant == "paper" else ("recall", "frozen")
-    configs = [f"--config={CONFIGS / name}.yaml" for name in names]
-    return [*configs, *(f"--{k}={v}" for k, v in values.items()), *VARIANTS[run.variant][2], *options.overrides]
-
-
-def check_settings(run: Run, asked: list[str]) -> None:
-    """Raise ValueError if a finished run was trained with other options: all runs of the table have the same."""
-    made = json.loads(run.done.read_text())
-    if made != asked:
-        other = " ".join(option for option in made if option not in asked)
-        wanted = " ".join(option for option in asked if option not in made)
-        raise ValueError(
-            f"{run.folder}: made with {other or 'fewer options'}, asked for is {wanted or 'fewer options'}; remove it "
-            "or give another --output"
-        )
+    names = ("recall",) if variant == "paper" else ("recall", "frozen")
+    given = [f"--config={CONFIGS / name}.yaml" for name in names] + [f"--{k}={v}" for k, v in values.items()]
+    return Run(variant, folder, [*given, *VARIANTS[variant][2], *options.overrides])
 
 
 def table(runs: list[Run], options: argparse.Namespace) -> str:
@@ -146,19 +144,16 @@ def sweep(options: argparse.Namespace) -> None:
     """Train what is not finished, seed by seed, so that an interrupted sweep compares all variants."""
     if options.seeds < 1:  # fit itself checks the other numbers
         raise ValueError(f"--seeds {options.seeds}: expected at least 1")
-    names = [(name, seed) for seed in range(options.seeds) for name in options.only]
-    runs = [Run(name, seed, (options.output / f"{name}-{seed}").resolve()) for name, seed in names]
-    asked = [arguments(run, options) for run in runs]
-    for run, settings in zip(runs, asked, strict=True):
-        if run.done.exists():
-            check_settings(run, settings)
-    for run, settings in zip(runs, asked, strict=True):
+    runs = [plan(variant, seed, options) for seed in range(options.seeds) for variant in options.only]
+    for run in runs:
+        run.check()
+    for run in runs:
         if not run.done.exists():
             shutil.rmtree(run.folder, ignore_errors=True)  # one that was interrupted starts again
             run.folder.mkdir(parents=True)
             print(f"{run.folder.name} ...", flush=True)
-            lightning(["fit", *settings])
-            run.done.write_text(json.dumps(settings))
+            lightning(["fit", *run.options])
+            run.done.write_text(json.dumps(run.options))
         (options.output / "tables.md").write_text(table([run for run in runs if run.done.exists()], options))
     print(f"wrote {options.output / 'tables.md'}")
 
@@ -172,7 +167,8 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=100, help="steps between two measurements")
     parser.add_argument("--clips", type=int, default=128, help="held-out clips per measurement")
     parser.add_argument("--caption-steps", type=int, default=20, help="denoising steps per caption")
-    options, options.overrides = parser.parse_known_args(args)
+    options, overrides = parser.parse_known_args(args)
+    options.overrides = overrides
     return options
 
 

@@ -17,7 +17,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,39 +30,34 @@ from univigu.cli import ToolParser
 from univigu.data.buckets import Bucket
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.engine import SpawnPool
-from univigu.data.index import index_folder
+from univigu.data.loader import TrainLoader
 from univigu.data.sample import SampleRef
-from univigu.data.sources import encode_shards
-from univigu.models.foundation import EMBEDDED_FOUNDATION
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.sampler import SampleInputs, Sampler
-from univigu.shapes.write import world_fingerprint, write_shapes
 
 Ways = dict[str, Callable[[], Any]]
+Seconds = dict[str, float]
 
 
-def race(ways: Ways, repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Median seconds and result of each variant; they take turns, after one untimed round."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+def race(options: argparse.Namespace, ways: Ways, baseline: str, clips: int = 1) -> tuple[Seconds, dict[str, Any]]:
+    """Print median seconds a clip; return them and the results.  Variants take turns, after one untimed round."""
+    turns: dict[str, list[float]] = {name: [] for name in ways}
     results: dict[str, Any] = {}
-    for turn in range(repeats + 1):
+    for _ in range(options.repeats + 1):
         for name, way in ways.items():
             start = time.perf_counter()
             results[name] = way()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}, results
-
-
-def show(options: argparse.Namespace, seconds: dict[str, float], baseline: str) -> None:
+            turns[name].append(time.perf_counter() - start)
+    seconds = {name: statistics.median(values[1:]) / clips for name, values in turns.items()}
     given = ", ".join(f"{name} {value}" for name, value in vars(options).items() if name != "measure")
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     title = f"{given}\n{machine}, torch {torch.__version__}"
     table = Table("", "seconds", f"times faster than {baseline}", title=title)
-    for way, value in seconds.items():
-        table.add_row(way, f"{value:.4g}", f"{seconds[baseline] / value:.1f}")
+    for name, value in seconds.items():
+        table.add_row(name, f"{value:.4g}", f"{seconds[baseline] / value:.1f}")
     Console(width=110).print(table)
+    return seconds, results
 
 
 # ---------------------------------------------------------------------------- captions
@@ -125,9 +119,8 @@ def caption(options: argparse.Namespace) -> dict[str, float]:
     model, write = captioner(options)
     ways: Ways = {"cached": lambda: write(model, range(1)), "uncached": lambda: write(Uncached(model), range(1))}
     bound = operations(ways["uncached"]) / operations(ways["cached"])
-    seconds, tokens = race(ways, options.repeats)
+    seconds, tokens = race(options, ways, "uncached")
     same = (tokens["cached"] == tokens["uncached"]).float().mean().item()
-    show(options, seconds, "uncached")
     ratio = seconds["uncached"] / seconds["cached"]
     print(f"cached: {ratio:.1f}x the uncached loop (by operations at most {bound:.1f}x)")
     print(f"same tokens from the same random numbers, cached and uncached: {same:.2%}")
@@ -142,9 +135,8 @@ def questions(options: argparse.Namespace) -> dict[str, float]:
         "8 questions": lambda: write(model, range(8)),
         "one by one": lambda: torch.cat([write(model, range(i, i + 1)) for i in range(8)]),
     }
-    seconds, tokens = race(ways, options.repeats)
+    seconds, tokens = race(options, ways, "one by one")
     same = (tokens["8 questions"] == tokens["one by one"]).float().mean().item()
-    show(options, seconds, "one by one")
     ratio = seconds["8 questions"] / seconds["one question"]
     print(f"8 questions cost {ratio:.2f} times one (goal: 1.6); same tokens as one by one: {same:.2%}")
     return {"ratio": ratio, "same": same}
@@ -157,29 +149,24 @@ def data(options: argparse.Namespace) -> dict[str, float]:
     """The loader on video shards and on precomputed ones, against decord itself, each in one process of one thread."""
     if options.clips % options.batch_size:
         raise SystemExit(f"--clips {options.clips}: expected a multiple of --batch-size")
-    bucket = Bucket.parse(options.size)
-    folder = Path("runs/data/benchmark") / f"{bucket}-{options.clips}-{world_fingerprint()}"
-    size: dict[str, Any] = asdict(bucket)
+    counts = {"num_train_clips": options.clips, "num_val_clips": 1, "batch_size": options.batch_size}
+    given: dict[str, Any] = counts | asdict(Bucket.parse(options.size))
+
+    def loader(precompute: bool) -> TrainLoader:
+        module = VideoTextDataModule(root="runs/data/benchmark", precompute=precompute, **given)
+        module.prepare_data()
+        module.setup("fit")
+        return module.train_dataloader()
+
+    videos, latents = loader(precompute=False), loader(precompute=True)
     with SpawnPool(1) as pool:
-        for split, count in (("train", options.clips), ("val", 1)):
-            videos = folder / "videos" / split
-            write_shapes(videos, split, count, **size)  # type: ignore[arg-type]
-            encode_shards(videos, folder / "latents" / split, EMBEDDED_FOUNDATION, buckets=[bucket])
-        refs, _ = index_folder(folder / "videos" / "train")
-
-        def loader(kind: str) -> Callable[[], int]:
-            given = {"precompute": False, "batch_size": options.batch_size, **size}
-            module = VideoTextDataModule(shards=str(folder / kind), **given)
-            module.setup("fit")
-            batches = module.train_dataloader()
-            return lambda: sum(len(batch["key"]) for batch in batches)
-
-        ways: Ways = {"decord": lambda: pool.submit(read_bare, refs).result()}
-        ways |= {f"loader, {kind}": loader(kind) for kind in ("videos", "latents")}
-        seconds, clips = race(ways, options.repeats)
+        ways: Ways = {
+            "decord": lambda: pool.submit(read_bare, videos.dataset.refs).result(),
+            "loader, videos": lambda: sum(len(batch["key"]) for batch in videos),
+            "loader, latents": lambda: sum(len(batch["key"]) for batch in latents),
+        }
+        seconds, clips = race(options, ways, "decord", options.clips)
     assert set(clips.values()) == {options.clips}
-    seconds = {name: value / options.clips for name, value in seconds.items()}
-    show(options, seconds, "decord")
     video_ratio = seconds["decord"] / seconds["loader, videos"]
     latents_ratio = seconds["loader, videos"] / seconds["loader, latents"]
     print(f"on videos the loader gives {video_ratio:.0%} of decord's clips (goal: 90%)")
@@ -197,10 +184,10 @@ def read_bare(refs: list[SampleRef]) -> int:
     return len(refs)
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "caption": {"frames": 5, "text-tokens": 64, "steps": 50, "repeats": 3},
-    "questions": {"frames": 15, "text-tokens": 32, "steps": 8, "repeats": 3},
-    "data": {"size": "480x832x33", "clips": 16, "batch-size": 1, "repeats": 5},
+OPTIONS: dict[Callable[[argparse.Namespace], dict[str, float]], dict[str, Any]] = {
+    caption: {"frames": 5, "text-tokens": 64, "steps": 50, "repeats": 3},
+    questions: {"frames": 15, "text-tokens": 32, "steps": 8, "repeats": 3},
+    data: {"size": "480x832x33", "clips": 16, "batch-size": 1, "repeats": 5},
 }
 """Options of each command, with their defaults."""
 
@@ -208,14 +195,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def main(args: list[str] | None = None) -> dict[str, float]:
     parser = ToolParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for function in (caption, questions, data):
+    for function, defaults in OPTIONS.items():
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(measure=function)
-        for option, default in OPTIONS[function.__name__].items():
+        for option, default in defaults.items():
             command.add_argument(f"--{option}", type=type(default), default=default)
     options = parser.parse_args(args)
-    found: dict[str, float] = options.measure(options)
-    return found
+    return options.measure(options)
 
 
 if __name__ == "__main__":

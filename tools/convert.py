@@ -1,17 +1,9 @@
-"""Convert weights between formats.
+"""Convert weights between formats; docs/WEIGHTS.md has a command for each.
 
-    python tools/convert.py foundation --checkpoint runs/foundation/checkpoints/last.ckpt \
-        --source runs/foundation/start --output my_foundation
-    python tools/convert.py transformer --checkpoint runs/refine/checkpoints/last.ckpt --output my_transformer
     python tools/convert.py pipeline --checkpoint runs/refine/checkpoints/last.ckpt --output my_model
-    python tools/convert.py import-official --checkpoint preview.pth --wan Wan2.1-T2V-1.3B-Diffusers --output imported
-    python tools/convert.py export-official --checkpoint imported --output preview.pth
-    python tools/convert.py wan --checkpoint Wan2.1-T2V-1.3B/diffusion_pytorch_model.safetensors --output transformer
-    python tools/convert.py prune --foundation Wan2.1-T2V-1.3B-Diffusers --texts data/wan --output pruned
 
 A checkpoint is a file, or the folder of a sharded one; transformer, pipeline and export-official accept a transformer
-folder, too.  export-official needs the official architecture, that of recall.yaml and refine.yaml without frozen.yaml;
-a model trained under other conventions than the official one needs --accept-differences.
+folder, too.
 """
 
 from __future__ import annotations

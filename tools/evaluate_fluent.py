@@ -1,7 +1,5 @@
 """Evaluate a model of the animated emoji (tools/prepare_fluent.py) without rules that check pixels.
 
-    python tools/convert.py pipeline --checkpoint runs/fluent/refine/checkpoints/last.ckpt \
-        --foundation runs/fluent/final --output runs/fluent/model
     python tools/evaluate_fluent.py data/fluent --model runs/fluent/model --judge runs/fluent/judge --output runs/fluent
 
 Texts are read by the two sentences that the data set writes, and compared with the clip.  A generated video is judged
@@ -17,8 +15,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -29,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from univigu.cli import ToolParser, exit_code
+from univigu.data.buckets import Bucket
 from univigu.data.index import find_split, index_folder
 from univigu.data.progress import track
 from univigu.data.sample import TEXT_SUFFIX
-from univigu.data.video import even_indices, to_uint8
-from univigu.evaluation.video_metrics import FrechetVideoDistance, VideoFeatures
+from univigu.data.video import even_indices, to_model_range, to_uint8
 from univigu.pipeline import UniViGUPipeline
 from univigu.training.loop import optimize
 
@@ -44,6 +42,7 @@ SUBJECT = re.compile(
 )
 BATCH = 16
 Attributes = dict[str, str]
+Rows = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -55,19 +54,30 @@ class Clip:
     shown: Attributes
 
 
-def read_clips(folder: Path, split: str, size: tuple[int, int, int]) -> list[Clip]:
-    """All clips of a split, ``size`` is (F, H, W)."""
+def read_clips(folder: Path, split: str, size: dict[str, int]) -> list[Clip]:
+    """All clips of a split."""
     clips = []
     for ref in track(index_folder(find_split(folder, split))[0], f"reading {split}"):
         texts = json.loads(ref.read(TEXT_SUFFIX))
         shown = {name: str(texts["emoji"][name]).lower() for name in ATTRIBUTES}
-        clips.append(Clip(ref.video(*size).contiguous(), texts, shown))
+        clips.append(Clip(ref.video(**size).contiguous(), texts, shown))
     return clips
 
 
 def spread(clips: Sequence[Clip], count: int) -> list[Clip]:
     """Up to ``count`` clips, spread evenly."""
     return [clips[i] for i in even_indices(len(clips), min(count, len(clips)))]
+
+
+def videos_of(clips: Iterable[Clip]) -> Tensor:
+    """Their videos, uint8 [B, F, C, H, W]."""
+    return torch.stack([clip.video for clip in clips])
+
+
+def batches(items: Any, name: str) -> Iterator[tuple[int, Any]]:
+    """Parts of a list or tensor, each with the number of its first item."""
+    for start in track(range(0, len(items), BATCH), name):
+        yield start, items[start : start + BATCH]
 
 
 def read_text(text: str, people: dict[str, Attributes]) -> Attributes:
@@ -93,38 +103,6 @@ def chance(asked: Sequence[Attributes], clips: Sequence[Clip]) -> dict[str, floa
     """The accuracies of random clips."""
     chosen = torch.randint(len(clips), (20, len(asked)), generator=torch.Generator().manual_seed(0)).flatten()
     return accuracy([clips[i].shown for i in chosen], [*asked] * 20)
-
-
-class Nearest:
-    """Finds the true clip nearest to a video, by squared distance of features."""
-
-    def __init__(self, clips: Sequence[Clip], features: Callable[[Tensor], Tensor], name: str) -> None:
-        self.clips, self.features = clips, features
-        videos = [clip.video for clip in clips]
-        parts = [self.features(torch.stack(videos[i : i + BATCH])) for i in track(range(0, len(videos), BATCH), name)]
-        self.known = torch.cat(parts)
-
-    def __call__(self, videos: Tensor) -> list[Attributes]:
-        """uint8 [B, F, C, H, W] -> what the nearest clips show."""
-        return [self.clips[i].shown for i in torch.cdist(self.features(videos), self.known).argmin(1)]
-
-
-def small(videos: Tensor) -> Tensor:
-    """uint8 [B, F, C, H, W] -> frames at half the size, float32 [B, D]."""
-    return F.avg_pool2d(videos.flatten(0, 1).float() / 255, 2).unflatten(0, videos.shape[:2]).flatten(1)
-
-
-def distances(videos: Tensor, true: Tensor, network: str) -> dict[str, float]:
-    """Frechet distance of videos from true ones, and of one half of the true ones from the other."""
-    metric, result = FrechetVideoDistance(VideoFeatures(network)), {}
-    for name, made, real in (("fvd", videos, true), ("fvd of true halves", true[::2], true[1::2])):
-        metric.reset()
-        for part in made.split(BATCH):
-            metric.update(part, real=False)
-        for part in real.split(BATCH):
-            metric.update(part, real=True)
-        result[name] = round(float(metric.compute()), 2)
-    return result
 
 
 class Recogniser(nn.Module):
@@ -159,10 +137,12 @@ class Recogniser(nn.Module):
 @torch.enable_grad()
 def train_recogniser(clips: Sequence[Clip], steps: int) -> Recogniser:
     """Train on true clips, shifted and with noise, because generated videos are not exact.  Takes a minute."""
-    shown, videos = [clip.shown for clip in clips], torch.stack([clip.video for clip in clips])
-    values = {name: sorted({row[name] for row in shown if row[name]}) for name in ATTRIBUTES}
-    numbers = {name: {value: i for i, value in enumerate(known)} for name, known in values.items()}
-    labels = {name: torch.tensor([numbers[name].get(row[name], -100) for row in shown]) for name in ATTRIBUTES}
+    shown, videos = [clip.shown for clip in clips], videos_of(clips)
+    values = {name: sorted({row[name] for row in shown} - {""}) for name in ATTRIBUTES}
+    labels = {
+        name: torch.tensor([known.index(row[name]) if row[name] else -100 for row in shown])
+        for name, known in values.items()
+    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = Recogniser(values)
@@ -178,135 +158,129 @@ def train_recogniser(clips: Sequence[Clip], steps: int) -> Recogniser:
     return network.eval()
 
 
+def load(folder: str) -> UniViGUPipeline:
+    pipe = UniViGUPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 class Evaluation:
     """The tasks by name; each returns rows of accuracies."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.size = {name: getattr(options, name) for name in ("num_frames", "height", "width")}
-        self.guided = {"guidance_scale": options.guidance, "num_inference_steps": options.steps, "output_type": "pt"}
-        self.pipe = UniViGUPipeline.from_pretrained(options.model)
-        self.pipe.set_progress_bar_config(disable=True)
-        self.clips = {
-            split: read_clips(options.data, split, tuple(self.size.values())) for split in ("train", "val", "test")
-        }
+        self.options, self.size = options, asdict(Bucket.parse(options.size))
+        self.sampling = {"guidance_scale": 2.0, "num_inference_steps": options.steps, "output_type": "pt"}
+        self.pipe, self.judge = load(options.model), load(options.judge) if options.judge else None
+        self.clips = {split: read_clips(options.data, split, self.size) for split in ("train", "val", "test")}
         self.everything = [clip for clips in self.clips.values() for clip in clips]
         self.people = {
             clip.shown["name"]: {name: clip.shown[name] for name in ("role", "gender")} for clip in self.everything
         }
+        self.features: dict[str, Callable[[Tensor], Tensor]] = {"pixels": self.small, "latents": self.latents}
         persons = [clip for clip in self.clips["train"] if clip.shown["role"]]
         self.prompts = {
             "trained triples": spread(persons, options.clips),
             "held-out triples": spread(self.clips["test"], options.clips),
         }
 
-    @cached_property
-    def nearest(self) -> dict[str, Nearest]:
-        def latents(videos: Tensor) -> Tensor:
-            pixels = videos.transpose(1, 2).float() / 127.5 - 1
-            return self.pipe.vae.encode(pixels).latent_dist.mode().flatten(1)
+    def small(self, videos: Tensor) -> Tensor:
+        """uint8 [B, F, C, H, W] -> frames at half the size, float32 [B, D]."""
+        return F.avg_pool2d(videos.flatten(0, 1).float() / 255, 2).unflatten(0, videos.shape[:2]).flatten(1)
 
+    def latents(self, videos: Tensor) -> Tensor:
+        """uint8 [B, F, C, H, W] -> float32 [B, D]."""
+        return self.pipe.vae.encode(to_model_range(videos)).latent_dist.mode().flatten(1)
+
+    @cached_property
+    def known(self) -> dict[str, Tensor]:
+        """Features of all true clips, by their name."""
         return {
-            "nearest clip, pixels": Nearest(self.everything, small, "pixels"),
-            "nearest clip, latents": Nearest(self.everything, latents, "encoding"),
+            name: torch.cat([of(videos_of(batch)) for _, batch in batches(self.everything, name)])
+            for name, of in self.features.items()
         }
+
+    def nearest(self, videos: Tensor, name: str) -> list[Attributes]:
+        """What those true clips show whose features are nearest to those of videos, by squared distance."""
+        numbers = torch.cdist(self.features[name](videos), self.known[name]).argmin(1)
+        return [self.everything[i].shown for i in numbers]
 
     @cached_property
     def recogniser(self) -> Recogniser:
         return train_recogniser(self.clips["train"], self.options.recogniser_steps)
 
-    @cached_property
-    def judge(self) -> UniViGUPipeline:
-        if self.options.judge == self.options.model:
-            return self.pipe
-        pipe = UniViGUPipeline.from_pretrained(self.options.judge)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
     def describe(self, pipe: UniViGUPipeline, videos: Tensor) -> list[Attributes]:
         """What a model's captions of uint8 videos [B, F, C, H, W] say."""
-        found = []
-        for number in track(range(0, len(videos), BATCH), "captions"):
-            output = pipe.caption(videos[number : number + BATCH], **self.start(number))
-            found += [read_text(text, self.people) for text in output.text or []]
-        return found
+        outputs = [pipe.caption(part, **self.start(number)) for number, part in batches(videos, "captions")]
+        return [read_text(text, self.people) for output in outputs for text in output.text or []]
 
     def start(self, seed: int) -> dict[str, Any]:
         """Options that all tasks have."""
         return {"generator": torch.Generator().manual_seed(seed), "max_sequence_length": self.options.prompt_length}
 
-    def judged(self, videos: Tensor, asked: list[Attributes], of: str) -> dict[str, dict[str, float]]:
+    def made(self, task: Callable[..., Any], clips: list[Clip], name: str) -> tuple[Tensor, list[Attributes]]:
+        """Videos uint8 [B, F, C, H, W] from the clips' prompts, and what the texts say if the task makes any."""
+        videos, said = list[Tensor](), list[Attributes]()
+        for number, batch in batches(clips, name):
+            prompts = [clip.texts["prompt"] for clip in batch]
+            start = {"video": videos_of(batch)} if task == self.pipe.edit else self.size
+            output = task(prompt=prompts, **start, **self.sampling, **self.start(number))
+            videos.append(to_uint8(output.frames))
+            said += [read_text(text, self.people) for text in output.get("text", [])]
+        return torch.cat(videos), said
+
+    def judged(self, videos: Tensor, asked: list[Attributes], of: str) -> Rows:
         """Accuracies of generated videos by every judge."""
-        rows = {f"{of}: {name}": accuracy(nearest(videos), asked) for name, nearest in self.nearest.items()}
+        rows = {f"{of}: nearest clip, {name}": accuracy(self.nearest(videos, name), asked) for name in self.features}
         rows[f"{of}: recogniser"] = accuracy(self.recogniser.describe(videos), asked)
-        if self.options.judge:
+        if self.judge:
             rows[f"{of}: captions of the judge"] = accuracy(self.describe(self.judge, videos), asked)
         return rows | {f"{of}: chance": chance(asked, self.everything)}
 
     # ----------------------------------------------------------------- tasks
 
-    def caption(self) -> dict[str, dict[str, float]]:
-        rows = {}
+    def caption(self) -> Rows:
+        rows: Rows = {}
         for split, kind in (("val", "other backgrounds"), ("test", "held-out triples")):
             chosen = spread(self.clips[split], self.options.clips)
-            videos, asked = torch.stack([clip.video for clip in chosen]), [clip.shown for clip in chosen]
+            videos, asked = videos_of(chosen), [clip.shown for clip in chosen]
             rows[f"captions, {kind}"] = accuracy(self.describe(self.pipe, videos), asked)
             rows[f"recogniser, {kind}"] = accuracy(self.recogniser.describe(videos), asked)
-            if self.options.judge not in (None, self.options.model):  # else its row would be the first one again
+            if self.judge and self.options.judge != self.options.model:  # else its row would be the first one again
                 rows[f"captions of the judge, {kind}"] = accuracy(self.describe(self.judge, videos), asked)
             rows[f"captions, {kind}: chance"] = chance(asked, self.everything)
         return rows
 
-    def generate(self) -> dict[str, dict[str, float]]:
-        rows = {}
+    def generate(self) -> Rows:
+        rows: Rows = {}
         for kind, chosen in self.prompts.items():
-            videos = []
-            for number in track(range(0, len(chosen), BATCH), f"videos, {kind}"):
-                prompts = [clip.texts["prompt"] for clip in chosen[number : number + BATCH]]
-                videos.append(to_uint8(self.pipe(prompts, **self.size, **self.guided, **self.start(number)).frames))
-            made = torch.cat(videos)
-            torch.save(made, self.options.output / f"generated, {kind}.pt")
-            rows |= self.judged(made, [clip.shown for clip in chosen], f"videos, {kind}")
-            if self.options.video_features:
-                rows[f"videos, {kind}: FVD"] = distances(
-                    made, torch.stack([clip.video for clip in chosen]), self.options.video_features
-                )
+            videos, _ = self.made(self.pipe, chosen, f"videos, {kind}")
+            rows |= self.judged(videos, [clip.shown for clip in chosen], f"videos, {kind}")
         return rows
 
-    def joint(self) -> dict[str, dict[str, float]]:
-        rows = {}
+    def joint(self) -> Rows:
+        rows: Rows = {}
         for kind, chosen in self.prompts.items():
-            videos, said = list[Tensor](), list[Attributes]()
-            for number in track(range(0, len(chosen), BATCH), f"both, {kind}"):
-                prompts = [clip.texts["prompt"] for clip in chosen[number : number + BATCH]]
-                output = self.pipe.joint(prompts, **self.size, **self.guided, **self.start(number))
-                videos.append(to_uint8(output.frames))
-                said += [read_text(text, self.people) for text in output.text or []]
-            asked = [clip.shown for clip in chosen]
-            rows[f"joint, {kind}: text and prompt"] = accuracy(said, asked)
-            rows |= self.judged(torch.cat(videos), said, f"joint, {kind}, video and text")
+            videos, said = self.made(self.pipe.joint, chosen, f"both, {kind}")
+            rows[f"joint, {kind}: text and prompt"] = accuracy(said, [clip.shown for clip in chosen])
+            rows |= self.judged(videos, said, f"joint, {kind}, video and text")
         return rows
 
-    def edit(self) -> dict[str, dict[str, float]]:
+    def edit(self) -> Rows:
         """Another background or skin tone for clips of val."""
-        rows = {}
+        rows: Rows = {}
         people = [clip for clip in self.clips["val"] if clip.shown["role"]]
         for name, noun in (("background", "background"), ("tone", "skin")):
-            values = sorted({clip.shown[name] for clip in people})
-            chosen, asked, videos = spread(people, self.options.clips), list[Attributes](), list[Tensor]()
-            for number in track(range(0, len(chosen), BATCH), f"edits of the {name}"):
-                batch, prompts = chosen[number : number + BATCH], []
-                for clip in batch:
-                    old = clip.shown[name]
-                    new = values[(values.index(old) + 1) % len(values)]
-                    prompts.append(clip.texts["prompt"].replace(f"{old} {noun}", f"{new} {noun}"))
-                    asked.append({**clip.shown, name: new})
-                clips, options = torch.stack([clip.video for clip in batch]), self.guided | self.start(number)
-                videos.append(to_uint8(self.pipe.edit(clips, prompts, self.options.strength, **options).frames))
-            rows |= self.judged(torch.cat(videos), asked, f"edits of the {name}")
+            values, wanted = sorted({clip.shown[name] for clip in people}), list[Clip]()
+            for clip in spread(people, self.options.clips):
+                old = clip.shown[name]
+                new = values[(values.index(old) + 1) % len(values)]
+                prompt = clip.texts["prompt"].replace(f"{old} {noun}", f"{new} {noun}")
+                wanted.append(Clip(clip.video, {"prompt": prompt}, {**clip.shown, name: new}))
+            videos, _ = self.made(self.pipe.edit, wanted, f"edits of the {name}")
+            rows |= self.judged(videos, [clip.shown for clip in wanted], f"edits of the {name}")
         return rows
 
-    def answer(self) -> dict[str, dict[str, float]]:
+    def answer(self) -> Rows:
         """Exact answers by kind of question."""
         right: dict[str, list[bool]] = {}
         for clip in track(spread(self.clips["test"], self.options.clips), "answers"):
@@ -319,8 +293,6 @@ class Evaluation:
 
 @torch.no_grad()
 def run(options: argparse.Namespace) -> None:
-    if options.video_features and options.clips < 4:
-        raise ValueError(f"--clips {options.clips}: expected at least 4 with --video-features")
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {}
@@ -340,18 +312,13 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("data", type=Path, help="folder that tools/prepare_fluent.py wrote")
     parser.add_argument("--model", required=True, help="folder of a pipeline (tools/convert.py pipeline)")
     parser.add_argument("--judge", help="folder of another pipeline, trained on true clips only")
-    parser.add_argument("--video-features", help="network for FVD: a folder of transformers, or trusted:FILE.pt")
     parser.add_argument("--output", type=Path, required=True, help="folder for results.json")
     parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks)
     parser.add_argument("--clips", type=int, default=200, help="clips or prompts of each row")
-    parser.add_argument("--height", type=int, default=64)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--num-frames", type=int, default=9)
+    parser.add_argument("--size", default="64x64x9", help="HEIGHTxWIDTHxFRAMES of the model's clips")
     parser.add_argument("--prompt-length", type=int, default=128, help="slot of the prompt in tokens, as in training")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps of videos")
-    parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--recogniser-steps", type=int, default=1500, help="training of the recogniser")
-    parser.add_argument("--strength", type=float, default=0.8, help="of edits")
     options = parser.parse_args(args)
     return exit_code(lambda: run(options))
 

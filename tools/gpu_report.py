@@ -3,10 +3,8 @@
     python tools/gpu_report.py                                               # Wan2.1 1.3B at 480x832x81, one H100
     python tools/gpu_report.py --size small --only "train step, paper"       # a step of both modalities on a CPU
 
-The weights are random, which does not change the times.  The file is written after every row; a row that fails records
-its error.  A bare machine needs these packages besides torch, lightning, transformers, accelerate, torchmetrics, einops
-and safetensors: diffusers, peft, jsonargparse, docstring_parser, typeshed_client, ftfy, wcwidth, av, filelock, torchao,
-and pytest.
+The weights are random, which does not change the times.  Each row is printed as a line of JSON; of one that fails its
+error is.  The row of FP8 needs torchao.
 """
 
 from __future__ import annotations
@@ -14,35 +12,25 @@ from __future__ import annotations
 import gc
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import yaml
 from diffusers import AutoencoderKLWan
-from safetensors.torch import save
 
 from univigu.cli import ToolParser
-from univigu.data.buckets import Bucket
 from univigu.data.engine import this_device
-from univigu.data.index import index_folder
-from univigu.data.loader import ErrorLog, TrainLoader, VideoTextDataset
-from univigu.data.order import TrainOrder
-from univigu.data.sample import LATENTS_SUFFIX, PROMPT_SUFFIX, TEXT_SUFFIX
-from univigu.data.shards import write_shard
 from univigu.flow.objective import TaskMixture, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
 from univigu.models.foundation import Foundation
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.sampling.options import SamplingOptions
-from univigu.sampling.sampler import SampleInputs, Sampler
+from univigu.sampling.sampler import SampleInputs, Sampler, Task
 from univigu.training.optim import freeze_by_rate
 from univigu.training.plan import UMT5_VOCAB_SIZE, WAN21, Workload, count_step
 from univigu.training.stages import Stage
@@ -68,23 +56,21 @@ class Size:
 
 
 SMALL = {"num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024, "num_layers": 4, "text_dim": 64}
-TINY = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "num_layers": 1, "text_dim": 32}
 SMALL_VAE = {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
 SIZES = {
     "1.3b": Size(WAN21["Wan2.1-T2V-1.3B"], UMT5_VOCAB_SIZE, (16, 21, 60, 104), 512, 256, (50, 8, 20), {}),
     "small": Size(SMALL, 4096, (16, 5, 60, 52), 64, 32, (50, 8, 20), SMALL_VAE),  # Wan's proportion of the tokens
-    "tiny": Size(TINY, 512, (16, 2, 8, 8), 8, 16, (4, 2, 2), SMALL_VAE),
 }
 
 
 class Report:
-    """Rows measured so far, in a file that is rewritten after each of them."""
+    """Measures and prints rows."""
 
-    def __init__(self, path: Path, device: torch.device, size: str, only: str = "") -> None:
-        self.path, self.device, self.size, self.only = path, device, SIZES[size], only
-        self.compiler = "eager" if size == "tiny" else "inductor"
+    def __init__(self, device: torch.device, size: str, only: str) -> None:
+        self.device, self.size, self.only = device, SIZES[size], only
+        self.rows: list[Row] = []
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        self.content: dict[str, Any] = {"device": name, "torch": torch.__version__, "size": size, "rows": []}
+        print(json.dumps({"device": name, "torch": torch.__version__, "size": size}), flush=True)
 
     def row(self, name: str, measure: Callable[[], Row]) -> None:
         """Measure one row, if it is asked for; its error is recorded instead of raised."""
@@ -101,9 +87,8 @@ class Report:
             result = {"error": f"{type(error).__name__}: {error}"[:300]}
         if cuda:
             result["peak_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)
-        self.content["rows"].append({"name": name, **result})
-        self.path.write_text(json.dumps(self.content, indent=1))
-        print(json.dumps(self.content["rows"][-1]), flush=True)
+        self.rows.append({"name": name, **result})
+        print(json.dumps(self.rows[-1]), flush=True)
 
     def seconds(self, run: Callable[[], Any], repeats: int = 3, warmup: int = 1) -> float:
         """Median seconds of a call."""
@@ -139,13 +124,6 @@ class Report:
         a, b = (torch.randn(size, size, device=self.device, dtype=torch.bfloat16) for _ in range(2))
         return {"tflops": round(2e-12 * size**3 / self.seconds(lambda: a @ b, 10, 3), 1)}
 
-    def tests(self, which: str = "tests") -> Row:
-        """The tests that need a GPU."""
-        command = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib", "-q", "-m", "gpu", which]
-        start, root = time.perf_counter(), Path(__file__).resolve().parents[1]
-        printed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout
-        return {"result": printed.strip().rpartition("\n")[2], "seconds": round(time.perf_counter() - start, 1)}
-
     def train(self, recipe: str) -> None:
         """A step of each task: float32 weights, bfloat16 autocast, AdamW, checkpointed blocks, one clip."""
         frozen = recipe == "frozen"
@@ -178,49 +156,48 @@ class Report:
         for task, counts in tasks.items():
             self.row(f"train step, {recipe}, {task}", partial(measure, counts))
 
-    def sampler(self, model: UniViGUTransformer3DModel, **options: Any) -> Sampler:
-        return Sampler(model, Foundation().scheduler(), SamplingOptions(**options))
-
-    def caption(
-        self, model: UniViGUTransformer3DModel, steps: int, refresh: int = 1, runs: tuple[int, int] = (2, 1)
+    def sample(
+        self, model: UniViGUTransformer3DModel, task: Task, runs: tuple[int, int] = (2, 1), **options: Any
     ) -> Row:
-        """Seconds of a caption; ``runs`` are the timed ones and those before them."""
-        (latents, _, null), sampler = self.inputs(), self.sampler(model, caption_steps=steps, caption_refresh=refresh)
-        inputs = SampleInputs(null, null, latents, text_length=self.size.text_length)
-        return {"seconds": round(self.seconds(lambda: sampler.sample("caption", inputs), *runs), 4), "steps": steps}
-
-    def video(self, model: UniViGUTransformer3DModel, steps: int) -> Row:
-        """Seconds of a video's denoising under guidance (two passes a step), without decoding."""
-        (_, embeds, null), sampler = self.inputs(), self.sampler(model, num_inference_steps=steps, guidance_scale=5.0)
+        """Seconds of a caption, or of denoising a video; ``runs`` are the timed ones and those before them."""
+        sampler = Sampler(model, Foundation().scheduler(), SamplingOptions(**options))
+        latents, embeds, null = self.inputs()
         inputs = SampleInputs(embeds, null, shape=self.size.latents)
-        return {"seconds": round(self.seconds(lambda: sampler.sample("generate", inputs), 1, 0), 3), "steps": steps}
+        if task == "caption":
+            inputs = SampleInputs(null, null, latents, text_length=self.size.text_length)
+        return {"seconds": round(self.seconds(lambda: sampler.sample(task, inputs), *runs), 4), **options}
 
     def samples(self) -> None:
-        """Captions without the cache, with it, in bfloat16, compiled; a video."""
+        """Captions without the cache, with it, in bfloat16, compiled; a video under guidance (two passes a step)."""
         many, few, video_steps = self.size.steps
         model = self.model("paper", torch.bfloat16).eval()
-        self.row("caption, paper, bfloat16, no cache", lambda: self.caption(model, few, runs=(1, 1)))
-        self.row("caption, paper, bfloat16, no cache", lambda: self.caption(model, many, runs=(1, 0)))
-        self.row("caption, paper, bfloat16, cache of the first pass", lambda: self.caption(model, many, many))
-        model = self.model("frozen", torch.float32).eval()
-        self.row("caption, frozen, float32, exact cache", lambda: self.caption(model, few, runs=(1, 1)))
-        convert(model, torch.bfloat16)
-        for steps in (many, few):
-            self.row("caption, frozen, bfloat16, exact cache", partial(self.caption, model, steps))
-        model.compile_repeated_blocks(backend=self.compiler)
-        for steps in (many, few):
-            self.row("caption, frozen, bfloat16, compiled", partial(self.caption, model, steps))
-        self.row("video, bfloat16, compiled", lambda: self.video(model, video_steps))
-        if self.device.type == "cuda":  # compiling takes minutes
-            self.row("caption, frozen, FP8, compiled", lambda: self.caption(self.quantize(model), many))
 
-    def quantize(self, model: UniViGUTransformer3DModel) -> UniViGUTransformer3DModel:
-        """FP8 weights and activations in the blocks, which are compiled again."""
+        def caption(name: str, steps: int, **options: Any) -> None:
+            self.row(f"caption, {name}", lambda: self.sample(model, "caption", caption_steps=steps, **options))
+
+        caption("paper, bfloat16, no cache", few, runs=(1, 1))
+        caption("paper, bfloat16, no cache", many, runs=(1, 0))
+        caption("paper, bfloat16, cache of the first pass", many, caption_refresh=many)
+        model = self.model("frozen", torch.float32).eval()
+        caption("frozen, float32, exact cache", few, runs=(1, 1))
+        convert(model, torch.bfloat16)
+        caption("frozen, bfloat16, exact cache", many)
+        caption("frozen, bfloat16, exact cache", few)
+        model.compile_repeated_blocks()
+        caption("frozen, bfloat16, compiled", many)
+        caption("frozen, bfloat16, compiled", few)
+        guided = {"num_inference_steps": video_steps, "guidance_scale": 5.0}
+        self.row("video, bfloat16, compiled", lambda: self.sample(model, "generate", (1, 0), **guided))
+        if self.device.type == "cuda":  # compiling again takes minutes
+            self.row("caption, frozen, FP8, compiled", lambda: self.quantized(model, many))
+
+    def quantized(self, model: UniViGUTransformer3DModel, steps: int) -> Row:
+        """A caption with FP8 weights and activations in the blocks, which are compiled again."""
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
         torch.compiler.reset()
         quantize_(model.blocks, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-        return model
+        return self.sample(model, "caption", caption_steps=steps)
 
     @torch.no_grad()
     def vae(self) -> None:
@@ -236,32 +213,6 @@ class Report:
                 row = f"VAE {name} a clip, {str(dtype).removeprefix('torch.')}"
                 self.row(row, lambda call=call: {"seconds": round(self.seconds(call, 1), 3)})  # type: ignore[misc]
 
-    def loader(self) -> Row:
-        """Clips from encoded shards on disk to the device, two a batch: by four processes, from pinned memory."""
-        tokenizer, prompt, tiny = Foundation().tokenizer, "a circle", self.size is SIZES["tiny"]
-        embeds = torch.randn(len(tokenizer(prompt).input_ids), self.size.transformer["text_dim"]).half()
-        members = {
-            TEXT_SUFFIX: json.dumps({"prompt": prompt, "caption": prompt}).encode(),
-            LATENTS_SUFFIX: save({"latents": torch.randn(self.size.latents).half()}),
-            PROMPT_SUFFIX: save({"prompt": embeds, "null": embeds[:1].clone()}),
-        }
-        clips, slots = 4 if tiny else 128, {"prompt": self.size.prompt_length, "caption": self.size.text_length}
-        with TemporaryDirectory() as folder:
-            write_shard(Path(folder) / "000000.tar", ((f"{number:06d}", members) for number in range(clips)))
-            refs, _ = index_folder(Path(folder))
-            buckets = [Bucket(2, 2, 1)]  # the videos' size, which latents do not need
-            dataset = VideoTextDataset(refs, tokenizer, slots, buckets, [self.size.latents[1:]], replace=False)
-            batches = TrainLoader(dataset, TrainOrder(clips, 2), ErrorLog(strict=True), 0 if tiny else 4)
-
-            def read() -> None:
-                for batch in batches:
-                    for value in batch.values():
-                        if isinstance(value, torch.Tensor):
-                            value.to(self.device, non_blocking=True)
-
-            seconds = self.seconds(read)
-        return {"seconds": round(seconds / clips, 6), "clips_per_second": round(clips / seconds, 1)}
-
 
 def convert(model: UniViGUTransformer3DModel, dtype: torch.dtype) -> UniViGUTransformer3DModel:
     """Change the dtype of all parameters, also of those that diffusers keeps in float32."""
@@ -270,24 +221,20 @@ def convert(model: UniViGUTransformer3DModel, dtype: torch.dtype) -> UniViGUTran
     return model
 
 
-def main(args: list[str] | None = None) -> dict[str, Any]:
+def main(args: list[str] | None = None) -> list[Row]:
     parser = ToolParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("gpu_report.json"))
     parser.add_argument("--size", choices=SIZES, default="1.3b")
     parser.add_argument("--device", default=this_device())
     parser.add_argument("--only", default="", help="how the names of the rows to measure begin")
     options = parser.parse_args(args)
     torch.manual_seed(0)
-    report = Report(options.output, torch.device(options.device), options.size, options.only)
+    report = Report(torch.device(options.device), options.size, options.only)
     report.row("matrix product, bfloat16", report.matrix_product)
-    if report.device.type == "cuda":
-        report.row("tests marked gpu", report.tests)
     for recipe in RECIPES:
         report.train(recipe)
     report.samples()
     report.vae()
-    report.row("loader to device", report.loader)
-    return report.content
+    return report.rows
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
     python tools/make_foundation.py --output runs/foundation/start                  # the embedded world
     python tools/make_foundation.py --output runs/foundation/start --data mine      # videos and texts of your own
-    lightning fit --config configs/foundation.yaml --model.foundation runs/foundation/start   # trains the generator
 
 The result is a folder in diffusers' WanPipeline layout.  Everything is trained on the train split of the data (the
-format is in docs/DATA.md), the transformer is random.  ``tools/convert.py foundation`` writes a trained transformer
-into such a folder.  The same command continues an interrupted run, with the same result.
+format is in docs/DATA.md), the transformer is random; docs/TRAINING.md says how to train it.  The same command
+continues an interrupted run, with the same result.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from univigu.cli import ToolParser, exit_code
 from univigu.data.engine import this_device
 from univigu.data.index import find_split, index_folder
+from univigu.data.options import check_least
 from univigu.data.progress import track
 from univigu.data.sample import SampleError, SampleRef
 from univigu.data.video import to_model_range
@@ -44,26 +44,22 @@ LONGEST_TEXT = 256
 PUNCTUATION = r"[.,;:!?()\"]"
 
 
-def read_texts(refs: Iterable[SampleRef]) -> list[dict[str, Any]]:
-    """The texts of all samples that can be read."""
-    texts = []
-    for ref in refs:
-        try:
-            texts.append(ref.texts())
-        except SampleError as error:
-            print(f"skipped: {error}", file=sys.stderr)
-    return texts
-
-
-def read_clips(refs: Sequence[SampleRef], count: int, size: tuple[int, int, int]) -> Tensor:
-    """Up to ``count`` clips, spread evenly over the samples, uint8 [B, F, C, H, W]; ``size`` is (F, H, W)."""
-    chosen = [refs[i * len(refs) // count] for i in range(min(count, len(refs)))] if len(refs) > count else refs
+def read_all(refs: Iterable[SampleRef], read: Callable[[SampleRef], Any], name: str) -> list[Any]:
+    """What is read of all samples that can be read."""
     found = []
-    for ref in track(chosen, "reading videos"):
+    for ref in track(list(refs), f"reading {name}"):
         try:
-            found.append(ref.video(*size).contiguous())
+            found.append(read(ref))
         except SampleError as error:
             print(f"skipped: {error}", file=sys.stderr)
+    return found
+
+
+def read_clips(refs: Sequence[SampleRef], count: int, size: dict[str, int]) -> Tensor:
+    """Up to ``count`` clips, spread evenly over the samples, uint8 [B, F, C, H, W]."""
+    count = min(count, len(refs))
+    chosen = [refs[i * len(refs) // count] for i in range(count)]
+    found = read_all(chosen, lambda ref: ref.video(**size).contiguous(), "videos")
     if not found:
         raise ValueError("--data: none of its videos can be read")
     return torch.stack(found)
@@ -116,42 +112,17 @@ def make_text_encoder(vocab_size: int, dim: int = 64) -> UMT5EncoderModel:
     )
 
 
-class NeighbourHead(nn.Module):
-    """Reads from a token's embedding the tokens around it, and its position."""
-
-    def __init__(self, dim: int, vocab_size: int) -> None:
-        super().__init__()
-        self.offsets = [k for k in range(-NEIGHBOURS, NEIGHBOURS + 1) if k]
-        self.shifts = nn.ModuleList(nn.Linear(dim, dim) for _ in self.offsets)
-        self.words = nn.Linear(dim, vocab_size)
-        self.position = nn.Linear(dim, LONGEST_TEXT)
-
-    def forward(
-        self, embeds: Tensor, ids: Tensor, which: Iterable[int], asked: Tensor
-    ) -> Iterable[tuple[Tensor, Tensor]]:
-        """Logits [n, classes] and labels [n] (-100 is no label) of the position, then of the chosen neighbours.
-
-        Args:
-            embeds: [B, L, dim]
-            ids: int64 [B, L], 0 is padding.
-            which: numbers of the offsets.
-            asked: bool [B, L], the n tokens that are asked.
-        """
-        places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        yield self.position(embeds[asked]), places[asked]
-        for number in which:
-            offset = self.offsets[number]
-            outside = (places + offset < 0) | (places + offset >= ids.shape[1])
-            labels = ids.roll(-offset, 1)
-            labels = labels.masked_fill(outside | (labels == 0), -100)
-            yield self.words(self.shifts[number](embeds[asked])), labels[asked]
+def neighbours(ids: Tensor, offset: int) -> Tensor:
+    """The token at an offset (at most ``NEIGHBOURS``) from each of ids [B, L]; -100 where there is none or padding."""
+    found = F.pad(ids, (NEIGHBOURS, NEIGHBOURS))[:, NEIGHBOURS + offset :][:, : ids.shape[1]]
+    return found.masked_fill(found == 0, -100)
 
 
 def train_text_encoder(
     encoder: UMT5EncoderModel,
     prompts: Tensor,
     captions: Tensor | None,
-    held_out: Tensor,
+    held: Tensor,
     steps: int,
     state: Path | None = None,
 ) -> dict[str, float]:
@@ -163,36 +134,41 @@ def train_text_encoder(
     outweigh the position biases for good.
 
     Args:
-        prompts, captions, held_out: token ids, int64 [N, L] each; captions are every other batch, if there are any.
+        prompts, captions, held: token ids, int64 [N, L] each; captions are every other batch, if there are any.
         state: see ``optimize``.
 
     Returns:
         held-out accuracies: of the position, the next token, and the token ``NEIGHBOURS`` further.
     """
-    device = next(encoder.parameters()).device
-    head = NeighbourHead(encoder.config.d_model, encoder.config.vocab_size).to(device)
+    device, dim = next(encoder.parameters()).device, encoder.config.d_model
+    offsets = [k for k in range(-NEIGHBOURS, NEIGHBOURS + 1) if k]
+    shifts = nn.ModuleList(nn.Linear(dim, dim) for _ in offsets).to(device)
+    words = nn.Linear(dim, encoder.config.vocab_size).to(device)
+    position = nn.Linear(dim, LONGEST_TEXT).to(device)
 
-    def read(ids: Tensor, which: Iterable[int], share: float = 1.0) -> Iterable[tuple[Tensor, Tensor]]:
-        mask = (ids != 0).long()
+    def read(ids: Tensor, which: Sequence[int], share: float = 1.0) -> list[tuple[Tensor, Tensor]]:
+        """Logits and labels of the position and of some neighbours, for a share of the tokens."""
         asked = (torch.rand(ids.shape, device=device) < share) & (ids != 0)
-        return head(encoder(ids, mask).last_hidden_state * mask[..., None], ids, which, asked)
+        embeds = encoder(ids, (ids != 0).long()).last_hidden_state[asked]
+        places = torch.arange(ids.shape[1], device=device).expand_as(ids)
+        found = [(position(embeds), places[asked])]
+        return found + [(words(shifts[n](embeds)), neighbours(ids, offsets[n])[asked]) for n in which]
 
     def loss_of(step: int) -> Tensor:
         texts, size = (prompts, 128) if captions is None or step % 2 == 0 else (captions, 16)
         ids = texts[torch.randint(0, len(texts), (size,))].to(device)
-        which = torch.randperm(len(head.offsets))[:4].tolist()
+        which = torch.randperm(len(offsets))[:4].tolist()
         share = TOKENS_A_STEP / int((ids != 0).sum())  # logits over the vocabulary cost more than the encoder
         return torch.stack([F.cross_entropy(a, b) for a, b in read(ids, which, share)]).mean()
 
     encoder.train()
-    optimize("text encoder", nn.ModuleList([encoder, head]), loss_of, steps, 3e-3, state=state)
+    optimize("text encoder", nn.ModuleList([encoder, shifts, words, position]), loss_of, steps, 3e-3, state=state)
     encoder.eval()
     with torch.no_grad():
-        results = read(held_out[:256].to(device), [NEIGHBOURS, 2 * NEIGHBOURS - 1])
-        names = ("position", "next token", f"token {NEIGHBOURS} further")
-        return {
-            name: (a.argmax(-1) == b)[b >= 0].float().mean().item() for name, (a, b) in zip(names, results, strict=True)
-        }
+        results = read(held[:256].to(device), [offsets.index(1), offsets.index(NEIGHBOURS)])
+    names = ("position", "next token", f"token {NEIGHBOURS} further")
+    right = [(a.argmax(-1) == b)[b >= 0].float().mean().item() for a, b in results]
+    return dict(zip(names, right, strict=True))
 
 
 # ------------------------------------------------------------------- VAE
@@ -285,20 +261,6 @@ def record_latent_statistics(vae: AutoencoderKLWan, latents: Tensor) -> None:
 # ------------------------------------------------------------------- all
 
 
-def make_transformer(channels: int, text_dim: int, heads: int, layers: int) -> WanTransformer3DModel:
-    """Wan's architecture with heads of 32."""
-    return WanTransformer3DModel(
-        num_attention_heads=heads,
-        attention_head_dim=32,
-        in_channels=channels,
-        out_channels=channels,
-        text_dim=text_dim,
-        freq_dim=64,
-        ffn_dim=96 * heads,
-        num_layers=layers,
-    )
-
-
 def find_samples(data: Path | None) -> dict[str, list[SampleRef]]:
     """The samples of the splits train and val; without data those of the embedded world, which is rendered."""
     if data is None:
@@ -316,34 +278,35 @@ def start_or_continue(options: argparse.Namespace) -> Path:
     if not file.exists():
         file.write_text(json.dumps(wanted))
     for name, value in json.loads(file.read_text()).items():
-        if (given := wanted[name]) != value:
+        if wanted[name] != value:
             message = f"{folder} is of an unfinished run with {value}; continue that one or delete it"
-            raise ValueError(f"--{name.replace('_', '-')} {given}: {message}")
+            raise ValueError(f"--{name.replace('_', '-')} {wanted[name]}: {message}")
     return folder
 
 
 def run(options: argparse.Namespace) -> None:
     """Make and train everything, write the folder."""
-    for name in ("text_steps", "vae_steps", "heads", "layers", "channels"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
+    check_least(options, text_steps=1, vae_steps=1, heads=1, layers=1, channels=1)
     training = start_or_continue(options)
     torch.manual_seed(options.seed)
     samples = find_samples(options.data)
-    texts = {split: read_texts(refs) for split, refs in samples.items()}
+    texts = {split: read_all(refs, SampleRef.texts, "texts") for split, refs in samples.items()}
     questions = [row["qa"][i % len(row["qa"])]["question"] for i, row in enumerate(texts["train"][::4]) if row["qa"]]
     tokenizer = make_tokenizer([text for row in texts["train"] for text in (row["prompt"], row["caption"])] + questions)
     encoder = make_text_encoder(len(tokenizer), 16 * options.heads)
     vae = make_vae(options.channels)
-    pipeline = WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=encoder,
-        vae=vae,
-        transformer=make_transformer(options.channels, encoder.config.d_model, options.heads, options.layers),
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
-        ),
+    transformer = WanTransformer3DModel(
+        num_attention_heads=options.heads,
+        attention_head_dim=32,
+        in_channels=options.channels,
+        out_channels=options.channels,
+        text_dim=encoder.config.d_model,
+        freq_dim=64,
+        ffn_dim=96 * options.heads,
+        num_layers=options.layers,
     )
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipeline = WanPipeline(tokenizer, encoder, vae, scheduler, transformer)
 
     def ids(texts: Sequence[str], name: str) -> Tensor:
         kept = [text for text in texts if len(tokenizer(text).input_ids) <= LONGEST_TEXT]
@@ -362,7 +325,7 @@ def run(options: argparse.Namespace) -> None:
     )
     print("text encoder, held-out prompts:", {name: round(value, 3) for name, value in accuracies.items()})
 
-    size = (options.num_frames, options.height, options.width)
+    size = {name: getattr(options, name) for name in ("num_frames", "height", "width")}
     clips = read_clips(samples["train"], options.num_clips, size)
     train_vae(vae.to(this_device()), clips, options.vae_steps, options.kl_weight, state=training / "vae.pt")
     rotate_latents(vae, encode(vae, clips[:512]))

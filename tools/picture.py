@@ -16,6 +16,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageSequence
 
@@ -31,12 +32,11 @@ PROMPTS = [
 SIDE, LINES, MARGIN, FONT = 224, 19, 10, 12  # pixels of a video, lines of text below it, pixels between, points
 
 
-def record(pipe: UniViGUPipeline, prompt: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+def record(pipe: UniViGUPipeline, prompt: str, seed: int, steps: int) -> list[dict[str, Any]]:
     """The steps of a joint sample, see ``TrajectoryRecorder``."""
     recorder = TrajectoryRecorder(pipe, every=2, scale=1)
-    generator = torch.Generator(pipe.device).manual_seed(seed)
-    drawn = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale, "joint_lag": options.lag}
-    pipe.joint(prompt, height=64, width=64, num_frames=9, generator=generator, callback_on_step_end=recorder, **drawn)
+    given: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed), "callback_on_step_end": recorder}
+    pipe.joint(prompt, height=64, width=64, num_frames=9, num_inference_steps=steps, **given)
     return recorder.steps
 
 
@@ -66,24 +66,18 @@ def draw(samples: list[list[dict[str, Any]]]) -> list[Image.Image]:
         videos = [video_of(step) for step in steps]
         for _ in range(2 * len(videos[0]) if number == count else 2):
             panels = [panel(video[clock % len(video)], step, font) for video, step in zip(videos, steps, strict=True)]
-            picture = Image.new("RGB", (sum(p.width for p in panels), panels[0].height), "white")
-            for i, p in enumerate(panels):
-                picture.paste(p, (i * p.width, 0))
-            pictures.append(picture)
+            pictures.append(Image.fromarray(np.hstack([np.asarray(picture) for picture in panels])))
             clock += 1
     return pictures
 
 
 def run(options: argparse.Namespace) -> None:
     pipe = UniViGUPipeline.from_pretrained(options.model)
-    samples = [
-        record(pipe, prompt, options.seed + number, options) for number, prompt in enumerate(options.prompt or PROMPTS)
-    ]
-    pictures = draw(samples)
+    pictures = draw([record(pipe, prompt, seed, options.steps) for seed, prompt in enumerate(options.prompt)])
     if options.output.suffix.lower() == ".gif":
         pictures = [picture.quantize(48) for picture in pictures]
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    kept = {"optimize": True, "quality": 30}  # GIF's, WebP's
+    kept: dict[str, Any] = {"optimize": True, "quality": 30}  # GIF's, WebP's
     pictures[0].save(options.output, save_all=True, append_images=pictures[1:], duration=140, loop=0, **kept)
     print(f"wrote {options.output}: {len(pictures)} pictures, {options.output.stat().st_size / 2**20:.1f} MiB")
 
@@ -92,11 +86,8 @@ def main(args: list[str] | None = None) -> int:
     parser = ToolParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="UniViGUPipeline folder")
     parser.add_argument("--output", type=Path, required=True, help="the picture, a .gif or (smaller) .webp file")
-    parser.add_argument("--prompt", nargs="+", help="one a video; default: three of the embedded world")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
-    parser.add_argument("--lag", type=int, default=10, help="further steps of the text, beside the finished video")
-    parser.add_argument("--guidance-scale", type=float, default=2.0)
-    parser.add_argument("--seed", type=int, default=0, help="of the first video; the next ones count on")
+    parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="one a video")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps of the videos")
     options = parser.parse_args(args)
     return exit_code(lambda: run(options))
 

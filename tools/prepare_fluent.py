@@ -14,14 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import sys
-import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ COLORS = BACKGROUNDS | {
 class Emoji:
     """What the code points of an animation's file name say."""
 
-    file: str
+    file: Path
     name: str
     group: str
     keywords: tuple[str, ...] = ()
@@ -78,25 +79,13 @@ class Emoji:
         return f"{self.name} with {self.tone} skin" if self.tone else self.name
 
 
-def unpack(package: Path) -> Path:
-    """The folder of a package, which is extracted beside a .tgz if need be."""
-    if package.is_dir():
-        return package
-    folder = package.with_suffix("")
-    if not folder.exists():
-        with tarfile.open(package) as tar:
-            tar.extractall(folder.with_name(f".{folder.name}"), filter="data")
-        folder.with_name(f".{folder.name}").rename(folder)
-    return folder
-
-
 def key_of(codes: Iterable[str]) -> str:
     return "-".join(code for code in codes if code != VARIANT)
 
 
-def read_names(folders: Iterable[Path], file: str) -> dict[str, Any]:
-    """A JSON object by emoji of one of the packages, by code points instead."""
-    for path in (path for folder in folders for path in folder.rglob(file)):
+def read_names(folder: Path, file: str) -> dict[str, Any]:
+    """A JSON object by emoji, which one of the packages has, by code points instead."""
+    for path in folder.rglob(file):
         found = json.loads(path.read_text())
         return {key_of(f"{ord(letter):04x}" for letter in emoji): value for emoji, value in found.items()}
     raise ValueError(f"PACKAGE: none of them has the file {file}")
@@ -116,13 +105,12 @@ def describe(file: Path, names: dict[str, Any], keywords: dict[str, list[str]]) 
     signed = "-".join([*base, JOINER, "2642"]) in names  # a person whose gender a sign would tell
     if not entry["skin_tone_support"] or len(people) > 1 or not (people or signed):
         tone = (tones or [YELLOW])[0] if entry["skin_tone_support"] and len(people) < 2 else ""
-        return Emoji(str(file), name, group, words, tone=tone)
+        return Emoji(file, name, group, words, tone=tone)
     gender = GENDERS[people[0]] if people else "person"
-    neutral = [code for code in base if code not in ("2640", "2642")]
-    neutral = ["1f9d1" if code in GENDERS else code for code in neutral]
+    neutral = ["1f9d1" if code in GENDERS else code for code in base if code not in ("2640", "2642")]
     neutral_name = names.get("-".join(neutral).removesuffix(f"-{JOINER}"), entry)["name"]
     role = re.sub(r"\b(person|people|man|woman|men|women)\b", "", neutral_name).strip(" :") or "adult"
-    return Emoji(str(file), name, group, words, re.sub(r"\s+", " ", role), gender, (tones or [YELLOW])[0])
+    return Emoji(file, name, group, words, re.sub(r"\s+", " ", role), gender, (tones or [YELLOW])[0])
 
 
 def held_out(emoji: list[Emoji]) -> set[tuple[str, str, str]]:
@@ -145,7 +133,7 @@ def held_out(emoji: list[Emoji]) -> set[tuple[str, str, str]]:
 
 
 @lru_cache(maxsize=1)
-def read_animation(file: str, size: int) -> tuple[np.ndarray, int]:
+def read_animation(file: Path, size: int) -> tuple[np.ndarray, int]:
     """All frames, RGBA float32 [F, size, size, 4] in [0, 1] with premultiplied alpha, and frames a second."""
     with Image.open(file) as image:
         frames, durations = [], []
@@ -230,14 +218,14 @@ def texts_of(emoji: Emoji, frames: np.ndarray, background: str) -> dict[str, Any
         "prompt": f"{emoji.subject}, on a {background} background",
         "caption": " ".join(sentences),
         "qa": [{"kind": kind, "question": text, "answer": f"{answer}."} for kind, text, answer in questions],
-        "emoji": {**asdict(emoji), "file": Path(emoji.file).name, "background": background},
+        "emoji": {**asdict(emoji), "file": emoji.file.name, "background": background},
     }
 
 
 # ------------------------------------------------------------------ shards
 
 
-def write(size: int, num_frames: int, path: Path, clips: list[tuple[Emoji, str]]) -> ShardInfo:
+def write(path: Path, clips: list[tuple[Emoji, str]], size: int, num_frames: int) -> ShardInfo:
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         for emoji, background in clips:
             frames, fps = read_animation(emoji.file, size)
@@ -247,7 +235,7 @@ def write(size: int, num_frames: int, path: Path, clips: list[tuple[Emoji, str]]
             pixels = torch.from_numpy(np.rint(shown * 255).clip(0, 255).astype(np.uint8)).permute(0, 3, 1, 2)
             video = encode_mp4(pixels, fps=max(1, round(fps * num_frames / len(frames))))
             texts = json.dumps(texts_of(emoji, frames, background)).encode()
-            yield f"{Path(emoji.file).stem}-{background}", {"mp4": video, "json": texts}
+            yield f"{emoji.file.stem}-{background}", {"mp4": video, "json": texts}
 
     return write_shard(path, samples())
 
@@ -257,7 +245,7 @@ def plan(emoji: list[Emoji], per_emoji: int) -> dict[str, list[tuple[Emoji, str]
     splits: dict[str, list[tuple[Emoji, str]]] = {"train": [], "val": [], "test": []}
     unseen = held_out(emoji)
     for e in emoji:
-        start = zlib.crc32(e.file.rpartition("/")[2].encode())
+        start = zlib.crc32(e.file.name.encode())
         names = [list(BACKGROUNDS)[(start + i) % len(BACKGROUNDS)] for i in range(per_emoji)]
         if (e.role, e.gender, e.tone) in unseen:
             splits["test"] += [(e, name) for name in names[:2]]
@@ -275,27 +263,27 @@ def is_animated(file: Path) -> bool:
 def run(options: argparse.Namespace) -> None:
     if not 2 <= options.backgrounds <= len(BACKGROUNDS):
         raise ValueError(f"--backgrounds {options.backgrounds}: expected 2 to {len(BACKGROUNDS)}")
-    folders = [unpack(package) for package in options.packages]
-    names, keywords = read_names(folders, "data-by-emoji.json"), read_names(folders, "emoji-en-US.json")
-    files = sorted((file for folder in folders for file in folder.rglob("*.webp")), key=lambda file: file.name)
-    found = [describe(file, names, keywords) for file in files if is_animated(file)]
-    emoji = [e for e in found if e is not None]
-    print(f"{len(files)} files, {len(found)} animations, {len(found) - len(emoji)} skipped (several skin tones)")
-    with SpawnPool() as pool:
+    with TemporaryDirectory() as folder, SpawnPool() as pool:
+        for package in options.packages:
+            shutil.unpack_archive(package, Path(folder, package.stem), filter="data")
+        names, keywords = (read_names(Path(folder), file) for file in ("data-by-emoji.json", "emoji-en-US.json"))
+        files = sorted(Path(folder).rglob("*.webp"), key=lambda file: file.name)
+        found = [describe(file, names, keywords) for file in files if is_animated(file)]
+        emoji = [e for e in found if e is not None]
+        print(f"{len(files)} files, {len(found)} animations, {len(found) - len(emoji)} skipped (several skin tones)")
         for split, clips in plan(emoji, options.backgrounds).items():
             parts = [clips[start : start + 100] for start in range(0, len(clips), 100)]
             jobs = {f"{split}-{number:06d}.tar": part for number, part in enumerate(parts)}
-            sources = [(Path(e.file).name, background) for e, background in clips]
-            parameters = {"generator": "fluent", "size": options.size, "num_frames": options.num_frames}
-            parameters["clips"] = zlib.crc32(repr(sources).encode())
-            work = partial(write, options.size, options.num_frames)
-            manifest = Manifest("video", parameters)
-            print(build_folder(options.output / split, manifest, jobs, work, pool.map).state)
+            sources = [(e.file.name, background) for e, background in clips]
+            size = {"size": options.size, "num_frames": options.num_frames}
+            clips_hash = zlib.crc32(repr(sources).encode())
+            manifest = Manifest("video", {"generator": "fluent", "clips": clips_hash, **size})
+            print(build_folder(options.output / split, manifest, jobs, partial(write, **size), pool.map).state)
 
 
 def main(args: list[str] | None = None) -> int:
     parser = ToolParser(description=__doc__)
-    parser.add_argument("packages", type=Path, nargs="+", metavar="PACKAGE", help=".tgz file of npm pack, or a folder")
+    parser.add_argument("packages", type=Path, nargs="+", metavar="PACKAGE", help=".tgz file of npm pack")
     parser.add_argument("--output", type=Path, required=True, help="folder to write, with train, val and test")
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels, even")
     parser.add_argument("--num-frames", type=int, default=25, help="frames a clip, spread evenly over the animation")

@@ -12,8 +12,9 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -33,13 +34,15 @@ from univigu.shapes.text_checker import brief_of
 from univigu.shapes.texts import prompt_of
 from univigu.shapes.video_checker import detect
 
+BATCH = 32
 EDITED = {"color": list(COLORS), "shape": list(SHAPES), "size": list(SIZES), "background": list(BACKGROUNDS)}
 
 
-def changed(scene: Scene, attribute: str, seed: int) -> Scene:
+def changed(scene: Scene, attribute: str, seed: int) -> tuple[Scene, str, str]:
     """The scene with another value of one attribute of its first object (or of the background), drawn from the seed.
 
-    The other object's colour is not used, because prompts tell objects apart by colour.
+    The other object's colour is not used, because prompts tell objects apart by colour.  Also returned are the words of
+    a prompt that the change replaces, and the new ones.
     """
     first, *others = scene.objects
     taken = {scene.background if attribute == "background" else getattr(first, attribute)}
@@ -48,55 +51,40 @@ def changed(scene: Scene, attribute: str, seed: int) -> Scene:
     free = [value for value in EDITED[attribute] if value not in taken]
     value = free[int(torch.randint(len(free), (1,), generator=torch.Generator().manual_seed(seed)))]
     if attribute == "background":
-        return replace(scene, background=value)
-    return replace(scene, objects=(replace(first, **{attribute: value}), *others))
+        return replace(scene, background=value), f"{scene.background} background", f"{value} background"
+    change: dict[str, Any] = {attribute: value}
+    other = replace(first, **change)
+    old, new = (f"{obj.size} {obj.color} {obj.shape}" for obj in (first, other))
+    return replace(scene, objects=(other, *others)), old, new
 
 
-def rewritten(text: str, scene: Scene, target: Scene) -> str:
-    """A prompt of a scene with the words changed in which the target differs; unchanged if it does not hold them."""
-    old, new = (f"{s.objects[0].size} {s.objects[0].color} {s.objects[0].shape}" for s in (scene, target))
-    if old == new:
-        old, new = (f"{s.background} background" for s in (scene, target))
-    return replace_words(text, {old: new}) if old in text else text
-
-
-def batches(scenes: list[Scene], options: argparse.Namespace) -> Iterator[tuple[range, torch.Tensor, Generators]]:
+def batches(scenes: list[Scene]) -> Iterator[tuple[range, torch.Tensor, Generators]]:
     """Numbers of scenes, their videos and a generator for each."""
-    for start in range(0, len(scenes), options.batch_size):
-        numbers = range(start, min(start + options.batch_size, len(scenes)))
+    for start in range(0, len(scenes), BATCH):
+        numbers = range(len(scenes))[start : start + BATCH]
         video = torch.stack([render(scenes[i]) for i in numbers]).float() / 255
         yield numbers, video, [torch.Generator().manual_seed(i) for i in numbers]
 
 
-def prompts_of(pipe: UniViGUPipeline, scenes: list[Scene], options: argparse.Namespace) -> list[str]:
-    """The prompts of the scenes, true ones or the model's own."""
-    if options.prompts == "true":
-        return list(map(prompt_of, scenes))
-    texts = [pipe.caption(video, generator=generators).text for _, video, generators in batches(scenes, options)]
-    return list(map(brief_of, chain.from_iterable(texts)))
-
-
 def edit_row(
-    pipe: UniViGUPipeline,
-    scenes: list[Scene],
-    texts: list[str],
-    attribute: str,
-    strength: float,
-    options: argparse.Namespace,
+    pipe: UniViGUPipeline, scenes: list[Scene], texts: list[str], attribute: str, strength: float, steps: int
 ) -> list[float]:
     """Shares of edits that show the change, of other attributes kept, and of first objects whose start is kept."""
     shown, kept, starts = [], [], []
-    sampling = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
-    for numbers, video, generators in batches(scenes, options):
-        targets = [changed(scenes[i], attribute, i) for i in numbers]
-        prompts = [rewritten(texts[i], scenes[i], target) for i, target in zip(numbers, targets, strict=True)]
-        made = pipe.edit(video, prompts, strength, generator=generators, output_type="pt", **sampling)
+    sampling: dict[str, Any] = {"num_inference_steps": steps, "output_type": "pt"}
+    for numbers, video, generators in batches(scenes):
+        targets, prompts = [], []
+        for i in numbers:
+            target, old, new = changed(scenes[i], attribute, i)
+            targets.append(target)
+            prompts.append(replace_words(texts[i], {old: new}) if old in texts[i] else texts[i])
+        made = pipe.edit(video, prompts, strength, generator=generators, **sampling)
         for clip, target in zip(to_uint8(made.frames), targets, strict=True):
             result = score(detect(clip), target)
             shown.append(result[attribute])
             kept += [value for name, value in result.items() if name not in (attribute, "start", "end")]
             starts.append(result["start"])
-    return [sum(values) / len(values) for values in (shown, kept, starts)]
+    return [fmean(values) for values in (shown, kept, starts)]
 
 
 def run(options: argparse.Namespace) -> None:
@@ -105,11 +93,14 @@ def run(options: argparse.Namespace) -> None:
     pipe = UniViGUPipeline.from_pretrained(options.model).to(options.device)
     pipe.set_progress_bar_config(disable=True)
     scenes = [sample_scene(seed, split) for split in options.splits for seed in range(options.clips)]
-    texts = prompts_of(pipe, scenes, options)
-    title = f"edits, {options.prompts} prompts, guidance {options.guidance_scale}, {options.num_inference_steps} steps"
+    texts = list(map(prompt_of, scenes))
+    if options.prompts == "own":
+        outputs = [pipe.caption(video, generator=generators) for _, video, generators in batches(scenes)]
+        texts = [brief_of(text) for output in outputs for text in output.text or []]
+    title = f"edits, {options.prompts} prompts, {options.num_inference_steps} steps"
     table = Table("changed", "strength", "change shown", "others kept", "start kept", title=title)
     for attribute, strength in track([(name, strength) for strength in options.strength for name in EDITED]):
-        shares = edit_row(pipe, scenes, texts, attribute, strength, options)
+        shares = edit_row(pipe, scenes, texts, attribute, strength, options.num_inference_steps)
         table.add_row(attribute, f"{strength:g}", *(f"{100 * share:.1f}" for share in shares))
     Console(width=110).print(table)
 
@@ -120,12 +111,10 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="UniViGUPipeline folder; default: the model that ships")
     parser.add_argument("--splits", nargs="+", choices=["val", "test"], default=["test"])
     parser.add_argument("--clips", type=int, default=64, help="of each split")
-    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default=this_device())
     parser.add_argument("--strength", type=float, nargs="+", default=[0.8])
     parser.add_argument("--prompts", choices=["own", "true"], default="own", help="read by the model, or of the scenes")
     parser.add_argument("--num-inference-steps", type=int, default=20)
-    parser.add_argument("--guidance-scale", type=float, default=2.0)
     options = parser.parse_args(args)
     return exit_code(lambda: run(options))
 

@@ -10,72 +10,50 @@ is trained has --train-layers of the transformer's layers, since optimizer state
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import time
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from rich.console import Console
-from rich.table import Table
 from transformers import UMT5Config, UMT5EncoderModel
 
 from univigu.cli import ToolParser, exit_code
+from univigu.data.engine import SpawnPool
 from univigu.data.video import encode_mp4
 from univigu.models.foundation import COMPONENTS, Foundation
 from univigu.models.official import UMT5_VOCAB_SIZE
-from univigu.models.weights import known_options
 from univigu.shapes.scenes import sample_scene
 from univigu.shapes.texts import prompt_of
 from univigu.training.plan import WAN21
 
-TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2, "text_dim": 32}
-TINY |= dict.fromkeys(("in_channels", "out_channels"), 8)  # of the embedded world's VAE
-
-
-def write_foundation(folder: Path, size: str) -> None:
-    """A folder as ``hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers`` makes it; one component is in memory at once."""
-    tiny, tokenizer = size == "tiny", Foundation().tokenizer
-    options = TINY if tiny else WAN21[f"Wan2.1-T2V-{size.upper()}"]
-    widths = (8, 32, 4, len(tokenizer)) if tiny else (64, 10240, 64, UMT5_VOCAB_SIZE)
-    named = dict(zip(("d_kv", "d_ff", "num_heads", "vocab_size"), widths, strict=True))
-    config = UMT5Config(d_model=options["text_dim"], **named, num_layers=1, feed_forward_proj="gated-gelu")
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    vae = Foundation().vae if tiny else AutoencoderKLWan()
-    WanPipeline(tokenizer, None, vae, scheduler, None).save_pretrained(folder)
-    index = json.loads((folder / "model_index.json").read_text())
-    for name, kind in {"text_encoder": UMT5EncoderModel, "transformer": WanTransformer3DModel}.items():
-        index[name] = [kind.__module__.partition(".")[0], kind.__name__]
-        model = kind(config) if name == "text_encoder" else kind(**options)
-        model.save_pretrained(folder / name, max_shard_size="5GB")
-        del model
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+TEXT_ENCODER = {"d_kv": 64, "d_ff": 10240, "num_heads": 64, "num_layers": 1}
 
 
 def write_folders(root: Path, size: str, num_layers: int) -> None:
-    """The foundation, and the same one with fewer layers."""
-    write_foundation(root / "wan", size)
+    """A foundation as ``hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers`` makes it, and the same one with fewer layers."""
+    options = WAN21[f"Wan2.1-T2V-{size.upper()}"]
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=UMT5_VOCAB_SIZE, d_model=options["text_dim"], **TEXT_ENCODER))
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    parts = Foundation().tokenizer, encoder, AutoencoderKLWan(), scheduler, WanTransformer3DModel(**options)
+    WanPipeline(*parts).save_pretrained(root / "wan", max_shard_size="5GB")
     (root / "short").mkdir()
     for name in {*COMPONENTS, "model_index.json"} - {"transformer"}:
-        (root / "short" / name).symlink_to((root / "wan" / name).resolve())
-    config = WanTransformer3DModel.load_config(root / "wan" / "transformer")
-    options = known_options(WanTransformer3DModel, config) | {"num_layers": num_layers}
-    WanTransformer3DModel(**options).save_pretrained(root / "short" / "transformer")
+        (root / "short" / name).symlink_to(root / "wan" / name)
+    WanTransformer3DModel(**options | {"num_layers": num_layers}).save_pretrained(root / "short" / "transformer")
 
 
-def commands(scale: str) -> dict[str, str]:
+def commands(size: str) -> dict[str, str]:
     """Each step's command without the interpreter, by its name; paths are relative to the rehearsal's folder."""
-    run, size = "-m univigu.cli", "--height 64 --width 64 --num-frames 5 --device cpu"
+    run, small = "-m univigu.cli", "--height 64 --width 64 --num-frames 5 --device cpu"
     clip = "--data.height=64 --data.width=64 --data.num_frames=5 --data.num_workers=0 --trainer.accelerator=cpu"
     fit = (
-        f"{scale} --config=configs/frozen.yaml {clip} --model.foundation=pruned --data.shards=data-encoded"
-        " --data.batch_size=1 --trainer.max_steps=2 --trainer.precision=bf16-true --trainer.limit_val_batches=0"
-        " --data.length_filter.min_caption=1 --report.num_samples=1 --model.optimizer.name=muon"
-        " --media.every_n_steps=0 --model.sampling.caption_steps=1"
+        f"--config=configs/wan2.1-{size}.yaml --config=configs/frozen.yaml {clip} --model.foundation=pruned"
+        " --data.shards=data-encoded --data.batch_size=1 --trainer.max_steps=2 --trainer.precision=bf16-true"
+        " --trainer.limit_val_batches=0 --data.length_filter.min_caption=1 --report.num_samples=1"
+        " --model.optimizer.name=muon --media.every_n_steps=0 --model.sampling.caption_steps=1"
     )
     caption = (
         f"{run} predict --config=configs/caption.yaml {clip} --data.videos=clip.mp4"
@@ -83,9 +61,9 @@ def commands(scale: str) -> dict[str, str]:
     )
     whole = f"{caption} --model.foundation=wan --model.init_from=null"
     return {
-        "synthesize, 2 steps": f"tools/synthesize.py --prompts prompts.txt --pipeline wan {size} --fps 16 --steps 2"
+        "synthesize, 2 steps": f"tools/synthesize.py --prompts prompts.txt --pipeline wan {small} --fps 16 --steps 2"
         " --batch-size 1 --dtype bfloat16 --min-caption 1 --output data/train",
-        "encode": f"tools/encode.py --source data --output data-encoded --foundation wan {size} --dtype float16",
+        "encode": f"tools/encode.py --source data --output data-encoded --foundation wan {small} --dtype float16",
         "prune the vocabulary": "tools/convert.py prune --foundation short --texts data --output pruned",
         "fit recall, 2 steps": f"{run} fit --config=configs/recall.yaml {fit} --trainer.default_root_dir=recall",
         "fit refine, 2 steps": f"{run} fit --config=configs/refine.yaml {fit} --trainer.default_root_dir=refine"
@@ -108,34 +86,29 @@ def measure(command: list[str], root: Path) -> tuple[float, int]:
     return time.perf_counter() - start, 1024 * usage.ru_maxrss
 
 
-def rehearse(output: Path, size: str, train_layers: int, float32: bool) -> Table:
-    """Write the folders and run every command; a table with seconds and peak memory of each."""
+def rehearse(output: Path, size: str, train_layers: int, float32: bool) -> None:
+    """Write the folders, run every command and print seconds and peak memory of each."""
     (root := output.resolve()).mkdir(parents=True)  # a FileExistsError if there is a rehearsal
-    # In a process of its own: a process's peak includes that of the one that starts it.
-    writer = get_context("spawn").Process(target=write_folders, args=(root, size, train_layers))
-    writer.start()
-    writer.join()
+    with SpawnPool(1) as pool:  # a process's peak includes that of the one that starts it
+        pool.submit(write_folders, root, size, train_layers).result()
     (root / "prompts.txt").write_text("".join(prompt_of(sample_scene(seed)) + "\n" for seed in range(2)))
     (root / "clip.mp4").write_bytes(encode_mp4(torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)))
     for name in ("tools", "configs"):
         (root / name).symlink_to(Path(__file__).resolve().parents[1] / name)
-    table = Table("step", "seconds", "peak GB", title=f"Wan2.1 {size}, random weights")
-    for name, command in commands("" if size == "tiny" else f"--config=configs/wan2.1-{size}.yaml").items():
+    for name, command in commands(size).items():
         if float32 or not name.endswith("float32"):
             seconds, peak = measure(command.split(), root)
             print(f"{name}: {seconds:.0f} s, {peak / 1e9:.2f} GB", flush=True)
-            table.add_row(name, f"{seconds:.0f}", f"{peak / 1e9:.2f}")
-    return table
 
 
 def main(args: list[str] | None = None) -> int:
     parser = ToolParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/rehearsal"), help="folder of everything it writes")
-    parser.add_argument("--size", choices=["tiny", "1.3b", "14b"], default="1.3b", help="of the transformer and VAE")
+    parser.add_argument("--size", choices=["1.3b", "14b"], default="1.3b", help="of the transformer and VAE")
     parser.add_argument("--train-layers", type=int, default=4, help="layers of the transformer that is trained")
     parser.add_argument("--float32", action="store_true", help="caption in float32, too (18 GB at 1.3b)")
     chosen = parser.parse_args(args)
-    return exit_code(lambda: Console().print(rehearse(**vars(chosen))))
+    return exit_code(lambda: rehearse(**vars(chosen)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 """Make training data: prompts -> clips -> detailed captions -> length filters -> shards.
 
     python tools/synthesize.py --prompts prompts.txt --output runs/data/mine/train
-    python tools/synthesize.py --prompts prompts.jsonl --output data/wan/train --pipeline Wan2.1-T2V-1.3B-Diffusers \
-        --captioner Qwen2.5-VL-7B-Instruct --height 480 --width 832 --num-frames 81 --fps 16 --steps 50 --dtype bfloat16
     python tools/synthesize.py --engine ray ...             # shards are divided among the GPUs, here or of a cluster
 
-The same command again continues an interrupted run; see docs/DATA.md.
+The same command again continues an interrupted run; see docs/SYNTHESIS.md.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ def fake_run(curve: dict[int, float], name: str, seed: int, *options: str) -> No
     rows = [["step", "train/loss", *columns], ["0", "3.0", *[""] * len(columns)]]
     rows += [[str(step), "", *[str(value)] * len(columns)] for step, value in curve.items()]
     (folder / "metrics.csv").write_text("\n".join(",".join(row) for row in rows) + "\n")
-    made = ablate.arguments(ablate.Run(name, seed, folder), ablate.parse([*OPTIONS, *options]))
-    (folder / "done").write_text(json.dumps(made))
+    made = ablate.plan(name, seed, ablate.parse([*OPTIONS, *options]))
+    made.done.write_text(json.dumps(made.options))
 
 
 @pytest.mark.slow
@@ -47,7 +47,7 @@ def test_a_short_sweep_trains_reports_and_is_not_repeated(
     "variant", ["recipe", *(pytest.param(name, marks=pytest.mark.slow) for name in ablate.VARIANTS if name != "recipe")]
 )
 def test_every_variant_is_an_option_of_fit(variant: str, tmp_path: Path) -> None:
-    parse_command(["fit", *ablate.arguments(ablate.Run(variant, 0, tmp_path), ablate.parse([]))])
+    parse_command(["fit", *ablate.plan(variant, 0, ablate.parse(["--output", str(tmp_path)])).options])
 
 
 def test_numbers_of_the_table(in_tmp: Path) -> None:

@@ -17,6 +17,8 @@ from univigu.models.tokens import detokenize
 from univigu.shapes import renderer, scenes
 from univigu.shapes.texts import prompt_of
 
+SIZE = {"num_frames": 9, "height": 64, "width": 64}
+
 
 def prompts(count: int, split: scenes.Split = "train") -> list[str]:
     return [prompt_of(scenes.sample_scene(seed, split)) for seed in range(count)]
@@ -34,16 +36,10 @@ def test_a_tokenizer_knows_the_frequent_words_and_spells_the_others() -> None:
 
 
 def test_neighbours_are_labelled_within_the_text_only() -> None:
-    head = tool.NeighbourHead(dim=16, vocab_size=12)
     ids = torch.tensor([[7, 8, 9, 1, 0, 0]])
-    after, before = head.offsets.index(1), head.offsets.index(-2)
-    (_, places), (_, right), (_, left) = head(torch.zeros(1, 6, 16), ids, [after, before], ids != 0)
-    assert places.tolist() == [0, 1, 2, 3]
-    assert right.tolist() == [8, 9, 1, -100]
-    assert left.tolist() == [-100, -100, 7, 8]
-    asked = torch.tensor([[False, True, False, True, False, False]])
-    (_, places), (_, left) = head(torch.zeros(1, 6, 16), ids, [before], asked)
-    assert places.tolist() == [1, 3] and left.tolist() == [-100, 8]
+    assert tool.neighbours(ids, 1).tolist() == [[8, 9, 1, -100, -100, -100]]
+    assert tool.neighbours(ids, -2).tolist() == [[-100, -100, 7, 8, 9, 1]]
+    assert tool.neighbours(ids, 4).tolist() == [[-100] * 6]
 
 
 @pytest.mark.slow
@@ -64,7 +60,7 @@ def test_a_text_encoder_learns_what_surrounds_a_word() -> None:
 @pytest.mark.parametrize("option", ["vae-steps", "text-steps", "layers"])
 def test_numbers_out_of_range_are_named(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main(["--output", str(tmp_path / "out"), f"--{option}", "0"]) == 2
-    assert f"--{option} 0: expected" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert f"{option.replace('-', '_')}=0: expected" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def write_clips(folder: Path, count: int, captions: bool = True) -> None:
@@ -96,7 +92,7 @@ def test_a_foundation_is_made_from_videos_and_texts(captions: bool, tmp_path: Pa
 def test_a_vae_learns_and_its_latents_are_rotated_and_measured(tmp_path: Path) -> None:
     torch.manual_seed(0)
     write_clips(tmp_path / "train", 2)
-    vae, clips = tool.make_vae(), tool.read_clips(index_folder(tmp_path / "train")[0], 2, (9, 64, 64))
+    vae, clips = tool.make_vae(), tool.read_clips(index_folder(tmp_path / "train")[0], 2, SIZE)
     video = to_model_range(clips)
     before = tool.vae_loss(vae, video, 3e-4).item()
     tool.train_vae(vae, clips, 8, 3e-4, batch_size=1)

@@ -14,11 +14,11 @@ from tools import picture
 @pytest.mark.parametrize("kind", ["gif", "webp"])
 def test_it_moves_and_shows_text(kind: str, untrained_model: str, tmp_path: Path) -> None:
     output = tmp_path / "new" / f"joint.{kind}"
-    options = ["--model", untrained_model, "--output", str(output), "--steps", "4", "--lag", "4"]
+    options = ["--model", untrained_model, "--output", str(output), "--steps", "4"]
     assert picture.main([*options, "--prompt", "a large red circle staying still", "a ring"]) == 0
     frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(Image.open(output))]
     width = frames[0].width // 2
-    assert len(frames) == 2 * 4 + 2 * 9 and frames[0].height > width  # four pairs before the last, played twice
+    assert len(frames) == 2 * 7 + 2 * 9 and frames[0].height > width  # seven pairs before the last, played twice
 
     def text(frame: Image.Image, side: int) -> bytes:
         return frame.crop((side * width, width, (side + 1) * width, frame.height)).tobytes()

@@ -54,7 +54,7 @@ def test_code_points_tell_role_gender_and_tone(
 def test_held_out_triples_have_their_pairs_in_training() -> None:
     roles = [f"role {number}" for number in range(20)]
     everyone = [
-        tool.Emoji("x", role, "people", (), role, gender, tone)
+        tool.Emoji(Path("x"), role, "people", (), role, gender, tone)
         for role, gender, tone in product(roles, ("man", "woman", "person"), (tool.YELLOW, *tool.TONES.values()))
     ]
     triples = {(e.role, e.gender, e.tone) for e in everyone}
@@ -91,21 +91,20 @@ def write_package(folder: Path, people: Sequence[str] = JUDGES) -> Path:
         images = [Image.fromarray(picture, "RGBA") for picture in pictures]
         images[0].save(assets / f"{stem}.webp", save_all=True, append_images=images[1:], duration=40, lossless=True)
     images[0].save(assets / "1f44d.webp")
-    with tarfile.open(folder / "pack.tgz", "w:gz") as tar:
-        tar.add(folder / "package", "package")
-    (folder / "names").mkdir()
     entries = {
         emoji: {"name": name, "group": GROUP, "skin_tone_support": emoji != "🎂"} for emoji, name in NAMES.items()
     }
-    (folder / "names" / "data-by-emoji.json").write_text(json.dumps(entries))
-    (folder / "names" / "emoji-en-US.json").write_text(json.dumps({"🎂": ["birthday_cake", "candle"]}))
+    (folder / "package" / "data-by-emoji.json").write_text(json.dumps(entries))
+    (folder / "package" / "emoji-en-US.json").write_text(json.dumps({"🎂": ["birthday_cake", "candle"]}))
+    with tarfile.open(folder / "pack.tgz", "w:gz") as tar:
+        tar.add(folder / "package", "package")
     return folder / "pack.tgz"
 
 
 @pytest.mark.slow
 def test_packages_become_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     package = write_package(tmp_path)
-    command = [str(package), str(tmp_path / "names"), "--output", str(tmp_path / "out"), "--size", "32"]
+    command = [str(package), "--output", str(tmp_path / "out"), "--size", "32"]
     assert tool.main([*command, "--num-frames", "5"]) == 0
     assert "8 files, 7 animations, 0 skipped" in capsys.readouterr().out
     clips = {split: index_folder(tmp_path / "out" / split)[0] for split in ("train", "val")}
@@ -129,6 +128,9 @@ def test_packages_become_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_a_missing_package_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tool.main([str(tmp_path), "--output", str(tmp_path / "out")]) == 2
-    assert "data-by-emoji.json" in capsys.readouterr().err
+    with tarfile.open(tmp_path / "empty.tgz", "w:gz"):
+        pass
+    for package, told in (("empty.tgz", "data-by-emoji.json"), ("nowhere.tgz", "nowhere.tgz")):
+        assert tool.main([str(tmp_path / package), "--output", str(tmp_path / "out")]) == 2
+        assert told in capsys.readouterr().err
     assert tool.main([str(tmp_path), "--output", str(tmp_path / "out"), "--backgrounds", "1"]) == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,9 @@ def test_one_thing_changes_and_nothing_else() -> None:
     for seed in range(20):
         scene = scenes.sample_scene(seed, "test")
         for attribute in quality.EDITED:
-            other = quality.changed(scene, attribute, seed)
-            assert quality.rewritten(prompt_of(scene), scene, other) == prompt_of(other)
-            assert other == quality.changed(scene, attribute, seed)
+            other, *words = quality.changed(scene, attribute, seed)
+            assert prompt_of(scene).replace(*words, 1) == prompt_of(other)
+            assert (other, *words) == quality.changed(scene, attribute, seed)
             before, after = scene.to_dict(), other.to_dict()
             place = [(before, after)] if attribute == "background" else [(before["objects"][0], after["objects"][0])]
             ((old, new),) = place
@@ -39,11 +38,10 @@ def test_it_runs(untrained_model: str, capsys: pytest.CaptureFixture[str]) -> No
     # the shipped generator does edit: colours and backgrounds of a few clips at full strength
     pipe = UniViGUPipeline.from_pretrained(untrained_model)
     pipe.set_progress_bar_config(disable=True)
-    options = Namespace(batch_size=4, num_inference_steps=12, guidance_scale=2.0, prompts="true")
     drawn = [scenes.sample_scene(seed, "test") for seed in range(12)]
-    shown, kept, _ = quality.edit_row(pipe, drawn, list(map(prompt_of, drawn)), "background", 1.0, options)
+    shown, kept, _ = quality.edit_row(pipe, drawn, list(map(prompt_of, drawn)), "background", 1.0, 12)
     assert shown == 1.0 and kept > 0.8
-    none, _, _ = quality.edit_row(pipe, drawn[:4], list(map(prompt_of, drawn[:4])), "background", 0.05, options)
+    none, _, _ = quality.edit_row(pipe, drawn[:4], list(map(prompt_of, drawn[:4])), "background", 0.05, 12)
     assert none < 0.5  # too weak to change anything
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +15,16 @@ from safetensors import safe_open
 from tools import rehearse
 from univigu import cli
 from univigu.checkpoint import load_weights
+from univigu.models.foundation import Foundation
+
+TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2, "text_dim": 32}
+TINY |= dict.fromkeys(("in_channels", "out_channels"), 8)  # of the embedded world's VAE
 
 
 @pytest.mark.slow
-def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def measure(command: list[str], root: Path) -> tuple[float, int]:
         monkeypatch.chdir(root)
         if command[0] == "-m":
@@ -28,13 +34,14 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             assert not main(command[1:])
         return 1.0, 2 * 10**9
 
-    def process(target: Any, args: Any) -> Any:
-        return SimpleNamespace(start=lambda: target(*args), join=lambda: None)
-
     monkeypatch.setattr(rehearse, "measure", measure)
-    monkeypatch.setattr(rehearse, "get_context", lambda _: SimpleNamespace(Process=process))
-    table = rehearse.rehearse(tmp_path / "made", "tiny", 1, float32=True)
-    assert table.row_count == 9 and list(table.columns[2].cells) == ["2.00"] * 9
+    monkeypatch.setitem(rehearse.WAN21, "Wan2.1-T2V-1.3B", TINY)
+    monkeypatch.setattr(rehearse, "TEXT_ENCODER", {"d_kv": 8, "d_ff": 32, "num_heads": 4, "num_layers": 1})
+    monkeypatch.setattr(rehearse, "UMT5_VOCAB_SIZE", len(Foundation().tokenizer))
+    monkeypatch.setattr(rehearse, "AutoencoderKLWan", lambda: Foundation().vae)
+    monkeypatch.setattr(rehearse, "SpawnPool", ThreadPoolExecutor)  # in which they are tiny, too
+    rehearse.rehearse(tmp_path / "made", "1.3b", 1, float32=True)
+    assert capsys.readouterr().out.count(": 1 s, 2.00 GB\n") == 9
     root = tmp_path / "made"
     trained = load_weights(root / "model/transformer")
     assert trained.config.num_layers == 1 and trained.config.token_ids == json.loads(
