@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save
 
 from univigu.data.buckets import Bucket, choose_bucket
-from univigu.data.engine import Model
+from univigu.data.engine import exclusive
 from univigu.data.index import TARS, Scan, find_split, index_folder, list_shards, plain_files, scan_shard
 from univigu.data.options import check_dtype
 from univigu.data.sample import LATENTS_SUFFIX, PROMPT_SUFFIX, TEXT_SUFFIX, DataError, SampleError, SampleRef
@@ -240,7 +240,7 @@ def encode_shards(
     parameters = encoder_parameters(foundation_path, buckets, prompts)
     parameters |= {"dtype": dtype, "source": source_parameters(source)}
     jobs = {name: job for path in list_shards(source) for name, job in _jobs(source, path)}
-    work = _ShardEncoder(Encoder(str(foundation_path), device), storage, prompts, tuple(buckets), strict)
+    work = _ShardEncoder(str(foundation_path), device, storage, prompts, tuple(buckets), strict)
     return build_folder(Path(target), Manifest("latents", parameters), jobs, work, engine)
 
 
@@ -255,41 +255,20 @@ def _jobs(source: Path, path: Path) -> Iterator[tuple[str, Path | Scan]]:
         yield f"{name}-{number:06d}.tar", (refs[start : start + SAMPLES_PER_SHARD], [] if start else errors)
 
 
+_Members = dict[str, bytes]
+
+
 @lru_cache(maxsize=1)
 def _foundation(path: str, device: str) -> Foundation:
     return Foundation(path).to(device)
 
 
 @dataclass(frozen=True)
-class Encoder(Model):
-    """A foundation's VAE and text encoder; results are on the CPU."""
-
-    path: str
-    device: str
-
-    def latents(self, frames: torch.Tensor) -> torch.Tensor:
-        """Latents [B, C, T, H, W] of clips uint8 [B, F, C, H, W]."""
-        with torch.inference_mode():
-            return encode_clips(_foundation(self.path, self.device).vae, to_model_range(frames.to(self.device))).cpu()
-
-    @lru_cache(maxsize=2)  # noqa: B019  # the empty prompt's are asked for with every sample
-    def prompt_embeds(self, prompt: str) -> torch.Tensor:
-        """Embeddings [S, text_dim] of a prompt of S tokens."""
-        parts = _foundation(self.path, self.device)
-        ids = tokenize(parts.tokenizer, [prompt], MAX_PROMPT)
-        ids = ids[:, : int((ids != parts.pad_token_id).sum())].to(self.device)
-        with torch.inference_mode():
-            return encode_prompts(parts.text_encoder, ids, parts.pad_token_id)[0].cpu()
-
-
-_Members = dict[str, bytes]
-
-
-@dataclass
 class _ShardEncoder:
     """Encodes a shard; see ``encode_shards`` for the arguments."""
 
-    encoder: Encoder
+    foundation_path: str
+    device: str
     dtype: torch.dtype
     prompts: bool
     buckets: tuple[Bucket, ...]
@@ -314,7 +293,10 @@ class _ShardEncoder:
                 bucket = self.buckets[choose_bucket(ref, self.buckets)]
                 members = {TEXT_SUFFIX: ref.read(TEXT_SUFFIX)}
                 if self.prompts:
-                    members[PROMPT_SUFFIX] = self._embeds(ref, prompt)
+                    try:
+                        members[PROMPT_SUFFIX] = self._packed(prompt=self._embeds(prompt), null=self._embeds(""))
+                    except TextTooLongError as error:
+                        raise ref.error("text_over_slot", "prompt", str(error)) from error
                 frames = ref.video(bucket.num_frames, bucket.height, bucket.width)
             except SampleError as error:
                 if self.strict:
@@ -327,17 +309,26 @@ class _ShardEncoder:
         for clips in waiting.values():
             yield from self._encoded(clips)
 
-    def _embeds(self, ref: SampleRef, prompt: str) -> bytes:
-        try:
-            embeds, null = (self.encoder.prompt_embeds(text) for text in (prompt, ""))
-        except TextTooLongError as error:
-            raise ref.error("text_over_slot", "prompt", str(error)) from error
-        return self._packed(prompt=embeds, null=null)
-
     def _encoded(self, clips: list[tuple[str, _Members, torch.Tensor]]) -> Iterator[tuple[str, _Members]]:
-        latents = self.encoder.latents(torch.stack([frames for *_, frames in clips]))
+        latents = self._latents(torch.stack([frames for *_, frames in clips]))
         for (key, members, _), of_clip in zip(clips, latents, strict=True):
             yield key, {LATENTS_SUFFIX: self._packed(latents=of_clip), **members}
 
     def _packed(self, **tensors: torch.Tensor) -> bytes:
         return save({name: tensor.to(self.dtype).contiguous() for name, tensor in tensors.items()})
+
+    @exclusive
+    @torch.inference_mode()
+    def _latents(self, frames: torch.Tensor) -> torch.Tensor:
+        vae = _foundation(self.foundation_path, self.device).vae
+        return encode_clips(vae, to_model_range(frames.to(self.device))).cpu()
+
+    @exclusive
+    @lru_cache(maxsize=2)  # noqa: B019  # the empty prompt's are asked for with every sample
+    @torch.inference_mode()
+    def _embeds(self, prompt: str) -> torch.Tensor:
+        """Embeddings [S, text_dim] of a prompt of S tokens."""
+        parts = _foundation(self.foundation_path, self.device)
+        ids = tokenize(parts.tokenizer, [prompt], MAX_PROMPT)
+        ids = ids[:, : int((ids != parts.pad_token_id).sum())].to(self.device)
+        return encode_prompts(parts.text_encoder, ids, parts.pad_token_id)[0].cpu()

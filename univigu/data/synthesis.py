@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from univigu.data.engine import Model
+from univigu.data.engine import exclusive
 from univigu.data.inputs import read_list, text_of
 from univigu.data.options import LengthFilter, check_dtype, check_least
 from univigu.data.sample import DataError
@@ -77,7 +77,7 @@ class VideoOptions:
 
 
 @dataclass(eq=False)
-class Pipeline(Model):
+class Pipeline:
     """A folder's pipeline, ours or any text-to-video one of diffusers; a DataError for another folder."""
 
     folder: str
@@ -114,6 +114,7 @@ class Pipeline(Model):
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
+    @exclusive
     def clips(self, prompts: list[str], seeds: list[int], **more: Any) -> list[torch.Tensor | None]:
         """uint8 frames [F, C, H, W] of each prompt; None where they are not finite.
 
@@ -139,6 +140,7 @@ class Pipeline(Model):
         videos = pipe(**arguments, **more).frames  # [B, F, C, H, W] in [0, 1]
         return [to_uint8(video).cpu() if torch.isfinite(video).all() else None for video in videos]
 
+    @exclusive
     def token_counts(self, texts: list[str]) -> list[int]:
         """Tokens of texts by the pipeline's tokenizer; 0 without one."""
         tokenizer = getattr(self.pipe, "tokenizer", None)
@@ -177,7 +179,7 @@ def derived_seed(seed: int, attempt: int) -> int:
     return int.from_bytes(hashlib.sha256(repr((seed, attempt)).encode()).digest()[:6], "little")
 
 
-class CaptionModel(Model):
+class CaptionModel:
     """A transformers image-text-to-text model and its processor, in one folder; it is shown frames as images."""
 
     def __init__(
@@ -213,6 +215,7 @@ class CaptionModel(Model):
             raise DataError(f"--captioner={str(self.folder)!r}: cannot be loaded ({error})") from error
         return model.requires_grad_(False).eval().to(self.device), processor
 
+    @exclusive
     def describe(self, frames: torch.Tensor, prompt: str, seed: int) -> str:
         """A caption of frames uint8 [F, C, H, W]."""
         o, (model, processor) = self.options, self.model
@@ -265,7 +268,7 @@ class Synthesis:
         except (OSError, ValueError) as error:
             raise DataError(f"--tokenizer={tokenizer!r}: cannot be loaded ({error})") from error
         model = self.captioner if isinstance(self.captioner, CaptionModel) else None
-        self.tries = 1 if model is None else model.tries  # later the model may be in another process
+        self.tries = 1 if model is None else model.tries
         template = {"template": TEMPLATE} if self.captioner == "template" else None
         rows = {"file": Path(self.prompts).name, "rows": len(self.rows), "sha256": sha256_of(Path(self.prompts))}
         self.parameters = {
