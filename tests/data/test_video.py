@@ -27,6 +27,8 @@ from tests.damage import mutate, videos_to_mutate
 from univigu.data import decode as decoding
 from univigu.data import video
 from univigu.data.decode import nearest
+from univigu.data.index import scan_shard
+from univigu.data.shards import write_shard
 from univigu.data.video import VideoError, encode_mp4, even_indices, probe_video, read_video
 from univigu.shapes import renderer, scenes
 
@@ -264,10 +266,12 @@ def test_sizes_are_covered_and_cropped() -> None:
             read_video(data, 1, 512, 512)
 
 
-def test_a_section_of_a_file_is_probed(tmp_path: Path) -> None:
+def test_a_member_of_a_tar_is_probed(tmp_path: Path) -> None:
     data = encode_mp4(clip(34, 50, 7))
-    (tmp_path / "tar").write_bytes(b"x" * 1000 + data + b"x" * 1000)
-    assert probe_video(tmp_path / "tar", (1000, len(data))) == (34, 50, 7) == probe_video(data)
+    write_shard(tmp_path / "tar", [("a", {"json": b"{}"}), ("b", {"mp4": data}), ("c", {"json": b"{}"})])
+    _, ref, _ = scan_shard(tmp_path / "tar")[0]
+    path, *section = ref.members["mp4"]
+    assert probe_video(path, tuple(section)) == (34, 50, 7) == probe_video(data)
 
 
 # --- damaged and hostile files

@@ -11,6 +11,7 @@ import resource
 import signal
 import struct
 import sys
+import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -274,23 +275,15 @@ class _Filler:
         return rgb[top : top + height, left : left + width]
 
 
-class _Section(io.FileIO):
-    """(offset, size) of a file as a file of its own; a size of -1 is the rest of the file."""
-
-    def __init__(self, path: str, offset: int, size: int) -> None:
-        super().__init__(path)
-        self.start, self.end = offset, super().seek(0, io.SEEK_END) if size < 0 else offset + size
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: self.start, io.SEEK_CUR: super().tell(), io.SEEK_END: self.end}[whence]
-        return super().seek(max(self.start, base + offset)) - self.start
-
-    def tell(self) -> int:
-        return super().tell() - self.start
-
-    def read(self, size: int | None = None) -> bytes:
-        left = max(0, self.end - super().tell())
-        return super().read(left if size is None or size < 0 else min(size, left)) or b""
+def _open_source(source: str | bytes, offset: int, size: int) -> Any:
+    """A file, or its content; or the member of a tar at an offset, unless the size is -1."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if size < 0:
+        return open(source, "rb")
+    member = tarfile.TarInfo()
+    member.offset_data, member.size = offset, size
+    return tarfile.open(source, "r:").extractfile(member)
 
 
 def _reason(error: Exception) -> str:
@@ -317,7 +310,7 @@ def serve(connection: Connection) -> None:
         signal.alarm(seconds)  # ends the process, whatever it does
         reply: Any
         try:
-            with io.BytesIO(source) if isinstance(source, bytes) else _Section(source, *section) as file:
+            with _open_source(source, *section) as file:
                 reply = read(file, *size) if size else probe(file)
         except Exception as error:
             reply = _reason(error)

@@ -55,7 +55,7 @@ def read_video(source: Source, num_frames: int, height: int, width: int) -> torc
 def probe_video(source: Source, section: tuple[int, int] = (0, -1)) -> tuple[int, int, int]:
     """(height, width, number of frames) of a video as it is shown, or VideoError; one frame is decoded.
 
-    ``section`` is the (offset, size) of the video in the file; a size of -1 is the rest of the file.
+    ``section`` is the (offset, size) of the video in a tar file; a size of -1 is the whole file.
     """
     return _decoder.ask(source, section, None)
 
