@@ -140,14 +140,6 @@ def test_of_key_frames_only_the_chosen_are_decoded(monkeypatch: pytest.MonkeyPat
     assert len(decoded) < 10
 
 
-@pytest.mark.parametrize("container", ["mp4", "avi", "mpegts"])
-def test_packets_of_large_files_are_read_again(container: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = video_matrix.remux(*video_matrix.encode("libx264", video_matrix.B_FRAMES), container, "trimmed")
-    kept = [decoding.read(io.BytesIO(data), number, 96, 160) for number in (3, 40)]
-    monkeypatch.setattr(decoding, "MAX_KEPT", 0)
-    assert all(np.array_equal(frames, decoding.read(io.BytesIO(data), len(frames), 96, 160)) for frames in kept)
-
-
 def test_an_edit_list_hides_frames() -> None:
     data = video_matrix.remux(*video_matrix.encode("libx264", video_matrix.B_FRAMES), "mp4", "trimmed")
     frames = read_video(data, 4, 96, 160).permute(0, 2, 3, 1).numpy()
@@ -340,7 +332,7 @@ def test_a_decoder_that_hangs_or_dies_costs_one_error(tmp_path: Path, monkeypatc
     with pytest.raises(VideoError, match=r"hangs\.mp4: .*took longer than 1 s"):
         read_video(tmp_path / "hangs.mp4", 9, 64, 64)
     assert read_video(data, 9, 64, 64).shape == (9, 3, 64, 64)
-    first = video._decoder.process
+    first = video._decoder().process
     assert first is not None
     threading.Timer(0.1, first.terminate).start()
     with pytest.raises(VideoError, match=r"hangs\.mp4: .*died"):
@@ -354,7 +346,7 @@ def test_a_forked_process_has_a_decoder_of_its_own() -> None:
     child = os.fork()
     if not child:
         same = torch.equal(read_video(data, 9, 64, 64), expected)
-        video._decoder.stop()
+        video._decoder().stop()
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert torch.equal(read_video(data, 9, 64, 64), expected)
@@ -372,8 +364,8 @@ def test_the_decoders_memory_stays_flat() -> None:
     """UNIVIGU_READS=10000 reads as often."""
 
     def resident() -> int:  # KiB
-        assert video._decoder.process is not None
-        status = Path(f"/proc/{video._decoder.process.pid}/status").read_text()
+        assert video._decoder().process is not None
+        status = Path(f"/proc/{video._decoder().process.pid}/status").read_text()
         return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
 
     clips, before = [encode_mp4(clip(64 + 16 * number, 64)) for number in range(3)], 0

@@ -42,8 +42,8 @@ class Bucket:
 def best_bucket(buckets: Sequence[Bucket], height: int, width: int, num_frames: int) -> int:
     """Number of the bucket that keeps most of a clip of that size; of equals the nearest in area, then the first.
 
-    Kept is the share of the area that the crop leaves times the share of the frames; to repeat frames counts like losing
-    as many.
+    Kept is the share of the area that the crop leaves, times the share of the frames; frames are repeated at the same
+    cost.
     """
     keys = []
     for bucket in buckets:

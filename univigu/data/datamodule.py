@@ -7,12 +7,12 @@ import os
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from univigu.data.buckets import Bucket, Grid, choose_bucket
 from univigu.data.engine import SpawnPool, this_device
@@ -23,7 +23,7 @@ from univigu.data.options import LengthFilter, check_least
 from univigu.data.order import TrainOrder, eval_batches
 from univigu.data.sample import DataError, SampleError, SampleRef
 from univigu.data.sources import Source, SourceFolder, Split, is_large, source_weights
-from univigu.models.foundation import EMBEDDED_FOUNDATION
+from univigu.models.foundation import EMBEDDED_FOUNDATION, Foundation
 from univigu.models.tokens import token_count
 from univigu.shapes.write import world_fingerprint, write_shapes
 
@@ -66,7 +66,7 @@ class VideoTextDataModule(LightningDataModule):
         videos: inputs of captioning: a video file, a folder, a glob pattern, or a list of these.
         prompts: inputs of generation: a prompt, a .txt, .jsonl, .json, .csv or .parquet file, or a list of these.
         pairs: inputs of editing or question answering: a file of ``{video, prompt, strength}`` or ``{video,
-            question}``, or such objects; see ``univigu.data.inputs.read_pairs``.
+            question}``, or such objects; see ``univigu.data.inputs.find_inputs``.
         predict_task: the model's; it decides which of the three inputs are needed.
     """
 
@@ -197,14 +197,9 @@ class VideoTextDataModule(LightningDataModule):
                 self._refs[split] = self._select(split)
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The foundation's tokenizer."""
-        from transformers import AutoTokenizer
-
-        folder = Path(self.foundation) / "tokenizer"
-        if not folder.is_dir():
-            raise DataError(f"foundation={self.foundation!r}: it holds no tokenizer folder")
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return Foundation(self.foundation).tokenizer
 
     def _select(self, split: Split) -> list[SampleRef]:
         """The usable samples of all sources that pass the filter and fit their slots; counts them and the others."""

@@ -131,7 +131,7 @@ class RayEngine:
         host: Any = ray.remote(_Host).options(**options)
         shared = ray.put(work)
         actors = [host.remote(os.getcwd(), shared) for _ in range(self.workers)]
-        pool = ray.util.ActorPool(actors * JOBS)
+        pool: Any = ray.util.ActorPool(actors * JOBS)
         try:
             yield from pool.map_unordered(lambda actor, job: actor.run.remote(*job), zip(paths, jobs, strict=True))
         except ray.exceptions.RayTaskError as error:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import chain
@@ -154,7 +153,7 @@ class SampleLoader:
     def __init__(
         self,
         dataset: VideoTextDataset,
-        batches: Iterable[list[int]],
+        batches: list[list[int]],
         errors: ErrorLog,
         num_workers: int = 0,
         own: frozenset[int] | None = None,
@@ -218,9 +217,14 @@ class TrainLoader(SampleLoader):
             names.append(f"{ref.shard.rpartition('/')[2]}/{ref.key}{more}")
         names += [] if order.weights is None else [str(order.weights)]
         self._fingerprint = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
-        super().__init__(dataset, _Upcoming(self), errors, num_workers)
+        self._pass: list[list[int]] = []
+        super().__init__(dataset, self._pass, errors, num_workers)
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.multiple) * self.multiple
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._pass[:] = map(self.order.batch, range(self.position, self.position + len(self)))
         for batch in super().__iter__():
             self.position += 1
             yield batch
@@ -251,17 +255,3 @@ class TrainLoader(SampleLoader):
         elif rest:
             log.warning("resuming with another global batch: %d samples of this epoch will be seen again", rest)
         self.position = state["epoch"] * len(self.order) + min(number, len(self.order))
-
-
-class _Upcoming:
-    """An epoch's worth of batches from a loader's position on."""
-
-    def __init__(self, loader: TrainLoader) -> None:
-        # Not in a cycle, so that workers end when the loader does: the garbage collector may close their queues first.
-        self.loader = weakref.proxy(loader)
-
-    def __len__(self) -> int:
-        return -(-len(self.loader.order) // self.loader.multiple) * self.loader.multiple
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return map(self.loader.order.batch, range(self.loader.position, self.loader.position + len(self)))

@@ -37,14 +37,21 @@ class TrainOrder:
         sources: Sequence[int] | None = None,
         buckets: Sequence[int] | None = None,
     ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank}: expected one in [0, {world_size})")
-        self.num_samples, self.rank, self.world_size, self.seed = num_samples, rank, world_size, seed
+        self.rank, self.world_size, self.seed = rank, world_size, seed
         self.global_batch = batch_size * world_size
         """Samples a batch, all ranks together."""
         self.weights = None if weights is None else [weight / sum(weights) for weight in weights]
         self._buckets = torch.tensor(buckets or [0] * num_samples)
-        self._cells = [] if self.weights is None else self._make_cells(self.weights, torch.tensor(sources))
+        self._cells = [] if self.weights else [(torch.arange(num_samples), num_samples)]
+        """The samples of each source and bucket in a fixed cyclic order, and how many of them an epoch takes next."""
+        for source, share in enumerate(self.weights or ()):
+            of_source = torch.tensor(sources) == source
+            for bucket in self._buckets.unique().tolist():
+                numbers = (of_source & (self._buckets == bucket)).nonzero().flatten()
+                if len(numbers):
+                    quota = max(1, round(share * num_samples * len(numbers) / int(of_source.sum())))
+                    generator = _generator(f"{seed}/source {source}/bucket {bucket}")
+                    self._cells.append((numbers[torch.randperm(len(numbers), generator=generator)], quota))
         values, counts = self._buckets[self._members(0)].unique(return_counts=True)
         self.bucket_sizes = dict(zip(values.tolist(), counts.tolist(), strict=True)) or {0: 0}
         """Samples that an epoch draws of each bucket; whole global batches of them are used."""
@@ -54,19 +61,6 @@ class TrainOrder:
                 batch = f"batch_size={batch_size} on {world_size} rank(s)"
                 raise DataError(f"{batch}: {size} training samples{of} do not fill one batch")
         self._epoch = lru_cache(maxsize=1)(self._draw)
-
-    def _make_cells(self, shares: list[float], sources: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
-        """The samples of each source and bucket in a fixed cyclic order, and how many of them an epoch takes next."""
-        cells = []
-        for source, share in enumerate(shares):
-            of_source = sources == source
-            for bucket in self._buckets.unique().tolist():
-                numbers = (of_source & (self._buckets == bucket)).nonzero().flatten()
-                if len(numbers):
-                    quota = max(1, round(share * self.num_samples * len(numbers) / int(of_source.sum())))
-                    generator = _generator(f"{self.seed}/source {source}/bucket {bucket}")
-                    cells.append((numbers[torch.randperm(len(numbers), generator=generator)], quota))
-        return cells
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -83,8 +77,6 @@ class TrainOrder:
 
     def _members(self, epoch: int) -> torch.Tensor:
         """The samples that an epoch draws from, with repetitions where sources are oversampled."""
-        if not self._cells:
-            return torch.arange(self.num_samples)
         return torch.cat([n[(torch.arange(quota) + epoch * quota) % len(n)] for n, quota in self._cells])
 
     def _draw(self, epoch: int) -> torch.Tensor:

@@ -48,7 +48,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         raise DataError(f"{path}: expected a file of {', '.join(READERS)}")
     try:
         yield from read(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, NotImplementedError) as error:  # the last is of parquet's rarer codecs
         raise error if isinstance(error, DataError) else DataError(f"{path}: cannot be read ({error})") from error
 
 
@@ -100,17 +100,13 @@ def _read_txt(path: Path) -> Iterator[Row]:
 
 def _read_parquet(path: Path) -> Iterator[Row]:
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise DataError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            values = (value for batch in file.iter_batches() for value in batch.to_pylist())
-            for number, value in enumerate(values, 1):
-                yield Row(f"{path}:{number}", value)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a parquet file ({error})") from error
+    with pyarrow.parquet.ParquetFile(path) as file:
+        values = (value for batch in file.iter_batches() for value in batch.to_pylist())
+        for number, value in enumerate(values, 1):
+            yield Row(f"{path}:{number}", value)
 
 
 READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet, ".txt": _read_txt}

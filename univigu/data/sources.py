@@ -177,18 +177,15 @@ def fetch_shards(url: str, folder: Path, optional: bool = False) -> None:
 
 def encoder_parameters(foundation: str | Path, buckets: Sequence[Bucket], prompts: bool = True) -> dict[str, Any]:
     """What identifies latents (and prompt embeddings): fingerprints of the encoders, normalisation, and sizes."""
-    names = ("vae", "text_encoder", "tokenizer") if prompts else ("vae",)
-    folders = {name: Path(foundation) / name for name in names}
+    folder = Foundation(foundation).path  # checks that it is complete
     try:
-        config = json.loads((folders["vae"] / "config.json").read_text())
+        config = json.loads((folder / "vae" / "config.json").read_text())
         normalization = {"mean": config["latents_mean"], "std": config["latents_std"], "of": "mode"}
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise DataError(f"foundation={str(foundation)!r}: no readable vae/config.json ({error!r})") from error
-    for name, folder in folders.items():
-        if not folder.is_dir():
-            raise DataError(f"foundation={str(foundation)!r}: it holds no {name} folder")
     sizes = asdict(buckets[0]) if len(buckets) == 1 else {"buckets": [str(bucket) for bucket in buckets]}
-    encoders = {name: folder_fingerprint(folder) for name, folder in folders.items()}
+    names = ("vae", "text_encoder", "tokenizer") if prompts else ("vae",)
+    encoders = {name: folder_fingerprint(folder / name) for name in names}
     return {**encoders, "normalization": normalization, **sizes}
 
 
@@ -239,20 +236,17 @@ def encode_shards(
     source, storage = Path(source), check_dtype(dtype)
     parameters = encoder_parameters(foundation_path, buckets, prompts)
     parameters |= {"dtype": dtype, "source": source_parameters(source)}
-    jobs = {name: job for path in list_shards(source) for name, job in _jobs(source, path)}
+    jobs = dict[str, Path | Scan]()  # a whole tar, or some samples of a list or of a folder of files
+    for path in list_shards(source):
+        name = _name(source, path) if path.is_file() else "files"
+        if name.endswith(".tar"):
+            jobs[name] = path
+            continue
+        refs, errors = scan_shard(path)
+        for number, start in enumerate(range(0, max(1, len(refs)), SAMPLES_PER_SHARD)):
+            jobs[f"{name}-{number:06d}.tar"] = refs[start : start + SAMPLES_PER_SHARD], [] if start else errors
     work = _ShardEncoder(str(foundation_path), device, storage, prompts, tuple(buckets), strict)
     return build_folder(Path(target), Manifest("latents", parameters), jobs, work, engine)
-
-
-def _jobs(source: Path, path: Path) -> Iterator[tuple[str, Path | Scan]]:
-    """Names of the shards encoded from one of the source's, and what goes there: a whole tar, or some samples."""
-    name = _name(source, path) if path.is_file() else "files"
-    if name.endswith(".tar"):
-        yield name, path
-        return
-    refs, errors = scan_shard(path)
-    for number, start in enumerate(range(0, max(1, len(refs)), SAMPLES_PER_SHARD)):
-        yield f"{name}-{number:06d}.tar", (refs[start : start + SAMPLES_PER_SHARD], [] if start else errors)
 
 
 _Members = dict[str, bytes]

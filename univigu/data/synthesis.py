@@ -92,10 +92,8 @@ class Pipeline:
             unified = "UniViGUTransformer3DModel" in index.get("transformer", ())
             self.class_name = "UniViGUPipeline" if unified else str(index["_class_name"])
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            problem = f"no folder of a diffusers pipeline (model_index.json: {error})"
-            raise DataError(
-                f"{self.option}={self.folder!r}: {problem}; `tools/convert.py pipeline` writes one"
-            ) from error
+            problem = f"no folder of a diffusers pipeline (model_index.json: {error}); tools/convert.py writes one"
+            raise DataError(f"{self.option}={self.folder!r}: {problem}") from error
 
     @cached_property
     def pipe(self) -> Any:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from fractions import Fraction
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def read_video(source: Source, num_frames: int, height: int, width: int) -> torc
     """
     # numpy allocates huge pages, which take a third of the time to touch
     frames = np.empty((num_frames, height, width, 3), np.uint8)
-    _decoder.ask(source, (0, -1), frames)
+    _decoder().ask(source, (0, -1), frames)
     return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 
@@ -57,7 +58,7 @@ def probe_video(source: Source, section: tuple[int, int] = (0, -1)) -> tuple[int
 
     ``section`` is the (offset, size) of the video in a tar file; a size of -1 is the whole file.
     """
-    return _decoder.ask(source, section, None)
+    return _decoder().ask(source, section, None)
 
 
 class _Decoder:
@@ -116,16 +117,9 @@ class _Decoder:
             self.process.wait()
 
 
-_decoder = _Decoder()
-
-
-def _new_decoder() -> None:
-    global _decoder
-    _decoder = _Decoder()
-
-
-os.register_at_fork(after_in_child=_new_decoder)  # the running one is the parent's
-atexit.register(lambda: _decoder.stop())
+_decoder = cache(_Decoder)
+os.register_at_fork(after_in_child=_decoder.cache_clear)  # the running one is the parent's
+atexit.register(lambda: _decoder().stop())
 
 
 def to_model_range(frames: torch.Tensor) -> torch.Tensor:
