@@ -1,8 +1,4 @@
-"""Where the jobs of ``univigu.data.shards.build_folder`` run: here, in worker processes, or as tasks on a Ray cluster.
-
-On Ray an actor for each GPU holds the models and does two jobs at the same time, so that generating, captioning,
-encoding and writing overlap.  Ray repeats what a lost actor or machine has not finished.
-"""
+"""Where the jobs of ``univigu.data.shards.build_folder`` run: here, in worker processes, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -13,23 +9,20 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import wraps
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 
 from univigu.data.options import check_least
 from univigu.data.shards import Engine, ShardInfo, Work
 
-RETRIES = 3
-"""How often Ray repeats a job whose process was lost; it does not repeat errors."""
 JOBS = 2
 """Jobs of an actor at a time: while one uses a model, the other reads, writes, or uses another model."""
-Method = TypeVar("Method", bound=Callable[..., Any])
-_locks = defaultdict[type, Any](threading.RLock)
+_locks = defaultdict[str, Any](threading.RLock)
 
 
 def start_worker(number: int = 0) -> None:
@@ -72,19 +65,15 @@ def this_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def exclusive(method: Method) -> Method:
-    """A method that waits while its class's exclusive methods run in another thread, since jobs share models."""
-
-    @wraps(method)
-    def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _locks[type(self)]:
-            return method(self, *args, **kwargs)
-
-    return cast(Method, locked)
+@contextmanager
+def exclusive(model: str) -> Iterator[None]:
+    """A context, or decorator, of one thread at a time, since the jobs of an actor share each model."""
+    with _locks[model]:
+        yield
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    """Add ``--engine``, ``--address``, ``--workers`` and ``--device``."""
+    """Add the options of ``open_engine``."""
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: needs univigu[cluster]")
     parser.add_argument("--address", help="of a Ray cluster, or auto; default: RAY_ADDRESS, or Ray on this machine")
     parser.add_argument("--workers", type=int, help="actors with the models; default: one a GPU, or else a core")
@@ -103,12 +92,7 @@ def open_engine(options: argparse.Namespace, processes: bool = False) -> tuple[E
 
 
 class RayEngine:
-    """Applies work to jobs on Ray, in actors that each hold the work with its models.
-
-    Args:
-        address: of a running cluster; None starts Ray on this machine, unless RAY_ADDRESS is set or Ray is running.
-        workers: number of actors; None is one a GPU, or else a core.
-    """
+    """Applies work to jobs on Ray, in actors that each hold the work with its models; see ``add_engine``."""
 
     def __init__(self, address: str | None = None, workers: int | None = None) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -127,7 +111,7 @@ class RayEngine:
         import ray
 
         options = {"num_cpus": 0, "num_gpus": int(self.device == "cuda"), "scheduling_strategy": "SPREAD"}
-        options |= {"max_concurrency": JOBS, "max_restarts": -1, "max_task_retries": RETRIES}
+        options |= {"max_concurrency": JOBS, "max_restarts": -1, "max_task_retries": 3}  # of lost processes, not errors
         host: Any = ray.remote(_Host).options(**options)
         shared = ray.put(work)
         actors = [host.remote(os.getcwd(), shared) for _ in range(self.workers)]

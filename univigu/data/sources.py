@@ -1,8 +1,4 @@
-"""Data sources: folders or URLs of shards, their weights, and the latents and prompt embeddings encoded from them.
-
-Encoding them once lets training run neither encoder.  On the same device float32 values are bit for bit those that
-training computes: both use ``univigu.models.encode``.
-"""
+"""Data sources: folders or URLs of shards, their weights, and the latents and prompt embeddings encoded from them."""
 
 from __future__ import annotations
 
@@ -38,8 +34,7 @@ Split = Literal["train", "val", "test"]
 SAMPLES_PER_SHARD = 500
 """Samples of a shard that is encoded from a list or a folder of files."""
 LARGE = {"text_encoder": 2 * 2**30, "vae": 2**26}
-"""Bytes of a large component, which runs on the GPU, or on a CPU in one process. A smaller one is faster in a process
-on every core of the CPU."""
+"""Bytes over which a component runs on the GPU, or in one process; smaller ones are faster on each core of the CPU."""
 MAX_PROMPT = 512
 """Most tokens of Wan's text encoder; samples with longer prompts are left out."""
 
@@ -79,11 +74,6 @@ class SourceFolder:
             self.base = Path(root) / "remote" / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self.foundation, self.buckets, self.precompute = foundation, tuple(buckets), precompute
 
-    def fetch(self, split: Split) -> None:
-        """Copy a remote split to this machine; all but train may be missing there."""
-        if self.url is not None:
-            fetch_shards(f"{self.url}/{split}", self.base / split, optional=split != "train")
-
     def videos(self, split: Split) -> Path:
         """The original shards: a folder, or a list of paths."""
         return find_split(self.base, split)
@@ -99,12 +89,6 @@ class SourceFolder:
             digest = hashlib.sha256(" ".join(map(str, self.buckets)).encode()).hexdigest()[:8]
             sizes = f"{len(self.buckets)}buckets-{digest}"
         return self.base / f"latents-{encoders['vae']}-{encoders['text_encoder']}-{sizes}" / split
-
-    def encode(self, split: Split, strict: bool, engine: Engine, device: str) -> None:
-        """Encode the split, if it needs to be."""
-        source, target = self.videos(split), self.folder(split)
-        if source != target:
-            encode_shards(source, target, self.foundation, "float32", self.buckets, strict, engine, device=device)
 
     def index(self, split: Split) -> Scan:
         """The split's samples, and errors of the others; a DataError for latents of other encoders, sizes or videos."""
@@ -169,10 +153,9 @@ def fetch_shards(url: str, folder: Path, optional: bool = False) -> None:
         if manifest is not None:  # last, as it marks the copy as complete
             with replacing(folder / MANIFEST) as temporary:
                 temporary.write_bytes(manifest)
-    except DataError:
-        raise
     except (OSError, ImportError, ValueError) as error:
-        raise DataError(f"{url}: cannot be read ({type(error).__name__}: {error})") from error
+        failure = DataError(f"{url}: cannot be read ({type(error).__name__}: {error})")
+        raise error if isinstance(error, DataError) else failure from error
 
 
 def encoder_parameters(foundation: str | Path, buckets: Sequence[Bucket], prompts: bool = True) -> dict[str, Any]:
@@ -223,15 +206,11 @@ def encode_shards(
     """Encode every shard of a folder; complete shards of the target stay, missing ones are written.
 
     Args:
-        source: folder of shards, videos or lists.
-        target: folder for the encoded shards; each shard of the source gives one with the same name, keys and texts.
+        source: folder of shards, videos or lists; each shard gives one with the same name, keys and texts.
         foundation_path: WanPipeline folder whose VAE and text encoder are used.
         dtype: storage type of latents and embeddings; they are computed in float32.
-        buckets: sizes of the clips; each clip gets the one that fits it best.
         strict: raise for the first sample that cannot be encoded instead of recording it in the manifest.
         prompts: whether to store the prompts' embeddings too.
-        device: where the models run.
-        engine: where the jobs run, see ``build_folder``.
     """
     source, storage = Path(source), check_dtype(dtype)
     parameters = encoder_parameters(foundation_path, buckets, prompts)
@@ -311,13 +290,13 @@ class _ShardEncoder:
     def _packed(self, **tensors: torch.Tensor) -> bytes:
         return save({name: tensor.to(self.dtype).contiguous() for name, tensor in tensors.items()})
 
-    @exclusive
+    @exclusive("encoder")
     @torch.inference_mode()
     def _latents(self, frames: torch.Tensor) -> torch.Tensor:
         vae = _foundation(self.foundation_path, self.device).vae
         return encode_clips(vae, to_model_range(frames.to(self.device))).cpu()
 
-    @exclusive
+    @exclusive("encoder")
     @lru_cache(maxsize=2)  # noqa: B019  # the empty prompt's are asked for with every sample
     @torch.inference_mode()
     def _embeds(self, prompt: str) -> torch.Tensor:
