@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import TypeVar
 
@@ -27,14 +27,11 @@ class LineProgress(Progress):
     def advance(
         self, task_id: TaskID, advance: float = 1, numbers: Mapping[str, float] | None = None, clips: float = 0
     ) -> None:
-        """Count work done; lines show ``numbers`` by name, and the rate of clips, given how many one unit has.
-
-        For example ``fit recall: 120/600, train/loss 0.345, 38.2 clips/s, 0:00:52 left``.
-        """
+        """Count work done; lines show ``numbers`` by name, and the rate of clips, given how many one unit has."""
         super().advance(task_id, advance)
         now, (task,) = time.monotonic(), (task for task in self.tasks if task.id == task_id)
         if self.disable and (now >= self._next or task.finished):
-            self._next = now + self.seconds
+            self._next = now + self.seconds  # fit recall: 120/600, train/loss 0.345, 38.2 clips/s, 0:00:52 left
             parts = [f"{task.description}: {task.completed:g}/{task.total:g}"]
             parts += [f"{name} {value:.3g}" for name, value in (numbers or {}).items()]
             if clips and task.speed:
@@ -44,7 +41,7 @@ class LineProgress(Progress):
             print(", ".join(parts), file=sys.stderr, flush=True)
 
 
-def track(items: Sequence[Item], description: str = "working") -> Iterator[Item]:
-    """Items of a sequence with the progress through them."""
+def track(items: Iterable[Item], description: str = "working", total: int | None = None) -> Iterator[Item]:
+    """The items, with the progress through them; ``total`` is their number if they have no length."""
     with LineProgress() as progress:
-        yield from progress.track(items, description=description)
+        yield from progress.track(items, total, description=description)
