@@ -35,8 +35,6 @@ PILLOW_FORMATS = ("jpeg_pipe", "webp_pipe")
 """Images that Pillow reads: FFmpeg has no animated WebP, and PyAV does not give mirrored EXIF orientations."""
 INDEXED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 """Containers in which a packet is a frame and key frames are marked reliably."""
-UNKNOWN_MATRIX = 2
-"""FFmpeg's number of a colour matrix that a file does not name."""
 
 
 class DecodeError(ValueError):
@@ -63,12 +61,9 @@ def read(file: Any, num_frames: int, height: int, width: int) -> np.ndarray:
     with _open(file) as (kind, stream):
         fill = _Filler(np.empty((num_frames, height, width, 3), np.uint8), float(stream.sample_aspect_ratio or 1))
         packets = [] if kind in PILLOW_FORMATS else list(_demux(stream))
-        if _read_by_packets(kind, stream, packets, fill):
-            return fill.frames
-        expected = sum(not packet.is_discard for packet in packets)
-    del packets  # they may be large
-    fill.missing = num_frames
-    _read_by_frames(file, expected, fill)
+        if not _read_by_packets(kind, stream, packets, fill):
+            fill.missing = num_frames
+            _read_by_frames(file, sum(not packet.is_discard for packet in packets), fill)
     return fill.frames
 
 
@@ -233,13 +228,10 @@ class _Filler:
 
     def __call__(self, frame: Any, chosen: np.ndarray) -> bool:
         """Store a frame where ``chosen`` [F] is true; returns True once the array is full."""
-        if chosen.any():
-            self.frames[chosen] = self._convert(frame, *self.frames.shape[1:3])
-            self.missing -= chosen.sum()
-        return not self.missing
-
-    def _convert(self, frame: Any, height: int, width: int) -> np.ndarray:
+        if not chosen.any():
+            return False
         _check_size(frame.height, frame.width)  # it may be larger than the header says
+        height, width = self.frames.shape[1:3]
         swap, flip_y, flip_x = _orientation(frame)
         least = (width, height) if swap else (height, width)
         shown = frame.height, frame.width * self.aspect
@@ -250,14 +242,16 @@ class _Filler:
         # FFmpeg's quick conversion, four times as fast, is for the others.
         if hd or size != (frame.height, frame.width):
             flags |= Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-        if hd and frame.colorspace == UNKNOWN_MATRIX and not frame.format.is_rgb:
+        if hd and frame.colorspace == 2 and not frame.format.is_rgb:  # the file names no matrix
             matrix = Colorspace.ITU709
         rgb = self.reformatter.reformat(
             frame, size[1], size[0], "rgb24", src_colorspace=matrix, interpolation=flags, threads=1
         ).to_ndarray()
         rgb = (rgb.swapaxes(0, 1) if swap else rgb)[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
         top, left = (rgb.shape[0] - height) // 2, (rgb.shape[1] - width) // 2
-        return rgb[top : top + height, left : left + width]
+        self.frames[chosen] = rgb[top : top + height, left : left + width]
+        self.missing -= chosen.sum()
+        return not self.missing
 
 
 def _open_source(source: str | bytes, offset: int, size: int) -> Any:
