@@ -42,8 +42,7 @@ class Bucket:
 def best_bucket(buckets: Sequence[Bucket], height: int, width: int, num_frames: int) -> int:
     """Number of the bucket that keeps most of a clip of that size; of equals the nearest in area, then the first.
 
-    Kept is the share of the area that the crop leaves, times the share of the frames; frames are repeated at the same
-    cost.
+    Kept is the share of the area that the crop leaves times that of the frames; repeating frames counts the same.
     """
     keys = []
     for bucket in buckets:
@@ -80,10 +79,7 @@ class Grid:
             raise DataError(f"foundation={str(foundation)!r}: no sizes in {path} ({error})") from error
 
     def latents_shape(self, bucket: Bucket, where: str = "") -> tuple[int, int, int]:
-        """(T, H, W) of a size's latents; a DataError if that is no whole number of tokens.
-
-        In the error ``where`` goes before the field's name.
-        """
+        """(T, H, W) of a size's latents; a DataError (``where``, then a field) if they are no whole tokens."""
         step = self.temporal * self.patch[0]
         first = step - self.temporal + 1
         if bucket.num_frames % step != first % step or bucket.num_frames < first:

@@ -26,12 +26,9 @@ from univigu.models.tokens import MAX_CHARACTERS, TextTooLongError, tokenize
 PredictTask = Literal["caption", "generate", "joint", "edit", "qa"]
 INPUTS = dict(caption="videos", generate="prompts", joint="prompts", edit="pairs", qa="pairs")
 """The option of the data module that a task reads its inputs from."""
-TextField = Literal["prompt", "question"]
 DEFAULT_STRENGTH = 0.8
 MAX_QUESTIONS = 16
 """Most questions about a video that are answered together."""
-
-
 Input = tuple[dict[str, Any], str | None]
 """The fields of a result's row that are inputs, and why they cannot be used.
 
@@ -43,10 +40,9 @@ model's own), "strength" (how far back towards noise it starts) and "replace" (w
 def find_inputs(given: dict[str, Any], task: PredictTask | None) -> list[Input]:
     """The inputs in the one option (videos, prompts or pairs) that is not None, which must be the task's.
 
-    Prompts are a prompt, a file (a line of .txt, else the field "prompt" of a row), or a list of these.  What looks
-    like a path is never a prompt: what exists or ends in a list's suffix.
+    What looks like a path is never a prompt: what exists or ends in a list's suffix.
 
-    Pairs are a file (.jsonl, .csv, ...), an object, or a list of objects: ``{"video": ..., "question": ...}``, or for an
+    Pairs are a file, an object, or a list of objects: ``{"video": ..., "question": ...}``, or for an
     edit ``{"video": ..., "prompt": ..., "replace": {"red": "blue"}, "strength": 0.8}`` with at least one of prompt and
     replace.  The video is a value for ``find_videos``, relative to the working directory: a folder or pattern gives
     several pairs.
@@ -130,7 +126,7 @@ def text_of(row: Row, field: str) -> tuple[str, str | None]:
     return text, None if is_unicode(text) else f"{row.where}: {field!r} is no valid Unicode: {text!r}"
 
 
-def _pairs_of(row: Row, field: TextField) -> list[Input]:
+def _pairs_of(row: Row, field: str) -> list[Input]:
     """The pairs of one row, one for each video that it names."""
     name, options = ("source", ["replace", "strength"]) if field == "prompt" else ("video", [])
     video, error = text_of(row, "video")
@@ -179,11 +175,8 @@ class PredictionInputs(Dataset[tuple[list[int], list[str | None], torch.Tensor |
         groups: dict[Any, list[int]] = {}
         for index, (row, _) in enumerate(inputs):
             groups.setdefault(row["video"] if "question" in row else index, []).append(index)
-        self.groups = [
-            group[start : start + MAX_QUESTIONS]
-            for group in groups.values()
-            for start in range(0, len(group), MAX_QUESTIONS)
-        ]
+        most = MAX_QUESTIONS
+        self.groups = [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
 
     def __len__(self) -> int:
         return len(self.groups)

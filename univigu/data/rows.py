@@ -19,14 +19,11 @@ _LINE_ENDS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table."""
+    """Values by column, or an error; ``where`` is file and line (of .json and .parquet: row), counted from 1."""
 
     where: str
-    """File and line (of .json and .parquet: row), counted from 1."""
     fields: dict[str, Any]
-    """Values by column; empty where there is an error."""
     error: str | None = None
-    """Why the row cannot be used; starts with ``where``."""
 
 
 def make_row(where: str, value: Any) -> Row:
