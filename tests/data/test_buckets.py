@@ -91,13 +91,6 @@ def test_a_clip_goes_where_most_of_it_is_kept(clip: tuple[int, int, int], expect
         Bucket(480, 832, 33),
     ]
     assert best_bucket(buckets, *clip) == expected
-    kept = [bucket.kept(*clip) for bucket in buckets]
-    assert kept[expected] == pytest.approx(max(kept)) and all(0 < share <= 1 for share in kept)
-
-
-def test_what_is_kept_is_what_the_crop_leaves() -> None:
-    assert Bucket(50, 100, 9).kept(100, 100, 9) == pytest.approx(0.5)
-    assert Bucket(100, 100, 9).kept(50, 100, 18) == pytest.approx(0.25)
 
 
 def check_epoch(loaders: list[Any], stored: bool) -> set[str]:

@@ -289,7 +289,7 @@ def test_encoding_runs_where_training_runs(
     module = VideoTextDataModule(foundation, shards=str(tmp_path))
     devices: list[str] = []
     with monkeypatch.context() as patch:  # a small VAE is faster on the cores of the CPU
-        patch.setattr(datamodule.SourceFolder, "encode", lambda *args: devices.append(args[-1]))
+        patch.setattr(datamodule, "encode_shards", lambda *args, device: devices.append(device))
         module.prepare_data()
         assert devices == ["cpu"] * 3
     monkeypatch.setitem(sources.LARGE, "vae", 1000)
@@ -297,7 +297,7 @@ def test_encoding_runs_where_training_runs(
         module.prepare_data()
     module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     devices.clear()
-    monkeypatch.setattr(datamodule.SourceFolder, "encode", lambda *args: devices.append(args[-1]))
+    monkeypatch.setattr(datamodule, "encode_shards", lambda *args, device: devices.append(device))
     module.prepare_data()
     assert devices == ["cpu"] * 3  # training on the CPU does not use a GPU
 

@@ -17,7 +17,7 @@ import torch
 from tests.damage import is_intact
 from tests.tiny_captioner import write_captioner
 from tools import encode, synthesize
-from univigu.data.engine import Model, RayEngine
+from univigu.data.engine import RayEngine
 from univigu.data.index import index_folder
 from univigu.data.shards import Manifest, ShardInfo, build_folder, write_shard
 from univigu.data.video import encode_mp4
@@ -52,7 +52,7 @@ def die_once(mark: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Renderer(Model):
+class Renderer:
     """A model of which each process loads its own, and whose process is killed once where there are marks."""
 
     def __init__(self, marks: Path | None) -> None:
@@ -150,7 +150,7 @@ def test_an_error_is_told_as_without_ray(cluster: None, tmp_path: Path, capsys: 
     assert "sample 'k': missing_field in 'prompt'" in told[0] and told[0] == told[1]
 
 
-class Gpu(Model):
+class Gpu:
     """Says which GPU it has, when a file exists."""
 
     def number(self, mark: Path) -> str:

@@ -10,7 +10,7 @@ import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.inputs import find_videos, read_pairs, read_prompts
+from univigu.data.inputs import Input, PredictTask, find_inputs, find_videos
 from univigu.data.sample import DataError
 from univigu.data.synthesis import Pipeline, Synthesis, VideoOptions
 from univigu.data.video import encode_mp4, read_video
@@ -86,6 +86,10 @@ def test_prompts_that_do_not_fit_are_rows_too(foundation: str, tmp_path: Path) -
     assert batch["index"] == [0, 1, 2]
     assert batch["row"] == [{"prompt": text} for text in ("a red circle", long, "a blue ring")]
     assert usable(batch) == [True, False, True] and "71 tokens, over the limit of 64" in batch["error"][1]
+
+
+def read_prompts(value: str | list[str]) -> list[tuple[str, str | None]]:
+    return [(row["prompt"], error) for row, error in find_inputs({"prompts": value}, None)]
 
 
 def test_where_prompts_come_from(tmp_path: Path) -> None:
@@ -212,6 +216,10 @@ def clip(tmp_path: Path) -> str:
     return str(path)
 
 
+def read_pairs(value: Any, task: PredictTask = "edit") -> list[Input]:
+    return find_inputs({"pairs": value}, task)
+
+
 def test_files_and_objects_say_the_same(clip: str, tmp_path: Path) -> None:
     rows = [{"video": clip, "prompt": "a ring, red"}, {"video": clip, "prompt": "b", "strength": 0.5}]
     (tmp_path / "e.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
@@ -220,18 +228,16 @@ def test_files_and_objects_say_the_same(clip: str, tmp_path: Path) -> None:
         ({"source": clip, "prompt": "a ring, red", "strength": 0.8, "replace": None}, None),
         ({"source": clip, "prompt": "b", "strength": 0.5, "replace": None}, None),
     ]
-    assert read_pairs(rows, "prompt") == expected
-    assert read_pairs(rows[0], "prompt") == expected[:1]
+    assert read_pairs(rows) == expected
+    assert read_pairs(rows[0]) == expected[:1]
     for name in ("e.jsonl", "e.csv"):
-        assert read_pairs(str(tmp_path / name), "prompt") == expected
-    assert read_pairs({"video": clip, "question": "what?"}, "question") == [
-        ({"video": clip, "question": "what?"}, None)
-    ]
+        assert read_pairs(str(tmp_path / name)) == expected
+    assert read_pairs({"video": clip, "question": "what?"}, "qa") == [({"video": clip, "question": "what?"}, None)]
 
 
 def test_one_text_for_many_videos(clip: str, tmp_path: Path) -> None:
     (tmp_path / "b.mp4").write_bytes(Path(clip).read_bytes())
-    pairs = read_pairs({"video": str(tmp_path / "*.mp4"), "question": "what?"}, "question")
+    pairs = read_pairs({"video": str(tmp_path / "*.mp4"), "question": "what?"}, "qa")
     assert [Path(row["video"]).name for row, _ in pairs] == ["b.mp4", "clip.mp4"]
     assert {row["question"] for row, _ in pairs} == {"what?"}
 
@@ -251,16 +257,16 @@ def test_a_wrong_row_is_an_error_of_its_own(clip: str, tmp_path: Path) -> None:
     path = tmp_path / "e.jsonl"
     lines = [row if isinstance(row, str) else json.dumps(row) for row, _ in wrong]
     path.write_text("\n".join([*lines, json.dumps({"video": clip, "prompt": "fine"})]))
-    *bad, good = read_pairs(str(path), "prompt")
+    *bad, good = read_pairs(str(path))
     assert good == ({"source": clip, "prompt": "fine", "strength": 0.8, "replace": None}, None)
     for (_, error), (_, message) in zip(bad, wrong, strict=True):
         assert error is not None and message in error
-    (edit,) = read_pairs({"video": clip, "replace": {"red": "blue"}}, "prompt")
+    (edit,) = read_pairs({"video": clip, "replace": {"red": "blue"}})
     assert edit == ({"source": clip, "prompt": None, "strength": 0.8, "replace": {"red": "blue"}}, None)
     for words in ({}, "red", {"red": 1}, {"red": "\ud83d"}):
-        ((_, error),) = read_pairs({"video": clip, "prompt": "a", "replace": words}, "prompt")
+        ((_, error),) = read_pairs({"video": clip, "prompt": "a", "replace": words})
         assert error is not None and f"replace={words!r}: expected words" in error
-    ((_, error),) = read_pairs({"video": clip, "question": "a", "replace": {"a": "b"}}, "question")
+    ((_, error),) = read_pairs({"video": clip, "question": "a", "replace": {"a": "b"}}, "qa")
     assert "unknown field 'replace'" in str(error)
     assert bad[6][0] == {
         "source": clip,
@@ -268,7 +274,7 @@ def test_a_wrong_row_is_an_error_of_its_own(clip: str, tmp_path: Path) -> None:
         "strength": None,
         "replace": None,
     }  # what is known of it is kept
-    ((_, error),) = read_pairs({"video": clip, "question": "a", "strength": 0.5}, "question")
+    ((_, error),) = read_pairs({"video": clip, "question": "a", "strength": 0.5}, "qa")
     assert "unknown field 'strength'" in str(error)
 
 
@@ -277,7 +283,7 @@ def test_what_holds_no_pair_is_named(value: Any, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     Path("empty.csv").write_text("video,prompt\n")
     with pytest.raises(DataError, match=r"data\.pairs="):
-        read_pairs(value, "prompt")
+        read_pairs(value)
 
 
 def test_batches_of_pairs(foundation: str, clip: str, tmp_path: Path) -> None:

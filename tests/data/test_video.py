@@ -27,6 +27,8 @@ from tests.damage import mutate, videos_to_mutate
 from univigu.data import decode as decoding
 from univigu.data import video
 from univigu.data.decode import nearest
+from univigu.data.index import scan_shard
+from univigu.data.shards import write_shard
 from univigu.data.video import VideoError, encode_mp4, even_indices, probe_video, read_video
 from univigu.shapes import renderer, scenes
 
@@ -136,14 +138,6 @@ def test_of_key_frames_only_the_chosen_are_decoded(monkeypatch: pytest.MonkeyPat
     frames = decoding.read(io.BytesIO(data), 3, 96, 160)
     assert [video_matrix.number_of(frame) for frame in frames] == [0, 30, 59]
     assert len(decoded) < 10
-
-
-@pytest.mark.parametrize("container", ["mp4", "avi", "mpegts"])
-def test_packets_of_large_files_are_read_again(container: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = video_matrix.remux(*video_matrix.encode("libx264", video_matrix.B_FRAMES), container, "trimmed")
-    kept = [decoding.read(io.BytesIO(data), number, 96, 160) for number in (3, 40)]
-    monkeypatch.setattr(decoding, "MAX_KEPT", 0)
-    assert all(np.array_equal(frames, decoding.read(io.BytesIO(data), len(frames), 96, 160)) for frames in kept)
 
 
 def test_an_edit_list_hides_frames() -> None:
@@ -264,10 +258,12 @@ def test_sizes_are_covered_and_cropped() -> None:
             read_video(data, 1, 512, 512)
 
 
-def test_a_section_of_a_file_is_probed(tmp_path: Path) -> None:
+def test_a_member_of_a_tar_is_probed(tmp_path: Path) -> None:
     data = encode_mp4(clip(34, 50, 7))
-    (tmp_path / "tar").write_bytes(b"x" * 1000 + data + b"x" * 1000)
-    assert probe_video(tmp_path / "tar", (1000, len(data))) == (34, 50, 7) == probe_video(data)
+    write_shard(tmp_path / "tar", [("a", {"json": b"{}"}), ("b", {"mp4": data}), ("c", {"json": b"{}"})])
+    _, ref, _ = scan_shard(tmp_path / "tar")[0]
+    path, *section = ref.members["mp4"]
+    assert probe_video(path, tuple(section)) == (34, 50, 7) == probe_video(data)
 
 
 # --- damaged and hostile files
@@ -336,7 +332,7 @@ def test_a_decoder_that_hangs_or_dies_costs_one_error(tmp_path: Path, monkeypatc
     with pytest.raises(VideoError, match=r"hangs\.mp4: .*took longer than 1 s"):
         read_video(tmp_path / "hangs.mp4", 9, 64, 64)
     assert read_video(data, 9, 64, 64).shape == (9, 3, 64, 64)
-    first = video._decoder.process
+    first = video._decoder().process
     assert first is not None
     threading.Timer(0.1, first.terminate).start()
     with pytest.raises(VideoError, match=r"hangs\.mp4: .*died"):
@@ -350,7 +346,7 @@ def test_a_forked_process_has_a_decoder_of_its_own() -> None:
     child = os.fork()
     if not child:
         same = torch.equal(read_video(data, 9, 64, 64), expected)
-        video._decoder.stop()
+        video._decoder().stop()
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert torch.equal(read_video(data, 9, 64, 64), expected)
@@ -368,8 +364,8 @@ def test_the_decoders_memory_stays_flat() -> None:
     """UNIVIGU_READS=10000 reads as often."""
 
     def resident() -> int:  # KiB
-        assert video._decoder.process is not None
-        status = Path(f"/proc/{video._decoder.process.pid}/status").read_text()
+        assert video._decoder().process is not None
+        status = Path(f"/proc/{video._decoder().process.pid}/status").read_text()
         return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
 
     clips, before = [encode_mp4(clip(64 + 16 * number, 64)) for number in range(3)], 0

@@ -38,21 +38,18 @@ class Bucket:
             raise ValueError(f"bucket {text!r}: expected HEIGHTxWIDTHxFRAMES, such as 480x832x81")
         return cls(*map(int, parts))
 
-    def kept(self, height: int, width: int, num_frames: int) -> float:
-        """Share of a clip's area that the crop keeps, times the share of its frames that are used.
-
-        A clip that is shorter than the bucket repeats frames, which counts like frames lost from a longer one.
-        """
-        aspect = abs(math.log(width / height) - math.log(self.width / self.height))
-        return math.exp(-aspect - abs(math.log(num_frames / self.num_frames)))
-
 
 def best_bucket(buckets: Sequence[Bucket], height: int, width: int, num_frames: int) -> int:
-    """Number of the bucket that keeps most of a clip of that size; of equals the nearest in area, then the first."""
+    """Number of the bucket that keeps most of a clip of that size; of equals the nearest in area, then the first.
+
+    Kept is the share of the area that the crop leaves times that of the frames; repeating frames counts the same.
+    """
     keys = []
     for bucket in buckets:
+        aspect = abs(math.log(width / height) - math.log(bucket.width / bucket.height))
+        kept = math.exp(-aspect - abs(math.log(num_frames / bucket.num_frames)))
         area = abs(math.log(height * width) - math.log(bucket.height * bucket.width))
-        keys.append((round(-bucket.kept(height, width, num_frames), 6), round(area, 6)))
+        keys.append((round(-kept, 6), round(area, 6)))
     return keys.index(min(keys))
 
 
@@ -82,10 +79,7 @@ class Grid:
             raise DataError(f"foundation={str(foundation)!r}: no sizes in {path} ({error})") from error
 
     def latents_shape(self, bucket: Bucket, where: str = "") -> tuple[int, int, int]:
-        """(T, H, W) of a size's latents; a DataError if that is no whole number of tokens.
-
-        In the error ``where`` goes before the field's name.
-        """
+        """(T, H, W) of a size's latents; a DataError (``where``, then a field) if they are no whole tokens."""
         step = self.temporal * self.patch[0]
         first = step - self.temporal + 1
         if bucket.num_frames % step != first % step or bucket.num_frames < first:

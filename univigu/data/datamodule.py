@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning import LightningDataModule
-from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from univigu.data.buckets import Bucket, Grid, choose_bucket
 from univigu.data.engine import SpawnPool, this_device
@@ -22,22 +21,18 @@ from univigu.data.loader import ErrorLog, SampleLoader, TrainLoader, VideoTextDa
 from univigu.data.options import LengthFilter, check_least
 from univigu.data.order import TrainOrder, eval_batches
 from univigu.data.sample import DataError, SampleError, SampleRef
-from univigu.data.sources import Source, SourceFolder, Split, is_large, source_weights
-from univigu.models.foundation import EMBEDDED_FOUNDATION
+from univigu.data.sources import Source, SourceFolder, Split, encode_shards, fetch_shards, is_large, source_weights
+from univigu.models.foundation import EMBEDDED_FOUNDATION, Foundation
 from univigu.models.tokens import token_count
 from univigu.shapes.write import world_fingerprint, write_shapes
 
 log = logging.getLogger(__name__)
 
-SPLITS: dict[str, tuple[Split, ...]] = {
-    TrainerFn.FITTING: ("train", "val"),
-    TrainerFn.VALIDATING: ("val",),
-    TrainerFn.TESTING: ("test",),
-    TrainerFn.PREDICTING: (),
-}
+SPLITS: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 """Splits that a trainer's function uses."""
 
 
+@dataclass(eq=False, repr=False)
 class VideoTextDataModule(LightningDataModule):
     """Videos with a brief prompt and a detailed caption, from shards; and the inputs of prediction.
 
@@ -66,64 +61,52 @@ class VideoTextDataModule(LightningDataModule):
         videos: inputs of captioning: a video file, a folder, a glob pattern, or a list of these.
         prompts: inputs of generation: a prompt, a .txt, .jsonl, .json, .csv or .parquet file, or a list of these.
         pairs: inputs of editing or question answering: a file of ``{video, prompt, strength}`` or ``{video,
-            question}``, or such objects; see ``univigu.data.inputs.read_pairs``.
+            question}``, or such objects; see ``univigu.data.inputs.find_inputs``.
         predict_task: the model's; it decides which of the three inputs are needed.
     """
 
-    def __init__(
-        self,
-        foundation: str = EMBEDDED_FOUNDATION,
-        root: str = "runs/data/shapes",
-        shards: list[Source] | str | None = None,
-        num_train_clips: int = 4000,
-        num_val_clips: int = 200,
-        batch_size: int = 16,
-        num_workers: int = 1,
-        height: int = 64,
-        width: int = 64,
-        num_frames: int = 9,
-        buckets: list[Bucket] | None = None,
-        prompt_length: int = 128,
-        caption_length: int = 256,
-        length_filter: LengthFilter = LengthFilter(),  # noqa: B008
-        precompute: bool = True,
-        strict: bool = False,
-        texts: Literal["caption", "qa"] = "caption",
-        seed: int = 0,
-        videos: str | list[str] | None = None,
-        prompts: str | list[str] | None = None,
-        pairs: dict[str, Any] | list[dict[str, Any]] | str | None = None,
-        predict_task: PredictTask | None = None,
-    ) -> None:
+    foundation: str = EMBEDDED_FOUNDATION
+    root: str = "runs/data/shapes"
+    shards: list[Source] | str | None = None
+    num_train_clips: int = 4000
+    num_val_clips: int = 200
+    batch_size: int = 16
+    num_workers: int = 1
+    height: int = 64
+    width: int = 64
+    num_frames: int = 9
+    buckets: list[Bucket] | None = None
+    prompt_length: int = 128
+    caption_length: int = 256
+    length_filter: LengthFilter = LengthFilter()  # noqa: RUF009
+    precompute: bool = True
+    strict: bool = False
+    texts: Literal["caption", "qa"] = "caption"
+    seed: int = 0
+    videos: str | list[str] | None = None
+    prompts: str | list[str] | None = None
+    pairs: dict[str, Any] | list[dict[str, Any]] | str | None = None
+    predict_task: PredictTask | None = None
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.foundation, self.root = foundation, root
-        self.sources = [Source(shards)] if isinstance(shards, str) else shards
+        self.sources = [Source(self.shards)] if isinstance(self.shards, str) else self.shards
         self.weights = None if self.sources is None else source_weights(self.sources)
-        self.num_train_clips, self.num_val_clips = num_train_clips, num_val_clips
-        self.batch_size, self.num_workers = batch_size, num_workers
-        self.height, self.width, self.num_frames = height, width, num_frames
-        self.prompt_length, self.caption_length = prompt_length, caption_length
-        self._slots = {"prompt": prompt_length, "caption": caption_length}
-        self.length_filter, self.texts = length_filter, texts
-        self.precompute, self.strict, self.seed = precompute, strict, seed
-        self.videos, self.prompts, self.pairs, self.predict_task = videos, prompts, pairs, predict_task
+        self._slots = {"prompt": self.prompt_length, "caption": self.caption_length}
         check_least(self, "data.", batch_size=1, num_workers=0, height=2, width=2, num_frames=1)
         check_least(self, "data.", prompt_length=1, caption_length=1, num_train_clips=1, num_val_clips=1)
-        self.size = Bucket(height, width, num_frames)
+        self.size = Bucket(self.height, self.width, self.num_frames)
         """Size of the videos in prediction."""
-        self.buckets = buckets or [self.size]
+        self.sizes = self.buckets or [self.size]
         """Sizes that videos are brought to."""
-        for bucket in self.buckets:
-            if self.buckets.count(bucket) > 1:
-                raise ValueError(f"data.buckets={list(map(str, self.buckets))}: {bucket} is there twice")
+        for size in self.sizes:
+            if self.sizes.count(size) > 1:
+                raise ValueError(f"data.buckets={list(map(str, self.sizes))}: {size} is there twice")
         self.filter_counts: dict[str, dict[str, int]] = {}
         """By split: numbers of samples, "kept" and the others by reason.  Known after ``setup``."""
-        self.errors = ErrorLog(strict)
+        self.errors = ErrorLog(self.strict)
         """Unusable samples that were found so far, counted by reason."""
         self._refs: dict[Split, list[SampleRef]] = {}
-        self._inputs: PredictionInputs | None = None
-
-    # --------------------------------------------------------------- preparing
 
     def prepare_data(self) -> None:
         """Write the embedded world and encode the shards, if that has not been done yet (one process a node)."""
@@ -135,8 +118,8 @@ class VideoTextDataModule(LightningDataModule):
         self._latents_shapes()  # checks the sizes
         folders = self._folders()
         for folder in folders:
-            for split in splits:
-                folder.fetch(split)
+            for split in splits if folder.url is not None else ():
+                fetch_shards(f"{folder.url}/{split}", folder.base / split, optional=split != "train")
         with SpawnPool() as pool, SpawnPool(1) as single:
             if self.sources is None:
                 for split in splits:
@@ -152,7 +135,9 @@ class VideoTextDataModule(LightningDataModule):
             device = device if device.startswith("cuda") and is_large(self.foundation, "vae") else "cpu"
             encoders = single if device != "cpu" or is_large(self.foundation, "text_encoder") else pool
             for folder, split in jobs:
-                folder.encode(split, self.strict, encoders.map, device)
+                source, target, options = folder.videos(split), folder.folder(split), (self.sizes, self.strict)
+                if source != target:
+                    encode_shards(source, target, self.foundation, "float32", *options, encoders.map, device=device)
 
     def _folders(self) -> list[SourceFolder]:
         """The local folder of each source."""
@@ -161,7 +146,7 @@ class VideoTextDataModule(LightningDataModule):
         else:  # clips of other options go to another folder, so that what a running training reads stays as it is
             counts = f"{self.num_train_clips}x{self.num_val_clips}x{self.num_val_clips}"
             paths = [f"{self.root}/{self.size}-{counts}-{world_fingerprint()}"]
-        return [SourceFolder(path, self.root, self.foundation, self.buckets, self.precompute) for path in paths]
+        return [SourceFolder(path, self.root, self.foundation, self.sizes, self.precompute) for path in paths]
 
     def _folders_of(self, split: Split) -> list[tuple[int, SourceFolder]]:
         """Numbers and folders of the sources of a split: all in training, else those that have it, or the first.
@@ -169,9 +154,7 @@ class VideoTextDataModule(LightningDataModule):
         Without validation there are none of a missing validation split.
         """
         folders = list(enumerate(self._folders()))
-        if split == "train":
-            return folders
-        existing = [(number, folder) for number, folder in folders if folder.videos(split).exists()]
+        existing = [(n, folder) for n, folder in folders if split == "train" or folder.videos(split).exists()]
         unused = split == "val" and self.sources is not None and getattr(self.trainer, "limit_val_batches", 1) == 0
         return existing or ([] if unused else folders[:1])
 
@@ -179,14 +162,12 @@ class VideoTextDataModule(LightningDataModule):
         """(T, H, W) of each bucket's latents; raises DataError for a size that is no whole number of tokens."""
         grid = Grid.of(self.foundation)
         grid.latents_shape(self.size, "data.")
-        return [grid.latents_shape(bucket, f"data.buckets[{number}].") for number, bucket in enumerate(self.buckets)]
-
-    # ------------------------------------------------------------------- setup
+        return [grid.latents_shape(bucket, f"data.buckets[{number}].") for number, bucket in enumerate(self.sizes)]
 
     def setup(self, stage: str) -> None:
         """Index the shards and select samples ("fit", "validate", "test"), or find the inputs ("predict")."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
-        if stage == TrainerFn.PREDICTING:
+        if stage == "predict":
             self._latents_shapes()
             given = {"videos": self.videos, "prompts": self.prompts, "pairs": self.pairs}
             inputs = find_inputs(given, self.predict_task)
@@ -197,14 +178,8 @@ class VideoTextDataModule(LightningDataModule):
                 self._refs[split] = self._select(split)
 
     @cached_property
-    def tokenizer(self) -> Any:
-        """The foundation's tokenizer."""
-        from transformers import AutoTokenizer
-
-        folder = Path(self.foundation) / "tokenizer"
-        if not folder.is_dir():
-            raise DataError(f"foundation={self.foundation!r}: it holds no tokenizer folder")
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return Foundation(self.foundation).tokenizer
 
     def _select(self, split: Split) -> list[SampleRef]:
         """The usable samples of all sources that pass the filter and fit their slots; counts them and the others."""
@@ -215,7 +190,7 @@ class VideoTextDataModule(LightningDataModule):
             for ref in refs:
                 try:
                     texts = ref.texts()
-                    ref = replace(ref, source=source, bucket=choose_bucket(ref, self.buckets, shapes))
+                    ref = replace(ref, source=source, bucket=choose_bucket(ref, self.sizes, shapes))
                 except SampleError as error:
                     errors.append(error)
                     continue
@@ -244,8 +219,6 @@ class VideoTextDataModule(LightningDataModule):
         self.filter_counts[split] = dict(counts)
         return kept
 
-    # ----------------------------------------------------------------- loaders
-
     def _ranks(self) -> dict[str, int]:
         """This process's rank among those that share the batches; tensor parallel processes have the same."""
         if self.trainer is None or self.trainer.world_size == 1:
@@ -255,7 +228,7 @@ class VideoTextDataModule(LightningDataModule):
 
     def _dataset(self, split: Split, refs: list[SampleRef]) -> VideoTextDataset:
         shapes = self._latents_shapes()
-        return VideoTextDataset(refs, self.tokenizer, self._slots, self.buckets, shapes, replace=split == "train")
+        return VideoTextDataset(refs, self.tokenizer, self._slots, self.sizes, shapes, replace=split == "train")
 
     def train_dataloader(self) -> TrainLoader:
         """Shuffled full batches; its position is saved in checkpoints and restored."""
@@ -276,17 +249,14 @@ class VideoTextDataModule(LightningDataModule):
         return TrainOrder(len(refs), self.batch_size, seed=self.seed, **options)
 
     def val_dataloader(self, split: Split = "val") -> SampleLoader:
-        """All validation samples, in order."""
         refs = self._refs.get(split, [])
         batches, own = eval_batches(len(refs), self.batch_size, buckets=[ref.bucket for ref in refs], **self._ranks())
         return SampleLoader(self._dataset(split, refs), batches, self.errors, self.num_workers, own)
 
     def test_dataloader(self) -> SampleLoader:
-        """All test samples, in order."""
         return self.val_dataloader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """One row an input, unusable ones included, a video's questions together; see ``univigu.data.inputs``."""
-        assert self._inputs is not None
         workers: dict[str, Any] = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
         return DataLoader(self._inputs, batch_size=self.batch_size, collate_fn=self._inputs.collate, **workers)

@@ -11,9 +11,9 @@ import resource
 import signal
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import tarfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -27,8 +27,6 @@ MAX_PIXELS = 8192 * 4320
 """Largest frame that is decoded: 8K."""
 MAX_MEMORY = 8 << 30
 """Address space of the process in bytes."""
-MAX_KEPT = 2**24
-"""Largest file in bytes whose packets are all kept in memory."""
 OPTIONS = {"threads": "1", "protocol_whitelist": "none"}
 """Of FFmpeg; the second keeps playlists from opening other files and addresses."""
 METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
@@ -37,8 +35,6 @@ PILLOW_FORMATS = ("jpeg_pipe", "webp_pipe")
 """Images that Pillow reads: FFmpeg has no animated WebP, and PyAV does not give mirrored EXIF orientations."""
 INDEXED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 """Containers in which a packet is a frame and key frames are marked reliably."""
-UNKNOWN_MATRIX = 2
-"""FFmpeg's number of a colour matrix that a file does not name."""
 
 
 class DecodeError(ValueError):
@@ -62,19 +58,12 @@ def nearest(times: np.ndarray, num_frames: int) -> np.ndarray:
 
 def read(file: Any, num_frames: int, height: int, width: int) -> np.ndarray:
     """Frames as displayed, scaled to cover the size and cropped at the centre: uint8 [F, H, W, 3]."""
-    packets, kept, small = [], [], file.seek(0, io.SEEK_END) <= MAX_KEPT
     with _open(file) as (kind, stream):
         fill = _Filler(np.empty((num_frames, height, width, 3), np.uint8), float(stream.sample_aspect_ratio or 1))
-        for packet in _demux(stream) if kind not in PILLOW_FORMATS else ():
-            packets.append((packet.pts, packet.is_keyframe, packet.is_discard))
-            if small:
-                kept.append(packet)
-        # Opening a small file again would take longer than decoding it.
-        if small and _read_by_packets(partial(_decode_packets, kind, stream, kept), packets, fill):
-            return fill.frames
-    if small or not _read_by_packets(partial(_decode, file), packets, fill):
-        fill.missing = num_frames
-        _read_by_frames(file, sum(not hidden for *_, hidden in packets), fill)
+        packets = [] if kind in PILLOW_FORMATS else list(_demux(stream))
+        if not _read_by_packets(kind, stream, packets, fill):
+            fill.missing = num_frames
+            _read_by_frames(file, sum(not packet.is_discard for packet in packets), fill)
     return fill.frames
 
 
@@ -93,18 +82,18 @@ def probe(file: Any) -> tuple[int, int, int]:
     raise DecodeError("holds no video frame")
 
 
-def _read_by_packets(
-    decode: Callable[[np.ndarray | None], Iterator[Any]], packets: list[tuple[int, bool, bool]], fill: _Filler
-) -> bool:
+def _read_by_packets(kind: str, stream: Any, packets: list[Any], fill: _Filler) -> bool:
     """Fill by the times of the packets; False if the decoder does not give these frames in this order."""
-    times = [pts for pts, _, hidden in packets if not hidden]
+    times = [packet.pts for packet in packets if not packet.is_discard]
     if not times or None in times or len(set(times)) < len(times):
         return False
-    all_keys = all(key for _, key, _ in packets)
+    all_keys = all(packet.is_keyframe for packet in packets)
     ordered = np.sort(times)
     wanted = ordered[nearest(ordered, len(fill.frames))]
-    last = None
-    for frame in decode(_needed(packets, set(wanted.tolist()))):
+    needed, last = None, None
+    if kind in INDEXED_FORMATS and len(times) == len(packets):
+        needed = _needed(packets, set(wanted.tolist()))
+    for frame in _decode_packets(stream, packets, needed):
         if frame.pts is None or (last is not None and frame.pts <= last):
             return False
         if all_keys and frame.pict_type != PictureType.I:  # the file marks every frame as a key frame, but not all are
@@ -115,17 +104,15 @@ def _read_by_packets(
     return False
 
 
-def _needed(packets: list[tuple[int, bool, bool]], wanted: set[int]) -> np.ndarray | None:
-    """Which packets to decode for the frames at these times: each from the key frame before it; None for all."""
-    if any(hidden for *_, hidden in packets):
-        return None
+def _needed(packets: list[Any], wanted: set[int]) -> np.ndarray:
+    """Which packets to decode for the frames at these times: each from the key frame before it."""
     needed, keys = np.zeros(len(packets), bool), []
-    for number, (pts, key, _) in enumerate(packets):
-        if key:
+    for number, packet in enumerate(packets):
+        if packet.is_keyframe:
             keys.append(number)
-        if pts in wanted:
+        if packet.pts in wanted:
             # A frame that follows a key frame but is displayed before it needs the group before it.
-            start = next((key for key in reversed(keys) if packets[key][0] <= pts), 0)
+            start = next((key for key in reversed(keys) if packets[key].pts <= packet.pts), 0)
             needed[start : number + 1] = True
     return needed
 
@@ -175,23 +162,17 @@ def _demux(stream: Any) -> Iterator[Any]:
     return (packet for packet in stream.container.demux(stream) if packet.size)
 
 
-def _decode(file: Any, needed: np.ndarray | None = None) -> Iterator[Any]:
-    """Frames in the order of presentation; packets that cannot be decoded are skipped, as players do.
-
-    ``needed`` are the packets to decode, if the container is indexed; None for all.
-    """
+def _decode(file: Any) -> Iterator[Any]:
+    """Frames in the order of presentation."""
     with _open(file) as (kind, stream):
-        if kind in PILLOW_FORMATS:
-            yield from _pictures(file)
-        else:
-            yield from _decode_packets(kind, stream, _demux(stream), needed)
+        yield from _pictures(file) if kind in PILLOW_FORMATS else _decode_packets(stream, _demux(stream), None)
 
 
-def _decode_packets(kind: str, stream: Any, packets: Iterable[Any], needed: np.ndarray | None) -> Iterator[Any]:
-    """As ``_decode``, of a stream's packets."""
+def _decode_packets(stream: Any, packets: Iterable[Any], needed: np.ndarray | None) -> Iterator[Any]:
+    """Frames of the needed packets, None for all; those that cannot be decoded are skipped, as players do."""
     previous = -1
     for number, packet in enumerate(packets):
-        if needed is None or kind not in INDEXED_FORMATS or needed[number]:
+        if needed is None or needed[number]:
             if number > previous + 1:
                 yield from _frames(stream, None)
                 stream.codec_context.flush_buffers()
@@ -247,13 +228,10 @@ class _Filler:
 
     def __call__(self, frame: Any, chosen: np.ndarray) -> bool:
         """Store a frame where ``chosen`` [F] is true; returns True once the array is full."""
-        if chosen.any():
-            self.frames[chosen] = self._convert(frame, *self.frames.shape[1:3])
-            self.missing -= chosen.sum()
-        return not self.missing
-
-    def _convert(self, frame: Any, height: int, width: int) -> np.ndarray:
+        if not chosen.any():
+            return False
         _check_size(frame.height, frame.width)  # it may be larger than the header says
+        height, width = self.frames.shape[1:3]
         swap, flip_y, flip_x = _orientation(frame)
         least = (width, height) if swap else (height, width)
         shown = frame.height, frame.width * self.aspect
@@ -264,33 +242,27 @@ class _Filler:
         # FFmpeg's quick conversion, four times as fast, is for the others.
         if hd or size != (frame.height, frame.width):
             flags |= Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-        if hd and frame.colorspace == UNKNOWN_MATRIX and not frame.format.is_rgb:
+        if hd and frame.colorspace == 2 and not frame.format.is_rgb:  # the file names no matrix
             matrix = Colorspace.ITU709
         rgb = self.reformatter.reformat(
             frame, size[1], size[0], "rgb24", src_colorspace=matrix, interpolation=flags, threads=1
         ).to_ndarray()
         rgb = (rgb.swapaxes(0, 1) if swap else rgb)[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
         top, left = (rgb.shape[0] - height) // 2, (rgb.shape[1] - width) // 2
-        return rgb[top : top + height, left : left + width]
+        self.frames[chosen] = rgb[top : top + height, left : left + width]
+        self.missing -= chosen.sum()
+        return not self.missing
 
 
-class _Section(io.FileIO):
-    """(offset, size) of a file as a file of its own; a size of -1 is the rest of the file."""
-
-    def __init__(self, path: str, offset: int, size: int) -> None:
-        super().__init__(path)
-        self.start, self.end = offset, super().seek(0, io.SEEK_END) if size < 0 else offset + size
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: self.start, io.SEEK_CUR: super().tell(), io.SEEK_END: self.end}[whence]
-        return super().seek(max(self.start, base + offset)) - self.start
-
-    def tell(self) -> int:
-        return super().tell() - self.start
-
-    def read(self, size: int | None = None) -> bytes:
-        left = max(0, self.end - super().tell())
-        return super().read(left if size is None or size < 0 else min(size, left)) or b""
+def _open_source(source: str | bytes, offset: int, size: int) -> Any:
+    """A file, or its content; or the member of a tar at an offset, unless the size is -1."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if size < 0:
+        return open(source, "rb")
+    member = tarfile.TarInfo()
+    member.offset_data, member.size = offset, size
+    return tarfile.open(source, "r:").extractfile(member)
 
 
 def _reason(error: Exception) -> str:
@@ -317,7 +289,7 @@ def serve(connection: Connection) -> None:
         signal.alarm(seconds)  # ends the process, whatever it does
         reply: Any
         try:
-            with io.BytesIO(source) if isinstance(source, bytes) else _Section(source, *section) as file:
+            with _open_source(source, *section) as file:
                 reply = read(file, *size) if size else probe(file)
         except Exception as error:
             reply = _reason(error)

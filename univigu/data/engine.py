@@ -1,8 +1,4 @@
-"""Where the jobs of ``univigu.data.shards.build_folder`` run: here, in worker processes, or as tasks on a Ray cluster.
-
-On Ray a job is a task, and actors hold the models that it uses.  Several jobs run at the same time, so generating,
-captioning, encoding and writing overlap.  Ray repeats what a lost worker or machine has not finished.
-"""
+"""Where the jobs of ``univigu.data.shards.build_folder`` run: here, in worker processes, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -12,10 +8,10 @@ import os
 import signal
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from copy import copy
-from itertools import islice
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +20,9 @@ import torch
 from univigu.data.options import check_least
 from univigu.data.shards import Engine, ShardInfo, Work
 
-RETRIES = 3
-"""How often Ray repeats a job, or a call of a model, whose process was lost; it does not repeat errors."""
+JOBS = 2
+"""Jobs of an actor at a time: while one uses a model, the other reads, writes, or uses another model."""
+_locks = defaultdict[str, Any](threading.RLock)
 
 
 def start_worker(number: int = 0) -> None:
@@ -68,15 +65,18 @@ def this_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class Model:
-    """A model whose methods may be called from another process; it loads its weights when it is first used."""
+@contextmanager
+def exclusive(model: str) -> Iterator[None]:
+    """A context, or decorator, of one thread at a time, since the jobs of an actor share each model."""
+    with _locks[model]:
+        yield
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    """Add ``--engine``, ``--address``, ``--workers`` and ``--device``."""
+    """Add the options of ``open_engine``."""
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: needs univigu[cluster]")
     parser.add_argument("--address", help="of a Ray cluster, or auto; default: RAY_ADDRESS, or Ray on this machine")
-    parser.add_argument("--workers", type=int, help="actors of each model; default: one a GPU, or else a core")
+    parser.add_argument("--workers", type=int, help="actors with the models; default: one a GPU, or else a core")
     parser.add_argument("--device", help="default: a GPU if there is one, else cpu")
 
 
@@ -92,12 +92,7 @@ def open_engine(options: argparse.Namespace, processes: bool = False) -> tuple[E
 
 
 class RayEngine:
-    """Applies work to jobs on Ray; the work's attributes of the class ``Model`` become actors.
-
-    Args:
-        address: of a running cluster; None starts Ray on this machine, unless RAY_ADDRESS is set or Ray is running.
-        workers: actors of each model; None is one a GPU, or else a core.  One of each model share a GPU.
-    """
+    """Applies work to jobs on Ray, in actors that each hold the work with its models; see ``add_engine``."""
 
     def __init__(self, address: str | None = None, workers: int | None = None) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -114,78 +109,29 @@ class RayEngine:
 
     def __call__(self, work: Work, paths: Sequence[Path], jobs: Sequence[Any]) -> Iterator[ShardInfo]:
         import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        models = {name: value for name, value in vars(work).items() if isinstance(value, Model)}
-        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": RETRIES}
-        group = None
-        if models and self.device == "cuda":
-            options["num_gpus"] = 1 / len(models)
-            group = ray.util.placement_group([{"GPU": 1}] * self.workers)
-        lanes = []
-        for number in range(self.workers):
-            place = "SPREAD" if group is None else PlacementGroupSchedulingStrategy(group, number)
-            host: Any = ray.remote(_Host).options(scheduling_strategy=place, **options)
-            lane: Any = copy(work)
-            for name, model in models.items():
-                setattr(lane, name, _Remote(host.remote(os.getcwd(), model)))
-            lanes.append(ray.put(lane))
-        free = lanes * 2  # while one job uses a model, the other reads, writes, or uses another model
-        write = ray.remote(_write).options(max_retries=RETRIES, scheduling_strategy="SPREAD")
-        todo, running = iter(zip(paths, jobs, strict=True)), dict[Any, Any]()
+        options = {"num_cpus": 0, "num_gpus": int(self.device == "cuda"), "scheduling_strategy": "SPREAD"}
+        options |= {"max_concurrency": JOBS, "max_restarts": -1, "max_task_retries": 3}  # of lost processes, not errors
+        host: Any = ray.remote(_Host).options(**options)
+        shared = ray.put(work)
+        actors = [host.remote(os.getcwd(), shared) for _ in range(self.workers)]
+        pool: Any = ray.util.ActorPool(actors * JOBS)
         try:
-            while True:
-                for path, job in islice(todo, len(free)):
-                    lane = free.pop(0)
-                    running[write.remote(os.getcwd(), lane, path, job)] = lane
-                if not running:
-                    return
-                (done, *_), _ = ray.wait(list(running))
-                free.append(running.pop(done))
-                yield _result(done)
+            yield from pool.map_unordered(lambda actor, job: actor.run.remote(*job), zip(paths, jobs, strict=True))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
         finally:
-            if group is not None:
-                ray.util.remove_placement_group(group)  # ends its actors
+            for actor in actors:
+                ray.kill(actor)
 
 
 class _Host:
-    """An actor that holds a model."""
+    """An actor that does jobs; ``folder`` is that of the driver, for relative paths."""
 
-    def __init__(self, folder: str, model: Model) -> None:
-        _start(folder)
-        self.model = model
+    def __init__(self, folder: str, work: Work) -> None:
+        os.chdir(folder)
+        torch.set_num_threads(1)
+        self.work = work
 
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.model, method)(*args, **kwargs)
-
-
-class _Remote:
-    """Stands for a model that an actor holds: a method's call waits for the actor's result."""
-
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
-
-    def __getattr__(self, method: str) -> Any:
-        if method.startswith("_"):
-            raise AttributeError(method)  # pickle asks for these
-        return lambda *args, **kwargs: _result(self._actor.call.remote(method, *args, **kwargs))
-
-
-def _write(folder: str, work: Work, path: Path, job: Any) -> ShardInfo:
-    _start(folder)
-    return work(path, job)
-
-
-def _start(folder: str) -> None:
-    os.chdir(folder)  # that of the driver, for relative paths
-    torch.set_num_threads(1)
-
-
-def _result(reference: Any) -> Any:
-    """The result of a task or call; its error is raised as it was there."""
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
+    def run(self, path: Path, job: Any) -> ShardInfo:
+        return self.work(path, job)

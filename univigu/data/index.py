@@ -19,6 +19,7 @@ from univigu.data.sample import TEXT_SUFFIX, VIDEO_SUFFIXES, DataError, SampleEr
 from univigu.data.shards import MANIFEST
 
 log = logging.getLogger(__name__)
+_warn_once = cache(log.warning)
 
 LIST_SUFFIXES = (".csv", ".jsonl")
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -42,13 +43,8 @@ def walk(folder: Path) -> list[Path]:
             elif path.name != MANIFEST:
                 files.append(path)
     if hidden:
-        _log_hidden(folder, hidden)
+        _warn_once("%s: %d hidden videos, shards or lists are left out", folder, hidden)
     return files
-
-
-@cache
-def _log_hidden(folder: Path, count: int) -> None:
-    log.warning("%s: %d hidden videos, shards or lists are left out", folder, count)
 
 
 def find_split(base: Path, split: str) -> Path:
@@ -67,10 +63,8 @@ def list_shards(folder: str | Path) -> list[Path]:
     if folder.is_file() and folder.suffix.lower() in LIST_SUFFIXES:
         return [folder]
     if not folder.is_dir():
-        raise DataError(
-            f"{folder}: no such folder of shards, and no such list ({folder.name}.csv or .jsonl); "
-            "tools/synthesize.py makes shards, docs/DATA.md tells their form"
-        )
+        problem = f"{folder}: no such folder of shards, and no such list ({folder.name}.csv or .jsonl)"
+        raise DataError(f"{problem}; tools/synthesize.py makes shards, docs/DATA.md tells their form")
     files = walk(folder)
     lists = [path for path in files if path.suffix.lower() in LIST_SUFFIXES and path.parent == folder]
     shards = sorted(lists + [path for path in files if path.name.lower().endswith(TARS)])
@@ -196,6 +190,5 @@ def _row_members(ref: SampleRef, path: Path, row: Row) -> dict[str, Any]:
     video = fields.get("video")
     if not isinstance(video, str) or not video or "\0" in video:
         raise ref.error("wrong_type", "video", f"{row.where}: expected a path, got {video!r}")
-    suffix = Path(video).suffix[1:].lower()  # a listed video may have any suffix
-    suffix = suffix if suffix in VIDEO_SUFFIXES else VIDEO_SUFFIXES[0]
-    return {suffix: (str(path.parent / video), 0, -1), TEXT_SUFFIX: json.dumps(fields).encode()}
+    # a listed video may have any suffix
+    return {VIDEO_SUFFIXES[0]: (str(path.parent / video), 0, -1), TEXT_SUFFIX: json.dumps(fields).encode()}

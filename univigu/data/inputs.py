@@ -26,12 +26,9 @@ from univigu.models.tokens import MAX_CHARACTERS, TextTooLongError, tokenize
 PredictTask = Literal["caption", "generate", "joint", "edit", "qa"]
 INPUTS = dict(caption="videos", generate="prompts", joint="prompts", edit="pairs", qa="pairs")
 """The option of the data module that a task reads its inputs from."""
-TextField = Literal["prompt", "question"]
 DEFAULT_STRENGTH = 0.8
 MAX_QUESTIONS = 16
 """Most questions about a video that are answered together."""
-
-
 Input = tuple[dict[str, Any], str | None]
 """The fields of a result's row that are inputs, and why they cannot be used.
 
@@ -41,7 +38,17 @@ model's own), "strength" (how far back towards noise it starts) and "replace" (w
 
 
 def find_inputs(given: dict[str, Any], task: PredictTask | None) -> list[Input]:
-    """The inputs in the one option (videos, prompts or pairs) that is not None, which must be the task's."""
+    """The inputs in the one option (videos, prompts or pairs) that is not None, which must be the task's.
+
+    What looks like a path is never a prompt: what exists or ends in a list's suffix.
+
+    Pairs are a file, an object, or a list of objects: ``{"video": ..., "question": ...}``, or for an
+    edit ``{"video": ..., "prompt": ..., "replace": {"red": "blue"}, "strength": 0.8}`` with at least one of prompt and
+    replace.  The video is a value for ``find_videos``, relative to the working directory: a folder or pattern gives
+    several pairs.
+
+    A file that cannot be read or holds no row is a DataError.
+    """
     names = [name for name, value in given.items() if value is not None]
     if len(names) != 1:
         found = " and ".join(names) + " are" if names else "none is"
@@ -49,11 +56,20 @@ def find_inputs(given: dict[str, Any], task: PredictTask | None) -> list[Input]:
     (name,) = names
     if task is not None and name != INPUTS[task]:
         raise DataError(f"model.predict_task={task!r} needs data.{INPUTS[task]}, not data.{name}")
+    value = given[name]
     if name == "videos":
-        return [({"video": path}, None) for path in find_videos(given[name])]
+        return [({"video": path}, None) for path in find_videos(value)]
+    rows = list[Row]()
+    for number, item in enumerate(value if isinstance(value, list) else [value]):
+        if isinstance(item, str) and (name == "pairs" or os.path.exists(item) or Path(item).suffix.lower() in READERS):
+            rows += read_list(item, f"data.{name}")
+        else:
+            rows.append(make_row(f"data.{name}[{number}]", {"prompt": item} if name == "prompts" else item))
+    if not rows:
+        raise DataError(f"data.{name}={value!r}: expected at least one")
     if name == "pairs":
-        return read_pairs(given[name], "question" if task == "qa" else "prompt")
-    return [({"prompt": text}, error) for text, error in read_prompts(given[name])]
+        return [pair for row in rows for pair in _pairs_of(row, "question" if task == "qa" else "prompt")]
+    return [({"prompt": text}, error) for text, error in (text_of(row, "prompt") for row in rows)]
 
 
 def find_videos(value: str | list[str]) -> list[str]:
@@ -75,36 +91,16 @@ def find_videos(value: str | list[str]) -> list[str]:
         elif path.is_file():
             found = [item]
         else:
-            found = _matches(path)
+            # Existing folders that a pattern begins with, such as "raw [1080p]", mean themselves.
+            folder = next(parent for parent in path.parents if parent.is_dir())
+            names = glob.glob(str(path.relative_to(folder)), root_dir=folder, recursive=True)
+            # Links to folders above them give the same files many times; the shortest name is the last.
+            files = {os.path.realpath(folder / name): folder / name for name in reversed(sorted(names, key=len))}
+            found = sorted(str(file) for file in files.values() if file.is_file())
             if not found:
                 raise DataError(f"data.videos={item!r}: no such file or folder, and nothing matches it as a pattern")
         paths.update(dict.fromkeys(found))
     return list(paths)
-
-
-def _matches(pattern: Path) -> list[str]:
-    """Files that match a pattern; existing folders that it begins with, such as "raw [1080p]", mean themselves."""
-    folder = next(parent for parent in pattern.parents if parent.is_dir())
-    names = glob.glob(str(pattern.relative_to(folder)), root_dir=folder, recursive=True)
-    files: dict[str, str] = {}
-    for name in sorted(names, key=len):  # links to folders above them give the same files many times
-        files.setdefault(os.path.realpath(folder / name), str(folder / name))
-    return sorted(path for path in files.values() if Path(path).is_file())
-
-
-def read_prompts(value: str | list[str]) -> list[tuple[str, str | None]]:
-    """(prompt, error) of each row of a file (a line of .txt, else the field "prompt"), of a prompt, or of a list.
-
-    What looks like a path is never a prompt: what exists or ends in a list's suffix.  A file that cannot be read or
-    holds no prompt is a DataError.
-    """
-    rows: list[Row] = []
-    for item in [value] if isinstance(value, str) else value:
-        is_path = os.path.exists(item) or Path(item).suffix.lower() in READERS
-        rows += read_list(item, "data.prompts") if is_path else [Row("data.prompts", {"prompt": item})]
-    if not rows:
-        raise DataError(f"data.prompts={value!r}: holds no prompt")
-    return [text_of(row, "prompt") for row in rows]
 
 
 def read_list(path: str, name: str) -> list[Row]:
@@ -116,25 +112,6 @@ def read_list(path: str, name: str) -> list[Row]:
     if not rows:
         raise DataError(f"{name}={path!r}: holds no row")
     return rows
-
-
-def read_pairs(value: str | dict[str, Any] | list[dict[str, Any]], field: TextField) -> list[Input]:
-    """Videos with their texts of a file (.jsonl, .csv, ...), of one object, or of a list of objects.
-
-    An object is ``{"video": ..., "question": ...}``, or for an edit ``{"video": ..., "prompt": ..., "replace": {"red":
-    "blue"}, "strength": 0.8}`` with at least one of prompt and replace.  Its video is a value for ``find_videos``,
-    relative to the working directory: a folder or pattern gives several pairs.  No pair, or a file that cannot be read,
-    is a DataError.
-    """
-    if isinstance(value, str):
-        rows = read_list(value, "data.pairs")
-    else:
-        objects = [value] if isinstance(value, dict) else value
-        rows = [make_row(f"data.pairs[{number}]", item) for number, item in enumerate(objects)]
-    pairs = [pair for row in rows for pair in _pairs_of(row, field)]
-    if not pairs:
-        raise DataError(f"data.pairs={value!r}: holds no pair of a video and a {field}")
-    return pairs
 
 
 def text_of(row: Row, field: str) -> tuple[str, str | None]:
@@ -149,7 +126,7 @@ def text_of(row: Row, field: str) -> tuple[str, str | None]:
     return text, None if is_unicode(text) else f"{row.where}: {field!r} is no valid Unicode: {text!r}"
 
 
-def _pairs_of(row: Row, field: TextField) -> list[Input]:
+def _pairs_of(row: Row, field: str) -> list[Input]:
     """The pairs of one row, one for each video that it names."""
     name, options = ("source", ["replace", "strength"]) if field == "prompt" else ("video", [])
     video, error = text_of(row, "video")
@@ -198,18 +175,22 @@ class PredictionInputs(Dataset[tuple[list[int], list[str | None], torch.Tensor |
         groups: dict[Any, list[int]] = {}
         for index, (row, _) in enumerate(inputs):
             groups.setdefault(row["video"] if "question" in row else index, []).append(index)
-        self.groups = [
-            group[start : start + MAX_QUESTIONS]
-            for group in groups.values()
-            for start in range(0, len(group), MAX_QUESTIONS)
-        ]
+        most = MAX_QUESTIONS
+        self.groups = [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def __getitem__(self, number: int) -> tuple[list[int], list[str | None], torch.Tensor | None]:
-        indices, frames = self.groups[number], None
-        errors = [self._error_of(*self.inputs[index]) for index in indices]
+        indices, errors, frames = self.groups[number], list[str | None](), None
+        for row, error in (self.inputs[index] for index in indices):
+            text = row.get("question", row.get("prompt"))
+            try:
+                if error is None and text is not None:
+                    tokenize(self.tokenizer, [text], self.prompt_length)
+            except TextTooLongError as failure:
+                error = str(failure)
+            errors.append(error)
         video = self.videos[indices[0]]
         if video is not None and None in errors:
             try:
@@ -217,15 +198,6 @@ class PredictionInputs(Dataset[tuple[list[int], list[str | None], torch.Tensor |
             except VideoError as failure:
                 errors = [error or str(failure) for error in errors]
         return indices, errors, frames
-
-    def _error_of(self, row: dict[str, Any], error: str | None) -> str | None:
-        text = row.get("question", row.get("prompt"))
-        try:
-            if error is None and text is not None:
-                tokenize(self.tokenizer, [text], self.prompt_length)
-        except TextTooLongError as failure:
-            return str(failure)
-        return error
 
     def collate(self, items: list[tuple[list[int], list[str | None], torch.Tensor | None]]) -> dict[str, Any]:
         """A batch: lists ``index``, ``row``, ``error`` and ``clip`` of all inputs.

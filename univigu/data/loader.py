@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import chain
@@ -124,16 +123,11 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass
 class ErrorLog:
-    """Logs each unusable sample once; in strict mode it raises the first."""
+    """Logs each unusable sample once and counts it by reason; in strict mode it raises the first."""
 
     strict: bool = False
-    seen: dict[tuple[str, str | None, SampleReason], None] = field(default_factory=dict)
-    """(shard, key, reason) of each of them, in order; the key is None for a whole shard."""
-
-    @property
-    def counts(self) -> Counter[SampleReason]:
-        """Numbers of unusable samples by reason; each sample counts once."""
-        return Counter(reason for *_, reason in self.seen)
+    counts: Counter[SampleReason] = field(default_factory=Counter)
+    seen: set[tuple[str, str | None, SampleReason]] = field(default_factory=set)
 
     def add(self, errors: list[SampleError]) -> None:
         for error in errors:
@@ -141,36 +135,35 @@ class ErrorLog:
                 raise error
             identity = (error.shard, error.key, error.reason)
             if identity not in self.seen:
-                self.seen[identity] = None
+                self.seen.add(identity)
+                self.counts[error.reason] += 1
                 log.warning("skipped: %s", error)
 
 
+@dataclass(eq=False, repr=False)
 class SampleLoader:
     """The given batches of a dataset, as lists of sample numbers; every pass starts from the beginning.
 
     It holds a DataLoader instead of being one, because Lightning replaces a DataLoader's sampler.
     """
 
-    def __init__(
-        self,
-        dataset: VideoTextDataset,
-        batches: Iterable[list[int]],
-        errors: ErrorLog,
-        num_workers: int = 0,
-        own: frozenset[int] | None = None,
-    ) -> None:
-        self.dataset, self.errors = dataset, errors
-        self.own = own
-        """Samples that evaluation counts on this rank; others in its batches are repetitions.  None counts all."""
+    dataset: VideoTextDataset
+    batches: list[list[int]]
+    errors: ErrorLog
+    num_workers: int = 0
+    own: frozenset[int] | None = None
+    """Samples that evaluation counts on this rank; others in its batches are repetitions.  None counts all."""
+
+    def __post_init__(self) -> None:
         self.waited = 0.0
         """Seconds that the caller has waited for batches so far."""
         self._loader = DataLoader(
-            dataset,
+            self.dataset,
             batch_size=None,  # the sampler gives whole batches
-            sampler=batches,
-            num_workers=num_workers,
+            sampler=self.batches,
+            num_workers=self.num_workers,
             worker_init_fn=start_worker,
-            persistent_workers=num_workers > 0,
+            persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -218,9 +211,13 @@ class TrainLoader(SampleLoader):
             names.append(f"{ref.shard.rpartition('/')[2]}/{ref.key}{more}")
         names += [] if order.weights is None else [str(order.weights)]
         self._fingerprint = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
-        super().__init__(dataset, _Upcoming(self), errors, num_workers)
+        super().__init__(dataset, [], errors, num_workers)
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.multiple) * self.multiple
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.batches[:] = map(self.order.batch, range(self.position, self.position + len(self)))
         for batch in super().__iter__():
             self.position += 1
             yield batch
@@ -251,17 +248,3 @@ class TrainLoader(SampleLoader):
         elif rest:
             log.warning("resuming with another global batch: %d samples of this epoch will be seen again", rest)
         self.position = state["epoch"] * len(self.order) + min(number, len(self.order))
-
-
-class _Upcoming:
-    """An epoch's worth of batches from a loader's position on."""
-
-    def __init__(self, loader: TrainLoader) -> None:
-        # Not in a cycle, so that workers end when the loader does: the garbage collector may close their queues first.
-        self.loader = weakref.proxy(loader)
-
-    def __len__(self) -> int:
-        return -(-len(self.loader.order) // self.loader.multiple) * self.loader.multiple
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return map(self.loader.order.batch, range(self.loader.position, self.loader.position + len(self)))

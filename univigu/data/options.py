@@ -42,8 +42,7 @@ def check_dtype(name: str, option: str = "dtype") -> torch.dtype:
     """The torch dtype of that name; raises ValueError for one that models do not run in."""
     if name not in DTYPES:
         raise ValueError(f"{option}={name!r}: expected one of {DTYPES}")
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+    return getattr(torch, name)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from univigu.data.sample import DataError
 
 
+@dataclass(eq=False, repr=False)
 class TrainOrder:
     """Shuffled epochs of full batches, split by rank without gap or duplicate.
 
@@ -26,47 +28,40 @@ class TrainOrder:
     samples (of a bucket) for one global batch are a DataError.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        weights: Sequence[float] | None = None,
-        sources: Sequence[int] | None = None,
-        buckets: Sequence[int] | None = None,
-    ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank}: expected one in [0, {world_size})")
-        self.num_samples, self.rank, self.world_size, self.seed = num_samples, rank, world_size, seed
-        self.global_batch = batch_size * world_size
-        """Samples a batch, all ranks together."""
-        self.weights = None if weights is None else [weight / sum(weights) for weight in weights]
-        self._buckets = torch.tensor(buckets or [0] * num_samples)
-        self._cells = [] if self.weights is None else self._make_cells(self.weights, torch.tensor(sources))
-        values, counts = self._buckets[self._members(0)].unique(return_counts=True)
-        self.bucket_sizes = dict(zip(values.tolist(), counts.tolist(), strict=True)) or {0: 0}
-        """Samples that an epoch draws of each bucket; whole global batches of them are used."""
-        for bucket, size in self.bucket_sizes.items():
-            if size < self.global_batch:
-                of = f" of data.buckets[{bucket}]" if buckets and any(buckets) else ""
-                batch = f"batch_size={batch_size} on {world_size} rank(s)"
-                raise DataError(f"{batch}: {size} training samples{of} do not fill one batch")
-        self._epoch = lru_cache(maxsize=1)(self._draw)
+    num_samples: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    weights: Sequence[float] | None = None
+    sources: Sequence[int] | None = None
+    buckets: Sequence[int] | None = None
 
-    def _make_cells(self, shares: list[float], sources: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
+    def __post_init__(self) -> None:
+        self.global_batch = self.batch_size * self.world_size
+        """Samples a batch, all ranks together."""
+        self._buckets = torch.tensor(self.buckets or [0] * self.num_samples)
+        self._cells = [] if self.weights else [(torch.arange(self.num_samples), self.num_samples)]
         """The samples of each source and bucket in a fixed cyclic order, and how many of them an epoch takes next."""
-        cells = []
-        for source, share in enumerate(shares):
-            of_source = sources == source
+        if self.weights is not None:
+            self.weights = [weight / sum(self.weights) for weight in self.weights]
+        for source, share in enumerate(self.weights or ()):
+            of_source = torch.tensor(self.sources) == source
             for bucket in self._buckets.unique().tolist():
                 numbers = (of_source & (self._buckets == bucket)).nonzero().flatten()
                 if len(numbers):
                     quota = max(1, round(share * self.num_samples * len(numbers) / int(of_source.sum())))
                     generator = _generator(f"{self.seed}/source {source}/bucket {bucket}")
-                    cells.append((numbers[torch.randperm(len(numbers), generator=generator)], quota))
-        return cells
+                    self._cells.append((numbers[torch.randperm(len(numbers), generator=generator)], quota))
+        values, counts = self._buckets[self._members(0)].unique(return_counts=True)
+        self.bucket_sizes = dict(zip(values.tolist(), counts.tolist(), strict=True)) or {0: 0}
+        """Samples that an epoch draws of each bucket; whole global batches of them are used."""
+        for bucket, size in self.bucket_sizes.items():
+            if size < self.global_batch:
+                of = f" of data.buckets[{bucket}]" if self.buckets and any(self.buckets) else ""
+                batch = f"batch_size={self.batch_size} on {self.world_size} rank(s)"
+                raise DataError(f"{batch}: {size} training samples{of} do not fill one batch")
+        self._epoch = lru_cache(maxsize=1)(self._draw)
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -83,8 +78,6 @@ class TrainOrder:
 
     def _members(self, epoch: int) -> torch.Tensor:
         """The samples that an epoch draws from, with repetitions where sources are oversampled."""
-        if not self._cells:
-            return torch.arange(self.num_samples)
         return torch.cat([n[(torch.arange(quota) + epoch * quota) % len(n)] for n, quota in self._cells])
 
     def _draw(self, epoch: int) -> torch.Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 Item = TypeVar("Item")
 
@@ -31,22 +31,17 @@ class LineProgress(Progress):
         super().advance(task_id, advance)
         now, (task,) = time.monotonic(), (task for task in self.tasks if task.id == task_id)
         if self.disable and (now >= self._next or task.finished):
-            self._next = now + self.seconds
-            print(_line(task, numbers or {}, clips), file=sys.stderr, flush=True)
+            self._next = now + self.seconds  # fit recall: 120/600, train/loss 0.345, 38.2 clips/s, 0:00:52 left
+            parts = [f"{task.description}: {task.completed:g}/{task.total:g}"]
+            parts += [f"{name} {value:.3g}" for name, value in (numbers or {}).items()]
+            if clips and task.speed:
+                parts.append(f"{task.speed * clips:.3g} clips/s")
+            if task.time_remaining is not None:
+                parts.append(f"{timedelta(seconds=round(task.time_remaining))} left")
+            print(", ".join(parts), file=sys.stderr, flush=True)
 
 
-def track(items: Sequence[Item], description: str = "working") -> Iterator[Item]:
-    """Items of a sequence with the progress through them."""
+def track(items: Iterable[Item], description: str = "working", total: int | None = None) -> Iterator[Item]:
+    """The items, with the progress through them; ``total`` is their number if they have no length."""
     with LineProgress() as progress:
-        yield from progress.track(items, description=description)
-
-
-def _line(task: Task, numbers: Mapping[str, float], clips: float) -> str:
-    """For example ``fit recall: 120/600, train/loss 0.345, 38.2 clips/s, 0:00:52 left``."""
-    parts = [f"{task.description}: {task.completed:g}/{task.total:g}"]
-    parts += [f"{name} {value:.3g}" for name, value in numbers.items()]
-    if clips and task.speed:
-        parts.append(f"{task.speed * clips:.3g} clips/s")
-    if task.time_remaining is not None:
-        parts.append(f"{timedelta(seconds=round(task.time_remaining))} left")
-    return ", ".join(parts)
+        yield from progress.track(items, total, description=description)

@@ -19,14 +19,11 @@ _LINE_ENDS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table."""
+    """Values by column, or an error; ``where`` is file and line (of .json and .parquet: row), counted from 1."""
 
     where: str
-    """File and line (of .json and .parquet: row), counted from 1."""
     fields: dict[str, Any]
-    """Values by column; empty where there is an error."""
     error: str | None = None
-    """Why the row cannot be used; starts with ``where``."""
 
 
 def make_row(where: str, value: Any) -> Row:
@@ -48,7 +45,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         raise DataError(f"{path}: expected a file of {', '.join(READERS)}")
     try:
         yield from read(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, NotImplementedError) as error:  # the last is of parquet's rarer codecs
         raise error if isinstance(error, DataError) else DataError(f"{path}: cannot be read ({error})") from error
 
 
@@ -100,17 +97,13 @@ def _read_txt(path: Path) -> Iterator[Row]:
 
 def _read_parquet(path: Path) -> Iterator[Row]:
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise DataError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            values = (value for batch in file.iter_batches() for value in batch.to_pylist())
-            for number, value in enumerate(values, 1):
-                yield Row(f"{path}:{number}", value)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a parquet file ({error})") from error
+    with pyarrow.parquet.ParquetFile(path) as file:
+        values = (value for batch in file.iter_batches() for value in batch.to_pylist())
+        for number, value in enumerate(values, 1):
+            yield Row(f"{path}:{number}", value)
 
 
 READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet, ".txt": _read_txt}

@@ -86,7 +86,6 @@ class SampleRef:
     """Number of the size that its video is brought to."""
 
     def error(self, reason: SampleReason, field: str | None, value: object) -> SampleError:
-        """An error of this sample."""
         return SampleError(reason, self.shard, self.key, field, value)
 
     @property

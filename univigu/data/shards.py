@@ -21,7 +21,7 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from univigu.data.progress import LineProgress
+from univigu.data.progress import track
 from univigu.data.sample import DataError, SampleError
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,6 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -170,12 +169,10 @@ def build_folder(
         manifest.complete = len(manifest.shards) == len(jobs)
         manifest.save(folder)
         names = sorted(jobs.keys() - {shard.name for shard in manifest.shards})
-        with LineProgress() as bar:
-            task = bar.add_task(f"{folder}: shards", total=len(names))
-            for info in engine(work, [folder / name for name in names], [jobs[name] for name in names]):
-                manifest.shards.append(info)
-                manifest.save(folder)
-                bar.advance(task)
+        written = engine(work, [folder / name for name in names], [jobs[name] for name in names])
+        for info in track(written, f"{folder}: shards", len(names)):
+            manifest.shards.append(info)
+            manifest.save(folder)
         for path in folder.glob(".*.tmp"):  # of killed processes
             path.unlink(missing_ok=True)
         manifest.complete = True

@@ -1,8 +1,4 @@
-"""Data sources: folders or URLs of shards, their weights, and the latents and prompt embeddings encoded from them.
-
-Encoding them once lets training run neither encoder.  On the same device float32 values are bit for bit those that
-training computes: both use ``univigu.models.encode``.
-"""
+"""Data sources: folders or URLs of shards, their weights, and the latents and prompt embeddings encoded from them."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ import torch
 from safetensors.torch import save
 
 from univigu.data.buckets import Bucket, choose_bucket
-from univigu.data.engine import Model
+from univigu.data.engine import exclusive
 from univigu.data.index import TARS, Scan, find_split, index_folder, list_shards, plain_files, scan_shard
 from univigu.data.options import check_dtype
 from univigu.data.sample import LATENTS_SUFFIX, PROMPT_SUFFIX, TEXT_SUFFIX, DataError, SampleError, SampleRef
@@ -38,8 +34,7 @@ Split = Literal["train", "val", "test"]
 SAMPLES_PER_SHARD = 500
 """Samples of a shard that is encoded from a list or a folder of files."""
 LARGE = {"text_encoder": 2 * 2**30, "vae": 2**26}
-"""Bytes of a large component, which runs on the GPU, or on a CPU in one process. A smaller one is faster in a process
-on every core of the CPU."""
+"""Bytes over which a component runs on the GPU, or in one process; smaller ones are faster on each core of the CPU."""
 MAX_PROMPT = 512
 """Most tokens of Wan's text encoder; samples with longer prompts are left out."""
 
@@ -79,11 +74,6 @@ class SourceFolder:
             self.base = Path(root) / "remote" / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self.foundation, self.buckets, self.precompute = foundation, tuple(buckets), precompute
 
-    def fetch(self, split: Split) -> None:
-        """Copy a remote split to this machine; all but train may be missing there."""
-        if self.url is not None:
-            fetch_shards(f"{self.url}/{split}", self.base / split, optional=split != "train")
-
     def videos(self, split: Split) -> Path:
         """The original shards: a folder, or a list of paths."""
         return find_split(self.base, split)
@@ -99,12 +89,6 @@ class SourceFolder:
             digest = hashlib.sha256(" ".join(map(str, self.buckets)).encode()).hexdigest()[:8]
             sizes = f"{len(self.buckets)}buckets-{digest}"
         return self.base / f"latents-{encoders['vae']}-{encoders['text_encoder']}-{sizes}" / split
-
-    def encode(self, split: Split, strict: bool, engine: Engine, device: str) -> None:
-        """Encode the split, if it needs to be."""
-        source, target = self.videos(split), self.folder(split)
-        if source != target:
-            encode_shards(source, target, self.foundation, "float32", self.buckets, strict, engine, device=device)
 
     def index(self, split: Split) -> Scan:
         """The split's samples, and errors of the others; a DataError for latents of other encoders, sizes or videos."""
@@ -169,26 +153,22 @@ def fetch_shards(url: str, folder: Path, optional: bool = False) -> None:
         if manifest is not None:  # last, as it marks the copy as complete
             with replacing(folder / MANIFEST) as temporary:
                 temporary.write_bytes(manifest)
-    except DataError:
-        raise
     except (OSError, ImportError, ValueError) as error:
-        raise DataError(f"{url}: cannot be read ({type(error).__name__}: {error})") from error
+        failure = DataError(f"{url}: cannot be read ({type(error).__name__}: {error})")
+        raise error if isinstance(error, DataError) else failure from error
 
 
 def encoder_parameters(foundation: str | Path, buckets: Sequence[Bucket], prompts: bool = True) -> dict[str, Any]:
     """What identifies latents (and prompt embeddings): fingerprints of the encoders, normalisation, and sizes."""
-    names = ("vae", "text_encoder", "tokenizer") if prompts else ("vae",)
-    folders = {name: Path(foundation) / name for name in names}
+    folder = Foundation(foundation).path  # checks that it is complete
     try:
-        config = json.loads((folders["vae"] / "config.json").read_text())
+        config = json.loads((folder / "vae" / "config.json").read_text())
         normalization = {"mean": config["latents_mean"], "std": config["latents_std"], "of": "mode"}
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise DataError(f"foundation={str(foundation)!r}: no readable vae/config.json ({error!r})") from error
-    for name, folder in folders.items():
-        if not folder.is_dir():
-            raise DataError(f"foundation={str(foundation)!r}: it holds no {name} folder")
     sizes = asdict(buckets[0]) if len(buckets) == 1 else {"buckets": [str(bucket) for bucket in buckets]}
-    encoders = {name: folder_fingerprint(folder) for name, folder in folders.items()}
+    names = ("vae", "text_encoder", "tokenizer") if prompts else ("vae",)
+    encoders = {name: folder_fingerprint(folder / name) for name in names}
     return {**encoders, "normalization": normalization, **sizes}
 
 
@@ -226,33 +206,29 @@ def encode_shards(
     """Encode every shard of a folder; complete shards of the target stay, missing ones are written.
 
     Args:
-        source: folder of shards, videos or lists.
-        target: folder for the encoded shards; each shard of the source gives one with the same name, keys and texts.
+        source: folder of shards, videos or lists; each shard gives one with the same name, keys and texts.
         foundation_path: WanPipeline folder whose VAE and text encoder are used.
         dtype: storage type of latents and embeddings; they are computed in float32.
-        buckets: sizes of the clips; each clip gets the one that fits it best.
         strict: raise for the first sample that cannot be encoded instead of recording it in the manifest.
         prompts: whether to store the prompts' embeddings too.
-        device: where the models run.
-        engine: where the jobs run, see ``build_folder``.
     """
     source, storage = Path(source), check_dtype(dtype)
     parameters = encoder_parameters(foundation_path, buckets, prompts)
     parameters |= {"dtype": dtype, "source": source_parameters(source)}
-    jobs = {name: job for path in list_shards(source) for name, job in _jobs(source, path)}
-    work = _ShardEncoder(Encoder(str(foundation_path), device), storage, prompts, tuple(buckets), strict)
+    jobs = dict[str, Path | Scan]()  # a whole tar, or some samples of a list or of a folder of files
+    for path in list_shards(source):
+        name = _name(source, path) if path.is_file() else "files"
+        if name.endswith(".tar"):
+            jobs[name] = path
+            continue
+        refs, errors = scan_shard(path)
+        for number, start in enumerate(range(0, max(1, len(refs)), SAMPLES_PER_SHARD)):
+            jobs[f"{name}-{number:06d}.tar"] = refs[start : start + SAMPLES_PER_SHARD], [] if start else errors
+    work = _ShardEncoder(str(foundation_path), device, storage, prompts, tuple(buckets), strict)
     return build_folder(Path(target), Manifest("latents", parameters), jobs, work, engine)
 
 
-def _jobs(source: Path, path: Path) -> Iterator[tuple[str, Path | Scan]]:
-    """Names of the shards encoded from one of the source's, and what goes there: a whole tar, or some samples."""
-    name = _name(source, path) if path.is_file() else "files"
-    if name.endswith(".tar"):
-        yield name, path
-        return
-    refs, errors = scan_shard(path)
-    for number, start in enumerate(range(0, max(1, len(refs)), SAMPLES_PER_SHARD)):
-        yield f"{name}-{number:06d}.tar", (refs[start : start + SAMPLES_PER_SHARD], [] if start else errors)
+_Members = dict[str, bytes]
 
 
 @lru_cache(maxsize=1)
@@ -261,35 +237,11 @@ def _foundation(path: str, device: str) -> Foundation:
 
 
 @dataclass(frozen=True)
-class Encoder(Model):
-    """A foundation's VAE and text encoder; results are on the CPU."""
-
-    path: str
-    device: str
-
-    def latents(self, frames: torch.Tensor) -> torch.Tensor:
-        """Latents [B, C, T, H, W] of clips uint8 [B, F, C, H, W]."""
-        with torch.inference_mode():
-            return encode_clips(_foundation(self.path, self.device).vae, to_model_range(frames.to(self.device))).cpu()
-
-    @lru_cache(maxsize=2)  # noqa: B019  # the empty prompt's are asked for with every sample
-    def prompt_embeds(self, prompt: str) -> torch.Tensor:
-        """Embeddings [S, text_dim] of a prompt of S tokens."""
-        parts = _foundation(self.path, self.device)
-        ids = tokenize(parts.tokenizer, [prompt], MAX_PROMPT)
-        ids = ids[:, : int((ids != parts.pad_token_id).sum())].to(self.device)
-        with torch.inference_mode():
-            return encode_prompts(parts.text_encoder, ids, parts.pad_token_id)[0].cpu()
-
-
-_Members = dict[str, bytes]
-
-
-@dataclass
 class _ShardEncoder:
     """Encodes a shard; see ``encode_shards`` for the arguments."""
 
-    encoder: Encoder
+    foundation_path: str
+    device: str
     dtype: torch.dtype
     prompts: bool
     buckets: tuple[Bucket, ...]
@@ -314,7 +266,10 @@ class _ShardEncoder:
                 bucket = self.buckets[choose_bucket(ref, self.buckets)]
                 members = {TEXT_SUFFIX: ref.read(TEXT_SUFFIX)}
                 if self.prompts:
-                    members[PROMPT_SUFFIX] = self._embeds(ref, prompt)
+                    try:
+                        members[PROMPT_SUFFIX] = self._packed(prompt=self._embeds(prompt), null=self._embeds(""))
+                    except TextTooLongError as error:
+                        raise ref.error("text_over_slot", "prompt", str(error)) from error
                 frames = ref.video(bucket.num_frames, bucket.height, bucket.width)
             except SampleError as error:
                 if self.strict:
@@ -327,17 +282,26 @@ class _ShardEncoder:
         for clips in waiting.values():
             yield from self._encoded(clips)
 
-    def _embeds(self, ref: SampleRef, prompt: str) -> bytes:
-        try:
-            embeds, null = (self.encoder.prompt_embeds(text) for text in (prompt, ""))
-        except TextTooLongError as error:
-            raise ref.error("text_over_slot", "prompt", str(error)) from error
-        return self._packed(prompt=embeds, null=null)
-
     def _encoded(self, clips: list[tuple[str, _Members, torch.Tensor]]) -> Iterator[tuple[str, _Members]]:
-        latents = self.encoder.latents(torch.stack([frames for *_, frames in clips]))
+        latents = self._latents(torch.stack([frames for *_, frames in clips]))
         for (key, members, _), of_clip in zip(clips, latents, strict=True):
             yield key, {LATENTS_SUFFIX: self._packed(latents=of_clip), **members}
 
     def _packed(self, **tensors: torch.Tensor) -> bytes:
         return save({name: tensor.to(self.dtype).contiguous() for name, tensor in tensors.items()})
+
+    @exclusive("encoder")
+    @torch.inference_mode()
+    def _latents(self, frames: torch.Tensor) -> torch.Tensor:
+        vae = _foundation(self.foundation_path, self.device).vae
+        return encode_clips(vae, to_model_range(frames.to(self.device))).cpu()
+
+    @exclusive("encoder")
+    @lru_cache(maxsize=2)  # noqa: B019  # the empty prompt's are asked for with every sample
+    @torch.inference_mode()
+    def _embeds(self, prompt: str) -> torch.Tensor:
+        """Embeddings [S, text_dim] of a prompt of S tokens."""
+        parts = _foundation(self.foundation_path, self.device)
+        ids = tokenize(parts.tokenizer, [prompt], MAX_PROMPT)
+        ids = ids[:, : int((ids != parts.pad_token_id).sum())].to(self.device)
+        return encode_prompts(parts.text_encoder, ids, parts.pad_token_id)[0].cpu()

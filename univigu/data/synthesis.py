@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from univigu.data.engine import Model
+from univigu.data.engine import exclusive
 from univigu.data.inputs import read_list, text_of
 from univigu.data.options import LengthFilter, check_dtype, check_least
 from univigu.data.sample import DataError
@@ -77,7 +77,7 @@ class VideoOptions:
 
 
 @dataclass(eq=False)
-class Pipeline(Model):
+class Pipeline:
     """A folder's pipeline, ours or any text-to-video one of diffusers; a DataError for another folder."""
 
     folder: str
@@ -92,10 +92,8 @@ class Pipeline(Model):
             unified = "UniViGUTransformer3DModel" in index.get("transformer", ())
             self.class_name = "UniViGUPipeline" if unified else str(index["_class_name"])
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            problem = f"no folder of a diffusers pipeline (model_index.json: {error})"
-            raise DataError(
-                f"{self.option}={self.folder!r}: {problem}; `tools/convert.py pipeline` writes one"
-            ) from error
+            problem = f"no folder of a diffusers pipeline (model_index.json: {error}); tools/convert.py writes one"
+            raise DataError(f"{self.option}={self.folder!r}: {problem}") from error
 
     @cached_property
     def pipe(self) -> Any:
@@ -114,6 +112,7 @@ class Pipeline(Model):
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
+    @exclusive("generator")
     def clips(self, prompts: list[str], seeds: list[int], **more: Any) -> list[torch.Tensor | None]:
         """uint8 frames [F, C, H, W] of each prompt; None where they are not finite.
 
@@ -139,6 +138,7 @@ class Pipeline(Model):
         videos = pipe(**arguments, **more).frames  # [B, F, C, H, W] in [0, 1]
         return [to_uint8(video).cpu() if torch.isfinite(video).all() else None for video in videos]
 
+    @exclusive("generator")
     def token_counts(self, texts: list[str]) -> list[int]:
         """Tokens of texts by the pipeline's tokenizer; 0 without one."""
         tokenizer = getattr(self.pipe, "tokenizer", None)
@@ -177,7 +177,7 @@ def derived_seed(seed: int, attempt: int) -> int:
     return int.from_bytes(hashlib.sha256(repr((seed, attempt)).encode()).digest()[:6], "little")
 
 
-class CaptionModel(Model):
+class CaptionModel:
     """A transformers image-text-to-text model and its processor, in one folder; it is shown frames as images."""
 
     def __init__(
@@ -197,7 +197,6 @@ class CaptionModel(Model):
 
     @cached_property
     def model(self) -> tuple[Any, Any]:
-        """Model and processor."""
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         from univigu.models.weights import check_files
@@ -213,6 +212,7 @@ class CaptionModel(Model):
             raise DataError(f"--captioner={str(self.folder)!r}: cannot be loaded ({error})") from error
         return model.requires_grad_(False).eval().to(self.device), processor
 
+    @exclusive("captioner")
     def describe(self, frames: torch.Tensor, prompt: str, seed: int) -> str:
         """A caption of frames uint8 [F, C, H, W]."""
         o, (model, processor) = self.options, self.model
@@ -228,8 +228,7 @@ class CaptionModel(Model):
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(seed)
             tokens = model.generate(**inputs, max_new_tokens=o.max_new_tokens, **draw)
-        text: str = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return text.strip()
+        return processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     def messages(self, prompt: str, num_images: int) -> list[dict[str, Any]]:
         """The message to the model: placeholders of the frames, then the instruction with the prompt."""
@@ -250,7 +249,6 @@ class Synthesis:
     prompts: str
     """File: .txt, .jsonl, .json, .csv or .parquet."""
     pipeline: Pipeline
-    """Generates the clips."""
     captioner: CaptionModel | Literal["template"] | None = None
     tokenizer_folder: str | None = None
     """Of the tokenizer that counts lengths; None is the pipeline's."""
@@ -258,25 +256,14 @@ class Synthesis:
 
     def __post_init__(self) -> None:
         self.rows = [text_of(row, "prompt") for row in read_list(self.prompts, "--prompts")]
-        folder, self.options = self.pipeline.folder, self.pipeline.options
-        tokenizer = self.tokenizer_folder or f"{folder}/tokenizer"
+        self.options = self.pipeline.options
+        folder = self.tokenizer_folder or f"{self.pipeline.folder}/tokenizer"
         try:
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise DataError(f"--tokenizer={tokenizer!r}: cannot be loaded ({error})") from error
-        model = self.captioner if isinstance(self.captioner, CaptionModel) else None
-        self.tries = 1 if model is None else model.tries  # later the model may be in another process
-        template = {"template": TEMPLATE} if self.captioner == "template" else None
-        rows = {"file": Path(self.prompts).name, "rows": len(self.rows), "sha256": sha256_of(Path(self.prompts))}
-        self.parameters = {
-            "prompts": rows,
-            "generator": {"folder": Path(folder).resolve().name, "fingerprint": folder_fingerprint(folder)},
-            "video": asdict(self.options),
-            "captioner": template if model is None else model.parameters(),
-            "tokenizer": folder_fingerprint(tokenizer),
-            "length_filter": asdict(self.length_filter),
-        }
-        """What the samples depend on, for the manifest."""
+            raise DataError(f"--tokenizer={folder!r}: cannot be loaded ({error})") from error
+        self.tokenizer_fingerprint = folder_fingerprint(folder)
+        token_count(self.tokenizer, "")  # ends its own truncation and padding, which two threads could not
 
     def write(self, output: str | Path, shard_size: int = 100, engine: Engine = map) -> Manifest:
         """Fill a folder with shards; complete shards stay, missing ones are written.
@@ -289,11 +276,20 @@ class Synthesis:
         numbers = range(len(self.rows) * self.options.videos_per_prompt)
         starts = numbers[::shard_size]
         jobs = {f"clips-{i:06d}.tar": numbers[start : start + shard_size] for i, start in enumerate(starts)}
-        manifest = Manifest("video", {**self.parameters, "shard_size": shard_size})
-        return build_folder(Path(output), manifest, jobs, self, engine)
+        file, generator = Path(self.prompts), Path(self.pipeline.folder)
+        template = {"template": TEMPLATE} if self.captioner == "template" else None
+        parameters = {
+            "prompts": {"file": file.name, "rows": len(self.rows), "sha256": sha256_of(file)},
+            "generator": {"folder": generator.resolve().name, "fingerprint": folder_fingerprint(generator)},
+            "video": asdict(self.options),
+            "captioner": self.captioner.parameters() if isinstance(self.captioner, CaptionModel) else template,
+            "tokenizer": self.tokenizer_fingerprint,
+            "length_filter": asdict(self.length_filter),
+            "shard_size": shard_size,
+        }
+        return build_folder(Path(output), Manifest("video", parameters), jobs, self, engine)
 
     def __call__(self, path: Path, numbers: range) -> ShardInfo:
-        """Write the shard of the clips of these numbers."""
         skipped: list[dict[str, str]] = []
         info = write_shard(path, self.samples(numbers, skipped))
         info.skipped = sorted(skipped, key=lambda row: row["key"])
@@ -337,7 +333,7 @@ class Synthesis:
         if self.captioner is None:
             return texts, None
         problem, size = None, dict(zip(("num_frames", "channels", "height", "width"), frames.shape, strict=True))
-        for attempt in range(self.tries):
+        for attempt in range(1 if self.captioner == "template" else self.captioner.tries):
             if self.captioner == "template":
                 texts["caption"] = TEMPLATE.format(prompt=prompt.strip(" ."), fps=self.options.fps, **size)
             else:

@@ -1,7 +1,4 @@
-"""Video files in and out: ``read_video``, ``probe_video`` and ``encode_mp4``.
-
-Everything is decoded by ``univigu.data.decode`` in a process of its own.
-"""
+"""Video files in and out; ``univigu.data.decode`` decodes them in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ import subprocess
 import sys
 import threading
 from fractions import Fraction
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -46,18 +44,12 @@ def read_video(source: Source, num_frames: int, height: int, width: int) -> torc
     They are scaled to cover the size and cropped at the centre.  What is missing, no video, or takes too long is a
     VideoError.
     """
-    # numpy allocates huge pages, which take a third of the time to touch
-    frames = np.empty((num_frames, height, width, 3), np.uint8)
-    _decoder.ask(source, (0, -1), frames)
-    return torch.from_numpy(frames).permute(0, 3, 1, 2)
+    return torch.from_numpy(_decoder().ask(source, (0, -1), (num_frames, height, width))).permute(0, 3, 1, 2)
 
 
 def probe_video(source: Source, section: tuple[int, int] = (0, -1)) -> tuple[int, int, int]:
-    """(height, width, number of frames) of a video as it is shown, or VideoError; one frame is decoded.
-
-    ``section`` is the (offset, size) of the video in the file; a size of -1 is the rest of the file.
-    """
-    return _decoder.ask(source, section, None)
+    """(height, width, frames) of a video as it is shown, or VideoError; ``section`` is its (offset, size) in a tar."""
+    return _decoder().ask(source, section, None)
 
 
 class _Decoder:
@@ -67,8 +59,8 @@ class _Decoder:
         self.lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, source: Source, section: tuple[int, int], frames: np.ndarray | None) -> Any:
-        """Fill the frames; for None, return what ``decode.probe`` returns."""
+    def ask(self, source: Source, section: tuple[int, int], size: tuple[int, int, int] | None) -> Any:
+        """What ``decode.read`` returns for (frames, height, width); for None, what ``decode.probe`` returns."""
         name = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
         file = source if isinstance(source, bytes) else os.path.abspath(name)
         with self.lock:
@@ -76,11 +68,12 @@ class _Decoder:
             if process is None or process.poll() is not None:
                 process = self._start()
             try:
-                self.connection.send((DECODE_SECONDS, file, section, None if frames is None else frames.shape[:3]))
+                self.connection.send((DECODE_SECONDS, file, section, size))
                 reply = self.connection.recv()
-                if reply is None and frames is not None:
+                if reply is None and size is not None:
+                    reply = np.empty((*size, 3), np.uint8)  # in huge pages, which take a third of the time to touch
                     with open(self.connection.fileno(), "rb", closefd=False) as pipe:
-                        if pipe.readinto(frames.data) < frames.nbytes:
+                        if pipe.readinto(reply.data) < reply.nbytes:
                             raise EOFError
             except (EOFError, ConnectionError):
                 code = process.wait()
@@ -116,16 +109,9 @@ class _Decoder:
             self.process.wait()
 
 
-_decoder = _Decoder()
-
-
-def _new_decoder() -> None:
-    global _decoder
-    _decoder = _Decoder()
-
-
-os.register_at_fork(after_in_child=_new_decoder)  # the running one is the parent's
-atexit.register(lambda: _decoder.stop())
+_decoder = cache(_Decoder)
+os.register_at_fork(after_in_child=_decoder.cache_clear)  # the running one is the parent's
+atexit.register(lambda: _decoder().stop())
 
 
 def to_model_range(frames: torch.Tensor) -> torch.Tensor:
