@@ -158,5 +158,4 @@ def _grid_point(rng: np.random.Generator, low: float, high: float, size: str) ->
 
 
 def _pick(rng: np.random.Generator, options: Iterable[str]) -> str:
-    values = list(options)
-    return values[int(rng.integers(len(values)))]
+    return str(rng.choice(list(options)))

@@ -71,7 +71,14 @@ def detect(frames: torch.Tensor) -> Reading:
     if len(objects) != 2:
         objects.sort(key=lambda obj: (obj.center or (0.0, 0.0))[0])
         return Reading("video", count, background, "" if count == 1 else None, tuple(objects))
-    relation, other = _choose_relation(tracks, objects)
+    relations: list[str | None] = [*holding_relations(tracks[0].boxes, tracks[1].boxes), None, None]
+    motions = {obj.motion for obj in objects}
+    vertical, horizontal = bool(motions & {"up", "down"}), bool(motions & {"left", "right"})
+    if (
+        None not in relations[:2] and vertical != horizontal
+    ):  # objects of the world move perpendicular to their relation
+        relations = ["left of", "above"] if vertical else ["above", "left of"]
+    relation, other = relations[:2]
     axis = 1 if relation == "above" else 0
     middles = [np.nanmean(track.boxes[:, axis] + track.boxes[:, axis + 2]) for track in tracks]
     if middles[0] > middles[1]:  # the left or upper object comes first
@@ -213,21 +220,10 @@ def _center(track: _Track, shape: str | None, radius: float) -> np.ndarray:
 
 
 def _size_and_shape(track: _Track) -> tuple[str, str | None]:
-    """The size and shape that overlap best; if none overlaps well, no shape and the size nearest to the box.
+    """The size and shape whose ideal cover overlaps best; if none does well, no shape and the size nearest to the box.
 
     The box alone is not enough: blur removes a triangle's tip, and with it half of what makes it large.
     """
-    overlaps = _overlaps(track)
-    best = max(overlaps, key=overlaps.__getitem__)
-    if overlaps[best] >= MIN_SHAPE_IOU:
-        return best
-    extent = (track.boxes[:, 2:] - track.boxes[:, :2])[track.seen]  # [N, 2]
-    half = float(np.median(extent, axis=0).mean()) / 2
-    return min(SIZES, key=lambda name: abs(SIZES[name] - half)), None
-
-
-def _overlaps(track: _Track) -> dict[tuple[str, str], float]:
-    """Overlap of the track with the ideal cover of each size and shape, averaged over the frames, in [0, 1]."""
     seen = track.seen
     reach = max(SIZES.values()) + 4  # compare this many pixels around the centre: contains any object
     padded = np.pad(track.cover[seen], ((0, 0), (reach, reach), (reach, reach)))
@@ -242,10 +238,15 @@ def _overlaps(track: _Track) -> dict[tuple[str, str], float]:
         fine = shape_mask(shape, at - offset[:, :1, None], at[:, None] - offset[:, 1:, None], SIZES[size])
         ideal = F.avg_pool2d(torch.from_numpy(fine).float(), 2)
         # sharp or blurred by 3x3 pixels, because edges from a VAE are soft
-        blurred = ((F.avg_pool2d(ideal, 3, 1, 1) if blur else ideal).numpy() for blur in (False, True))
+        blurred = (image.numpy() for image in (ideal, F.avg_pool2d(ideal, 3, 1, 1)))
         ious = [np.minimum(cover, i).sum((1, 2)) / np.maximum(cover, i).sum((1, 2)) for i in blurred]
         overlaps[size, shape] = max(float(iou.mean()) for iou in ious)
-    return overlaps
+    best = max(overlaps, key=overlaps.__getitem__)
+    if overlaps[best] >= MIN_SHAPE_IOU:
+        return best
+    extent = (track.boxes[:, 2:] - track.boxes[:, :2])[seen]  # [N, 2]
+    half = float(np.median(extent, axis=0).mean()) / 2
+    return min(SIZES, key=lambda name: abs(SIZES[name] - half)), None
 
 
 def _motion(centers: np.ndarray, frames: np.ndarray) -> tuple[str | None, str | None]:
@@ -288,15 +289,3 @@ def holding_relations(first: np.ndarray, second: np.ndarray) -> list[str]:
     holding = [relation for relation in order if gaps[relation] >= -MAX_BOX_OVERLAP]
     # blur can make neighbours touch: then only the clearer one counts
     return holding or [relation for relation in order[:1] if gaps[relation] >= -MAX_BLUR_OVERLAP]
-
-
-def _choose_relation(tracks: list[_Track], objects: list[ObjectReading]) -> tuple[str | None, str | None]:
-    """The relation to report and, if both hold, the other one."""
-    holding = holding_relations(tracks[0].boxes, tracks[1].boxes)
-    if len(holding) == 2:  # objects of the world move perpendicular to their relation
-        motions = {obj.motion for obj in objects}
-        vertical, horizontal = bool(motions & {"up", "down"}), bool(motions & {"left", "right"})
-        if vertical != horizontal:
-            return ("left of", "above") if vertical else ("above", "left of")
-    first, second = (*holding, None, None)[:2]
-    return first, second
