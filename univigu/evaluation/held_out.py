@@ -26,7 +26,7 @@ from univigu.flow.random import randn
 from univigu.flow.time import shift_sigma, time_from_sigma, to_timestep
 from univigu.flow.video import flow_matching_loss, interpolate
 from univigu.pipeline import TaskRunner
-from univigu.sampling.sampler import Samples
+from univigu.sampling.sampler import Task
 from univigu.shapes.metrics import AttributeAccuracy, ShapesTextAccuracy, agreement, reading_of
 from univigu.shapes.scenes import Scene
 from univigu.shapes.text_checker import normalize_text, parse_text
@@ -123,12 +123,9 @@ class HeldOutEvaluation(nn.Module):
             if pairs := [pair for pair in zip(captions, true, strict=True) if pair[1].strip()]:
                 self.add("caption/scores", len(pairs), *zip(*pairs, strict=True))
             if questions:  # an answer does not describe the scene
-                right = [
-                    normalize_text(text) == normalize_text(answer) for text, answer in zip(captions, true, strict=True)
-                ]
-                self.add(
-                    "answer/properties", len(right), [{str(k): r} for k, r in zip(batch["kind"], right, strict=True)]
-                )
+                answers = zip(captions, true, batch["kind"], strict=True)
+                right = [{str(kind): normalize_text(text) == normalize_text(answer)} for text, answer, kind in answers]
+                self.add("answer/properties", len(right), right)
             else:
                 self.add("caption/properties", len(scenes), captions, batch["scene"])
         if "video" in batch:
@@ -136,19 +133,18 @@ class HeldOutEvaluation(nn.Module):
         if questions:  # no video is denoised or generated from a question
             return
         self._flow(tasks, inputs, seeds)
-        if not self.options.generation:
-            return
-        prompts = batch["prompt"]
-        samples = tasks.sample("generate", prompts, length, shape=shape, generator=tasks.generators(seeds))
-        frames = self._made("generate", tasks, samples, prompts)
-        shown = [agreement(reading_of(scene, "prompt"), detect(frames[i])) for i, scene in scenes.items()]
-        self.add("generate/properties", len(scenes), shown)
-        if captions is not None:
-            samples = tasks.sample("joint", prompts, length, shape=shape, generator=tasks.generators(seeds))
-            texts = tasks.texts(samples)
-            frames = self._made("joint", tasks, samples, texts)
-            shown = [agreement(parse_text(texts[i]), detect(frames[i])) for i in scenes]
-            self.add("joint/properties", len(scenes), shown)
+        made: tuple[Task, ...] = ("generate",) if captions is None else ("generate", "joint")
+        for task in made if self.options.generation else ():
+            samples = tasks.sample(task, batch["prompt"], length, shape=shape, generator=tasks.generators(seeds))
+            frames = to_frames(tasks.decode(samples.latents))
+            texts = batch["prompt"] if task == "generate" else tasks.texts(samples)
+            self.add(f"{task}/clip", len(texts), frames, texts)
+            self.add(f"{task}/fvd", len(texts), frames, real=False)
+            said = {
+                i: reading_of(s, "prompt") if task == "generate" else parse_text(texts[i]) for i, s in scenes.items()
+            }
+            results = [agreement(reading, detect(frames[i])) for i, reading in said.items()]
+            self.add(f"{task}/properties", len(scenes), results)
 
     def _true_videos(
         self, tasks: TaskRunner, videos: torch.Tensor, latents: torch.Tensor, captions: list[str] | None
@@ -161,13 +157,6 @@ class HeldOutEvaluation(nn.Module):
             self.add("caption/clip", len(videos), videos, captions)
         for task in ("generate", "joint"):
             self.add(f"{task}/fvd", 0, videos, real=True)
-
-    def _made(self, task: str, tasks: TaskRunner, samples: Samples, texts: list[str]) -> torch.Tensor:
-        """Compare generated videos with their texts and, as a set, with the true ones; returns the frames."""
-        frames = to_frames(tasks.decode(samples.latents))
-        self.add(f"{task}/clip", len(texts), frames, texts)
-        self.add(f"{task}/fvd", len(texts), frames, real=False)
-        return frames.cpu()
 
     def _flow(self, tasks: TaskRunner, inputs: UniFlowBatch, seeds: list[int]) -> None:
         """Both models' losses on the same noise, at eight times spread evenly over the (shifted) schedule."""
