@@ -145,9 +145,9 @@ def build(demo: Demo) -> Any:
     """The gradio page; its functions are also at its HTTP API by their names, such as /generate."""
     import gradio
 
-    clips, prompts = demo.examples(), [prompt_of(scene) for scene in EXAMPLES]
+    prompts = [prompt_of(scene) for scene in EXAMPLES]
     texts: dict[str, Any] = {"max_length": MAX_CHARACTERS, "lines": 2}
-    inputs: dict[str, Callable[[], Any]] = {
+    parts: dict[str, Callable[[], Any]] = {
         "prompt": lambda: gradio.Textbox(prompts[0], label="Prompt", **texts),
         "new_prompt": lambda: gradio.Textbox(label="Prompt of the new video", **texts),
         "video": lambda: gradio.Video(label="Video", height=260, sources=["upload"]),
@@ -157,16 +157,11 @@ def build(demo: Demo) -> Any:
         "steps": lambda: gradio.Slider(1, 100, 20, step=1, label="Steps"),
         "guidance": lambda: gradio.Slider(1.0, 8.0, 2.0, step=0.5, label="Guidance scale"),
         "seed": lambda: gradio.Number(0, label="Seed", precision=0),
-    }
-    outputs: dict[str, Callable[[], Any]] = {
-        "video": lambda: gradio.Video(label="Result", height=260, autoplay=True, loop=True),
+        "result": lambda: gradio.Video(label="Result", height=260, autoplay=True, loop=True),
         "text": lambda: gradio.Textbox(label="Text", lines=4),
     }
-    examples = {
-        "video": clips,
-        "prompt": prompts,
-        "question": [questions_of(scene)[-1]["question"] for scene in EXAMPLES],
-    }
+    questions = [questions_of(scene)[-1]["question"] for scene in EXAMPLES]
+    examples = {"video": demo.examples(), "prompt": prompts, "question": questions}
 
     def tracked(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(progress: Any = gradio.Progress(track_tqdm=True), *values: Any) -> Any:  # noqa: B008  (gradio's way)
@@ -175,17 +170,17 @@ def build(demo: Demo) -> Any:
         return call
 
     def add_tab(name: str, needed: str, folded: str, made: str, about: str) -> None:
-        """The page of a function; needed and folded are its parameters' inputs, in their order."""
+        """The tab of a function, from the parts for its parameters, in their order, and for what it makes."""
         with gradio.Tab(name.capitalize()):
             gradio.Markdown(about)
             with gradio.Row():
                 with gradio.Column():
-                    given = {key: inputs[key]() for key in needed.split()}
+                    given = {key: parts[key]() for key in needed.split()}
                     with gradio.Accordion("Options", open=False):
-                        given |= {key: inputs[key]() for key in folded.split()}
+                        given |= {key: parts[key]() for key in folded.split()}
                     button = gradio.Button("Run", variant="primary")
                 with gradio.Column():
-                    results = [outputs[output]() for output in made.split()]
+                    results = [parts[key]() for key in made.split()]
             results.append(gradio.HTML(label="Steps of the sampling"))
             filled = [key for key in examples if key in given]
             rows = [list(row) for row in zip(*(examples[key] for key in filled), strict=True)]
@@ -203,11 +198,10 @@ def build(demo: Demo) -> Any:
         together = "Make a video and its detailed caption together."
         add_tab("caption", "video", "steps seed", "text", "Describe a video.")
         add_tab("ask", "video question", "steps seed", "text", asked)
-        add_tab("generate", "prompt", "steps guidance seed", "video", "Make a video from a prompt.")
-        add_tab("joint", "prompt", "steps guidance seed", "video text", together)
-        add_tab("edit", "video read new_prompt strength", "steps guidance seed", "video", edited)
-    page.queue(max_size=16, default_concurrency_limit=1)
-    return page
+        add_tab("generate", "prompt", "steps guidance seed", "result", "Make a video from a prompt.")
+        add_tab("joint", "prompt", "steps guidance seed", "result text", together)
+        add_tab("edit", "video read new_prompt strength", "steps guidance seed", "result", edited)
+    return page.queue(max_size=16, default_concurrency_limit=1)
 
 
 def launch(page: Any, port: int | None = None, **options: Any) -> Any:

@@ -56,9 +56,7 @@ def detect(frames: torch.Tensor) -> Reading:
     """
     if frames.ndim != 4 or frames.shape[1] != 3 or frames.shape[0] == 0 or frames.dtype != torch.uint8:
         raise ValueError(f"expected uint8 [F, 3, H, W] with F > 0, got {frames.dtype} {list(frames.shape)}")
-    resized = frames.detach().cpu().float()
-    if resized.shape[-2:] != (CANVAS, CANVAS):
-        resized = F.interpolate(resized, (CANVAS, CANVAS), mode="bilinear", antialias=True, align_corners=False)
+    resized = F.interpolate(frames.detach().cpu().float(), (CANVAS, CANVAS), mode="bilinear", antialias=True)
     pixels = np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy())  # [F, 64, 64, 3]
 
     sides = (pixels[:, :2], pixels[:, -2:], pixels[:, :, :2], pixels[:, :, -2:])  # objects cover little of the border
@@ -71,22 +69,16 @@ def detect(frames: torch.Tensor) -> Reading:
     if len(objects) != 2:
         objects.sort(key=lambda obj: (obj.center or (0.0, 0.0))[0])
         return Reading("video", count, background, "" if count == 1 else None, tuple(objects))
-    relations: list[str | None] = [*holding_relations(tracks[0].boxes, tracks[1].boxes), None, None]
-    motions = {obj.motion for obj in objects}
+    relations, motions = holding_relations(tracks[0].boxes, tracks[1].boxes), {obj.motion for obj in objects}
     vertical, horizontal = bool(motions & {"up", "down"}), bool(motions & {"left", "right"})
-    if (
-        None not in relations[:2] and vertical != horizontal
-    ):  # objects of the world move perpendicular to their relation
+    if len(relations) == 2 and vertical != horizontal:  # objects of the world move perpendicular to their relation
         relations = ["left of", "above"] if vertical else ["above", "left of"]
-    relation, other = relations[:2]
+    relation, other = (*relations, None, None)[:2]
     axis = 1 if relation == "above" else 0
     middles = [np.nanmean(track.boxes[:, axis] + track.boxes[:, axis + 2]) for track in tracks]
     if middles[0] > middles[1]:  # the left or upper object comes first
         objects.reverse()
     return Reading("video", count, background, relation, tuple(objects), other)
-
-
-# ------------------------------------------------------------------ segmentation
 
 
 def _find_objects(difference: np.ndarray, ground: np.ndarray) -> list[_Track]:
@@ -196,9 +188,6 @@ def _drop_specks(cover: np.ndarray) -> int:
     return pieces
 
 
-# --------------------------------------------------------------------- measuring
-
-
 def _measure(track: _Track) -> ObjectReading:
     size, shape = _size_and_shape(track)
     middle = _center(track, shape, SIZES[size])
@@ -269,9 +258,6 @@ def _motion(centers: np.ndarray, frames: np.ndarray) -> tuple[str | None, str | 
 def _nearest(color: np.ndarray, names: dict[str, tuple[int, int, int]], limit: float) -> str | None:
     distance, best = min((float(np.linalg.norm(color - np.array(value))), name) for name, value in names.items())
     return best if distance <= limit else None
-
-
-# ---------------------------------------------------------------------- relation
 
 
 def holding_relations(first: np.ndarray, second: np.ndarray) -> list[str]:
