@@ -138,8 +138,9 @@ class CaptionScores(nn.Module):
             dist.all_gather_object(gathered, self.pairs)
         pairs = [pair for part in gathered for pair in part]
         captions, references = [caption for caption, _ in pairs], [reference for _, reference in pairs]
+        bleu = bleu_score([" ".join(text) for text in captions], [[" ".join(text)] for text in references], n_gram=4)
         values = {
-            "bleu4": bleu_score(list(map(" ".join, captions)), [[" ".join(text)] for text in references], n_gram=4),
+            "bleu4": float(bleu),
             "rouge_l": fmean(rouge_l(*pair) for pair in pairs),
             "cider": fmean(cider(pairs)),
             "words": fmean(map(len, captions)),
@@ -149,7 +150,7 @@ class CaptionScores(nn.Module):
             "distinct_2": _distinct(captions, 2),
             "unique": len(set(map(tuple, captions))) / len(captions),
         }
-        return {name: torch.tensor(float(value)) for name, value in values.items()}
+        return {name: torch.tensor(value) for name, value in values.items()}
 
 
 def _distinct(captions: Iterable[Tokens], size: int) -> float:
