@@ -39,19 +39,19 @@ def client(pipe: UniViGUPipeline, tmp_path_factory: pytest.TempPathFactory) -> I
     options = DemoOptions(height=48, width=32, num_frames=5, max_sequence_length=16)
     demo = Demo(pipe, options)
     page = build(demo)
-    _, url, _ = launch(page, demo, prevent_thread_lock=True, quiet=True)
+    _, url, _ = launch(page, prevent_thread_lock=True, quiet=True)
     assert url.startswith(f"http://{HOST}:")
     yield gradio_client.Client(url, verbose=False, download_files=str(folder / "downloads"))
     page.close()
-    examples = {path.read_bytes() for path in sorted(demo.folder.iterdir())[:4]}
+    examples = {Path(path).read_bytes() for path in demo.examples()}
     copies = {path.read_bytes() for path in (folder / "gradio").rglob("*.mp4")}
     assert copies <= examples  # none of what it was given and made
     patch.undo()
 
 
 def test_its_own_folder_goes_with_it(pipe: UniViGUPipeline) -> None:
-    demo = Demo(pipe)
-    folder = demo.folder
+    demo = Demo(pipe, DemoOptions())
+    folder = Path(demo.folder.name)
     assert folder.is_dir()
     del demo
     gc.collect()
@@ -88,6 +88,14 @@ def test_every_task(client: Any, clip: Any) -> None:
     assert isinstance(prompt, str)
     video, page = client.predict(clip, "two", 0.5, 2, 2.0, 0, api_name="/edit")
     assert read_video(path_of(video), 5, 48, 32).shape == (5, 3, 48, 32)
+
+
+def test_progress_is_reported(client: Any, clip: Any) -> None:
+    for name, values in (("/generate", ("one", 30, 2.0, 0)), ("/caption", (clip, 30, 0))):
+        job, steps = client.submit(*values, api_name=name), set()
+        while not job.done():
+            steps |= {(unit.index, unit.length) for unit in job.status().progress_data or ()}
+        assert len(steps) > 2 and {length for _, length in steps} == {30}, name
 
 
 @pytest.mark.slow

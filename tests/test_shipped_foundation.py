@@ -13,10 +13,11 @@ from univigu.data.video import encode_mp4, read_video, to_frames, to_model_range
 from univigu.models.encode import Conventions, encode_clips, encode_prompts
 from univigu.models.foundation import Foundation
 from univigu.models.tokens import tokenize
-from univigu.shapes.metrics import ShapesVideoAccuracy
+from univigu.shapes.metrics import AttributeAccuracy, agreement, reading_of, score
 from univigu.shapes.renderer import render
 from univigu.shapes.scenes import sample_scene
 from univigu.shapes.texts import prompt_of
+from univigu.shapes.video_checker import detect
 
 
 def test_it_is_small(foundation: str) -> None:
@@ -29,8 +30,11 @@ def test_its_vae_keeps_what_matters(foundation: str) -> None:
     vae = Foundation(foundation).vae
     scenes = [sample_scene(seed, "test") for seed in range(40)]
     clips = torch.stack([read_video(encode_mp4(render(scene)), 9, 64, 64) for scene in scenes])
-    metric = ShapesVideoAccuracy()
-    metric.update(to_frames(Conventions().decode(vae, encode_clips(vae, to_model_range(clips)))), scenes)
+    decoded, metric = (
+        to_frames(Conventions().decode(vae, encode_clips(vae, to_model_range(clips)))),
+        AttributeAccuracy(),
+    )
+    metric.update([score(detect(clip), scene) for clip, scene in zip(decoded, scenes, strict=True)])
     results = metric.compute()
     for name in ("count", "background", "size", "color", "motion", "speed", "relation", "start", "end"):
         assert results[name] >= 0.95, (name, results[name])
@@ -49,9 +53,10 @@ def test_diffusers_runs_it_and_samples_show_what_was_asked(foundation: str) -> N
     ).frames  # fmt: skip
     frames = (video * 255).round().to(torch.uint8)
     assert frames.shape == (24, 9, 3, 64, 64)
-    metric, shuffled = ShapesVideoAccuracy(positions=False), ShapesVideoAccuracy(positions=False)
-    metric.update(frames, scenes)
-    shuffled.update(frames, scenes[1:] + scenes[:1])  # negative control: other scenes' truth
+    metric, shuffled = AttributeAccuracy(), AttributeAccuracy()
+    shown, asked = list(map(detect, frames)), [reading_of(scene, "prompt") for scene in scenes]
+    metric.update(map(agreement, asked, shown))
+    shuffled.update(map(agreement, asked[1:] + asked[:1], shown))  # negative control: other scenes' truth
     results, control, chance = metric.compute(), shuffled.compute(), chance_levels("video")
     print({name: round(float(value), 3) for name, value in results.items()})
     for name in ("count", "background", "color", "size", "motion", "speed", "relation"):

@@ -15,8 +15,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,8 +37,6 @@ MAX_FRAMES = 3600
 """Frames of a clip that is uploaded, one minute at 60 a second."""
 MAX_CHARACTERS = 2000
 """Length of a text; its tokens are limited by ``max_sequence_length``, too."""
-OPTIONS = ("steps", "guidance", "seed")
-"""Inputs that are folded away."""
 EXAMPLES = [sample_scene(seed, "test") for seed in range(4)]
 
 
@@ -60,96 +56,57 @@ class DemoOptions:
     """Slot of the prompt in tokens."""
 
     def __post_init__(self) -> None:
-        least: dict[str, Any] = dict.fromkeys(vars(self), 1)
-        check_least(self, **least)
-
-
-class DemoError(ValueError):
-    """A visitor's mistake; shown on the page."""
-
-
-Progress = Callable[[tuple[int, int]], Any]
-"""Called with the steps done and their number."""
+        check_least(self, height=1, width=1, num_frames=1, fps=1, max_sequence_length=1)
 
 
 class Demo:
-    """The page's functions; each returns what it made and the page of its trajectory.
+    """The page's functions; each returns what it made, a file of a video before a text, and the page of its steps."""
 
-    Args:
-        pipe: the model.
-        options: see ``DemoOptions``.
-    """
+    def __init__(self, pipe: UniViGUPipeline, options: DemoOptions) -> None:
+        self.pipe, self.options = pipe, options
+        self.folder = tempfile.TemporaryDirectory(prefix="univigu-demo-")  # of videos; removed with this object
+        self.pipe.set_progress_bar_config(disable=True)  # on the console; the page has it
+        self.size = {"height": options.height, "width": options.width, "num_frames": options.num_frames}
 
-    def __init__(self, pipe: UniViGUPipeline, options: DemoOptions | None = None) -> None:
-        self.pipe, self.options = pipe, options or DemoOptions()
-        self._temporary = tempfile.TemporaryDirectory(prefix="univigu-demo-")  # of videos; removed with this object
-        self.folder = Path(self._temporary.name)
-        self.pipe.set_progress_bar_config(disable=True)
-        self.size = {name: getattr(self.options, name) for name in ("height", "width", "num_frames")}
-        self.count = 0
+    def caption(self, video: str | None, steps: int, seed: int) -> tuple[str, ...]:
+        """Text from a video file."""
+        return self._run(self.pipe.caption, seed, self._frames(video), caption_steps=int(steps))
 
-    def caption(self, video: str | None, steps: int, seed: int, progress: Progress | None = None) -> tuple[str, ...]:
-        """Text from a video file, and the trajectory."""
-        return self._run(self.pipe.caption, seed, progress, self._frames(video), caption_steps=int(steps))
+    def ask(self, video: str | None, question: str, steps: int, seed: int) -> tuple[str, ...]:
+        """Answer to a question about a video file."""
+        given = self._frames(video), _required(question, "question")
+        return self._run(self.pipe.caption, seed, *given, caption_steps=int(steps))
 
-    def ask(
-        self, video: str | None, question: str, steps: int, seed: int, progress: Progress | None = None
-    ) -> tuple[str, ...]:
-        """Answer to a question about a video file, and the trajectory."""
-        question, frames = _required(question, "question"), self._frames(video)
-        return self._run(self.pipe.caption, seed, progress, frames, question, caption_steps=int(steps))
-
-    def generate(
-        self, prompt: str, steps: int, guidance: float, seed: int, progress: Progress | None = None
-    ) -> tuple[str, ...]:
-        """Video from a prompt: path of an mp4 file, and the trajectory."""
+    def generate(self, prompt: str, steps: int, guidance: float, seed: int) -> tuple[str, ...]:
+        """Video from a prompt."""
         prompt, options = _required(prompt, "prompt"), self.size | _video_options(steps, guidance)
         # The pipeline's own call, WanPipeline's, would cut it; the other tasks check for themselves.
         check_prompts(self.pipe.tokenizer, [prompt], self.options.max_sequence_length)
-        return self._run(self.pipe, seed, progress, prompt, **options)
+        return self._run(self.pipe, seed, prompt, **options)
 
-    def joint(
-        self, prompt: str, steps: int, guidance: float, seed: int, progress: Progress | None = None
-    ) -> tuple[str, ...]:
-        """Video and its text together: path of an mp4 file, the text, and the trajectory."""
-        prompt, options = _required(prompt, "prompt"), self.size | _video_options(steps, guidance)
-        return self._run(self.pipe.joint, seed, progress, prompt, **options)
+    def joint(self, prompt: str, steps: int, guidance: float, seed: int) -> tuple[str, ...]:
+        """Video and its text together."""
+        options = self.size | _video_options(steps, guidance)
+        return self._run(self.pipe.joint, seed, _required(prompt, "prompt"), **options)
 
-    def describe(self, video: str | None, seed: int, progress: Progress | None = None) -> str:
+    def describe(self, video: str | None, seed: int) -> str:
         """The model's own prompt of a video file, to be changed for ``edit``."""
-        return brief_of(self.caption(video, 16, seed, progress)[0])
+        return brief_of(self.caption(video, 16, seed)[0])
 
     def edit(
-        self,
-        video: str | None,
-        new_prompt: str,
-        strength: float,
-        steps: int,
-        guidance: float,
-        seed: int,
-        progress: Progress | None = None,
+        self, video: str | None, new_prompt: str, strength: float, steps: int, guidance: float, seed: int
     ) -> tuple[str, ...]:
-        """A video file regenerated under another prompt: path of an mp4 file, and the trajectory."""
-        given, options = (_required(new_prompt, "prompt"), strength), _video_options(steps, guidance)
-        return self._run(self.pipe.edit, seed, progress, self._frames(video), *given, **options)
+        """A video file regenerated under another prompt."""
+        given = self._frames(video), _required(new_prompt, "prompt"), strength
+        return self._run(self.pipe.edit, seed, *given, **_video_options(steps, guidance))
 
     def examples(self) -> list[str]:
         """Example clips as mp4 files."""
         return [self._save(render(scene, **self.size)) for scene in EXAMPLES]
 
-    def _run(
-        self, task: Callable[..., Any], seed: int, progress: Progress | None, *given: Any, **options: Any
-    ) -> tuple[str, ...]:
-        """What a task of the pipeline makes, a file of a video before a text, and the page of its trajectory."""
+    def _run(self, task: Callable[..., Any], seed: int, *given: Any, **options: Any) -> tuple[str, ...]:
         recorder = TrajectoryRecorder(self.pipe)
-
-        def on_step(*state: Any) -> dict[str, Any]:
-            tensors = recorder(*state)
-            if progress is not None:
-                progress((recorder.steps[-1]["step"], recorder.steps[-1]["of"]))
-            return tensors
-
-        options |= {"generator": torch.Generator().manual_seed(int(seed)), "callback_on_step_end": on_step}
+        options |= {"generator": torch.Generator().manual_seed(int(seed)), "callback_on_step_end": recorder}
         made = task(*given, max_sequence_length=self.options.max_sequence_length, **options)
         results = [] if made.frames is None else [self._save(to_uint8(made.frames[0]).cpu())]
         results += getattr(made, "text", None) or []
@@ -161,16 +118,15 @@ class Demo:
     def _frames(self, video: str | None) -> torch.Tensor:
         """[1, F, C, H, W] in [0, 1]."""
         if not video:
-            raise DemoError("video: none was given")
+            raise ValueError("video: none was given")
         if (number := probe_video(video)[2]) > MAX_FRAMES:
-            raise DemoError(f"video: it has {number} frames, over the limit of {MAX_FRAMES}")
+            raise ValueError(f"video: it has {number} frames, over the limit of {MAX_FRAMES}")
         return read_video(video, self.options.num_frames, self.options.height, self.options.width)[None].float() / 255
 
     def _save(self, frames: torch.Tensor) -> str:
-        self.count += 1
-        path = self.folder / f"{self.count:06d}.mp4"
-        path.write_bytes(encode_mp4(frames, self.options.fps))
-        return str(path)
+        with tempfile.NamedTemporaryFile(suffix=".mp4", dir=self.folder.name, delete=False) as file:
+            file.write(encode_mp4(frames, self.options.fps))
+        return file.name
 
 
 def _video_options(steps: int, guidance: float) -> dict[str, Any]:
@@ -179,9 +135,9 @@ def _video_options(steps: int, guidance: float) -> dict[str, Any]:
 
 def _required(text: str, name: str) -> str:
     if not text.strip():
-        raise DemoError(f"{name}: is empty")
+        raise ValueError(f"{name}: is empty")
     if len(text) > MAX_CHARACTERS:
-        raise DemoError(f"{name}: it has {len(text)} characters, over the limit of {MAX_CHARACTERS}")
+        raise ValueError(f"{name}: it has {len(text)} characters, over the limit of {MAX_CHARACTERS}")
     return text.strip()
 
 
@@ -189,80 +145,72 @@ def build(demo: Demo) -> Any:
     """The gradio page; its functions are also at its HTTP API by their names, such as /generate."""
     import gradio
 
-    clips, prompts = demo.examples(), [prompt_of(scene) for scene in EXAMPLES]
+    prompts = [prompt_of(scene) for scene in EXAMPLES]
     texts: dict[str, Any] = {"max_length": MAX_CHARACTERS, "lines": 2}
-    inputs: dict[str, Callable[[], Any]] = {  # by the parameters of the functions
+    parts: dict[str, Callable[[], Any]] = {
         "prompt": lambda: gradio.Textbox(prompts[0], label="Prompt", **texts),
         "new_prompt": lambda: gradio.Textbox(label="Prompt of the new video", **texts),
         "video": lambda: gradio.Video(label="Video", height=260, sources=["upload"]),
+        "read": lambda: gradio.Button("Read the video"),
         "question": lambda: gradio.Textbox("what color is the background?", label="Question", **texts),
         "strength": lambda: gradio.Slider(0.05, 1.0, 0.8, step=0.05, label="Strength (1 keeps nothing of the video)"),
         "steps": lambda: gradio.Slider(1, 100, 20, step=1, label="Steps"),
         "guidance": lambda: gradio.Slider(1.0, 8.0, 2.0, step=0.5, label="Guidance scale"),
         "seed": lambda: gradio.Number(0, label="Seed", precision=0),
-    }
-    outputs: dict[str, Callable[[], Any]] = {
-        "video": lambda: gradio.Video(label="Result", height=260, autoplay=True, loop=True),
+        "result": lambda: gradio.Video(label="Result", height=260, autoplay=True, loop=True),
         "text": lambda: gradio.Textbox(label="Text", lines=4),
     }
-    examples = {
-        "video": clips,
-        "prompt": prompts,
-        "question": [questions_of(scene)[-1]["question"] for scene in EXAMPLES],
-    }
+    questions = [questions_of(scene)[-1]["question"] for scene in EXAMPLES]
+    examples = {"video": demo.examples(), "prompt": prompts, "question": questions}
 
-    def called(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*values: Any, progress: Any = gradio.Progress()) -> Any:  # noqa: B008  (how gradio passes it)
-            try:
-                return function(*values, progress=progress)
-            except ValueError as error:
-                raise gradio.Error(str(error)) from error
+    def tracked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(progress: Any = gradio.Progress(track_tqdm=True), *values: Any) -> Any:  # noqa: B008  (gradio's way)
+            return function(*values)
 
         return call
 
-    def add_tab(name: str, made: str, about: str) -> None:
-        function = getattr(demo, name)
+    def add_tab(name: str, needed: str, folded: str, made: str, about: str) -> None:
+        """The tab of a function, from the parts for its parameters, in their order, and for what it makes."""
         with gradio.Tab(name.capitalize()):
             gradio.Markdown(about)
             with gradio.Row():
                 with gradio.Column():
-                    given, names = {}, [key for key in signature(function).parameters if key != "progress"]
-                    for key in (key for key in names if key not in OPTIONS):
-                        given[key] = inputs[key]()
-                        if name == "edit" and key == "video":
-                            read = gradio.Button("Read the video")
+                    given = {key: parts[key]() for key in needed.split()}
                     with gradio.Accordion("Options", open=False):
-                        given |= {key: inputs[key]() for key in names if key in OPTIONS}
+                        given |= {key: parts[key]() for key in folded.split()}
                     button = gradio.Button("Run", variant="primary")
                 with gradio.Column():
-                    results = [outputs[output]() for output in made.split()]
+                    results = [parts[key]() for key in made.split()]
             results.append(gradio.HTML(label="Steps of the sampling"))
             filled = [key for key in examples if key in given]
             rows = [list(row) for row in zip(*(examples[key] for key in filled), strict=True)]
             gradio.Examples(rows, [given[key] for key in filled])
-            if name == "edit":
+            if "read" in given:
                 where = [given["video"], given["seed"]]
-                read.click(called(demo.describe), where, given["new_prompt"], api_name="describe")
-            button.click(called(function), list(given.values()), results, api_name=name, show_progress_on=results[0])
+                given.pop("read").click(tracked(demo.describe), where, given["new_prompt"], api_name="describe")
+            function = tracked(getattr(demo, name))
+            button.click(function, list(given.values()), results, api_name=name, show_progress_on=results[0])
 
     with gradio.Blocks(title="Uni-ViGU", delete_cache=(3600, 3600), analytics_enabled=False) as page:
         gradio.Markdown("# Uni-ViGU\nOne diffusion model that makes video and understands it.")
-        add_tab("caption", "text", "Describe a video.")
-        add_tab("ask", "text", "Ask a question about a video. The model must be trained on questions.")
-        add_tab("generate", "video", "Make a video from a prompt.")
-        add_tab("joint", "video text", "Make a video and its detailed caption together.")
-        add_tab("edit", "video", "Let the model read the video, change words of its text, and regenerate the video.")
-    page.queue(max_size=16, default_concurrency_limit=1)
-    return page
+        asked = "Ask a question about a video. The model must be trained on questions."
+        edited = "Let the model read the video, change words of its text, and regenerate the video."
+        together = "Make a video and its detailed caption together."
+        add_tab("caption", "video", "steps seed", "text", "Describe a video.")
+        add_tab("ask", "video question", "steps seed", "text", asked)
+        add_tab("generate", "prompt", "steps guidance seed", "result", "Make a video from a prompt.")
+        add_tab("joint", "prompt", "steps guidance seed", "result text", together)
+        add_tab("edit", "video read new_prompt strength", "steps guidance seed", "result", edited)
+    return page.queue(max_size=16, default_concurrency_limit=1)
 
 
-def launch(page: Any, demo: Demo, port: int | None = None, **options: Any) -> Any:
-    """Serve the page to this machine only."""
+def launch(page: Any, port: int | None = None, **options: Any) -> Any:
+    """Serve the page to this machine only; errors are shown on it."""
     import gradio
 
     theme: Any = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no downloads
-    given = {"server_name": HOST, "server_port": port, "max_file_size": MAX_FILE_SIZE, "theme": theme, **options}
-    return page.launch(allowed_paths=[str(demo.folder)], **given)
+    given = {"server_name": HOST, "server_port": port, "max_file_size": MAX_FILE_SIZE, "theme": theme}
+    return page.launch(show_error=True, **given, **options)
 
 
 def parse(args: list[str]) -> argparse.Namespace:
@@ -283,10 +231,10 @@ def main(args: list[str]) -> None:
     options = read_options(DemoOptions, given)
     pipe = UniViGUPipeline.from_pretrained(given.model, torch_dtype=check_dtype(given.dtype, "--dtype"))
     demo = Demo(pipe.to(given.device), options)
-    tasks = TaskRunner(pipe, pipe.transformer, lambda: pipe.scheduler)
-    tasks.latents_shape(**demo.size)  # a wrong size is named before the page opens
+    # A wrong size is named before the page opens.
+    TaskRunner(pipe, pipe.transformer, lambda: pipe.scheduler).latents_shape(**demo.size)
     page = build(demo)
     try:
-        launch(page, demo, given.port)
+        launch(page, given.port)
     finally:
         page.close()  # removes gradio's copies of videos

@@ -18,45 +18,33 @@ import torch
 from PIL import Image
 
 from univigu.data.video import to_frames
-from univigu.models.encode import Conventions
 from univigu.models.tokens import Vocabulary
 from univigu.sampling.sampler import StepState
 
-TEMPLATE = "assets/trajectory.html"
+FPS = 8
 
 
 class TrajectoryRecorder:
-    """Keeps the intermediate states of one sample; give it to a task as ``callback_on_step_end``.
+    """Keeps the intermediate states of a batch's first sample; give it to a task as ``callback_on_step_end``.
 
     Args:
         pipe: the pipeline whose VAE and tokenizer read the states.
-        sample: which of the batch.
-        every: keep every so many steps; the last one is always kept.
-        scale: enlargement of the video.
-        fps: frames a second of the playing video.
+        every: keep every so many steps, at least 1; the last one is always kept.
+        scale: enlargement of the video, at least 1.
     """
 
-    def __init__(self, pipe: Any, sample: int = 0, every: int = 1, scale: int = 4, fps: int = 8) -> None:
-        for name, value, least in (("sample", sample, 0), ("every", every, 1), ("scale", scale, 1), ("fps", fps, 1)):
-            if value < least:
-                raise ValueError(f"{name}={value}: expected at least {least}")
-        self.pipe, self.sample, self.every, self.scale, self.fps = pipe, sample, every, scale, fps
+    def __init__(self, pipe: Any, every: int = 1, scale: int = 4) -> None:
+        self.pipe, self.every, self.scale = pipe, every, scale
         self.steps: list[dict[str, Any]] = []
         self._clean: str | None = None  # a caption's video is the same at every step
 
     def __call__(self, pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's callback, of the tasks and of WanPipeline's own call.
-
-        Raises:
-            IndexError: the batch has no such sample.
-        """
+        """The pipeline's callback, of the tasks and of WanPipeline's own call."""
         state = tensors.get("state")
         if state is None:
             video_time, total = 1.0 - float(pipe.scheduler.sigmas[step + 1]), pipe.num_timesteps
             state = StepState(step, total, tensors["latents"], video_time, None, None, step + 1 == total)
         if state.step % self.every == 0 or state.last:
-            if self.sample >= len(state.latents):
-                raise IndexError(f"sample={self.sample}: the batch has {len(state.latents)}")
             self.steps.append(
                 {
                     "step": state.step + 1,
@@ -64,35 +52,34 @@ class TrajectoryRecorder:
                     "video_noise": round(1.0 - state.video_time, 4),
                     "text_noise": None if state.text_time is None else round(1.0 - state.text_time, 4),
                     "video": self._video(state),
-                    "words": None if state.text is None else self._words(state.text[self.sample]),
+                    "words": None if state.text is None else self._words(state.text[0]),
                 }
             )
         return {}  # no tensor is replaced
 
-    def page(self, title: str = "Uni-ViGU") -> str:
+    def page(self) -> str:
         """The page; it needs no network and no other file. Raises ValueError if nothing was recorded."""
         if not self.steps:
             raise ValueError("nothing was recorded; pass the recorder as callback_on_step_end first")
-        data = json.dumps({"title": title, "steps": self.steps}).replace("<", "\\u003c")  # tags and comments in texts
-        return files("univigu").joinpath(TEMPLATE).read_text(encoding="utf-8").replace("/*DATA*/null", data)
+        data = json.dumps({"steps": self.steps}).replace("<", "\\u003c")  # tags and comments in texts
+        template = files("univigu").joinpath("assets/trajectory.html").read_text(encoding="utf-8")
+        return template.replace("/*DATA*/null", data)
 
-    def save(self, path: str | Path, title: str = "Uni-ViGU") -> Path:
+    def save(self, path: str | Path) -> None:
         """Write the page to a file."""
-        page, path = self.page(title), Path(path)
+        page, path = self.page(), Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
-        return path
 
     @torch.no_grad()
     def _video(self, state: StepState) -> str:
         """The decoded state as an animated picture in a data URL."""
         if state.video_time == 1.0 and self._clean is not None:
             return self._clean
-        latents = state.latents[self.sample : self.sample + 1]
-        clip = to_frames(Conventions.of(self.pipe.transformer.config).decode(self.pipe.vae, latents))[0]
+        clip = to_frames(self.pipe.conventions.decode(self.pipe.vae, state.latents[:1]))[0]
         buffer = io.BytesIO()
         first, *others = enlarged(clip.cpu(), self.scale)
-        first.save(buffer, "WEBP", save_all=True, append_images=others, duration=1000 // self.fps, loop=0, quality=80)
+        first.save(buffer, "WEBP", save_all=True, append_images=others, duration=1000 // FPS, loop=0, quality=80)
         url = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
         if state.video_time == 1.0:
             self._clean = url

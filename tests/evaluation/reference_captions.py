@@ -23,7 +23,7 @@ def main() -> None:
 
     pairs = json.loads(PAIRS.read_text())["pairs"]
     tokenizer: Any = PTBTokenizer()
-    truth = tokenizer.tokenize({i: [{"caption": text} for text in pair["references"]] for i, pair in enumerate(pairs)})
+    truth = tokenizer.tokenize({i: [{"caption": pair["reference"]}] for i, pair in enumerate(pairs)})
     made = tokenizer.tokenize({i: [{"caption": pair["caption"]}] for i, pair in enumerate(pairs)})
     bleu, _ = Bleu(4).compute_score(truth, made, verbose=0)
     rouge, rouges = Rouge().compute_score(truth, made)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from univigu.data.video import encode_mp4, read_video
-from univigu.shapes.metrics import ShapesVideoAccuracy, reading_of, score
+from univigu.shapes.metrics import AttributeAccuracy, reading_of, score
 from univigu.shapes.renderer import render
 from univigu.shapes.scenes import BACKGROUNDS, Object, Scene, sample_scene
 from univigu.shapes.text_checker import Reading
@@ -30,9 +30,8 @@ def degrade(frames: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def accuracies(clips: list[torch.Tensor]) -> dict[str, float]:
-    metric = ShapesVideoAccuracy()
-    for clip, scene in zip(clips, SCENES, strict=True):
-        metric.update(clip[None], [scene])
+    metric = AttributeAccuracy()
+    metric.update([score(detect(clip), scene) for clip, scene in zip(clips, SCENES, strict=True)])
     return {name: value.item() for name, value in metric.compute().items()}
 
 
@@ -85,7 +84,7 @@ def test_blank_frames(value, background):
 
 def test_noise_and_odd_clips_do_not_fail():
     generator = torch.Generator().manual_seed(0)
-    metric = ShapesVideoAccuracy()
+    metric = AttributeAccuracy()
     clips = (
         torch.randint(0, 256, (9, 3, 64, 64), generator=generator),
         torch.randint(0, 256, (9, 3, 8, 8), generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3),
@@ -94,7 +93,7 @@ def test_noise_and_odd_clips_do_not_fail():
         torch.arange(64).view(1, 1, 1, 64).expand(9, 3, 64, 64) * 4,
     )
     for clip in clips:
-        metric.update(clip.to(torch.uint8)[None], [SCENES[0]])
+        metric.update([score(detect(clip.to(torch.uint8)), SCENES[0])])
     values = torch.stack(list(metric.compute().values()))
     assert torch.isfinite(values).all()
     assert values.max() < 1

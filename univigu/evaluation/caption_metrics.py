@@ -13,19 +13,19 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from statistics import fmean
 
 import torch
-from torchmetrics import Metric
+import torch.distributed as dist
+from torch import nn
 from torchmetrics.functional.text import bleu_score
-from torchmetrics.utilities import dim_zero_cat
 
 Tokens = Sequence[str]
 
 _ABBREVIATIONS = "mr|mrs|ms|dr|prof|st|jr|sr|vs|etc|fig|inc|co|corp|ltd|approx"
 _SPLIT = {"cannot": "can not", "gonna": "gon na", "wanna": "wan na", "gotta": "got ta", "gimme": "gim me"}
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}  # what coco-caption drops
+_PUNCTUATION = {"''", "'", "``", "`", '"', ".", "?", "!", ",", ":", "-", "--", "...", ";"}  # what coco-caption drops
 _UNICODE = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "--", "—": "--", "…": "..."})
 _TOKEN = re.compile(
     rf"""
@@ -53,9 +53,8 @@ def tokenize_caption(text: str) -> list[str]:
     """
     tokens: list[str] = []
     for token in _TOKEN.findall(text.translate(_UNICODE).lower()):
-        if token in _PUNCTUATION or token == '"' or set(token) <= {"."} or set(token) == {"-"}:
-            continue
-        tokens += _SPLIT.get(token, _BRACKETS.get(token, token)).split()
+        if token not in _PUNCTUATION and set(token) != {"."} and set(token) != {"-"}:
+            tokens += _SPLIT.get(token, _BRACKETS.get(token, token)).split()
     return tokens
 
 
@@ -63,46 +62,37 @@ def _ngrams(tokens: Tokens, size: int) -> list[tuple[str, ...]]:
     return [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
 
 
-def rouge_l(tokens: Tokens, references: Sequence[Tokens], beta: float = 1.2) -> float:
+def rouge_l(tokens: Tokens, reference: Tokens, beta: float = 1.2) -> float:
     """ROUGE-L of one caption in [0, 1], Lin (2004), as in coco-caption: (1 + beta^2) P R / (R + beta^2 P).
 
-    P and R are the longest common subsequence's share of the caption's and of a reference's tokens, each the maximum
-    over the references.
+    P and R are the longest common subsequence's share of the caption's and of the reference's tokens.
     """
-    common = [_common_subsequence(tokens, reference) for reference in references]
-    precision = max(common) / max(len(tokens), 1)
-    recall = max(c / max(len(reference), 1) for c, reference in zip(common, references, strict=True))
-    if not precision or not recall:
+    common = [0] * (len(reference) + 1)  # with the reference's first j tokens
+    for token in tokens:
+        diagonal = 0
+        for j, other in enumerate(reference, 1):
+            above = common[j]
+            common[j] = diagonal + 1 if token == other else max(above, common[j - 1])
+            diagonal = above
+    if not common[-1]:
         return 0.0
+    precision, recall = common[-1] / len(tokens), common[-1] / len(reference)
     return (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
 
 
-def _common_subsequence(first: Tokens, second: Tokens) -> int:
-    """Length of the longest common subsequence."""
-    row = [0] * (len(second) + 1)
-    for token in first:
-        diagonal = 0
-        for j, other in enumerate(second, 1):
-            above = row[j]
-            row[j] = diagonal + 1 if token == other else max(above, row[j - 1])
-            diagonal = above
-    return row[-1]
-
-
-def cider(pairs: Sequence[tuple[Tokens, Sequence[Tokens]]], sigma: float = 6.0) -> list[float]:
+def cider(pairs: Sequence[tuple[Tokens, Tokens]], sigma: float = 6.0) -> list[float]:
     """CIDEr-D of each caption, in [0, 10] (papers print its mean times 100), Vedantam et al., arXiv:1411.5726.
 
     Captions and references become vectors g_n of their n-grams' counts, n = 1..4, weighted by log(N / df), where df is
-    the number of the N samples in whose references an n-gram occurs.  The score is 10 times the mean over n and
-    references of exp(-(l_c - l_r)^2 / (2 sigma^2)) * min(g_c, g_r) . g_r / (|g_c| |g_r|), l the number of bigrams.
+    the number of the N references in which an n-gram occurs.  The score is 10 times the mean over n of
+    exp(-(l_c - l_r)^2 / (2 sigma^2)) * min(g_c, g_r) . g_r / (|g_c| |g_r|), l the number of bigrams.
 
     Args:
-        pairs: (caption, its references) of the whole corpus, tokenised.  With one sample all weights are 0.
+        pairs: (caption, its reference) of the whole corpus, tokenised.  With one sample all weights are 0.
         sigma: tolerance for differences of length.
     """
-    samples = [{gram for text in texts for n in range(1, 5) for gram in _ngrams(text, n)} for _, texts in pairs]
-    frequency = Counter(gram for grams in samples for gram in grams)
-    log_samples = math.log(max(len(pairs), 1))
+    frequency = Counter(gram for _, text in pairs for n in range(1, 5) for gram in set(_ngrams(text, n)))
+    log_samples = math.log(len(pairs))
 
     def vector(tokens: Tokens, size: int) -> dict[tuple[str, ...], float]:
         counts = Counter(_ngrams(tokens, size))
@@ -114,77 +104,53 @@ def cider(pairs: Sequence[tuple[Tokens, Sequence[Tokens]]], sigma: float = 6.0) 
         return sum(min(value, true) * true for value, true in common) / norms if norms else 0.0
 
     scores = []
-    for caption, references in pairs:
-        total, own = 0.0, [vector(caption, n) for n in range(1, 5)]
-        for reference in references:
-            difference = max(len(caption) - 1, 0) - max(len(reference) - 1, 0)
-            cosine = sum(similarity(grams, vector(reference, n)) for n, grams in enumerate(own, 1))
-            total += math.exp(-(difference**2) / (2 * sigma**2)) * cosine
-        scores.append(10.0 * total / (4 * len(references)))
+    for caption, reference in pairs:
+        difference = max(len(caption) - 1, 0) - max(len(reference) - 1, 0)
+        cosine = sum(similarity(vector(caption, n), vector(reference, n)) for n in range(1, 5))
+        scores.append(10.0 * math.exp(-(difference**2) / (2 * sigma**2)) * cosine / 4)
     return scores
 
 
-def bleu_4(pairs: Sequence[tuple[Tokens, Sequence[Tokens]]]) -> float:
-    """Corpus BLEU-4 in [0, 1]; if no 4-gram at all is right it is 0, where coco-caption gives 1e-4 or less."""
-    # Of two references equally near in length coco-caption takes the shorter, torchmetrics the first.
-    references = [[" ".join(text) for text in sorted(texts, key=len)] for _, texts in pairs]
-    return float(bleu_score([" ".join(caption) for caption, _ in pairs], references, n_gram=4))
-
-
-class CaptionScores(Metric):
+class CaptionScores(nn.Module):
     """Scores of captions against references, and statistics that show a collapse to a few sentences.
 
-    * ``bleu4``, ``rouge_l``, ``cider``: ``bleu_4()``, the means of ``rouge_l()`` and ``cider()``.
+    * ``bleu4``: corpus BLEU-4 in [0, 1]; if no 4-gram at all is right it is 0, where coco-caption gives 1e-4 or less.
+    * ``rouge_l``, ``cider``: the means of ``rouge_l()`` and ``cider()``.
     * ``words``, ``words_truth``: mean length of the captions and of the references in tokens.
     * ``repetition``: mean share of a caption's 4-grams that repeat earlier ones (arXiv:1908.04319).
     * ``distinct_1``, ``distinct_2``: different words (pairs) divided by all words (pairs) (arXiv:1510.03055).
     * ``unique``: share of different captions.
     """
 
-    is_differentiable, full_state_update = False, False
-    texts: list[torch.Tensor]
-    """uint8, because ranks exchange tensors: a line per sample, texts separated by tabs, tokens by spaces."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs: list[tuple[Tokens, Tokens]] = []
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("texts", [], dist_reduce_fx="cat")
-
-    def update(self, captions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-        """Add a batch of captions, each with its references."""
-        samples = [[caption, *texts] for caption, texts in zip(captions, references, strict=True)]
-        lines = ["\t".join(" ".join(tokenize_caption(text)) for text in texts) + "\n" for texts in samples]
-        if lines:
-            data = bytearray("".join(lines).encode())
-            self.texts.append(torch.frombuffer(data, dtype=torch.uint8).to(self.device))
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Exchange texts between ranks."""
-        if not self.texts:  # torchmetrics would send an empty float tensor to ranks that expect bytes
-            self.texts = [torch.zeros(0, dtype=torch.uint8, device=self.device)]
-        super().sync(*args, **kwargs)
+    def update(self, captions: Sequence[str], references: Sequence[str]) -> None:
+        """Add a batch of captions, each with its reference."""
+        self.pairs += zip(map(tokenize_caption, captions), map(tokenize_caption, references), strict=True)
 
     def compute(self) -> dict[str, torch.Tensor]:
-        data = bytes(dim_zero_cat(self.texts).cpu().numpy()).decode() if len(self.texts) else ""
-        samples = [[text.split() for text in line.split("\t")] for line in data.split("\n")[:-1]]
-        pairs = [(texts[0], texts[1:]) for texts in samples]
-        captions = [caption for caption, _ in pairs]
+        """The scores of all ranks' captions."""
+        gathered = [self.pairs]
+        if dist.is_available() and dist.is_initialized():
+            gathered *= dist.get_world_size()
+            dist.all_gather_object(gathered, self.pairs)
+        pairs = [pair for part in gathered for pair in part]
+        captions, references = [caption for caption, _ in pairs], [reference for _, reference in pairs]
+        bleu = bleu_score([" ".join(text) for text in captions], [[" ".join(text)] for text in references], n_gram=4)
         values = {
-            "bleu4": bleu_4(pairs) if pairs else 0.0,
-            "rouge_l": _mean(rouge_l(caption, references) for caption, references in pairs),
-            "cider": _mean(cider(pairs)),
-            "words": _mean(map(len, captions)),
-            "words_truth": _mean(len(reference) for _, references in pairs for reference in references),
-            "repetition": _mean(1 - _distinct([caption], 4) if len(caption) >= 4 else 0.0 for caption in captions),
+            "bleu4": float(bleu),
+            "rouge_l": fmean(rouge_l(*pair) for pair in pairs),
+            "cider": fmean(cider(pairs)),
+            "words": fmean(map(len, captions)),
+            "words_truth": fmean(map(len, references)),
+            "repetition": fmean(1 - _distinct([caption], 4) if len(caption) >= 4 else 0.0 for caption in captions),
             "distinct_1": _distinct(captions, 1),
             "distinct_2": _distinct(captions, 2),
-            "unique": len(set(map(tuple, captions))) / max(len(captions), 1),
+            "unique": len(set(map(tuple, captions))) / len(captions),
         }
-        return {name: torch.tensor(value, device=self.device) for name, value in values.items()}
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return math.fsum(values) / max(len(values), 1)
+        return {name: torch.tensor(value) for name, value in values.items()}
 
 
 def _distinct(captions: Iterable[Tokens], size: int) -> float:

@@ -1,12 +1,6 @@
 """What ``lightning test`` and ``lightning validate`` measure on held-out clips, in both directions and at once.
 
-* ``caption``: texts read off clean videos without a prompt, against the truth.
-* ``generate``: videos made from prompts, against what the prompts ask for and against the true videos.
-* ``joint``: videos and texts made together, against each other.
-* ``vae``: clips encoded and decoded by the VAE, against the clips.
-* ``flow``: the video's denoising loss beside the foundation's, which shows whether the generator has changed.
-
-docs/EVALUATION.md lists every name that is logged.
+docs/EVALUATION.md says what each name means that is logged.
 """
 
 from __future__ import annotations
@@ -32,9 +26,11 @@ from univigu.flow.random import randn
 from univigu.flow.time import shift_sigma, time_from_sigma, to_timestep
 from univigu.flow.video import flow_matching_loss, interpolate
 from univigu.pipeline import TaskRunner
-from univigu.sampling.sampler import Samples
-from univigu.shapes.metrics import AttributeAccuracy, ShapesAgreement, ShapesTextAccuracy, ShapesVideoAccuracy
-from univigu.shapes.text_checker import normalize_text
+from univigu.sampling.sampler import Task
+from univigu.shapes.metrics import AttributeAccuracy, ShapesTextAccuracy, agreement, reading_of
+from univigu.shapes.scenes import Scene
+from univigu.shapes.text_checker import normalize_text, parse_text
+from univigu.shapes.video_checker import detect
 
 
 @dataclass
@@ -86,9 +82,7 @@ class HeldOutEvaluation(nn.Module):
             "flow/foundation": MeanMetric(),
         }
         tasks = ("generate", "joint") if options.generation else ()
-        if options.generation:
-            metrics |= {"generate/properties": ShapesVideoAccuracy(positions=False)}
-            metrics |= {"joint/properties": ShapesAgreement()}
+        metrics |= {f"{task}/properties": AttributeAccuracy() for task in tasks}
         if options.clip is not None:
             clip = ClipEncoder(options.clip)
             metrics |= {f"{task}/clip": VideoCLIPScore(clip) for task in ("caption", *tasks)}
@@ -112,7 +106,7 @@ class HeldOutEvaluation(nn.Module):
         if "video" not in batch:  # before anything is sampled
             self.options.refuse_latents(inputs.text_ids is not None)
         questions, length, shape = questions_of(batch), batch["prompt_ids"].shape[1], tuple(inputs.latents.shape[1:])
-        known = [i for i, scene in enumerate(batch["scene"]) if scene is not None]  # of the embedded world
+        scenes = {i: Scene.from_dict(scene) for i, scene in enumerate(batch["scene"]) if scene is not None}
         # A sample's seed comes from its key: the same whatever the batch size or the number of ranks.
         names = batch["key"] if questions is None else map("".join, zip(batch["key"], questions, strict=True))
         seeds = [zlib.crc32(name.encode()) for name in names]
@@ -120,46 +114,37 @@ class HeldOutEvaluation(nn.Module):
         if inputs.text_ids is not None:
             generator = tasks.generators(seeds)
             samples = tasks.sample("caption", questions, length, latents=inputs.latents, generator=generator)
-            captions = self._captions(tasks, samples, inputs.text_ids, batch)
+            captions, ids, true = tasks.texts(samples), samples.tokens, batch[self.target]
+            assert ids is not None
+            size = min(ids.shape[1], inputs.text_ids.shape[1])
+            true_ids = tasks.vocabulary.decode(inputs.text_ids[:, :size])
+            real = true_ids != tasks.components.tokenizer.pad_token_id  # the text's end counts, its padding does not
+            self.add("caption/tokens", len(captions), (ids[:, :size] == true_ids)[real].float())
+            if pairs := [pair for pair in zip(captions, true, strict=True) if pair[1].strip()]:
+                self.add("caption/scores", len(pairs), *zip(*pairs, strict=True))
             if questions:  # an answer does not describe the scene
-                answers = zip(captions, batch[self.target], batch["kind"], strict=True)
-                right = [
-                    {kind if isinstance(kind, str) else "other": normalize_text(text) == normalize_text(true)}
-                    for text, true, kind in answers
-                ]
+                answers = zip(captions, true, batch["kind"], strict=True)
+                right = [{str(kind): normalize_text(text) == normalize_text(answer)} for text, answer, kind in answers]
                 self.add("answer/properties", len(right), right)
             else:
-                self.add("caption/properties", len(known), captions, batch["scene"])
+                self.add("caption/properties", len(scenes), captions, batch["scene"])
         if "video" in batch:
             self._true_videos(tasks, batch["video"].to(inputs.latents.device), inputs.latents, captions)
         if questions:  # no video is denoised or generated from a question
             return
         self._flow(tasks, inputs, seeds)
-        if not self.options.generation:
-            return
-        prompts = batch["prompt"]
-        samples = tasks.sample("generate", prompts, length, shape=shape, generator=tasks.generators(seeds))
-        self.add("generate/properties", len(known), self._made("generate", tasks, samples, prompts), batch["scene"])
-        if captions is not None:
-            samples = tasks.sample("joint", prompts, length, shape=shape, generator=tasks.generators(seeds))
-            texts = tasks.texts(samples)
-            frames = self._made("joint", tasks, samples, texts)
-            if known:
-                self.add("joint/properties", len(known), [texts[i] for i in known], frames[known])
-
-    def _captions(
-        self, tasks: TaskRunner, samples: Samples, true_ids: torch.Tensor, batch: Mapping[str, Any]
-    ) -> list[str]:
-        """Compare captions with the truth; returns them."""
-        captions, ids = tasks.texts(samples), samples.tokens
-        assert ids is not None
-        size = min(ids.shape[1], true_ids.shape[1])
-        true_ids = tasks.vocabulary.decode(true_ids[:, :size])
-        real = true_ids != tasks.components.tokenizer.pad_token_id  # the text's end counts, its padding does not
-        self.add("caption/tokens", len(captions), (ids[:, :size] == true_ids)[real].float())
-        if pairs := [(text, [true]) for text, true in zip(captions, batch[self.target], strict=True) if true.strip()]:
-            self.add("caption/scores", len(pairs), *zip(*pairs, strict=True))
-        return captions
+        made: tuple[Task, ...] = ("generate",) if captions is None else ("generate", "joint")
+        for task in made if self.options.generation else ():
+            samples = tasks.sample(task, batch["prompt"], length, shape=shape, generator=tasks.generators(seeds))
+            frames = to_frames(tasks.decode(samples.latents))
+            texts = batch["prompt"] if task == "generate" else tasks.texts(samples)
+            self.add(f"{task}/clip", len(texts), frames, texts)
+            self.add(f"{task}/fvd", len(texts), frames, real=False)
+            said = {
+                i: reading_of(s, "prompt") if task == "generate" else parse_text(texts[i]) for i, s in scenes.items()
+            }
+            results = [agreement(reading, detect(frames[i])) for i, reading in said.items()]
+            self.add(f"{task}/properties", len(scenes), results)
 
     def _true_videos(
         self, tasks: TaskRunner, videos: torch.Tensor, latents: torch.Tensor, captions: list[str] | None
@@ -172,13 +157,6 @@ class HeldOutEvaluation(nn.Module):
             self.add("caption/clip", len(videos), videos, captions)
         for task in ("generate", "joint"):
             self.add(f"{task}/fvd", 0, videos, real=True)
-
-    def _made(self, task: str, tasks: TaskRunner, samples: Samples, texts: list[str]) -> torch.Tensor:
-        """Compare generated videos with their texts and, as a set, with the true ones; returns the frames."""
-        frames = to_frames(tasks.decode(samples.latents))
-        self.add(f"{task}/clip", len(texts), frames, texts)
-        self.add(f"{task}/fvd", len(texts), frames, real=False)
-        return frames.cpu()
 
     def _flow(self, tasks: TaskRunner, inputs: UniFlowBatch, seeds: list[int]) -> None:
         """Both models' losses on the same noise, at eight times spread evenly over the (shifted) schedule."""

@@ -1,8 +1,6 @@
 """The model "univigu" of lmms-eval (0.7), which finds it by the entry point ``lmms_eval.models``.
 
-lmms-eval is no dependency; docs/EVALUATION.md says how to install and call it:
-
-python -m lmms_eval eval --model univigu --model_args pretrained=my_model --batch_size 8 --tasks detailed_test
+lmms-eval is no dependency; docs/EVALUATION.md says how to install and call it.
 """
 
 from __future__ import annotations
@@ -56,22 +54,21 @@ class UniViGU(lmms):
         self.options: dict[str, Any] = {"caption_steps": caption_steps, "max_sequence_length": max_sequence_length}
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        starts = range(0, len(requests), self.batch_size)
-        return [text for start in starts for text in self._texts(requests[start : start + self.batch_size])]
-
-    def _texts(self, requests: list[Instance]) -> list[str]:
-        questions, videos, seeds = [], [], []
-        for request in requests:
-            question, _, doc_to_visual, doc_id, task, split = request.args
-            visuals = doc_to_visual(self.task_dict[task][split][doc_id])
-            if len(visuals) != 1 or not isinstance(visuals[0], str):
-                raise ValueError(f"{task}, document {doc_id}: expected one video file, got {visuals!r:.200}")
-            questions.append(question)
-            videos.append(read_video(visuals[0], *self.size))
-            seeds.append(torch.Generator().manual_seed(self.seed + doc_id))
-        frames = torch.stack(videos).float() / 255
-        made = self.pipe.caption(frames, questions if self.ask else None, generator=seeds, **self.options)
-        return made.text or []
+        texts: list[str] = []
+        for start in range(0, len(requests), self.batch_size):
+            questions, videos, seeds = [], [], []
+            for request in requests[start : start + self.batch_size]:
+                question, _, doc_to_visual, doc_id, task, split = request.args
+                visuals = doc_to_visual(self.task_dict[task][split][doc_id])
+                if len(visuals) != 1 or not isinstance(visuals[0], str):
+                    raise ValueError(f"{task}, document {doc_id}: expected one video file, got {visuals!r:.200}")
+                questions.append(question)
+                videos.append(read_video(visuals[0], *self.size))
+                seeds.append(torch.Generator().manual_seed(self.seed + doc_id))
+            frames = torch.stack(videos).float() / 255
+            made = self.pipe.caption(frames, questions if self.ask else None, generator=seeds, **self.options)
+            texts += made.text or []
+        return texts
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError("univigu gives no likelihood of a text: choose tasks of type generate_until")

@@ -31,11 +31,9 @@ class ExportOptions(VideoOptions):
     """How the videos are generated."""
 
     steps: int = 50
-    """Denoising steps."""
     guidance_scale: float | None = 5.0
     """Classifier-free guidance."""
     batch_size: int = 1
-    """Videos generated at once."""
     videos_per_prompt: int = 5
     """Videos of each prompt: VBench expects 5, and 25 for temporal flickering."""
     prompt_length: int = 512
@@ -47,18 +45,11 @@ class ExportOptions(VideoOptions):
 
 
 def video_name(prompt: str, index: int) -> str:
-    """``{prompt}-{index}.mp4``; a prompt that is no valid file name (too long, a slash, ...) is shortened.
-
-    Such a name ends in the hash of the whole prompt; VBench then takes the prompt from its json file.
-    """
+    """``{prompt}-{index}.mp4``, with a hash of a prompt that is no valid file name (too long, a slash, ...)."""
     name = f"{prompt}-{index}.mp4"
-    unsafe = re.search(r"[/\\\x00-\x1f\x7f]", prompt) or prompt != prompt.strip() or prompt.startswith(".")
-    if not unsafe and len(name.encode()) <= MAX_NAME:
-        return name
-    digest = hashlib.sha256(prompt.encode()).hexdigest()[:12]
-    safe = re.sub(r"[/\\\x00-\x1f\x7f]+", " ", prompt).strip(". ")
-    short = safe.encode()[:160].decode(errors="ignore").strip()
-    return f"{short} {digest}-{index}.mp4"
+    if re.search(r"[/\\\x00-\x1f\x7f]|^[\s.]|\s$", prompt) or len(name.encode()) > MAX_NAME:
+        name = f"{hashlib.sha256(prompt.encode()).hexdigest()}-{index}.mp4"
+    return name
 
 
 def _read_prompts(path: str, option: str) -> list[tuple[str, str | None]]:

@@ -7,20 +7,18 @@ An attribute of a scene with two objects is right only if it is right for both.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torchmetrics import Metric
 
-from univigu.shapes import text_checker
 from univigu.shapes.scenes import NUM_FRAMES, Scene
-from univigu.shapes.text_checker import ObjectReading, Reading, Source, normalize_text
+from univigu.shapes.text_checker import ObjectReading, Reading, Source, normalize_text, parse_caption, parse_prompt
 from univigu.shapes.texts import caption_of, prompt_of, region_of
-from univigu.shapes.video_checker import detect
 
 ATTRIBUTES = ("count", "background", "size", "color", "shape", "motion", "speed", "relation", "start", "end")
-POSITIONS = ("start", "end")
+COUNTED = (*ATTRIBUTES, "exact", "exact_text")
 
 
 def reading_of(scene: Scene, source: Source = "caption") -> Reading:
@@ -48,8 +46,8 @@ def agreement(truth: Reading, reading: Reading) -> dict[str, bool]:
     objects, true = _in_order_of(reading, truth), truth.objects
     aligned = len(objects) == len(true) > 0
     pairs = list(zip(objects, true, strict=False))
-    names = ("size", "color", "shape", "motion")
-    for name in names if "prompt" in (reading.source, truth.source) else names + POSITIONS:
+    positions = () if "prompt" in (reading.source, truth.source) else ("start", "end")
+    for name in ("size", "color", "shape", "motion", *positions):
         result[name] = aligned and all(_same(*pair, name) for pair in pairs)
     if any(map(_moves, true)):
         result["speed"] = aligned and all(_same(*pair, "speed") for pair in pairs if _moves(pair[1]))
@@ -82,78 +80,45 @@ class AttributeAccuracy(Metric):
     is_differentiable, higher_is_better, full_state_update = False, True, False
     right: torch.Tensor
     scored: torch.Tensor
-    exact: torch.Tensor
-    samples: torch.Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name, shape in (("right", len(ATTRIBUTES)), ("scored", len(ATTRIBUTES)), ("exact", ()), ("samples", ())):
-            self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+        for name in ("right", "scored"):
+            self.add_state(name, torch.zeros(len(COUNTED), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, results: Sequence[Mapping[str, bool]]) -> None:
-        """Add samples: whether each of their attributes is right."""
-        scored = Counter(name for result in results for name in result)
-        right = Counter(name for result in results for name, value in result.items() if value)
-        self.scored += torch.tensor([scored[name] for name in ATTRIBUTES], device=self.scored.device)
-        self.right += torch.tensor([right[name] for name in ATTRIBUTES], device=self.right.device)
-        self.exact += sum(all(result.values()) for result in results)
-        self.samples += len(results)
+    @property
+    def samples(self) -> int:
+        """Number of samples added."""
+        return int(self.scored[COUNTED.index("exact")])
+
+    def update(self, results: Iterable[Mapping[str, bool]], exact_texts: Sequence[bool] = ()) -> None:
+        """Add samples: whether each of their attributes is right, and whether their texts equal the true ones."""
+        rows = [{**result, "exact": all(result.values())} for result in results]
+        rows += [{"exact_text": value} for value in exact_texts]
+        scored = Counter(name for row in rows for name in row)
+        right = Counter(name for row in rows for name, value in row.items() if value)
+        self.scored += torch.tensor([scored[name] for name in COUNTED], device=self.scored.device)
+        self.right += torch.tensor([right[name] for name in COUNTED], device=self.right.device)
 
     def compute(self) -> dict[str, torch.Tensor]:
-        """Accuracies of the attributes that samples had, their "mean", and "exact" (all right in a sample)."""
-        counts = zip(ATTRIBUTES, self.right.tolist(), self.scored.tolist(), strict=True)
+        """Accuracies of the attributes that samples had, their "mean", "exact" (all are right), and "exact_text"."""
+        counts = zip(COUNTED, self.right.tolist(), self.scored.tolist(), strict=True)
         values = {name: right / scored for name, right, scored in counts if scored}
-        mean = sum(values.values()) / max(len(values), 1)
-        values |= {"mean": mean, "exact": int(self.exact) / max(int(self.samples), 1)}
+        attributes = {name: values.pop(name) for name in ATTRIBUTES if name in values}
+        values = {**attributes, "mean": sum(attributes.values()) / max(len(attributes), 1), **values}
         return {name: torch.tensor(value, device=self.right.device) for name, value in values.items()}
 
 
 class ShapesTextAccuracy(AttributeAccuracy):
     """How much of each scene a generated text ("caption" or "prompt") states correctly."""
 
-    exact_text: torch.Tensor
-
     def __init__(self, kind: str = "caption", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        forms = {"caption": (text_checker.parse_caption, caption_of), "prompt": (text_checker.parse_prompt, prompt_of)}
-        if kind not in forms:
-            raise ValueError(f"kind={kind!r}: expected caption or prompt")
-        self.parse, self.write = forms[kind]
-        self.add_state("exact_text", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.parse, self.write = {"caption": (parse_caption, caption_of), "prompt": (parse_prompt, prompt_of)}[kind]
 
     def update(self, texts: Sequence[str], scenes: Sequence[Scene | Mapping[str, Any] | None]) -> None:  # type: ignore[override]
         """Add a batch; samples without a scene (None: not of the embedded world) are ignored."""
-        pairs = _with_scenes(texts, scenes)
-        super().update([score(self.parse(text), scene) for text, scene in pairs])
-        self.exact_text += sum(normalize_text(text) == normalize_text(self.write(scene)) for text, scene in pairs)
-
-    def compute(self) -> dict[str, torch.Tensor]:
-        """With "exact_text", the share of texts equal to the scene's own after normalisation."""
-        return {**super().compute(), "exact_text": self.exact_text / self.samples.clamp_min(1)}
-
-
-class ShapesVideoAccuracy(AttributeAccuracy):
-    """How much of each scene a generated clip shows correctly; a prompt states no start and end positions."""
-
-    def __init__(self, positions: bool = True, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.ignored = () if positions else POSITIONS
-
-    def update(self, frames: torch.Tensor, scenes: Sequence[Scene | Mapping[str, Any] | None]) -> None:  # type: ignore[override]
-        """Add a batch of clips, uint8 [B, F, C, H, W]; samples without a scene (None) are ignored."""
-        results = [score(detect(clip), scene) for clip, scene in _with_scenes(frames, scenes)]
-        super().update([{k: v for k, v in result.items() if k not in self.ignored} for result in results])
-
-
-class ShapesAgreement(AttributeAccuracy):
-    """Whether captions and videos that were sampled together show the same; needs no truth."""
-
-    def update(self, captions: Sequence[str], frames: torch.Tensor) -> None:  # type: ignore[override]
-        """Add a batch of captions and their clips, uint8 [B, F, C, H, W]."""
-        pairs = zip(map(text_checker.parse_text, captions), map(detect, frames), strict=True)
-        super().update([agreement(text, video) for text, video in pairs])
-
-
-def _with_scenes(values: Any, scenes: Sequence[Scene | Mapping[str, Any] | None]) -> list[tuple[Any, Scene]]:
-    pairs = [(value, scene) for value, scene in zip(values, scenes, strict=True) if scene is not None]
-    return [(value, s if isinstance(s, Scene) else Scene.from_dict(dict(s))) for value, s in pairs]
+        pairs = [(text, scene) for text, scene in zip(texts, scenes, strict=True) if scene is not None]
+        pairs = [(text, s if isinstance(s, Scene) else Scene.from_dict(s)) for text, s in pairs]
+        exact_texts = [normalize_text(text) == normalize_text(self.write(scene)) for text, scene in pairs]
+        super().update([score(self.parse(text), scene) for text, scene in pairs], exact_texts)

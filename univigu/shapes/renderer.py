@@ -13,8 +13,7 @@ def render(scene: Scene, height: int = CANVAS, width: int = CANVAS, num_frames: 
     over = 4
     ys = (np.arange(height * over) + 0.5) * CANVAS / (height * over)
     xs = (np.arange(width * over) + 0.5) * CANVAS / (width * over)
-    frames = np.empty((num_frames, height, width, 3), np.float32)
-    frames[:] = BACKGROUNDS[scene.background]
+    frames = np.full((num_frames, height, width, 3), BACKGROUNDS[scene.background], np.float32)
     for i in range(num_frames):
         time = i * (NUM_FRAMES - 1) / max(num_frames - 1, 1)
         for obj in scene.objects:

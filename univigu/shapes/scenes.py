@@ -90,8 +90,8 @@ def is_scene(value: Any) -> bool:
     """Whether a JSON value describes a scene of this world, and not the "scene" field of another data set."""
     try:
         scene = Scene.from_dict(value)
-        relations: tuple[str, ...] = RELATIONS if len(scene.objects) == 2 else ("",)
-        known = scene.background in BACKGROUNDS and scene.relation in relations and 1 <= len(scene.objects) <= 2
+        relations = {1: ("",), 2: RELATIONS}.get(len(scene.objects), ())
+        known = scene.background in BACKGROUNDS and scene.relation in relations
         for obj in scene.objects:
             known &= obj.size in SIZES and obj.color in COLORS and obj.shape in SHAPES and obj.motion in MOTIONS
             known &= obj.speed in (("",) if obj.motion == "still" else tuple(SPEEDS)) and math.isfinite(obj.x + obj.y)
@@ -158,5 +158,4 @@ def _grid_point(rng: np.random.Generator, low: float, high: float, size: str) ->
 
 
 def _pick(rng: np.random.Generator, options: Iterable[str]) -> str:
-    values = list(options)
-    return values[int(rng.integers(len(values)))]
+    return str(rng.choice(list(options)))

@@ -25,7 +25,17 @@ def caption_of(scene: Scene) -> str:
     if len(scene.objects) == 2:
         count, names = "two objects", ["the first object", "the second object"]
     parts = [f"the video shows {count} on a plain {scene.background} background."]
-    parts += [_object_paragraph(name, obj) for name, obj in zip(names, scene.objects, strict=True)]
+    for name, obj in zip(names, scene.objects, strict=True):
+        motion = f"moves {obj.motion} {obj.speed} in a straight line"
+        if obj.motion == "still":
+            motion = "stays still in the same place"
+        start, end = region_of(obj.center(0)), region_of(obj.center(NUM_FRAMES - 1))
+        parts.append(
+            f"{name} is a {obj.size} {obj.color} {obj.shape}. it is filled with an even {obj.color} from edge to edge "
+            f"and its outline is that of a {obj.shape}. when the clip begins it is in the {start} part of the "
+            f"frame. it {motion} without turning. when the clip ends it is in the {end} part of "
+            f"the frame, and it still looks {obj.size} beside the frame."
+        )
     if scene.relation:
         parts.append(f"the first object is {scene.relation} the second object for the whole clip.")
     parts.append(
@@ -33,19 +43,6 @@ def caption_of(scene: Scene) -> str:
         "enters or leaves the frame, the camera does not move, the light is even, and there is no text in the picture."
     )
     return " ".join(parts)
-
-
-def _object_paragraph(name: str, obj: Object) -> str:
-    motion = f"moves {obj.motion} {obj.speed} in a straight line"
-    if obj.motion == "still":
-        motion = "stays still in the same place"
-    start, end = region_of(obj.center(0)), region_of(obj.center(NUM_FRAMES - 1))
-    return (
-        f"{name} is a {obj.size} {obj.color} {obj.shape}. it is filled with an even {obj.color} from edge to edge "
-        f"and its outline is that of a {obj.shape}. when the clip begins it is in the {start} part of the "
-        f"frame. it {motion} without turning. when the clip ends it is in the {end} part of "
-        f"the frame, and it still looks {obj.size} beside the frame."
-    )
 
 
 def region_of(center: tuple[float, float]) -> str:

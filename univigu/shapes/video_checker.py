@@ -56,9 +56,7 @@ def detect(frames: torch.Tensor) -> Reading:
     """
     if frames.ndim != 4 or frames.shape[1] != 3 or frames.shape[0] == 0 or frames.dtype != torch.uint8:
         raise ValueError(f"expected uint8 [F, 3, H, W] with F > 0, got {frames.dtype} {list(frames.shape)}")
-    resized = frames.detach().cpu().float()
-    if resized.shape[-2:] != (CANVAS, CANVAS):
-        resized = F.interpolate(resized, (CANVAS, CANVAS), mode="bilinear", antialias=True, align_corners=False)
+    resized = F.interpolate(frames.detach().cpu().float(), (CANVAS, CANVAS), mode="bilinear", antialias=True)
     pixels = np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy())  # [F, 64, 64, 3]
 
     sides = (pixels[:, :2], pixels[:, -2:], pixels[:, :, :2], pixels[:, :, -2:])  # objects cover little of the border
@@ -71,15 +69,16 @@ def detect(frames: torch.Tensor) -> Reading:
     if len(objects) != 2:
         objects.sort(key=lambda obj: (obj.center or (0.0, 0.0))[0])
         return Reading("video", count, background, "" if count == 1 else None, tuple(objects))
-    relation, other = _choose_relation(tracks, objects)
+    relations, motions = holding_relations(tracks[0].boxes, tracks[1].boxes), {obj.motion for obj in objects}
+    vertical, horizontal = bool(motions & {"up", "down"}), bool(motions & {"left", "right"})
+    if len(relations) == 2 and vertical != horizontal:  # objects of the world move perpendicular to their relation
+        relations = ["left of", "above"] if vertical else ["above", "left of"]
+    relation, other = (*relations, None, None)[:2]
     axis = 1 if relation == "above" else 0
     middles = [np.nanmean(track.boxes[:, axis] + track.boxes[:, axis + 2]) for track in tracks]
     if middles[0] > middles[1]:  # the left or upper object comes first
         objects.reverse()
     return Reading("video", count, background, relation, tuple(objects), other)
-
-
-# ------------------------------------------------------------------ segmentation
 
 
 def _find_objects(difference: np.ndarray, ground: np.ndarray) -> list[_Track]:
@@ -189,9 +188,6 @@ def _drop_specks(cover: np.ndarray) -> int:
     return pieces
 
 
-# --------------------------------------------------------------------- measuring
-
-
 def _measure(track: _Track) -> ObjectReading:
     size, shape = _size_and_shape(track)
     middle = _center(track, shape, SIZES[size])
@@ -213,21 +209,10 @@ def _center(track: _Track, shape: str | None, radius: float) -> np.ndarray:
 
 
 def _size_and_shape(track: _Track) -> tuple[str, str | None]:
-    """The size and shape that overlap best; if none overlaps well, no shape and the size nearest to the box.
+    """The size and shape whose ideal cover overlaps best; if none does well, no shape and the size nearest to the box.
 
     The box alone is not enough: blur removes a triangle's tip, and with it half of what makes it large.
     """
-    overlaps = _overlaps(track)
-    best = max(overlaps, key=overlaps.__getitem__)
-    if overlaps[best] >= MIN_SHAPE_IOU:
-        return best
-    extent = (track.boxes[:, 2:] - track.boxes[:, :2])[track.seen]  # [N, 2]
-    half = float(np.median(extent, axis=0).mean()) / 2
-    return min(SIZES, key=lambda name: abs(SIZES[name] - half)), None
-
-
-def _overlaps(track: _Track) -> dict[tuple[str, str], float]:
-    """Overlap of the track with the ideal cover of each size and shape, averaged over the frames, in [0, 1]."""
     seen = track.seen
     reach = max(SIZES.values()) + 4  # compare this many pixels around the centre: contains any object
     padded = np.pad(track.cover[seen], ((0, 0), (reach, reach), (reach, reach)))
@@ -242,10 +227,15 @@ def _overlaps(track: _Track) -> dict[tuple[str, str], float]:
         fine = shape_mask(shape, at - offset[:, :1, None], at[:, None] - offset[:, 1:, None], SIZES[size])
         ideal = F.avg_pool2d(torch.from_numpy(fine).float(), 2)
         # sharp or blurred by 3x3 pixels, because edges from a VAE are soft
-        blurred = ((F.avg_pool2d(ideal, 3, 1, 1) if blur else ideal).numpy() for blur in (False, True))
+        blurred = (image.numpy() for image in (ideal, F.avg_pool2d(ideal, 3, 1, 1)))
         ious = [np.minimum(cover, i).sum((1, 2)) / np.maximum(cover, i).sum((1, 2)) for i in blurred]
         overlaps[size, shape] = max(float(iou.mean()) for iou in ious)
-    return overlaps
+    best = max(overlaps, key=overlaps.__getitem__)
+    if overlaps[best] >= MIN_SHAPE_IOU:
+        return best
+    extent = (track.boxes[:, 2:] - track.boxes[:, :2])[seen]  # [N, 2]
+    half = float(np.median(extent, axis=0).mean()) / 2
+    return min(SIZES, key=lambda name: abs(SIZES[name] - half)), None
 
 
 def _motion(centers: np.ndarray, frames: np.ndarray) -> tuple[str | None, str | None]:
@@ -270,9 +260,6 @@ def _nearest(color: np.ndarray, names: dict[str, tuple[int, int, int]], limit: f
     return best if distance <= limit else None
 
 
-# ---------------------------------------------------------------------- relation
-
-
 def holding_relations(first: np.ndarray, second: np.ndarray) -> list[str]:
     """The relations of two objects, in either order, that hold for the whole clip, the clearest first.
 
@@ -288,15 +275,3 @@ def holding_relations(first: np.ndarray, second: np.ndarray) -> list[str]:
     holding = [relation for relation in order if gaps[relation] >= -MAX_BOX_OVERLAP]
     # blur can make neighbours touch: then only the clearer one counts
     return holding or [relation for relation in order[:1] if gaps[relation] >= -MAX_BLUR_OVERLAP]
-
-
-def _choose_relation(tracks: list[_Track], objects: list[ObjectReading]) -> tuple[str | None, str | None]:
-    """The relation to report and, if both hold, the other one."""
-    holding = holding_relations(tracks[0].boxes, tracks[1].boxes)
-    if len(holding) == 2:  # objects of the world move perpendicular to their relation
-        motions = {obj.motion for obj in objects}
-        vertical, horizontal = bool(motions & {"up", "down"}), bool(motions & {"left", "right"})
-        if vertical != horizontal:
-            return ("left of", "above") if vertical else ("above", "left of")
-    first, second = (*holding, None, None)[:2]
-    return first, second
