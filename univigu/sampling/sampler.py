@@ -189,9 +189,9 @@ class Sampler:
             raise ValueError(f"strength={inputs.strength!r}: expected over 0, at most 1")
         run, text, steps = None, None, options.caption_steps
         if task != "caption":
-            solver = self.scheduler if options.solver == "scheduler" else options.solver
+            template = self.scheduler if options.solver == "scheduler" else options.solver
             shift = float(self.scheduler.config.get("flow_shift", self.scheduler.config.get("shift", 1.0)))
-            solver = VideoSolver(solver, options.num_inference_steps, shift, 1.0 - inputs.strength)
+            solver = VideoSolver(template, options.num_inference_steps, shift, 1.0 - inputs.strength)
             if video is None:
                 embeds = inputs.prompt_embeds
                 video = randn((len(embeds), *inputs.shape), generator, embeds.device)
