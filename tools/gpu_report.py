@@ -12,19 +12,29 @@ from __future__ import annotations
 import gc
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import yaml
 from diffusers import AutoencoderKLWan
+from safetensors.torch import save
 
 from univigu.cli import ToolParser
+from univigu.data.buckets import Bucket
 from univigu.data.engine import this_device
+from univigu.data.index import index_folder
+from univigu.data.loader import ErrorLog, TrainLoader, VideoTextDataset
+from univigu.data.order import TrainOrder
+from univigu.data.sample import LATENTS_SUFFIX, PROMPT_SUFFIX, TEXT_SUFFIX
+from univigu.data.shards import write_shard
 from univigu.flow.objective import TaskMixture, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
 from univigu.models.foundation import Foundation
@@ -124,6 +134,13 @@ class Report:
         a, b = (torch.randn(size, size, device=self.device, dtype=torch.bfloat16) for _ in range(2))
         return {"tflops": round(2e-12 * size**3 / self.seconds(lambda: a @ b, 10, 3), 1)}
 
+    def tests(self, which: str = "tests") -> Row:
+        """The tests that need a GPU."""
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib", "-q", "-m", "gpu", which]
+        start, root = time.perf_counter(), Path(__file__).resolve().parents[1]
+        printed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout
+        return {"result": printed.strip().rpartition("\n")[2], "seconds": round(time.perf_counter() - start, 1)}
+
     def train(self, recipe: str) -> None:
         """A step of each task: float32 weights, bfloat16 autocast, AdamW, checkpointed blocks, one clip."""
         frozen = recipe == "frozen"
@@ -213,6 +230,32 @@ class Report:
                 row = f"VAE {name} a clip, {str(dtype).removeprefix('torch.')}"
                 self.row(row, lambda call=call: {"seconds": round(self.seconds(call, 1), 3)})  # type: ignore[misc]
 
+    def loader(self) -> Row:
+        """Clips from encoded shards on disk to the device, two a batch: by four processes, from pinned memory."""
+        tokenizer, prompt = Foundation().tokenizer, "a circle"
+        embeds = torch.randn(len(tokenizer(prompt).input_ids), self.size.transformer["text_dim"]).half()
+        members = {
+            TEXT_SUFFIX: json.dumps({"prompt": prompt, "caption": prompt}).encode(),
+            LATENTS_SUFFIX: save({"latents": torch.randn(self.size.latents).half()}),
+            PROMPT_SUFFIX: save({"prompt": embeds, "null": embeds[:1].clone()}),
+        }
+        clips, slots = 128, {"prompt": self.size.prompt_length, "caption": self.size.text_length}
+        with TemporaryDirectory() as folder:
+            write_shard(Path(folder) / "000000.tar", ((f"{number:06d}", members) for number in range(clips)))
+            refs, _ = index_folder(Path(folder))
+            buckets = [Bucket(2, 2, 1)]  # the videos' size, which latents do not need
+            dataset = VideoTextDataset(refs, tokenizer, slots, buckets, [self.size.latents[1:]], replace=False)
+            batches = TrainLoader(dataset, TrainOrder(clips, 2), ErrorLog(strict=True), 4)
+
+            def read() -> None:
+                for batch in batches:
+                    for value in batch.values():
+                        if isinstance(value, torch.Tensor):
+                            value.to(self.device, non_blocking=True)
+
+            seconds = self.seconds(read)
+        return {"seconds": round(seconds / clips, 6), "clips_per_second": round(clips / seconds, 1)}
+
 
 def convert(model: UniViGUTransformer3DModel, dtype: torch.dtype) -> UniViGUTransformer3DModel:
     """Change the dtype of all parameters, also of those that diffusers keeps in float32."""
@@ -230,10 +273,13 @@ def main(args: list[str] | None = None) -> list[Row]:
     torch.manual_seed(0)
     report = Report(torch.device(options.device), options.size, options.only)
     report.row("matrix product, bfloat16", report.matrix_product)
+    if report.device.type == "cuda":
+        report.row("tests marked gpu", report.tests)
     for recipe in RECIPES:
         report.train(recipe)
     report.samples()
     report.vae()
+    report.row("loader to device", report.loader)
     return report.rows
 
 

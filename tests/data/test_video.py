@@ -140,6 +140,14 @@ def test_of_key_frames_only_the_chosen_are_decoded(monkeypatch: pytest.MonkeyPat
     assert len(decoded) < 10
 
 
+@pytest.mark.parametrize("container", ["mp4", "avi", "mpegts"])
+def test_packets_of_large_files_are_read_again(container: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = video_matrix.remux(*video_matrix.encode("libx264", video_matrix.B_FRAMES), container, "trimmed")
+    kept = [decoding.read(io.BytesIO(data), number, 96, 160) for number in (3, 40)]
+    monkeypatch.setattr(decoding, "MAX_KEPT", 0)
+    assert all(np.array_equal(frames, decoding.read(io.BytesIO(data), len(frames), 96, 160)) for frames in kept)
+
+
 def test_an_edit_list_hides_frames() -> None:
     data = video_matrix.remux(*video_matrix.encode("libx264", video_matrix.B_FRAMES), "mp4", "trimmed")
     frames = read_video(data, 4, 96, 160).permute(0, 2, 3, 1).numpy()

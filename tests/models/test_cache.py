@@ -66,17 +66,19 @@ def test_text_beside_a_cached_clean_video_is_exact(flow: str, dtype: torch.dtype
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["shared", "own"])
-def test_with_positions_and_a_shared_ffn(attention: str) -> None:
+def test_with_hidden_tokens_positions_and_a_shared_ffn(attention: str) -> None:
     options = {"separate_text_ffn": False, "text_positions": LENGTH}
     model = make(clean_video_reads_text=False, text_attention=attention, **options)
     if attention == "own":
         for block in model.blocks:
             torch.nn.init.normal_(block.attn1_t.to_v.weight, std=0.3)
     video, cache = draw_video(), AttentionCache()
-    model(*video, TextInputs(draw_text(0), times(900.0)), cache=cache)
+    mask = torch.arange(LENGTH)[None] < torch.tensor([[7], [4], [1]])
+    model(*video, TextInputs(draw_text(0), times(900.0), mask), cache=cache)
     text, time = draw_text(1), times(400.0)
-    cached = model(None, None, None, TextInputs(text, time), cache=cache).text
-    torch.testing.assert_close(cached, model(*video, TextInputs(text, time)).text, rtol=1e-5, atol=1e-5)
+    cached = model(None, None, None, TextInputs(text, time, mask), cache=cache).text
+    torch.testing.assert_close(cached, model(*video, TextInputs(text, time, mask)).text, rtol=1e-5, atol=1e-5)
+    assert (cached - model(*video, TextInputs(text, time)).text).abs().max() > 1e-3
 
 
 @torch.no_grad()

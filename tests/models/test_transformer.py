@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from tests import tiny
 from univigu.flow.text import TextInputs
-from univigu.models import attention as attention_layers
 from univigu.models.options import ArchitectureOptions, check_replaced
 from univigu.models.transformer import UniViGUTransformer3DModel, UniViGUTransformerOutput
 
@@ -255,6 +253,8 @@ class Reference:
     def bias(self, inputs: dict[str, Any], count: int, length: int) -> torch.Tensor:
         """Who may read whom: 0 or -inf, [B, 1, N + L, N + L]."""
         visible = torch.ones(len(inputs["timestep"]), count + length, count + length, dtype=torch.bool)
+        if "text_mask" in inputs:
+            visible[:, :, count:] &= inputs["text_mask"][:, None]
         if not self.config.clean_video_reads_text:
             visible[inputs["timestep"] == 0, :count, count:] = False
         return torch.zeros(visible.shape).masked_fill(~visible, -math.inf)[:, None]
@@ -305,6 +305,7 @@ def test_joint_forward_agrees_with_the_formulas(
     model = tiny.make_unified(wan, VOCAB, text_flow=text_flow, **options)
     inputs = make_inputs(width=tiny.HEADS * tiny.HEAD_DIM if text_flow == "embedding" else None)
     inputs["timestep"][1] = 0.0  # a clean row among noisy ones
+    inputs["text_mask"] = torch.arange(7) < torch.tensor([7, 3, 5])[:, None]
     if text_flow == "mask":
         inputs["text_tokens"][0, 2] = VOCAB  # the mask state
     output = run(model, inputs)
@@ -398,20 +399,31 @@ def test_a_sample_does_not_depend_on_its_batch(model: Any, one_way: Any, reads: 
             assert_close(alone.text, together.text[i : i + 1])
 
 
+@pytest.mark.parametrize("reads", [True, False])
+def test_masked_text_equals_truncated_text(model: Any, one_way: Any, reads: bool) -> None:
+    unified, inputs, kept = (model if reads else one_way), make_inputs(), 3
+    inputs["timestep"][0] = 0.0
+    mask = (torch.arange(7) < kept).expand(3, -1)
+    short = run(unified, inputs | {"text_tokens": inputs["text_tokens"][:, :kept]})
+    masked = run(unified, inputs | {"text_mask": mask})
+    assert_close(masked.sample, short.sample)
+    assert_close(masked.text[:, :kept], short.text)
+    unmasked = run(unified, inputs).text
+    assert (unmasked[:, :kept] - short.text).abs().max() > 1e-3
+    assert_close(run(unified, inputs | {"text_mask": torch.ones_like(mask)}).text, unmasked)
+
+
 @pytest.mark.parametrize("options", [{}, {"text_positions": 9}])
 def test_some_positions_of_a_slot_equal_the_slot_with_the_others_masked(
-    wan: WanTransformer3DModel, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    wan: WanTransformer3DModel, options: dict[str, Any]
 ) -> None:
     """Each sample with positions of its own: every token keeps the position that it has in the whole slot."""
     model, inputs = tiny.make_unified(wan, VOCAB, **options), make_inputs()
     positions = torch.tensor([[0, 1, 4], [2, 5, 6], [1, 3, 6]])
     few = {"text_tokens": inputs["text_tokens"].gather(1, positions), "text_positions": positions}
     some = run(model, inputs | few)
-    mask = F.pad(torch.zeros(3, 7, dtype=torch.bool).scatter(1, positions, True), (45, 0), value=True)
-    with monkeypatch.context() as patch:
-        hidden = partial(attention_layers.dispatch_attention_fn, attn_mask=mask[:, None, None])
-        patch.setattr(attention_layers, "dispatch_attention_fn", lambda *qkv, attn_mask, backend: hidden(*qkv))
-        masked = run(model, inputs)
+    mask = torch.zeros(3, 7, dtype=torch.bool).scatter(1, positions, True)
+    masked = run(model, inputs | {"text_mask": mask})
     assert_close(some.sample, masked.sample)
     assert_close(some.text, masked.text.gather(1, positions[..., None].expand(-1, -1, VOCAB)))
     moved = run(model, inputs | few | {"text_positions": torch.arange(3).expand(3, -1)})
@@ -574,6 +586,8 @@ def test_diffusers_finds_our_blocks(model: UniViGUTransformer3DModel) -> None:
         ),
         ({"text_tokens": torch.zeros(21, dtype=torch.int64)}, r"text\.tokens is torch\.int64 \[21\]"),
         ({"text_tokens": torch.zeros(2, 7, dtype=torch.int64)}, r"text\.tokens has 2 rows: expected 3"),
+        ({"text_mask": torch.ones(3, 7)}, r"text\.mask is torch\.float32 \[3, 7\]: expected torch\.bool \[3, 7\]"),
+        ({"text_mask": torch.ones(3, 6).bool()}, r"text\.mask is torch\.bool \[3, 6\]: expected torch\.bool \[3, 7\]"),
         ({"text_positions": torch.arange(7)}, r"text\.positions is torch\.int64 \[7\]: expected torch\.int64 \[3, 7\]"),
     ],
 )

@@ -15,7 +15,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -27,6 +27,8 @@ MAX_PIXELS = 8192 * 4320
 """Largest frame that is decoded: 8K."""
 MAX_MEMORY = 8 << 30
 """Address space of the process in bytes."""
+MAX_KEPT = 2**24
+"""Largest file in bytes whose packets are all kept in memory."""
 OPTIONS = {"threads": "1", "protocol_whitelist": "none"}
 """Of FFmpeg; the second keeps playlists from opening other files and addresses."""
 METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
@@ -35,6 +37,14 @@ PILLOW_FORMATS = ("jpeg_pipe", "webp_pipe")
 """Images that Pillow reads: FFmpeg has no animated WebP, and PyAV does not give mirrored EXIF orientations."""
 INDEXED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 """Containers in which a packet is a frame and key frames are marked reliably."""
+
+
+class _Packet(NamedTuple):
+    """What is kept of a large file's packet."""
+
+    pts: int | None
+    is_keyframe: bool
+    is_discard: bool
 
 
 class DecodeError(ValueError):
@@ -58,12 +68,21 @@ def nearest(times: np.ndarray, num_frames: int) -> np.ndarray:
 
 def read(file: Any, num_frames: int, height: int, width: int) -> np.ndarray:
     """Frames as displayed, scaled to cover the size and cropped at the centre: uint8 [F, H, W, 3]."""
+    small = file.seek(0, io.SEEK_END) <= MAX_KEPT
     with _open(file) as (kind, stream):
         fill = _Filler(np.empty((num_frames, height, width, 3), np.uint8), float(stream.sample_aspect_ratio or 1))
-        packets = [] if kind in PILLOW_FORMATS else list(_demux(stream))
-        if not _read_by_packets(kind, stream, packets, fill):
-            fill.missing = num_frames
-            _read_by_frames(file, sum(not packet.is_discard for packet in packets), fill)
+        packets: Iterable[Any] = () if kind in PILLOW_FORMATS else _demux(stream)
+        packets = [
+            packet if small else _Packet(packet.pts, packet.is_keyframe, packet.is_discard) for packet in packets
+        ]
+        # Opening a small file again would take longer than decoding it.
+        done = small and _read_by_packets(kind, stream, packets, packets, fill)
+    if not small:
+        with _open(file) as (kind, stream):
+            done = _read_by_packets(kind, stream, packets, _demux(stream), fill)
+    if not done:
+        fill.missing = num_frames
+        _read_by_frames(file, sum(not packet.is_discard for packet in packets), fill)
     return fill.frames
 
 
@@ -82,7 +101,7 @@ def probe(file: Any) -> tuple[int, int, int]:
     raise DecodeError("holds no video frame")
 
 
-def _read_by_packets(kind: str, stream: Any, packets: list[Any], fill: _Filler) -> bool:
+def _read_by_packets(kind: str, stream: Any, packets: list[Any], contents: Iterable[Any], fill: _Filler) -> bool:
     """Fill by the times of the packets; False if the decoder does not give these frames in this order."""
     times = [packet.pts for packet in packets if not packet.is_discard]
     if not times or None in times or len(set(times)) < len(times):
@@ -93,7 +112,7 @@ def _read_by_packets(kind: str, stream: Any, packets: list[Any], fill: _Filler) 
     needed, last = None, None
     if kind in INDEXED_FORMATS and len(times) == len(packets):
         needed = _needed(packets, set(wanted.tolist()))
-    for frame in _decode_packets(stream, packets, needed):
+    for frame in _decode_packets(stream, contents, needed):
         if frame.pts is None or (last is not None and frame.pts <= last):
             return False
         if all_keys and frame.pict_type != PictureType.I:  # the file marks every frame as a key frame, but not all are

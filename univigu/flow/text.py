@@ -36,6 +36,8 @@ class TextInputs(NamedTuple):
     """Ids [B, L], or for the ``embedding`` flow float states [B, L, D]."""
     timestep: torch.Tensor
     """Timestep 1000 * (1 - t) of the text, [B]."""
+    mask: torch.Tensor | None = None
+    """bool [B, L]; False hides a text token from every query. None shows all."""
     positions: torch.Tensor | None = None
     """Positions of the tokens in the text, int64 [B, L] from 0; None is 0 to L-1."""
     endpoint: torch.Tensor | None = None
@@ -171,7 +173,7 @@ class UniformFlow(TextFlow):
     def corrupt(self, tokens: torch.Tensor, t: torch.Tensor, generator: Generators = None) -> torch.Tensor:
         """Each token is kept with probability t, else drawn from the source: int64 [B, L]."""
         keep = rand(tokens.shape, generator, tokens.device) < expand_time(t, tokens)
-        return torch.where(keep, tokens, self.initial(*tokens.shape, generator, tokens.device))
+        return torch.where(keep, tokens, self.initial(len(tokens), tokens.shape[1], generator, tokens.device))
 
     def initial(self, batch: int, length: int, generator: Generators = None, device: Device = None) -> torch.Tensor:
         """Draw from the source: uniform random tokens, int64 [B, L]."""

@@ -35,13 +35,15 @@ def joint_attention(
     """Bidirectional self-attention over [video ; text], normalised streams [B, N, D] and [B, L, D].
 
     Args:
+        attn: Wan's self-attention layer.
         attn_t: the text's own layer. It projects the text, and the video's keys and values that text queries read.
-            None uses ``attn``, Wan's layer, for both.
+            None uses ``attn`` for both.
+        stream: for the text's positions, and keys that are hidden from every query.
         video_only: samples whose video does not depend on the text.
         cache: where to keep the keys and values for ``text_attention``.
         for_text: leave out the video's output.
     """
-    own, mask = attn_t or attn, None
+    own, key_mask = attn_t or attn, stream.key_mask
     rotate_v, rotate_t = partial(rotate_video, rotary=rotary_v), partial(rotate_text, rotary=stream.rotary)
     query_t, of_text = _query(own, text, rotate_t), _key_value(own, text, rotate_t)
     shown = _key_value(own, video, rotate_v)
@@ -49,20 +51,23 @@ def joint_attention(
     if cache is not None and cache.room is not None:
         cache.joint = read_by_text
     if for_text:
-        return None, _project_out(own, _attend(attn, query_t, *read_by_text))
+        return None, _project_out(own, _attend(attn, query_t, *read_by_text, key_mask))
 
     query_v = _query(attn, video, rotate_v)
     of_video = shown if attn_t is None else _key_value(attn, video, rotate_v)
     if attn_t is None and video_only is False:
         query = torch.cat([query_v, query_t], dim=1)
-        out_v, out_t = _attend(attn, query, *read_by_text).split([video.shape[1], text.shape[1]], dim=1)
+        out_v, out_t = _attend(attn, query, *read_by_text, key_mask).split([video.shape[1], text.shape[1]], dim=1)
     else:
-        out_t = _attend(attn, query_t, *read_by_text)
+        out_t = _attend(attn, query_t, *read_by_text, key_mask)
         if isinstance(video_only, torch.Tensor):  # the samples differ: a mask hides the text's keys
             hidden = repeat(~video_only, "b -> b 1 1 l", l=text.shape[1])
             mask = pad(hidden, (video.shape[1], 0), value=True)
-        read_by_video = of_video if video_only is True else _concatenate(of_video, of_text)
-        out_v = _attend(attn, query_v, *read_by_video, mask)
+            key_mask = mask if key_mask is None else mask & key_mask
+        if video_only is True:
+            out_v = _attend(attn, query_v, *of_video, None)
+        else:
+            out_v = _attend(attn, query_v, *_concatenate(of_video, of_text), key_mask)
     if attn_t is not None:
         return _project_out(attn, out_v), _project_out(attn_t, out_t)
     return apply_together(partial(_project_out, attn), out_v, out_t)
@@ -82,7 +87,7 @@ def video_attention(
     if cache.room:
         shown = of_video if attn_t is None else _key_value(attn_t, video, rotate)
         cache.joint = pad(shown[0], (0, 0, 0, 0, 0, cache.room)), pad(shown[1], (0, 0, 0, 0, 0, cache.room))
-    return None if for_text else _project_out(attn, _attend(attn, _query(attn, video, rotate), *of_video))
+    return None if for_text else _project_out(attn, _attend(attn, _query(attn, video, rotate), *of_video, None))
 
 
 def _concatenate(video: KeyValue, text: KeyValue) -> KeyValue:
@@ -112,24 +117,27 @@ def text_attention(attn: WanAttention, text: torch.Tensor, stream: TextStream, c
     texts about one video [B * K, L, D] attend in turn.
     """
     assert cache.joint is not None
-    rotate = partial(rotate_text, rotary=stream.rotary)
+    rotate, key_mask = partial(rotate_text, rotary=stream.rotary), stream.key_mask
     query, (own_key, own_value) = _query(attn, text, rotate), _key_value(attn, text, rotate)
     key, value = cache.joint
     start, count, heads = key.shape[1] - text.shape[1], len(text) // len(key), []
     for number in range(count):
         rows = slice(number, None, count)
         key[:, start:], value[:, start:] = own_key[rows], own_value[rows]
-        heads.append(_attend(attn, query[rows], key, value))
+        heads.append(_attend(attn, query[rows], key, value, None if key_mask is None else key_mask[rows]))
     return _project_out(attn, heads[0] if count == 1 else torch.stack(heads, dim=1).flatten(0, 1))
 
 
-def prompt_attention(attn: WanAttention, states: torch.Tensor, context: Any, cache: LayerCache | None) -> torch.Tensor:
+def prompt_attention(
+    attn: WanAttention, states: torch.Tensor, context: torch.Tensor | None, cache: LayerCache | None
+) -> torch.Tensor:
     """Wan's cross-attention of queries [B, S, D] onto the prompt [B, P, D], which a cache that holds it replaces."""
     if cache is None:
         return attn(states, context, None, None)
     if cache.prompt is None:
+        assert context is not None
         cache.prompt = _key_value(attn, context)
-    return _project_out(attn, _attend(attn, _query(attn, states), *cache.prompt))
+    return _project_out(attn, _attend(attn, _query(attn, states), *cache.prompt, None))
 
 
 def _query(attn: WanAttention, states: torch.Tensor, rotate: Rotate | None = None) -> torch.Tensor:
@@ -150,6 +158,6 @@ def _project_out(attn: WanAttention, heads: torch.Tensor) -> torch.Tensor:
 
 
 def _attend(
-    attn: WanAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+    attn: WanAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
     return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=attention_backend(attn)).type_as(query)

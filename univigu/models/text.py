@@ -26,6 +26,8 @@ class TextStream(NamedTuple):
     """Projected time embedding, [B, 1, 6, D]."""
     rotary: Rotary | None = None
     """Rotary table; None for learned positions."""
+    key_mask: torch.Tensor | None = None
+    """bool [B, 1, 1, N + L]; False hides a key of [video ; text] from every query."""
     context: torch.Tensor | None = None
     """The text's own prompt [B, S, D]; None: the video's."""
 
@@ -173,6 +175,7 @@ def check_inputs(
     for name, value, dtype, shape in (
         ("timestep", timestep, None, [batch, *([] if timestep is None else timestep.shape[1:2])]),
         ("text.timestep", text.timestep, None, [batch]),
+        ("text.mask", text.mask, torch.bool, [batch, length]),
         ("text.positions", text.positions, torch.int64, [batch, length]),
         ("text.endpoint", text.endpoint, None, list(text.tokens.shape)),
     ):

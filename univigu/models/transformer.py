@@ -23,6 +23,7 @@ from diffusers.utils import BaseOutput, apply_lora_scale
 from einops import rearrange
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial
+from torch.nn.functional import pad
 
 from univigu.flow.text import EMBEDDING_INPUT_SCALE, TextInputs
 from univigu.models.attention import VideoOnly
@@ -206,7 +207,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             states, stream = outputs[0], stream._replace(states=outputs[1])
 
         # 4. Heads
-        sample = None if states is None else self._video_head(states, temb, hidden_states.shape[2:])
+        sample = None if hidden_states is None else self._video_head(states, temb, hidden_states.shape[2:])
         logits = None
         if text is not None:
             shift, scale = (self.scale_shift_table_t.to(temb_t.device) + temb_t[:, None]).chunk(2, dim=1)
@@ -242,7 +243,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             return NO_TEXT, None
         if cache is not None and video is None:
             video, prompt = cache.of_video, cache.prompt_embeds
-        context, rotary, positions = None, None, text.positions
+        context, rotary, key_mask, positions = None, None, None, text.positions
         if text.tokens.ndim == 2:
             states = self.vocab_embed(text.tokens)
         else:
@@ -255,11 +256,13 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             rotary = text_rotary_table(positions, self.config.attention_head_dim)
         else:
             states = states + self.text_position_embed(positions)
+        if text.mask is not None:  # every video key may be attended to
+            key_mask = pad(text.mask, (video.shape[1], 0), value=True)[:, None, None]
         sinusoid = self.condition_embedder.timesteps_proj(text.timestep)
         temb, modulation = self.time_embedding_t(sinusoid, prompt.dtype)
         if text.prompt_embeds is not None and (cache is None or cache.take_prompt(text.prompt_embeds)):
             context = self.condition_embedder.text_embedder(text.prompt_embeds.to(prompt.dtype))
-        return TextStream(states.to(video.dtype), modulation[:, None], rotary, context), temb
+        return TextStream(states.to(video.dtype), modulation[:, None], rotary, key_mask, context), temb
 
     def _video_head(self, video: torch.Tensor, temb: torch.Tensor, grid: torch.Size) -> torch.Tensor:
         """Tokens [B, N, D] -> latents [B, C, T, H, W]; the parent's output head."""

@@ -118,7 +118,7 @@ class ShapesTextAccuracy(AttributeAccuracy):
 
     def update(self, texts: Sequence[str], scenes: Sequence[Scene | Mapping[str, Any] | None]) -> None:  # type: ignore[override]
         """Add a batch; samples without a scene (None: not of the embedded world) are ignored."""
-        pairs = [(text, scene) for text, scene in zip(texts, scenes, strict=True) if scene is not None]
-        pairs = [(text, s if isinstance(s, Scene) else Scene.from_dict(s)) for text, s in pairs]
+        known = [(text, scene) for text, scene in zip(texts, scenes, strict=True) if scene is not None]
+        pairs = [(text, s if isinstance(s, Scene) else Scene.from_dict(dict(s))) for text, s in known]
         exact_texts = [normalize_text(text) == normalize_text(self.write(scene)) for text, scene in pairs]
         super().update([score(self.parse(text), scene) for text, scene in pairs], exact_texts)
