@@ -12,10 +12,11 @@ import signal
 import struct
 import sys
 import tarfile
+from collections import namedtuple
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any
 
 import av
 import numpy as np
@@ -28,7 +29,8 @@ MAX_PIXELS = 8192 * 4320
 MAX_MEMORY = 8 << 30
 """Address space of the process in bytes."""
 MAX_KEPT = 2**24
-"""Largest file in bytes whose packets are all kept in memory."""
+"""Largest file in bytes whose packets are all kept in memory; of others only this:"""
+_Packet = namedtuple("_Packet", "pts is_keyframe is_discard")
 OPTIONS = {"threads": "1", "protocol_whitelist": "none"}
 """Of FFmpeg; the second keeps playlists from opening other files and addresses."""
 METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
@@ -37,14 +39,6 @@ PILLOW_FORMATS = ("jpeg_pipe", "webp_pipe")
 """Images that Pillow reads: FFmpeg has no animated WebP, and PyAV does not give mirrored EXIF orientations."""
 INDEXED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 """Containers in which a packet is a frame and key frames are marked reliably."""
-
-
-class _Packet(NamedTuple):
-    """What is kept of a large file's packet."""
-
-    pts: int | None
-    is_keyframe: bool
-    is_discard: bool
 
 
 class DecodeError(ValueError):

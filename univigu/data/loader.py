@@ -92,8 +92,7 @@ class VideoTextDataset(Dataset[tuple[dict[str, Any], list[SampleError]]]):
             prompt, null = ref.tensors(PROMPT_SUFFIX, "prompt", "null")
             tokens = int((item["prompt_ids"] != self.tokenizer.pad_token_id).sum())
             if len(prompt) != tokens:
-                value = f"embeddings of {len(prompt)} tokens, the prompt has {tokens}"
-                raise ref.error("wrong_shape", "prompt", value)
+                raise ref.error("wrong_shape", "prompt", f"embeddings of {len(prompt)} tokens, the prompt has {tokens}")
             for name, embeds in (("prompt_embeds", prompt), ("null_embeds", null)):
                 item[name] = torch.nn.functional.pad(embeds, (0, 0, 0, self.slots["prompt"] - len(embeds)))
         return item

@@ -83,7 +83,6 @@ class VideoExport:
 
     output: Path
     model: Pipeline
-    """Becomes an actor on Ray, so it is an attribute."""
     options: ExportOptions
 
     def __call__(self, path: Path, job: list[Row]) -> ShardInfo:

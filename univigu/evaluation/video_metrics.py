@@ -16,6 +16,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 from torchmetrics.image.fid import FrechetInceptionDistance  # exported by the package only if torch-fidelity is there
 from transformers import AutoModel, CLIPModel, CLIPProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from univigu.data.video import even_indices
 
@@ -93,9 +94,6 @@ class VideoFeatures(nn.Module):
       normalised with ImageNet's mean and standard deviation.
     """
 
-    mean: torch.Tensor
-    std: torch.Tensor
-
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         path, self.scripted = str(path).removeprefix("trusted:"), str(path).startswith("trusted:")
@@ -107,14 +105,12 @@ class VideoFeatures(nn.Module):
             else:
                 network = AutoModel.from_pretrained(path, trust_remote_code=False)
         self.network = network.eval()
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
         self.num_features = self(torch.zeros(1, 17, 3, 64, 64, dtype=torch.uint8)).shape[-1]  # I3D needs ten frames
 
     @torch.no_grad()
     def forward(self, videos: torch.Tensor) -> torch.Tensor:
         """uint8 [B, F, C, H, W] -> float32 [B, D]."""
-        videos = videos.to(self.mean.device)
+        videos = videos.to(next(self.network.parameters()).device)
         if self.scripted:
             frames = videos.transpose(1, 2).float()
             features: torch.Tensor = self.network(frames, rescale=True, resize=True, return_features=True)
@@ -123,7 +119,8 @@ class VideoFeatures(nn.Module):
         videos = videos[:, even_indices(videos.shape[1], config.num_frames)]
         size = (config.image_size, config.image_size) if isinstance(config.image_size, int) else config.image_size
         frames = F.interpolate(videos.flatten(0, 1).float() / 255, tuple(size), mode="bilinear", antialias=True)
-        pixels = ((frames - self.mean) / self.std).unflatten(0, videos.shape[:2])
+        mean, std = (frames.new_tensor(c)[:, None, None] for c in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+        pixels = ((frames - mean) / std).unflatten(0, videos.shape[:2])
         return self.network(pixel_values=pixels).last_hidden_state.mean(1).float()  # type: ignore[no-any-return]
 
 

@@ -186,13 +186,14 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
 
         # 1. The video: tokens, prompt, time and positions
         video_only: VideoOnly = False
-        states, *others, temb = (None,) * 5
+        of_video: tuple[Any, ...] = (None,) * 5
         if hidden_states is not None:
             if text is not None or not predict_video:
                 timestep, video_only = self._clean_video(timestep)
             if cache is not None:
                 cache.begin(encoder_hidden_states, len(self.blocks), 0 if text is None else text.tokens.shape[1])
-            states, *others, temb = self._embed_video(hidden_states, timestep, encoder_hidden_states)
+            of_video = self._embed_video(hidden_states, timestep, encoder_hidden_states)
+        states, *others, temb = of_video
 
         # 2. The text: tokens, time, positions, and a prompt if it has its own
         stream, temb_t = self._embed_text(text, states, encoder_hidden_states, cache)
