@@ -171,7 +171,8 @@ class UniformFlow(TextFlow):
     def corrupt(self, tokens: torch.Tensor, t: torch.Tensor, generator: Generators = None) -> torch.Tensor:
         """Each token is kept with probability t, else drawn from the source: int64 [B, L]."""
         keep = rand(tokens.shape, generator, tokens.device) < expand_time(t, tokens)
-        return torch.where(keep, tokens, self.initial(*tokens.shape, generator, tokens.device))
+        batch, length = tokens.shape
+        return torch.where(keep, tokens, self.initial(batch, length, generator, tokens.device))
 
     def initial(self, batch: int, length: int, generator: Generators = None, device: Device = None) -> torch.Tensor:
         """Draw from the source: uniform random tokens, int64 [B, L]."""
