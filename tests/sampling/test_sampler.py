@@ -166,17 +166,17 @@ def test_guidance_costs_a_second_pass_only_above_one(embeds: Any, task: str, gui
     getattr(sampler, task)(prompts, null, *arguments, on_step=lambda state: seen.append(state.step))
     assert len(sampler.model.calls) == 3 * passes and seen == [0, 1, 2]
     for args, kwargs in sampler.model.calls[::passes]:
-        assert torch.equal(args[2], prompts) and (kwargs["text"] is not None) == (task == "joint")
+        assert torch.equal(args[2], prompts) and (kwargs.get("text") is not None) == (task == "joint")
     if passes == 2:  # the second sees neither prompt nor text
         for args, kwargs in sampler.model.calls[1::2]:
-            assert torch.equal(args[2], null.expand(3, -1, -1)) and kwargs["text"] is None
+            assert torch.equal(args[2], null.expand(3, -1, -1)) and kwargs.get("text") is None
 
 
 def test_joint_moves_both_in_parallel(embeds: Any) -> None:
     sampler, (prompts, null) = make_sampler(guidance_scale=1.0, solver="euler", num_inference_steps=4), embeds
     sampler.joint(prompts, null, SHAPE, LENGTH)
     video = torch.stack([args[1] for args, _ in sampler.model.calls])
-    text = torch.stack([kwargs["text"].timestep for _, kwargs in sampler.model.calls])
+    text = torch.stack([kwargs.get("text").timestep for _, kwargs in sampler.model.calls])
     even = torch.tensor([1.0, 0.75, 0.5, 0.25])
     torch.testing.assert_close(text, (1000 * even)[:, None].expand(4, 3))
     shifted = 3 * even / (1 + 2 * even)  # the scheduler's flow_shift
@@ -190,7 +190,7 @@ def test_the_text_of_joint_may_end_after_the_video(embeds: Any, reads_text: bool
     seen: list[StepState] = []
     samples = sampler.joint(prompts, null, SHAPE, LENGTH, generators(1, 2, 3), seen.append)
     calls = sampler.model.calls
-    texts = [kwargs["text"] for _, kwargs in calls if "text" in kwargs]
+    texts = [kwargs.get("text") for _, kwargs in calls if "text" in kwargs]
     assert [round(float(text.timestep[0])) for text in texts] == [1000, 800, 600, 400, 200]
     # the finished video under the prompt; one that reads no text is computed once
     for args, _ in calls[3:] if reads_text else calls[3:4]:

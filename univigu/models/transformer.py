@@ -265,7 +265,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             context = self.condition_embedder.text_embedder(text.prompt_embeds.to(prompt.dtype))
         return TextStream(states.to(video.dtype), modulation[:, None], rotary, key_mask, context), temb
 
-    def _video_head(self, video: torch.Tensor, temb: torch.Tensor, grid: torch.Size) -> torch.Tensor:
+    def _video_head(self, video: torch.Tensor, temb: Any, grid: torch.Size) -> torch.Tensor:
         """Tokens [B, N, D] -> latents [B, C, T, H, W]; the parent's output head."""
         shift, scale = (self.scale_shift_table.to(temb.device) + temb[:, :, None]).unbind(2)
         video = self.proj_out(modulate(self.norm_out, video, shift, scale))
