@@ -300,11 +300,7 @@ class UniViGUPipeline(WanPipeline):
         options = options or SamplingOptions()
         options.check_keywords(overrides, task, self.transformer.config.text_flow)
         runner = self._runner(replace(options, **overrides))
-        inputs: dict[str, Any] = {
-            "strength": strength,
-            "generator": generator,
-            "on_step": self._on_step(callback_on_step_end),
-        }
+        inputs = dict[str, Any](strength=strength, generator=generator, on_step=self._on_step(callback_on_step_end))
         if video is None:
             inputs["shape"] = runner.latents_shape(*size)
         else:
