@@ -45,6 +45,15 @@ class EvaluationOptions:
     """Folder of a transformers video encoder (VideoMAE), or "trusted:" and a TorchScript file (I3D as StyleGAN-V ships
     it), which is code; with it come Frechet video distances (``*/fvd``)."""
 
+    def refuse_latents(self, writes_text: bool) -> None:
+        """Raise a MisconfigurationException if an option needs the true videos, which batches of latents lack."""
+        for name, needed in (("clip", writes_text), ("video_features", self.generation)):
+            if needed and (value := getattr(self, name)) is not None:
+                raise MisconfigurationException(
+                    f"model.evaluation.{name}={value!r}: needs true videos, but the data are latents; "
+                    "use shards of videos with --data.precompute false"
+                )
+
 
 class HeldOutEvaluation(nn.Module):
     """Metrics of a held-out split; batches are added, ``compute`` gives the results, the same on every rank.
@@ -94,12 +103,8 @@ class HeldOutEvaluation(nn.Module):
     @torch.no_grad()
     def update(self, tasks: TaskRunner, inputs: UniFlowBatch, batch: Mapping[str, Any]) -> None:
         """Add a batch of the test loader; ``inputs`` is the same batch encoded, with texts if the stage trains any."""
-        for name, needed in (("clip", inputs.text_ids is not None), ("video_features", self.options.generation)):
-            if needed and "video" not in batch and (value := getattr(self.options, name)) is not None:
-                raise MisconfigurationException(
-                    f"model.evaluation.{name}={value!r}: needs true videos, but the data are latents; "
-                    "use shards of videos with --data.precompute false"
-                )
+        if "video" not in batch:  # before anything is sampled
+            self.options.refuse_latents(inputs.text_ids is not None)
         questions, length, shape = questions_of(batch), batch["prompt_ids"].shape[1], tuple(inputs.latents.shape[1:])
         scenes = {i: Scene.from_dict(scene) for i, scene in enumerate(batch["scene"]) if scene is not None}
         # A sample's seed comes from its key: the same whatever the batch size or the number of ranks.

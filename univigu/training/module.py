@@ -306,6 +306,8 @@ class UniViGU(LightningModule):
             self.on_test_start()
 
     def on_test_start(self) -> None:
+        if getattr(getattr(self.trainer, "datamodule", None), "precompute", False):  # else the first batch shows
+            self.evaluation_options.refuse_latents(self.stage.writes_text)
         generator = load_generator(self.foundation.path / "transformer", self._half, self.device)
         evaluation = HeldOutEvaluation(self.stage.target, self.shift, generator, self.evaluation_options)
         self._evaluation = (evaluation.to(self.device).eval(),)

@@ -80,7 +80,7 @@ def _predict(module: UniViGU, rows: Sequence[Row], data: Any, video: torch.Tenso
     if latents is None:
         inputs["shape"] = tasks.latents_shape(data.height, data.width, data.num_frames)
     else:
-        inputs |= {"latents": latents, "strength": rows[0].get("strength")}
+        inputs |= {"latents": latents, "strength": rows[0].get("strength", 1.0)}
     samples = tasks.sample("caption" if task == "qa" else task, prompts, data.prompt_length, **inputs)
     if samples.tokens is not None:
         for row, text in zip(rows, tasks.texts(samples), strict=True):
