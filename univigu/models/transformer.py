@@ -208,7 +208,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
             states, stream = outputs[0], stream._replace(states=outputs[1])
 
         # 4. Heads
-        sample = None if hidden_states is None else self._video_head(states, temb, hidden_states.shape[2:])
+        sample = None if states is None else self._video_head(states, temb, hidden_states.shape[2:])
         logits = None
         if text is not None:
             shift, scale = (self.scale_shift_table_t.to(temb_t.device) + temb_t[:, None]).chunk(2, dim=1)
