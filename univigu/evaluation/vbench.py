@@ -47,9 +47,8 @@ class ExportOptions(VideoOptions):
 def video_name(prompt: str, index: int) -> str:
     """``{prompt}-{index}.mp4``, with a hash of a prompt that is no valid file name (too long, a slash, ...)."""
     name = f"{prompt}-{index}.mp4"
-    if re.search(r"[/\\\x00-\x1f\x7f]|^[\s.]|\s$", prompt) or len(name.encode()) > MAX_NAME:
-        name = f"{hashlib.sha256(prompt.encode()).hexdigest()}-{index}.mp4"
-    return name
+    unsafe = re.search(r"[/\\\x00-\x1f\x7f]|^[\s.]|\s$", prompt) or len(name.encode()) > MAX_NAME
+    return f"{hashlib.sha256(prompt.encode()).hexdigest()}-{index}.mp4" if unsafe else name
 
 
 def _read_prompts(path: str, option: str) -> list[tuple[str, str | None]]:
