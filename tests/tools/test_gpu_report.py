@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 from tools import gpu_report
 
@@ -36,8 +37,19 @@ def test_rows_may_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_all_rows_are_measured() -> None:
     rows = report()
-    assert not [row for row in rows if "error" in row] and len(rows) == 19
+    assert not [row for row in rows if "error" in row] and len(rows) == 20
     assert all(row.get("seconds", row.get("tflops")) > 0 for row in rows)
+
+
+def test_the_loader_is_measured_on_encoded_shards() -> None:
+    (row,) = report("loader")
+    assert row["seconds"] > 0 and row["clips_per_second"] == pytest.approx(1 / row["seconds"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_tests_marked_gpu_are_a_row() -> None:
+    rows = gpu_report.Report(torch.device("cpu"), "small", "")
+    assert "3 skipped" in rows.tests("tests/test_offload.py")["result"] or torch.cuda.is_available()
 
 
 def test_a_row_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
