@@ -24,7 +24,7 @@ trainer:
     init_args: {save_dir: runs, name: csv, version: ""}
   callbacks:
     - class_path: univigu.training.callbacks.CaptionAccuracy
-      init_args: {every_n_steps: 2, num_clips: 4, batch_size: 3}
+      init_args: {every_n_steps: 2, num_clips: 4}
 """
 
 
