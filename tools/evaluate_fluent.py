@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,7 @@ def train_recogniser(clips: Sequence[Clip], steps: int) -> Recogniser:
     return network.eval()
 
 
+@cache  # the judge may be the model itself
 def load(folder: str) -> UniViGUPipeline:
     pipe = UniViGUPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)

@@ -45,8 +45,10 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         raise DataError(f"{path}: expected a file of {', '.join(READERS)}")
     try:
         yield from read(path)
+    except DataError:
+        raise
     except (OSError, ValueError, NotImplementedError) as error:  # the last is of parquet's rarer codecs
-        raise error if isinstance(error, DataError) else DataError(f"{path}: cannot be read ({error})") from error
+        raise DataError(f"{path}: cannot be read ({error})") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:

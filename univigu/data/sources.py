@@ -153,9 +153,10 @@ def fetch_shards(url: str, folder: Path, optional: bool = False) -> None:
         if manifest is not None:  # last, as it marks the copy as complete
             with replacing(folder / MANIFEST) as temporary:
                 temporary.write_bytes(manifest)
+    except DataError:
+        raise
     except (OSError, ImportError, ValueError) as error:
-        failure = DataError(f"{url}: cannot be read ({type(error).__name__}: {error})")
-        raise error if isinstance(error, DataError) else failure from error
+        raise DataError(f"{url}: cannot be read ({type(error).__name__}: {error})") from error
 
 
 def encoder_parameters(foundation: str | Path, buckets: Sequence[Bucket], prompts: bool = True) -> dict[str, Any]:

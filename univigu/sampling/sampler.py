@@ -276,11 +276,9 @@ class Sampler:
         if options.caption_guidance_scale == 1:
             return [clean]
         if options.caption_guidance == "video":
-            noise, timestep = (
-                randn(latents.shape, inputs.generator, latents.device),
-                _filled(NUM_TRAIN_TIMESTEPS, latents),
-            )
-            return [clean, VideoContext(noise.to(dtype), timestep, embeds, embeds, options.caption_refresh)]
+            noise = randn(latents.shape, inputs.generator, latents.device).to(dtype)
+            timestep = _filled(NUM_TRAIN_TIMESTEPS, latents)
+            return [clean, VideoContext(noise, timestep, embeds, embeds, options.caption_refresh)]
         return [clean, replace(clean, prompt_embeds=null, video_embeds=null[: len(latents)])]
 
 

@@ -80,11 +80,10 @@ def shard(model: UniViGUTransformer3DModel, mesh: DeviceMesh, dtype: torch.dtype
     for module in (*embedders, model.text_head, model):
         module.register_forward_hook(_own_outputs)  # before FSDP2's own hook looks at them
     for module in (*model.blocks, *embedders, model.vocab_embed, model.text_head):
-        kept = exact if module in embedders else policy
-        fully_shard(module, mesh=mesh, mp_policy=kept, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, mp_policy=exact if module in embedders else policy, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
-    @lru_cache(maxsize=2)  # the same tensor for the same embeddings: an AttentionCache compares prompts by identity
+    @lru_cache(maxsize=2)  # the same tensor for the same embeddings, which an AttentionCache compares
     def cast_prompt(embeds: torch.Tensor) -> torch.Tensor:
         return embeds.to(dtype)
 
