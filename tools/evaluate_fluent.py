@@ -3,10 +3,9 @@
     python tools/evaluate_fluent.py data/fluent --model runs/fluent/model --judge runs/fluent/judge --output runs/fluent
 
 Texts are read by the two sentences that the data set writes, and compared with the clip.  A generated video is judged
-by the nearest true clip of all splits, in pixels and in latents; by a small network that this program trains to name
-what true clips show; and by the captions of another model, which was trained on true clips only.  Every figure is given
-with that of a random clip, and those of the last two also with their figures on true clips.  Results are written after
-each task; a task that has its results is not done again.
+by the nearest true clip of all splits, in pixels and in latents, and by the captions of another model, which was
+trained on true clips only.  Every figure is given with that of a random clip, and those of captions also with that of
+true clips.  Results are written after each task; a task that has its results is not done again.
 """
 
 from __future__ import annotations
@@ -18,13 +17,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from univigu.cli import ToolParser, exit_code
 from univigu.data.buckets import Bucket
@@ -33,7 +31,6 @@ from univigu.data.progress import track
 from univigu.data.sample import TEXT_SUFFIX
 from univigu.data.video import even_indices, to_model_range, to_uint8
 from univigu.pipeline import UniViGUPipeline
-from univigu.training.loop import optimize
 
 ATTRIBUTES = ("name", "role", "gender", "tone", "background")
 SUBJECT = re.compile(
@@ -105,59 +102,6 @@ def chance(asked: Sequence[Attributes], clips: Sequence[Clip]) -> dict[str, floa
     return accuracy([clips[i].shown for i in chosen], [*asked] * 20)
 
 
-class Recogniser(nn.Module):
-    """A convolutional network that names what the first, middle and last frame show; it knows no other network."""
-
-    def __init__(self, values: dict[str, list[str]]) -> None:
-        super().__init__()
-        self.values, widths = values, [9, 32, 64, 128, 128]
-        blocks = [
-            nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.GELU())
-            for a, b in pairwise(widths)
-        ]
-        self.body = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.3))
-        self.heads = nn.ModuleDict({name: nn.Linear(16 * widths[-1], len(known)) for name, known in values.items()})
-
-    @staticmethod
-    def frames(videos: Tensor) -> Tensor:
-        """uint8 [B, F, C, H, W] -> three frames, [B, 9, H, W] in [-1, 1]."""
-        return videos[:, even_indices(videos.shape[1], 3)].flatten(1, 2).float() / 127.5 - 1
-
-    def forward(self, frames: Tensor) -> dict[str, Tensor]:
-        """Logits by attribute."""
-        features = self.body(frames)
-        return {name: head(features) for name, head in self.heads.items()}
-
-    def describe(self, videos: Tensor) -> list[Attributes]:
-        """uint8 [B, F, C, H, W] -> the likeliest value of every attribute."""
-        best = {name: logits.argmax(1).tolist() for name, logits in self(self.frames(videos)).items()}
-        return [{name: self.values[name][best[name][i]] for name in ATTRIBUTES} for i in range(len(videos))]
-
-
-@torch.enable_grad()
-def train_recogniser(clips: Sequence[Clip], steps: int) -> Recogniser:
-    """Train on true clips, shifted and with noise, because generated videos are not exact.  Takes a minute."""
-    shown, videos = [clip.shown for clip in clips], videos_of(clips)
-    values = {name: sorted({row[name] for row in shown} - {""}) for name in ATTRIBUTES}
-    labels = {
-        name: torch.tensor([known.index(row[name]) if row[name] else -100 for row in shown])
-        for name, known in values.items()
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = Recogniser(values)
-
-        def loss_of(step: int) -> Tensor:
-            rows = torch.randint(len(videos), (64,))
-            frames = network.frames(videos[rows]).roll(torch.randint(-2, 3, (2,)).tolist(), (2, 3))
-            logits = network(frames + 0.1 * torch.randn_like(frames))
-            losses = [F.cross_entropy(logits[name], labels[name][rows], reduction="sum") for name in ATTRIBUTES]
-            return torch.stack(losses).sum() / len(rows)
-
-        optimize("recogniser", network, loss_of, steps, 2e-3, weight_decay=0.05)
-    return network.eval()
-
-
 @cache  # the judge may be the model itself
 def load(folder: str) -> UniViGUPipeline:
     pipe = UniViGUPipeline.from_pretrained(folder)
@@ -177,37 +121,28 @@ class Evaluation:
         self.people = {
             clip.shown["name"]: {name: clip.shown[name] for name in ("role", "gender")} for clip in self.everything
         }
-        self.features: dict[str, Callable[[Tensor], Tensor]] = {"pixels": self.small, "latents": self.latents}
         persons = [clip for clip in self.clips["train"] if clip.shown["role"]]
         self.prompts = {
             "trained triples": spread(persons, options.clips),
             "held-out triples": spread(self.clips["test"], options.clips),
         }
 
-    def small(self, videos: Tensor) -> Tensor:
-        """uint8 [B, F, C, H, W] -> frames at half the size, float32 [B, D]."""
-        return F.avg_pool2d(videos.flatten(0, 1).float() / 255, 2).unflatten(0, videos.shape[:2]).flatten(1)
-
-    def latents(self, videos: Tensor) -> Tensor:
-        """uint8 [B, F, C, H, W] -> float32 [B, D]."""
-        return self.pipe.vae.encode(to_model_range(videos)).latent_dist.mode().flatten(1)
+    def features(self, videos: Tensor) -> dict[str, Tensor]:
+        """uint8 [B, F, C, H, W] -> frames at half the size, and latents, float32 [B, D] each."""
+        small = F.avg_pool2d(videos.flatten(0, 1).float() / 255, 2).unflatten(0, videos.shape[:2])
+        latents = self.pipe.vae.encode(to_model_range(videos)).latent_dist.mode()
+        return {"pixels": small.flatten(1), "latents": latents.flatten(1)}
 
     @cached_property
     def known(self) -> dict[str, Tensor]:
-        """Features of all true clips, by their name."""
-        return {
-            name: torch.cat([of(videos_of(batch)) for _, batch in batches(self.everything, name)])
-            for name, of in self.features.items()
-        }
+        """Features of all true clips."""
+        parts = [self.features(videos_of(batch)) for _, batch in batches(self.everything, "features")]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def nearest(self, videos: Tensor, name: str) -> list[Attributes]:
-        """What those true clips show whose features are nearest to those of videos, by squared distance."""
-        numbers = torch.cdist(self.features[name](videos), self.known[name]).argmin(1)
-        return [self.everything[i].shown for i in numbers]
-
-    @cached_property
-    def recogniser(self) -> Recogniser:
-        return train_recogniser(self.clips["train"], self.options.recogniser_steps)
+    def nearest(self, videos: Tensor) -> Iterator[tuple[str, list[Attributes]]]:
+        """By each feature, what those true clips show that are nearest to videos, by squared distance."""
+        for name, values in self.features(videos).items():
+            yield name, [self.everything[i].shown for i in torch.cdist(values, self.known[name]).argmin(1)]
 
     def describe(self, pipe: UniViGUPipeline, videos: Tensor) -> list[Attributes]:
         """What a model's captions of uint8 videos [B, F, C, H, W] say."""
@@ -231,8 +166,7 @@ class Evaluation:
 
     def judged(self, videos: Tensor, asked: list[Attributes], of: str) -> Rows:
         """Accuracies of generated videos by every judge."""
-        rows = {f"{of}: nearest clip, {name}": accuracy(self.nearest(videos, name), asked) for name in self.features}
-        rows[f"{of}: recogniser"] = accuracy(self.recogniser.describe(videos), asked)
+        rows = {f"{of}: nearest clip, {name}": accuracy(found, asked) for name, found in self.nearest(videos)}
         if self.judge:
             rows[f"{of}: captions of the judge"] = accuracy(self.describe(self.judge, videos), asked)
         return rows | {f"{of}: chance": chance(asked, self.everything)}
@@ -245,8 +179,7 @@ class Evaluation:
             chosen = spread(self.clips[split], self.options.clips)
             videos, asked = videos_of(chosen), [clip.shown for clip in chosen]
             rows[f"captions, {kind}"] = accuracy(self.describe(self.pipe, videos), asked)
-            rows[f"recogniser, {kind}"] = accuracy(self.recogniser.describe(videos), asked)
-            if self.judge and self.options.judge != self.options.model:  # else its row would be the first one again
+            if self.judge and self.judge is not self.pipe:  # else its row would be the first one again
                 rows[f"captions of the judge, {kind}"] = accuracy(self.describe(self.judge, videos), asked)
             rows[f"captions, {kind}: chance"] = chance(asked, self.everything)
         return rows
@@ -319,7 +252,6 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--size", default="64x64x9", help="HEIGHTxWIDTHxFRAMES of the model's clips")
     parser.add_argument("--prompt-length", type=int, default=128, help="slot of the prompt in tokens, as in training")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps of videos")
-    parser.add_argument("--recogniser-steps", type=int, default=1500, help="training of the recogniser")
     options = parser.parse_args(args)
     return exit_code(lambda: run(options))
 

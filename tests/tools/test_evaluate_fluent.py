@@ -46,26 +46,6 @@ def test_only_attributes_that_a_clip_has_are_counted() -> None:
     assert 40 < tool.chance([judge] * 20, clips)["tone"] < 60
 
 
-def test_the_recogniser_learns_what_clips_show() -> None:
-    colors = {"red": 0, "green": 1, "blue": 2}
-
-    def clip(background: str, tone: str) -> tool.Clip:
-        video = torch.zeros(5, 3, 32, 32, dtype=torch.uint8)
-        video[:, colors[background]] = 200
-        video[:, :, 8:24, 8:24] = 250 if tone == "light" else 30
-        shown = {"name": "man judge", "role": "judge", "gender": "man", "tone": tone, "background": background}
-        return tool.Clip(video, {}, shown)
-
-    clips = [clip(background, tone) for background in colors for tone in ("light", "dark")]
-    cake = {"name": "cake", "role": "", "gender": "", "tone": "", "background": "red"}
-    state = torch.get_rng_state()
-    recogniser = tool.train_recogniser([*clips, tool.Clip(clips[0].video // 2, {}, cake)], steps=40)
-    assert torch.equal(torch.get_rng_state(), state)
-    videos = torch.stack([clip.video for clip in clips])
-    with torch.no_grad():
-        assert recogniser.describe(videos) == [clip.shown for clip in clips]
-
-
 @pytest.mark.slow
 def test_every_task_is_judged(tmp_path: Path, untrained_model: str, capsys: pytest.CaptureFixture[str]) -> None:
     judges = [f"{base}-{tone}-200d-2696-fe0f" for base in ("1f468", "1f469") for tone in prepare_fluent.TONES]
@@ -74,14 +54,14 @@ def test_every_task_is_judged(tmp_path: Path, untrained_model: str, capsys: pyte
     command = [str(package), "--output", data, "--num-frames", "9"]
     assert prepare_fluent.main([*command, "--backgrounds", "2"]) == 0
     command = [data, "--model", untrained_model, "--judge", f"{untrained_model}/", "--output", str(out), "--clips", "4"]
-    command += ["--prompt-length", "64", "--steps", "2", "--recogniser-steps", "20"]
+    command += ["--prompt-length", "64", "--steps", "2"]
     assert tool.main(command) == 0
     results = json.loads((out / "results.json").read_text())
     assert list(results) == ["caption", "generate", "joint", "edit", "answer"]
     for row in ("captions, held-out triples", "captions of the judge, held-out triples"):
         assert results["caption"][row]["all"] == 0.0  # they have not been trained
     for kind in ("trained triples", "held-out triples"):
-        assert f"videos, {kind}: recogniser" in results["generate"]
+        assert f"videos, {kind}: nearest clip, latents" in results["generate"]
     assert set(results["answer"]["answers, held-out triples"]) == {"background", "name", "motion", "tone", "gender"}
     before = capsys.readouterr().out
     assert tool.main([*command, "--tasks", "caption"]) == 0  # read from the file
@@ -90,5 +70,5 @@ def test_every_task_is_judged(tmp_path: Path, untrained_model: str, capsys: pyte
     options = {"data": Path(data), "model": untrained_model, "judge": None, "size": "64x64x9", "steps": 2, "clips": 4}
     evaluation = tool.Evaluation(Namespace(**options))
     clips = evaluation.clips["train"]
-    found = evaluation.nearest(tool.videos_of(clips), "pixels")
-    assert [shown["background"] for shown in found] == [clip.shown["background"] for clip in clips]
+    for _, found in evaluation.nearest(tool.videos_of(clips)):
+        assert [shown["background"] for shown in found] == [clip.shown["background"] for clip in clips]

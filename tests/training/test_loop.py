@@ -26,7 +26,7 @@ def test_an_interrupted_loop_ends_as_an_uninterrupted_one(tmp_path: Path, monkey
             return (network(torch.randn(2, 3)) - 1).square().mean()
 
         with suppress(KeyboardInterrupt):
-            loop.optimize("network", network, loss_of, 10, 1e-2, weight_decay=0.1, state=state)
+            loop.optimize("network", network, loss_of, 10, 1e-2, state=state)
         return seen, network[0].weight.detach().clone()
 
     whole, expected = train(None)

@@ -1,4 +1,4 @@
-"""A resumable training loop for the small networks beside the model: text encoder, VAE, the judge of an evaluation."""
+"""A resumable training loop for the small networks beside the model: text encoder and VAE."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ def optimize(
     loss_of: Callable[[int], Tensor],
     steps: int,
     learning_rate: float,
-    weight_decay: float = 0.0,
     state: Path | None = None,
 ) -> None:
     """Train a module in place with AdamW; the rate rises over a tenth of the steps and falls as a cosine.
@@ -31,7 +30,7 @@ def optimize(
     ``SAVE_EVERY`` steps and at the end, all that the next step depends on; if it is there, training continues from it.
     """
     warmup = max(1, steps // 10)
-    optimizer = torch.optim.AdamW(module.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(module.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / steps)) + 1e-3
     )
