@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from lightning.fabric.utilities import move_data_to_device
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,13 +30,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from univigu.cli import ToolParser
 from univigu.data.buckets import Bucket
 from univigu.data.datamodule import VideoTextDataModule
-from univigu.data.engine import SpawnPool
+from univigu.data.engine import SpawnPool, this_device
 from univigu.data.loader import TrainLoader
 from univigu.data.sample import SampleRef
 from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.sampler import SampleInputs, Sampler
 
+SMALL = {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 512, "num_layers": 8}
+SMALL |= {"text_dim": 64, "freq_dim": 64}
 Ways = dict[str, Callable[[], Any]]
 Seconds = dict[str, float]
 
@@ -66,18 +69,8 @@ def race(options: argparse.Namespace, ways: Ways, baseline: str, clips: int = 1)
 def captioner(options: argparse.Namespace) -> tuple[UniViGUTransformer3DModel, Callable[[Any, range], torch.Tensor]]:
     """A model with random weights, and a function that gives the texts of some of its prompts about a video."""
     torch.manual_seed(0)
-    model = UniViGUTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=32,
-        text_dim=64,
-        freq_dim=64,
-        ffn_dim=512,
-        num_layers=8,
-        vocab_size=4096,
-        text_flow="uniform",
-        clean_video_reads_text=False,
-        clean_video_reads_prompt=False,
-    ).eval()
+    alone = dict.fromkeys(("clean_video_reads_text", "clean_video_reads_prompt"), False)
+    model = UniViGUTransformer3DModel(**SMALL, **alone, vocab_size=4096, text_flow="uniform").eval()
     torch.nn.init.normal_(model.text_head.linear.weight, std=0.2)  # zero at the start: all tokens equally likely
     latents, embeds = torch.randn(1, 16, options.frames, 32, 32), torch.randn(32, 64, 64)
     sampling = SamplingOptions(caption_steps=options.steps, temperature=1.0)
@@ -146,11 +139,14 @@ def questions(options: argparse.Namespace) -> dict[str, float]:
 
 
 def data(options: argparse.Namespace) -> dict[str, float]:
-    """The loader on video shards and on precomputed ones, against decord itself, each in one process of one thread."""
+    """The loader on video shards and on precomputed ones, to the GPU if there is one, against decord itself.
+
+    By default each has one process of one thread.
+    """
     if options.clips % options.batch_size:
         raise SystemExit(f"--clips {options.clips}: expected a multiple of --batch-size")
-    counts = {"num_train_clips": options.clips, "num_val_clips": 1, "batch_size": options.batch_size}
-    given: dict[str, Any] = counts | asdict(Bucket.parse(options.size))
+    given: dict[str, Any] = {"num_train_clips": options.clips, "num_val_clips": 1, "batch_size": options.batch_size}
+    given |= {"num_workers": options.workers, **asdict(Bucket.parse(options.size))}
 
     def loader(precompute: bool) -> TrainLoader:
         module = VideoTextDataModule(root="runs/data/benchmark", precompute=precompute, **given)
@@ -158,12 +154,15 @@ def data(options: argparse.Namespace) -> dict[str, float]:
         module.setup("fit")
         return module.train_dataloader()
 
+    def read(batches: TrainLoader) -> int:
+        return sum(len(move_data_to_device(batch, this_device())["key"]) for batch in batches)
+
     videos, latents = loader(precompute=False), loader(precompute=True)
     with SpawnPool(1) as pool:
         ways: Ways = {
             "decord": lambda: pool.submit(read_bare, videos.dataset.refs).result(),
-            "loader, videos": lambda: sum(len(batch["key"]) for batch in videos),
-            "loader, latents": lambda: sum(len(batch["key"]) for batch in latents),
+            "loader, videos": lambda: read(videos),
+            "loader, latents": lambda: read(latents),
         }
         seconds, clips = race(options, ways, "decord", options.clips)
     assert set(clips.values()) == {options.clips}
@@ -187,7 +186,7 @@ def read_bare(refs: list[SampleRef]) -> int:
 OPTIONS: dict[Callable[[argparse.Namespace], dict[str, float]], dict[str, Any]] = {
     caption: {"frames": 5, "text-tokens": 64, "steps": 50, "repeats": 3},
     questions: {"frames": 15, "text-tokens": 32, "steps": 8, "repeats": 3},
-    data: {"size": "480x832x33", "clips": 16, "batch-size": 1, "repeats": 5},
+    data: {"size": "480x832x33", "clips": 16, "batch-size": 1, "workers": 1, "repeats": 5},
 }
 """Options of each command, with their defaults."""
 

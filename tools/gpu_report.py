@@ -19,22 +19,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import yaml
 from diffusers import AutoencoderKLWan
-from safetensors.torch import save
 
 from univigu.cli import ToolParser
-from univigu.data.buckets import Bucket
 from univigu.data.engine import this_device
-from univigu.data.index import index_folder
-from univigu.data.loader import ErrorLog, TrainLoader, VideoTextDataset
-from univigu.data.order import TrainOrder
-from univigu.data.sample import LATENTS_SUFFIX, PROMPT_SUFFIX, TEXT_SUFFIX
-from univigu.data.shards import write_shard
 from univigu.flow.objective import TaskMixture, UniFlowBatch, UniFlowObjective
 from univigu.flow.text import make_text_flow
 from univigu.models.foundation import Foundation
@@ -47,6 +39,7 @@ from univigu.training.stages import Stage
 
 FROZEN = yaml.safe_load((Path(__file__).parents[1] / "configs" / "frozen.yaml").read_text())
 RECIPES: dict[str, dict[str, Any]] = {"paper": {"text_flow": "uniform"}, "frozen": FROZEN["model"]["architecture"]}
+LONG, SHORT, VIDEO = 50, 8, 20  # steps of two captions and of a video
 NOMINAL_TFLOPS = 989.0
 """Dense bfloat16 rate of the H100 and H200 (SXM), by their data sheets."""
 Row = dict[str, Any]
@@ -61,15 +54,14 @@ class Size:
     latents: tuple[int, int, int, int]  # channels, frames, height, width of a clip's
     prompt_length: int
     text_length: int
-    steps: tuple[int, int, int]  # of a long caption, a short caption, and a video
     vae: dict[str, Any]
 
 
 SMALL = {"num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024, "num_layers": 4, "text_dim": 64}
 SMALL_VAE = {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
 SIZES = {
-    "1.3b": Size(WAN21["Wan2.1-T2V-1.3B"], UMT5_VOCAB_SIZE, (16, 21, 60, 104), 512, 256, (50, 8, 20), {}),
-    "small": Size(SMALL, 4096, (16, 5, 60, 52), 64, 32, (50, 8, 20), SMALL_VAE),  # Wan's proportion of the tokens
+    "1.3b": Size(WAN21["Wan2.1-T2V-1.3B"], UMT5_VOCAB_SIZE, (16, 21, 60, 104), 512, 256, {}),
+    "small": Size(SMALL, 4096, (16, 5, 60, 52), 64, 32, SMALL_VAE),  # Wan's proportion of the tokens
 }
 
 
@@ -118,7 +110,9 @@ class Report:
     def model(self, recipe: str, dtype: torch.dtype) -> UniViGUTransformer3DModel:
         with torch.device(self.device):
             model = UniViGUTransformer3DModel(**self.config(recipe))
-        return convert(model, dtype)
+        for parameter in model.parameters():  # also those that diffusers keeps in float32
+            parameter.data = parameter.data.to(dtype)
+        return model
 
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latents, prompt embeddings and the null condition of one clip."""
@@ -186,35 +180,34 @@ class Report:
 
     def samples(self) -> None:
         """Captions without the cache, with it, in bfloat16, compiled; a video under guidance (two passes a step)."""
-        many, few, video_steps = self.size.steps
         model = self.model("paper", torch.bfloat16).eval()
 
         def caption(name: str, steps: int, **options: Any) -> None:
             self.row(f"caption, {name}", lambda: self.sample(model, "caption", caption_steps=steps, **options))
 
-        caption("paper, bfloat16, no cache", few, runs=(1, 1))
-        caption("paper, bfloat16, no cache", many, runs=(1, 0))
-        caption("paper, bfloat16, cache of the first pass", many, caption_refresh=many)
+        caption("paper, bfloat16, no cache", SHORT, runs=(1, 1))
+        caption("paper, bfloat16, no cache", LONG, runs=(1, 0))
+        caption("paper, bfloat16, cache of the first pass", LONG, caption_refresh=LONG)
         model = self.model("frozen", torch.float32).eval()
-        caption("frozen, float32, exact cache", few, runs=(1, 1))
-        convert(model, torch.bfloat16)
-        caption("frozen, bfloat16, exact cache", many)
-        caption("frozen, bfloat16, exact cache", few)
+        caption("frozen, float32, exact cache", SHORT, runs=(1, 1))
+        model = self.model("frozen", torch.bfloat16).eval()
+        caption("frozen, bfloat16, exact cache", LONG)
+        caption("frozen, bfloat16, exact cache", SHORT)
         model.compile_repeated_blocks()
-        caption("frozen, bfloat16, compiled", many)
-        caption("frozen, bfloat16, compiled", few)
-        guided = {"num_inference_steps": video_steps, "guidance_scale": 5.0}
+        caption("frozen, bfloat16, compiled", LONG)
+        caption("frozen, bfloat16, compiled", SHORT)
+        guided = {"num_inference_steps": VIDEO, "guidance_scale": 5.0}
         self.row("video, bfloat16, compiled", lambda: self.sample(model, "generate", (1, 0), **guided))
         if self.device.type == "cuda":  # compiling again takes minutes
-            self.row("caption, frozen, FP8, compiled", lambda: self.quantized(model, many))
+            self.row("caption, frozen, FP8, compiled", lambda: self.quantized(model))
 
-    def quantized(self, model: UniViGUTransformer3DModel, steps: int) -> Row:
+    def quantized(self, model: UniViGUTransformer3DModel) -> Row:
         """A caption with FP8 weights and activations in the blocks, which are compiled again."""
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
         torch.compiler.reset()
         quantize_(model.blocks, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-        return self.sample(model, "caption", caption_steps=steps)
+        return self.sample(model, "caption", caption_steps=LONG)
 
     @torch.no_grad()
     def vae(self) -> None:
@@ -223,45 +216,11 @@ class Report:
         for dtype in (torch.float32, torch.bfloat16):
             with torch.device(self.device):
                 vae = AutoencoderKLWan(**self.size.vae).to(dtype).eval()
-                clip = torch.zeros(1, 3, 4 * frames - 3, 8 * height, 8 * width)
-                latents = torch.randn(1, *self.size.latents)
-            for name, run, value in (("encodes", vae.encode, clip), ("decodes", vae.decode, latents)):
-                call = partial(run, value.to(dtype))
+                clip = torch.zeros(1, 3, 4 * frames - 3, 8 * height, 8 * width, dtype=dtype)
+                latents = torch.randn(1, *self.size.latents, dtype=dtype)
+            for name, call in (("encodes", partial(vae.encode, clip)), ("decodes", partial(vae.decode, latents))):
                 row = f"VAE {name} a clip, {str(dtype).removeprefix('torch.')}"
                 self.row(row, lambda call=call: {"seconds": round(self.seconds(call, 1), 3)})  # type: ignore[misc]
-
-    def loader(self) -> Row:
-        """Clips from encoded shards on disk to the device, two a batch: by four processes, from pinned memory."""
-        tokenizer, prompt = Foundation().tokenizer, "a circle"
-        embeds = torch.randn(len(tokenizer(prompt).input_ids), self.size.transformer["text_dim"]).half()
-        members = {
-            TEXT_SUFFIX: json.dumps({"prompt": prompt, "caption": prompt}).encode(),
-            LATENTS_SUFFIX: save({"latents": torch.randn(self.size.latents).half()}),
-            PROMPT_SUFFIX: save({"prompt": embeds, "null": embeds[:1].clone()}),
-        }
-        clips, slots = 128, {"prompt": self.size.prompt_length, "caption": self.size.text_length}
-        with TemporaryDirectory() as folder:
-            write_shard(Path(folder) / "000000.tar", ((f"{number:06d}", members) for number in range(clips)))
-            refs, _ = index_folder(Path(folder))
-            buckets = [Bucket(2, 2, 1)]  # the videos' size, which latents do not need
-            dataset = VideoTextDataset(refs, tokenizer, slots, buckets, [self.size.latents[1:]], replace=False)
-            batches = TrainLoader(dataset, TrainOrder(clips, 2), ErrorLog(strict=True), 4)
-
-            def read() -> None:
-                for batch in batches:
-                    for value in batch.values():
-                        if isinstance(value, torch.Tensor):
-                            value.to(self.device, non_blocking=True)
-
-            seconds = self.seconds(read)
-        return {"seconds": round(seconds / clips, 6), "clips_per_second": round(clips / seconds, 1)}
-
-
-def convert(model: UniViGUTransformer3DModel, dtype: torch.dtype) -> UniViGUTransformer3DModel:
-    """Change the dtype of all parameters, also of those that diffusers keeps in float32."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
 
 
 def main(args: list[str] | None = None) -> list[Row]:
@@ -279,7 +238,6 @@ def main(args: list[str] | None = None) -> list[Row]:
         report.train(recipe)
     report.samples()
     report.vae()
-    report.row("loader to device", report.loader)
     return report.rows
 
 
