@@ -17,41 +17,41 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from univigu.cli import ToolParser, exit_code
 from univigu.cli import main as lightning
+from univigu.training.callbacks.held_out import markdown_table
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GOALS = (0.5, 0.7, 0.9)  # mean accuracies; the table tells when a run first reaches them
 ATTRIBUTES = ("count", "background", "size", "color", "shape", "motion", "speed", "relation")
 PROMPTED = ("caption_with_prompt", "caption_with_other_prompt")
+PAPER, FROZEN = ("recall",), ("recall", "frozen")  # configurations
 
 # The frozen recipe does not train the generator; variants that need it trained are compared with "trained".
 TRAINED = (
     "--stages.recall.learning_rate=5e-4",
     "--stages.recall.tasks={joint: 0.25, understand: 0.5, generate: 0.25}",
 )
-VARIANTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "recipe": ("", "configs/frozen.yaml", ()),
-    "paper": ("recipe (frozen)", "the paper's", ()),
-    "trained": ("generator's weights (recipe: frozen)", "trained", TRAINED),
-    "uniform": ("text flow (recipe: mask)", "uniform", ("--model.architecture.text_flow=uniform",)),
-    "embedding": ("text flow (recipe: mask)", "embedding", ("--model.architecture.text_flow=embedding",)),
-    "random": ("initialisation (recipe: foundation)", "random, trained", (*TRAINED, "--model.init_from=random")),
-    "random_frozen": ("initialisation (recipe: foundation)", "random, frozen", ("--model.init_from=random",)),
-    "dropout0": ("condition dropout (recipe: 0.9)", "0", ("--stages.recall.condition_dropout.understand=0",)),
-    "dropout50": ("condition dropout (recipe: 0.9)", "0.5", ("--stages.recall.condition_dropout.understand=0.5",)),
-    "ffn": (
-        "text FFN (recipe: separate)",
-        "shared, trained",
-        (*TRAINED, "--model.architecture.separate_text_ffn=false"),
-    ),
-    "attention": ("text attention (recipe: own)", "shared", ("--model.architecture.text_attention=shared",)),
-    "rotary": ("text positions (recipe: learned)", "rotary", ("--model.architecture.text_positions=0",)),
-    "timestep": ("timestep of clean video (recipe: 300)", "0", ("--model.architecture.clean_video_timestep=0",)),
-    "reads": ("clean video reads text (recipe: no)", "yes", ("--model.architecture.clean_video_reads_text=true",)),
+SHARED_FFN = "--model.architecture.separate_text_ffn=false"
+VARIANTS: dict[str, tuple[Any, ...]] = {
+    "recipe": (FROZEN, "", "configs/frozen.yaml"),
+    "paper": (PAPER, "recipe (frozen)", "the paper's"),
+    "trained": (FROZEN, "generator's weights (recipe: frozen)", "trained", *TRAINED),
+    "uniform": (FROZEN, "text flow (recipe: mask)", "uniform", "--model.architecture.text_flow=uniform"),
+    "embedding": (FROZEN, "text flow (recipe: mask)", "embedding", "--model.architecture.text_flow=embedding"),
+    "random": (FROZEN, "initialisation (recipe: foundation)", "random, trained", *TRAINED, "--model.init_from=random"),
+    "random_frozen": (FROZEN, "initialisation (recipe: foundation)", "random, frozen", "--model.init_from=random"),
+    "dropout0": (FROZEN, "condition dropout (recipe: 0.9)", "0", "--stages.recall.condition_dropout.understand=0"),
+    "dropout50": (FROZEN, "condition dropout (recipe: 0.9)", "0.5", "--stages.recall.condition_dropout.understand=0.5"),
+    "ffn": (FROZEN, "text FFN (recipe: separate)", "shared, trained", *TRAINED, SHARED_FFN),
+    "attention": (FROZEN, "text attention (recipe: own)", "shared", "--model.architecture.text_attention=shared"),
+    "rotary": (FROZEN, "text positions (recipe: learned)", "rotary", "--model.architecture.text_positions=0"),
+    "timestep": (FROZEN, "timestep of clean video (recipe: 300)", "0", "--model.architecture.clean_video_timestep=0"),
+    "reads": (FROZEN, "clean video reads text (recipe: no)", "yes", "--model.architecture.clean_video_reads_text=true"),
 }
-"""Heading, value and options of each variant."""
+"""Configurations, heading, value and options of each variant."""
 
 
 @dataclass
@@ -93,6 +93,7 @@ def plan(variant: str, seed: int, options: argparse.Namespace) -> Run:
     folder = (options.output / f"{variant}-{seed}").resolve()
     logger = {"save_dir": str(folder), "name": "", "version": "", "flush_logs_every_n_steps": 50}
     accuracy = {"every_n_steps": options.every, "num_clips": options.clips}
+    callback = {"class_path": "univigu.training.callbacks.CaptionAccuracy", "init_args": accuracy}
     values = {
         "seed_everything": seed,
         "stages.recall.steps": options.steps,
@@ -103,41 +104,36 @@ def plan(variant: str, seed: int, options: argparse.Namespace) -> Run:
         "trainer.val_check_interval": options.every,
         "trainer.log_every_n_steps": 50,
         "trainer.logger": json.dumps({"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": logger}),
-        "trainer.callbacks": json.dumps(
-            [{"class_path": "univigu.training.callbacks.CaptionAccuracy", "init_args": accuracy}]
-        ),
+        "trainer.callbacks": json.dumps([callback]),
         "media.every_n_steps": 0,
         "report.num_samples": 1,
         "model.sampling.caption_steps": options.caption_steps,
     }
-    names = ("recall",) if variant == "paper" else ("recall", "frozen")
-    given = [f"--config={CONFIGS / name}.yaml" for name in names] + [f"--{k}={v}" for k, v in values.items()]
-    return Run(variant, folder, [*given, *VARIANTS[variant][2], *options.overrides])
+    configs, _, _, *changes = VARIANTS[variant]
+    given = [f"--config={CONFIGS / name}.yaml" for name in configs] + [f"--{k}={v}" for k, v in values.items()]
+    return Run(variant, folder, [*given, *changes, *options.overrides])
 
 
 def table(runs: list[Run], options: argparse.Namespace) -> str:
     """Markdown: for each variant the accuracies of its seeds, and the steps to reach the goals."""
     names = [f"caption/{key}" for key in ("mean", *ATTRIBUTES)] + [f"{name}/mean" for name in PROMPTED]
     head = ["changed", "to", "mean", *ATTRIBUTES, "own prompt", "other prompt", *(f"steps to {g:.0%}" for g in GOALS)]
-    lines = [
+    about = (
         f"{options.steps} steps of recall, {options.seeds} seeds, {options.clips} held-out clips, "
         f"captions of the video without a prompt ({options.caption_steps} denoising steps). "
         "Percent, mean ± standard deviation over seeds. "
         "A clip counts as right in an attribute only if all its objects are. "
         "The mean is also given under the clip's own prompt and under another clip's, where copying is wrong. "
-        f"The last columns: the first step (every {options.every}) with such a mean accuracy, for each seed.",
-        "",
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
-    ]
+        f"The last columns: the first step (every {options.every}) with such a mean accuracy, for each seed."
+    )
+    rows = []
     for variant in dict.fromkeys(run.variant for run in runs):
         group = [run for run in runs if run.variant == variant]
-        cells = list(VARIANTS[variant][:2])
+        cells = list(VARIANTS[variant][1:3])
         for values in [[100 * list(run.curve(f"val/{name}").values())[-1] for run in group] for name in names]:
             cells.append(f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else ""))
-        cells += [", ".join(run.first_step(goal) for run in group) for goal in GOALS]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells + [", ".join(run.first_step(goal) for run in group) for goal in GOALS])
+    return f"{about}\n\n{markdown_table(head, rows)}\n"
 
 
 def sweep(options: argparse.Namespace) -> None:

@@ -98,18 +98,9 @@ def make_tokenizer(texts: Sequence[str], num_words: int = 4000) -> PreTrainedTok
 
 def make_text_encoder(vocab_size: int, dim: int = 64) -> UMT5EncoderModel:
     """Two UMT5 layers."""
-    return UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=vocab_size,
-            d_model=dim,
-            d_kv=16,
-            d_ff=2 * dim,
-            num_layers=2,
-            num_heads=dim // 16,
-            relative_attention_max_distance=64,
-            dropout_rate=0.0,
-        )
-    )
+    sizes = {"d_model": dim, "d_kv": 16, "d_ff": 2 * dim, "num_layers": 2, "num_heads": dim // 16}
+    others = {"relative_attention_max_distance": 64, "dropout_rate": 0.0}
+    return UMT5EncoderModel(UMT5Config(vocab_size=vocab_size, **sizes, **others))
 
 
 def neighbours(ids: Tensor, offset: int) -> Tensor:
@@ -119,12 +110,7 @@ def neighbours(ids: Tensor, offset: int) -> Tensor:
 
 
 def train_text_encoder(
-    encoder: UMT5EncoderModel,
-    prompts: Tensor,
-    captions: Tensor | None,
-    held: Tensor,
-    steps: int,
-    state: Path | None = None,
+    encoder: UMT5EncoderModel, texts: Sequence[tuple[Tensor, int]], held: Tensor, steps: int, state: Path | None = None
 ) -> dict[str, float]:
     """Train in place until each word's embedding tells the words around it and its position.
 
@@ -134,7 +120,8 @@ def train_text_encoder(
     outweigh the position biases for good.
 
     Args:
-        prompts, captions, held: token ids, int64 [N, L] each; captions are every other batch, if there are any.
+        texts: token ids, int64 [N, L], and the size of a batch of them; batches come from each in turn.
+        held: token ids of other texts, for the accuracies.
         state: see ``optimize``.
 
     Returns:
@@ -155,8 +142,8 @@ def train_text_encoder(
         return found + [(words(shifts[n](embeds)), neighbours(ids, offsets[n])[asked]) for n in which]
 
     def loss_of(step: int) -> Tensor:
-        texts, size = (prompts, 128) if captions is None or step % 2 == 0 else (captions, 16)
-        ids = texts[torch.randint(0, len(texts), (size,))].to(device)
+        known, size = texts[step % len(texts)]
+        ids = known[torch.randint(0, len(known), (size,))].to(device)
         which = torch.randperm(len(offsets))[:4].tolist()
         share = TOKENS_A_STEP / int((ids != 0).sum())  # logits over the vocabulary cost more than the encoder
         return torch.stack([F.cross_entropy(a, b) for a, b in read(ids, which, share)]).mean()
@@ -176,18 +163,10 @@ def train_text_encoder(
 
 def make_vae(channels: int = 8, base_dim: int = 16) -> AutoencoderKLWan:
     """8x8 spatial and 4x temporal compression, as Wan's, from 2x2 pixel patches."""
-    return AutoencoderKLWan(
-        base_dim=base_dim,
-        z_dim=channels,
-        dim_mult=[1, 2, 2],
-        num_res_blocks=1,
-        temperal_downsample=[True, True],
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        latents_mean=[0.0] * channels,
-        latents_std=[1.0] * channels,
-    )
+    levels = {"base_dim": base_dim, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True]}
+    pixels = {"in_channels": 12, "out_channels": 12, "patch_size": 2}
+    latents = {"z_dim": channels, "latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
+    return AutoencoderKLWan(**levels, **pixels, **latents)
 
 
 def vae_loss(vae: AutoencoderKLWan, video: Tensor, kl_weight: float) -> Tensor:
@@ -295,16 +274,9 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = make_tokenizer([text for row in texts["train"] for text in (row["prompt"], row["caption"])] + questions)
     encoder = make_text_encoder(len(tokenizer), 16 * options.heads)
     vae = make_vae(options.channels)
-    transformer = WanTransformer3DModel(
-        num_attention_heads=options.heads,
-        attention_head_dim=32,
-        in_channels=options.channels,
-        out_channels=options.channels,
-        text_dim=encoder.config.d_model,
-        freq_dim=64,
-        ffn_dim=96 * options.heads,
-        num_layers=options.layers,
-    )
+    sizes = {"num_attention_heads": options.heads, "attention_head_dim": 32, "ffn_dim": 96 * options.heads}
+    channels = {"in_channels": options.channels, "out_channels": options.channels, "text_dim": encoder.config.d_model}
+    transformer = WanTransformer3DModel(**sizes, **channels, freq_dim=64, num_layers=options.layers)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     pipeline = WanPipeline(tokenizer, encoder, vae, scheduler, transformer)
 
@@ -314,15 +286,12 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"--data: no {name} of at most {LONGEST_TEXT} tokens")
         return tokenizer(kept, padding=True, return_tensors="pt").input_ids
 
-    captions = [row["caption"] for row in texts["train"] if row["caption"]]
-    accuracies = train_text_encoder(
-        encoder.to(this_device()),
-        ids([row["prompt"] for row in texts["train"]] + questions, "prompt"),
-        ids(captions, "caption") if captions else None,
-        ids([row["prompt"] for row in texts["val"]], "prompt"),
-        options.text_steps,
-        training / "text_encoder.pt",
-    )
+    learned = [(ids([row["prompt"] for row in texts["train"]] + questions, "prompt"), 128)]
+    if captions := [row["caption"] for row in texts["train"] if row["caption"]]:
+        learned.append((ids(captions, "caption"), 16))
+    held = ids([row["prompt"] for row in texts["val"]], "prompt")
+    state = training / "text_encoder.pt"
+    accuracies = train_text_encoder(encoder.to(this_device()), learned, held, options.text_steps, state)
     print("text encoder, held-out prompts:", {name: round(value, 3) for name, value in accuracies.items()})
 
     size = {name: getattr(options, name) for name in ("num_frames", "height", "width")}
@@ -330,11 +299,11 @@ def run(options: argparse.Namespace) -> None:
     train_vae(vae.to(this_device()), clips, options.vae_steps, options.kl_weight, state=training / "vae.pt")
     rotate_latents(vae, encode(vae, clips[:512]))
     record_latent_statistics(vae, encode(vae, clips[:512]))
-    held = read_clips(samples["val"], 16, size)
+    unseen = read_clips(samples["val"], 16, size)
     with torch.no_grad():
-        decoded = vae.decode(encode(vae, held)).sample.cpu()
+        decoded = vae.decode(encode(vae, unseen)).sample.cpu()
     print(f"latents: standard deviations {[round(value, 3) for value in vae.config.latents_std]}")
-    print(f"held-out mean absolute error of reconstructions: {F.l1_loss(decoded, to_model_range(held)):.4f}")
+    print(f"held-out mean absolute error of reconstructions: {F.l1_loss(decoded, to_model_range(unseen)):.4f}")
     pipeline.to("cpu").save_pretrained(options.output)
     shutil.rmtree(training)
     print(f"wrote {options.output}")

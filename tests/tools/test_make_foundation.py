@@ -50,9 +50,9 @@ def test_a_text_encoder_learns_what_surrounds_a_word() -> None:
     ids, held = (
         tokenizer(texts, padding=True, return_tensors="pt").input_ids for texts in (train, prompts(100, "val"))
     )
-    untrained = tool.train_text_encoder(tool.make_text_encoder(len(tokenizer)), ids, None, held, 1)
+    untrained = tool.train_text_encoder(tool.make_text_encoder(len(tokenizer)), [(ids, 128)], held, 1)
     encoder = tool.make_text_encoder(len(tokenizer))
-    accuracies = tool.train_text_encoder(encoder, ids, ids[:64], held, 100)
+    accuracies = tool.train_text_encoder(encoder, [(ids, 128), (ids[:64], 16)], held, 100)
     assert list(accuracies) == ["position", "next token", "token 4 further"]
     assert accuracies["next token"] > 0.3 > 0.1 > untrained["next token"], (accuracies, untrained)
 
