@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from univigu.checkpoint import export_pipeline, load_weights, prune_foundation, prune_model, to_wan, used_tokens
-from univigu.cli import ToolParser, exit_code
+from univigu.cli import ToolParser
 from univigu.data.index import index_folder
 from univigu.models.encode import OFFICIAL, Conventions
 from univigu.models.foundation import EMBEDDED_FOUNDATION, Foundation
@@ -78,8 +78,7 @@ def main(args: list[str] | None = None) -> int:
     for name, command in commands.choices.items():
         command.add_argument("--checkpoint", type=Path, required=name != "prune")
         command.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args(args)
-    return exit_code(lambda: convert(options))
+    return parser.run(convert, args)
 
 
 if __name__ == "__main__":

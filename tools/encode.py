@@ -12,11 +12,10 @@ normalisation and the size are its own; see docs/DATA.md.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
-from univigu.cli import ToolParser, exit_code
+from univigu.cli import ToolParser
 from univigu.data.buckets import Bucket, Grid
 from univigu.data.engine import SpawnPool, add_engine, open_engine
 from univigu.data.index import TARS, find_split
@@ -66,9 +65,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--no-prompts", action="store_true", help="latents alone; prompts are then encoded in training")
     parser.add_argument("--strict", action="store_true", help="stop at the first sample that cannot be encoded")
     add_engine(parser)  # --workers are local processes, too: one a core, if memory holds as many encoders
-    options = parser.parse_args(args)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return exit_code(lambda: run(options))
+    return parser.run(run, args)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ The same command again continues an interrupted run; docs/EVALUATION.md says how
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
-from univigu.cli import ToolParser, exit_code
+from univigu.cli import ToolParser
 from univigu.data.engine import add_engine, open_engine
 from univigu.data.options import add_options, read_options
 from univigu.evaluation.vbench import ExportOptions, export_vbench
@@ -40,9 +39,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder of the run")
     add_options(parser, ExportOptions())
     add_engine(parser)
-    options = parser.parse_args(args)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return exit_code(lambda: run(options))
+    return parser.run(run, args)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from univigu.cli import ToolParser, exit_code
+from univigu.cli import ToolParser
 from univigu.data.buckets import Bucket
 from univigu.data.index import find_split, index_folder
 from univigu.data.progress import track
@@ -252,8 +252,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--size", default="64x64x9", help="HEIGHTxWIDTHxFRAMES of the model's clips")
     parser.add_argument("--prompt-length", type=int, default=128, help="slot of the prompt in tokens, as in training")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps of videos")
-    options = parser.parse_args(args)
-    return exit_code(lambda: run(options))
+    return parser.run(run, args)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from univigu.cli import ToolParser, exit_code
+from univigu.cli import ToolParser
 from univigu.data.engine import this_device
 from univigu.data.index import find_split, index_folder
 from univigu.data.options import check_least
@@ -324,8 +324,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--vae-steps", type=int, default=12000)
     parser.add_argument("--kl-weight", type=float, default=3e-4, help="of the VAE; less keeps more details")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(args)
-    return exit_code(lambda: run(options))
+    return parser.run(run, args)
 
 
 if __name__ == "__main__":

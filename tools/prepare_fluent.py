@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageSequence
 
-from univigu.cli import ToolParser, exit_code
+from univigu.cli import ToolParser
 from univigu.data.engine import SpawnPool
 from univigu.data.shards import Manifest, ShardInfo, build_folder, write_shard
 from univigu.data.video import encode_mp4, even_indices
@@ -288,8 +288,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels, even")
     parser.add_argument("--num-frames", type=int, default=25, help="frames a clip, spread evenly over the animation")
     parser.add_argument("--backgrounds", type=int, default=4, help="backgrounds of each animation, one only in val")
-    options = parser.parse_args(args)
-    return exit_code(lambda: run(options))
+    return parser.run(run, args)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from univigu.cli import ToolParser, exit_code
+from univigu.cli import ToolParser
 from univigu.data.engine import this_device
 from univigu.data.progress import track
 from univigu.data.video import to_uint8
@@ -115,8 +115,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--strength", type=float, nargs="+", default=[0.8])
     parser.add_argument("--prompts", choices=["own", "true"], default="own", help="read by the model, or of the scenes")
     parser.add_argument("--num-inference-steps", type=int, default=20)
-    options = parser.parse_args(args)
-    return exit_code(lambda: run(options))
+    return parser.run(run, args)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
-from univigu.cli import ToolParser, exit_code
+from univigu.cli import ToolParser
 from univigu.data.engine import SpawnPool
 from univigu.data.video import encode_mp4
 from univigu.models.foundation import COMPONENTS, Foundation
@@ -107,8 +107,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=["1.3b", "14b"], default="1.3b", help="of the transformer and VAE")
     parser.add_argument("--train-layers", type=int, default=4, help="layers of the transformer that is trained")
     parser.add_argument("--float32", action="store_true", help="caption in float32, too (18 GB at 1.3b)")
-    chosen = parser.parse_args(args)
-    return exit_code(lambda: rehearse(**vars(chosen)))
+    return parser.run(lambda options: rehearse(**vars(options)), args)
 
 
 if __name__ == "__main__":

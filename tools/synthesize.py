@@ -9,12 +9,11 @@ The same command again continues an interrupted run; see docs/SYNTHESIS.md.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 from typing import Literal
 
-from univigu.cli import ToolParser, exit_code
+from univigu.cli import ToolParser
 from univigu.data.engine import add_engine, open_engine
 from univigu.data.options import LengthFilter, add_options, read_options
 from univigu.data.synthesis import CaptionModel, CaptionOptions, Pipeline, Synthesis, VideoOptions
@@ -47,9 +46,7 @@ def main(args: list[str] | None = None) -> int:
     add_options(parser.add_argument_group("clips"), VideoOptions())
     add_options(parser.add_argument_group("captions"), CaptionOptions())
     add_options(parser.add_argument_group("lengths, in tokens"), LengthFilter())
-    options = parser.parse_args(args)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return exit_code(lambda: run(options))
+    return parser.run(run, args)
 
 
 if __name__ == "__main__":

@@ -103,6 +103,12 @@ class ToolParser(argparse.ArgumentParser):
             message = f"unknown option {unknown}{closest(unknown, options_of(self))}"
         fail(message, self.prog)
 
+    def run(self, work: Callable[[argparse.Namespace], object], args: list[str] | None) -> int:
+        """Parse the arguments, print what is logged, and do the work with the options, see ``exit_code``."""
+        options = self.parse_args(args)
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        return exit_code(lambda: work(options))
+
 
 def exit_code(run: Callable[[], object]) -> int:
     """Run a command: 0, or 2 after a user's mistake, which is printed in one line on standard error.
