@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -121,9 +121,8 @@ def held_out(emoji: list[Emoji]) -> set[tuple[str, str, str]]:
     def chosen(triple: tuple[str, str, str]) -> bool:
         return (zlib.crc32(triple[0].encode()) + 2 * genders.index(triple[1]) + tones.index(triple[2])) % 5 == 0
 
-    def pairs(triple: tuple[str, str, str]) -> set[tuple[str, ...]]:
-        role, gender, tone = triple
-        return {("role gender", role, gender), ("role tone", role, tone), ("gender tone", gender, tone)}
+    def pairs(triple: tuple[str, str, str]) -> set[Any]:
+        return set(combinations(enumerate(triple), 2))  # of values with their places
 
     seen = {pair for triple in triples if not chosen(triple) for pair in pairs(triple)}
     return {triple for triple in triples if chosen(triple) and pairs(triple) <= seen}
