@@ -4,7 +4,7 @@
     python tools/gpu_report.py --size small --only "train step, paper"       # a step of both modalities on a CPU
 
 The weights are random, which does not change the times.  Each row is printed as a line of JSON; of one that fails its
-error is.  The row of FP8 needs torchao.
+error is.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from __future__ import annotations
 import gc
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -128,13 +126,6 @@ class Report:
         a, b = (torch.randn(size, size, device=self.device, dtype=torch.bfloat16) for _ in range(2))
         return {"tflops": round(2e-12 * size**3 / self.seconds(lambda: a @ b, 10, 3), 1)}
 
-    def tests(self, which: str = "tests") -> Row:
-        """The tests that need a GPU."""
-        command = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib", "-q", "-m", "gpu", which]
-        start, root = time.perf_counter(), Path(__file__).resolve().parents[1]
-        printed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout
-        return {"result": printed.strip().rpartition("\n")[2], "seconds": round(time.perf_counter() - start, 1)}
-
     def train(self, recipe: str) -> None:
         """A step of each task: float32 weights, bfloat16 autocast, AdamW, checkpointed blocks, one clip."""
         frozen = recipe == "frozen"
@@ -198,16 +189,6 @@ class Report:
         caption("frozen, bfloat16, compiled", SHORT)
         guided = {"num_inference_steps": VIDEO, "guidance_scale": 5.0}
         self.row("video, bfloat16, compiled", lambda: self.sample(model, "generate", (1, 0), **guided))
-        if self.device.type == "cuda":  # compiling again takes minutes
-            self.row("caption, frozen, FP8, compiled", lambda: self.quantized(model))
-
-    def quantized(self, model: UniViGUTransformer3DModel) -> Row:
-        """A caption with FP8 weights and activations in the blocks, which are compiled again."""
-        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
-
-        torch.compiler.reset()
-        quantize_(model.blocks, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-        return self.sample(model, "caption", caption_steps=LONG)
 
     @torch.no_grad()
     def vae(self) -> None:
@@ -232,8 +213,6 @@ def main(args: list[str] | None = None) -> list[Row]:
     torch.manual_seed(0)
     report = Report(torch.device(options.device), options.size, options.only)
     report.row("matrix product, bfloat16", report.matrix_product)
-    if report.device.type == "cuda":
-        report.row("tests marked gpu", report.tests)
     for recipe in RECIPES:
         report.train(recipe)
     report.samples()

@@ -1,6 +1,6 @@
 """Rehearse the work with Wan2.1 at its true size: seconds and peak memory of every step, without a download.
 
-    python tools/rehearse.py --size 1.3b --output runs/rehearsal
+    python tests/rehearsal.py --size 1.3b --output runs/rehearsal
 
 It writes a folder of Wan2.1-T2V's layout, configurations, dtypes and shard index with random weights, and runs the
 README's commands on it at 64x64, 5 frames, on a CPU: synthesize, encode, fit, convert, predict. Apart from the weights

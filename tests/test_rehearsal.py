@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tools import rehearse
+from tests import rehearsal
 from univigu import cli
 from univigu.checkpoint import load_weights
 from univigu.models.foundation import Foundation
@@ -34,13 +34,13 @@ def test_every_command_runs(
             assert not main(command[1:])
         return 1.0, 2 * 10**9
 
-    monkeypatch.setattr(rehearse, "measure", measure)
-    monkeypatch.setitem(rehearse.WAN21, "Wan2.1-T2V-1.3B", TINY)
-    monkeypatch.setattr(rehearse, "TEXT_ENCODER", {"d_kv": 8, "d_ff": 32, "num_heads": 4, "num_layers": 1})
-    monkeypatch.setattr(rehearse, "UMT5_VOCAB_SIZE", len(Foundation().tokenizer))
-    monkeypatch.setattr(rehearse, "AutoencoderKLWan", lambda: Foundation().vae)
-    monkeypatch.setattr(rehearse, "SpawnPool", ThreadPoolExecutor)  # in which they are tiny, too
-    rehearse.rehearse(tmp_path / "made", "1.3b", 1, float32=True)
+    monkeypatch.setattr(rehearsal, "measure", measure)
+    monkeypatch.setitem(rehearsal.WAN21, "Wan2.1-T2V-1.3B", TINY)
+    monkeypatch.setattr(rehearsal, "TEXT_ENCODER", {"d_kv": 8, "d_ff": 32, "num_heads": 4, "num_layers": 1})
+    monkeypatch.setattr(rehearsal, "UMT5_VOCAB_SIZE", len(Foundation().tokenizer))
+    monkeypatch.setattr(rehearsal, "AutoencoderKLWan", lambda: Foundation().vae)
+    monkeypatch.setattr(rehearsal, "SpawnPool", ThreadPoolExecutor)  # in which they are tiny, too
+    rehearsal.rehearse(tmp_path / "made", "1.3b", 1, float32=True)
     assert capsys.readouterr().out.count(": 1 s, 2.00 GB\n") == 9
     root = tmp_path / "made"
     trained = load_weights(root / "model/transformer")
