@@ -7,8 +7,6 @@ Further options go to ``lightning fit``.  Runs lie in ``--output``, one folder e
 tables.md beside them is written after every run.  Finished runs are not repeated, so an interrupted sweep continues.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json

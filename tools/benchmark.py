@@ -7,8 +7,6 @@
 The variants take turns.  Each command prints their median seconds, then the ratios.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import os

@@ -6,8 +6,6 @@ A checkpoint is a file, or the folder of a sharded one; transformer, pipeline an
 folder, too.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

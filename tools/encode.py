@@ -9,8 +9,6 @@ test, each one of those.  The same command again continues an interrupted run.  
 normalisation and the size are its own; see docs/DATA.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

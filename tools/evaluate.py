@@ -6,8 +6,6 @@
 The same command again continues an interrupted run; docs/EVALUATION.md says how to call the scorer.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -8,8 +8,6 @@ trained on true clips only.  Every figure is given with that of a random clip, a
 true clips.  Results are written after each task; a task that has its results is not done again.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

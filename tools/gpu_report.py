@@ -7,8 +7,6 @@ The weights are random, which does not change the times.  Each row is printed as
 error is.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import statistics

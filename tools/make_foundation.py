@@ -8,8 +8,6 @@ format is in docs/DATA.md), the transformer is random; docs/TRAINING.md says how
 continues an interrupted run, with the same result.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re
@@ -98,9 +96,18 @@ def make_tokenizer(texts: Sequence[str], num_words: int = 4000) -> PreTrainedTok
 
 def make_text_encoder(vocab_size: int, dim: int = 64) -> UMT5EncoderModel:
     """Two UMT5 layers."""
-    sizes = {"d_model": dim, "d_kv": 16, "d_ff": 2 * dim, "num_layers": 2, "num_heads": dim // 16}
-    others = {"relative_attention_max_distance": 64, "dropout_rate": 0.0}
-    return UMT5EncoderModel(UMT5Config(vocab_size=vocab_size, **sizes, **others))
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=vocab_size,
+            d_model=dim,
+            d_kv=16,
+            d_ff=2 * dim,
+            num_layers=2,
+            num_heads=dim // 16,
+            relative_attention_max_distance=64,
+            dropout_rate=0.0,
+        )
+    )
 
 
 def neighbours(ids: Tensor, offset: int) -> Tensor:
@@ -163,10 +170,18 @@ def train_text_encoder(
 
 def make_vae(channels: int = 8, base_dim: int = 16) -> AutoencoderKLWan:
     """8x8 spatial and 4x temporal compression, as Wan's, from 2x2 pixel patches."""
-    levels = {"base_dim": base_dim, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True]}
-    pixels = {"in_channels": 12, "out_channels": 12, "patch_size": 2}
-    latents = {"z_dim": channels, "latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
-    return AutoencoderKLWan(**levels, **pixels, **latents)
+    return AutoencoderKLWan(
+        base_dim=base_dim,
+        z_dim=channels,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        latents_mean=[0.0] * channels,
+        latents_std=[1.0] * channels,
+    )
 
 
 def vae_loss(vae: AutoencoderKLWan, video: Tensor, kl_weight: float) -> Tensor:
@@ -274,9 +289,16 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = make_tokenizer([text for row in texts["train"] for text in (row["prompt"], row["caption"])] + questions)
     encoder = make_text_encoder(len(tokenizer), 16 * options.heads)
     vae = make_vae(options.channels)
-    sizes = {"num_attention_heads": options.heads, "attention_head_dim": 32, "ffn_dim": 96 * options.heads}
-    channels = {"in_channels": options.channels, "out_channels": options.channels, "text_dim": encoder.config.d_model}
-    transformer = WanTransformer3DModel(**sizes, **channels, freq_dim=64, num_layers=options.layers)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=options.heads,
+        attention_head_dim=32,
+        in_channels=options.channels,
+        out_channels=options.channels,
+        text_dim=encoder.config.d_model,
+        freq_dim=64,
+        ffn_dim=96 * options.heads,
+        num_layers=options.layers,
+    )
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     pipeline = WanPipeline(tokenizer, encoder, vae, scheduler, transformer)
 

@@ -8,8 +8,6 @@ Further options are those of ``lightning fit``.  The weights are not needed: if 
 its sizes are Wan2.1's published ones, chosen by the folder's name.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 

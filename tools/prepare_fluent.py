@@ -9,8 +9,6 @@ splits: ``test`` has a fifth of the (role, gender, skin tone) triples, whose pai
 animations of ``train`` on a background of which ``train`` has no clip of them.  All packages are under the MIT licence.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

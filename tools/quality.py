@@ -6,8 +6,6 @@
 that ships is measured.  The clips have combinations that training never shows.  ``lightning test`` measures the rest.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator

@@ -4,8 +4,6 @@
 Rows (docs/results.json) are commands of ``lightning`` and the last one's figures. Exit code 1: one is outside.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

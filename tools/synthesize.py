@@ -6,8 +6,6 @@
 The same command again continues an interrupted run; see docs/SYNTHESIS.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
