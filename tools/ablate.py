@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import NamedTuple
 
 from univigu.cli import ToolParser, exit_code
 from univigu.cli import main as lightning
@@ -25,31 +25,38 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GOALS = (0.5, 0.7, 0.9)  # mean accuracies; the table tells when a run first reaches them
 ATTRIBUTES = ("count", "background", "size", "color", "shape", "motion", "speed", "relation")
 PROMPTED = ("caption_with_prompt", "caption_with_other_prompt")
-PAPER, FROZEN = ("recall",), ("recall", "frozen")  # configurations
 
 # The frozen recipe does not train the generator; variants that need it trained are compared with "trained".
-TRAINED = (
-    "--stages.recall.learning_rate=5e-4",
-    "--stages.recall.tasks={joint: 0.25, understand: 0.5, generate: 0.25}",
-)
-SHARED_FFN = "--model.architecture.separate_text_ffn=false"
-VARIANTS: dict[str, tuple[Any, ...]] = {
-    "recipe": (FROZEN, "", "configs/frozen.yaml"),
-    "paper": (PAPER, "recipe (frozen)", "the paper's"),
-    "trained": (FROZEN, "generator's weights (recipe: frozen)", "trained", *TRAINED),
-    "uniform": (FROZEN, "text flow (recipe: mask)", "uniform", "--model.architecture.text_flow=uniform"),
-    "embedding": (FROZEN, "text flow (recipe: mask)", "embedding", "--model.architecture.text_flow=embedding"),
-    "random": (FROZEN, "initialisation (recipe: foundation)", "random, trained", *TRAINED, "--model.init_from=random"),
-    "random_frozen": (FROZEN, "initialisation (recipe: foundation)", "random, frozen", "--model.init_from=random"),
-    "dropout0": (FROZEN, "condition dropout (recipe: 0.9)", "0", "--stages.recall.condition_dropout.understand=0"),
-    "dropout50": (FROZEN, "condition dropout (recipe: 0.9)", "0.5", "--stages.recall.condition_dropout.understand=0.5"),
-    "ffn": (FROZEN, "text FFN (recipe: separate)", "shared, trained", *TRAINED, SHARED_FFN),
-    "attention": (FROZEN, "text attention (recipe: own)", "shared", "--model.architecture.text_attention=shared"),
-    "rotary": (FROZEN, "text positions (recipe: learned)", "rotary", "--model.architecture.text_positions=0"),
-    "timestep": (FROZEN, "timestep of clean video (recipe: 300)", "0", "--model.architecture.clean_video_timestep=0"),
-    "reads": (FROZEN, "clean video reads text (recipe: no)", "yes", "--model.architecture.clean_video_reads_text=true"),
+TRAINED = ("stages.recall.learning_rate=5e-4", "stages.recall.tasks={joint: 0.25, understand: 0.5, generate: 0.25}")
+
+
+class Variant(NamedTuple):
+    """A choice and its value as the table names them, the options of ``lightning fit`` for it, its configurations."""
+
+    heading: str
+    value: str
+    options: tuple[str, ...] = ()
+    configs: tuple[str, ...] = ("recall", "frozen")
+
+
+VARIANTS = {
+    "recipe": Variant("", "configs/frozen.yaml"),
+    "paper": Variant("recipe (frozen)", "the paper's", configs=("recall",)),
+    "trained": Variant("generator's weights (recipe: frozen)", "trained", TRAINED),
+    "uniform": Variant("text flow (recipe: mask)", "uniform", ("model.architecture.text_flow=uniform",)),
+    "embedding": Variant("text flow (recipe: mask)", "embedding", ("model.architecture.text_flow=embedding",)),
+    "random": Variant("initialisation (recipe: foundation)", "random, trained", (*TRAINED, "model.init_from=random")),
+    "random_frozen": Variant("initialisation (recipe: foundation)", "random, frozen", ("model.init_from=random",)),
+    "dropout0": Variant("condition dropout (recipe: 0.9)", "0", ("stages.recall.condition_dropout.understand=0",)),
+    "dropout50": Variant("condition dropout (recipe: 0.9)", "0.5", ("stages.recall.condition_dropout.understand=0.5",)),
+    "ffn": Variant(
+        "text FFN (recipe: separate)", "shared, trained", (*TRAINED, "model.architecture.separate_text_ffn=false")
+    ),
+    "attention": Variant("text attention (recipe: own)", "shared", ("model.architecture.text_attention=shared",)),
+    "rotary": Variant("text positions (recipe: learned)", "rotary", ("model.architecture.text_positions=0",)),
+    "timestep": Variant("timestep of clean video (recipe: 300)", "0", ("model.architecture.clean_video_timestep=0",)),
+    "reads": Variant("clean video reads text (recipe: no)", "yes", ("model.architecture.clean_video_reads_text=true",)),
 }
-"""Configurations, heading, value and options of each variant."""
 
 
 @dataclass
@@ -107,9 +114,10 @@ def plan(variant: str, seed: int, options: argparse.Namespace) -> Run:
         "report.num_samples": 1,
         "model.sampling.caption_steps": options.caption_steps,
     }
-    configs, _, _, *changes = VARIANTS[variant]
-    given = [f"--config={CONFIGS / name}.yaml" for name in configs] + [f"--{k}={v}" for k, v in values.items()]
-    return Run(variant, folder, [*given, *changes, *options.overrides])
+    chosen = VARIANTS[variant]
+    settings = [*(f"{name}={value}" for name, value in values.items()), *chosen.options]
+    given = [f"config={CONFIGS / name}.yaml" for name in chosen.configs] + settings
+    return Run(variant, folder, [*(f"--{option}" for option in given), *options.overrides])
 
 
 def table(runs: list[Run], options: argparse.Namespace) -> str:
@@ -127,7 +135,7 @@ def table(runs: list[Run], options: argparse.Namespace) -> str:
     rows = []
     for variant in dict.fromkeys(run.variant for run in runs):
         group = [run for run in runs if run.variant == variant]
-        cells = list(VARIANTS[variant][1:3])
+        cells = [VARIANTS[variant].heading, VARIANTS[variant].value]
         for values in [[100 * list(run.curve(f"val/{name}").values())[-1] for run in group] for name in names]:
             cells.append(f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else ""))
         rows.append(cells + [", ".join(run.first_step(goal) for run in group) for goal in GOALS])

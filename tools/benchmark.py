@@ -36,10 +36,9 @@ from univigu.sampling.sampler import SampleInputs, Sampler
 SMALL = {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 512, "num_layers": 8}
 SMALL |= {"text_dim": 64, "freq_dim": 64}
 Ways = dict[str, Callable[[], Any]]
-Seconds = dict[str, float]
 
 
-def race(options: argparse.Namespace, ways: Ways, clips: int = 1) -> tuple[Seconds, dict[str, Any]]:
+def race(options: argparse.Namespace, ways: Ways, clips: int = 1) -> tuple[dict[str, float], dict[str, Any]]:
     """Print median seconds a clip; return them and the results.  Variants take turns, after one untimed round."""
     turns: dict[str, list[float]] = {name: [] for name in ways}
     results: dict[str, Any] = {}
@@ -55,9 +54,6 @@ def race(options: argparse.Namespace, ways: Ways, clips: int = 1) -> tuple[Secon
     for name, value in seconds.items():
         print(f"{name}: {value:.4g} s")
     return seconds, results
-
-
-# ---------------------------------------------------------------------------- captions
 
 
 def captioner(options: argparse.Namespace) -> tuple[UniViGUTransformer3DModel, Callable[[Any, range], torch.Tensor]]:
@@ -123,9 +119,6 @@ def questions(options: argparse.Namespace) -> dict[str, float]:
     seconds, tokens = race(options, ways)
     same = (tokens["8 questions"] == tokens["one by one"]).float().mean().item()
     return {"cost of 8 questions": seconds["8 questions"] / seconds["one question"], "share of same tokens": same}
-
-
-# ---------------------------------------------------------------------------- data
 
 
 def data(options: argparse.Namespace) -> dict[str, float]:

@@ -3,8 +3,7 @@
     python tools/gpu_report.py                                               # Wan2.1 1.3B at 480x832x81, one H100
     python tools/gpu_report.py --size small --only "train step, paper"       # a step of both modalities on a CPU
 
-The weights are random, which does not change the times.  Each row is printed as a line of JSON; of one that fails its
-error is.
+The weights are random, which does not change the times.  Rows are printed as lines of JSON, failures with their error.
 """
 
 import gc

@@ -17,7 +17,7 @@ SAVE_EVERY = 250  # steps
 
 
 def optimize(
-    name: str, module: nn.Module, loss_of: Callable[[int], Tensor], steps: int, rate: float, state: Path | None = None
+    name: str, module: nn.Module, loss_of: Callable[[int], Tensor], steps: int, lr: float, state: Path | None = None
 ) -> None:
     """Train a module in place with AdamW; the rate rises over a tenth of the steps and falls as a cosine.
 
@@ -25,7 +25,7 @@ def optimize(
     ``SAVE_EVERY`` steps and at the end, all that the next step depends on; if it is there, training continues from it.
     """
     warmup = max(1, steps // 10)
-    optimizer = torch.optim.AdamW(module.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(module.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / steps)) + 1e-3
     )
