@@ -184,9 +184,11 @@ def _as_rank(rank: int, processes: int, port: int, function: Callable[..., objec
             torch.distributed.destroy_process_group()
 
 
-def in_fork(function: Callable[..., Any], *args: Any, start: str = "fork") -> Any:
-    """What a function gives in a process of its own; "spawn" starts one that has none of this one's memory."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context(start)) as pool:
+def in_fork(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function gives in a process of its own: a fork of one that has imported modules and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["univigu.training.module"])
+    with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(function, *args).result()
 
 

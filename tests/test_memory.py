@@ -72,5 +72,5 @@ def test_there_is_no_second_copy(source: str, dtype: torch.dtype, tmp_path: Path
     small, large = (partial(read, source, tmp_path / name, dtype) for name in ("tiny", "large"))
     if source == "wan":
         small = partial(UniViGUTransformer3DModel.from_wan, tmp_path / "tiny", 11)
-    added = in_fork(added_memory, small, large, start="spawn")
+    added = in_fork(added_memory, small, large)
     assert size > 60e6 and added < 1.2 * size, (added / size, size)  # what is mapped is not there before its use

@@ -46,13 +46,13 @@ def test_diffusers_runs_it_and_samples_show_what_was_asked(foundation: str) -> N
     """Held-out prompts through WanPipeline itself, with its default slot of 512 tokens."""
     pipeline = WanPipeline.from_pretrained(foundation)
     pipeline.set_progress_bar_config(disable=True)
-    scenes = [sample_scene(seed, "val") for seed in range(24)]
+    scenes = [sample_scene(seed, "val") for seed in range(16)]
     video = pipeline(
-        prompt=[prompt_of(scene) for scene in scenes], height=64, width=64, num_frames=9, num_inference_steps=16,
-        guidance_scale=2.0, generator=[torch.Generator().manual_seed(i) for i in range(24)], output_type="pt",
+        prompt=[prompt_of(scene) for scene in scenes], height=64, width=64, num_frames=9, num_inference_steps=12,
+        guidance_scale=2.0, generator=[torch.Generator().manual_seed(i) for i in range(16)], output_type="pt",
     ).frames  # fmt: skip
     frames = (video * 255).round().to(torch.uint8)
-    assert frames.shape == (24, 9, 3, 64, 64)
+    assert frames.shape == (16, 9, 3, 64, 64)
     metric, shuffled = AttributeAccuracy(), AttributeAccuracy()
     shown, asked = list(map(detect, frames)), [reading_of(scene, "prompt") for scene in scenes]
     metric.update(map(agreement, asked, shown))

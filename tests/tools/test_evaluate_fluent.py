@@ -53,7 +53,7 @@ def test_every_task_is_judged(tmp_path: Path, untrained_model: str, capsys: pyte
     package, data, out = write_package(tmp_path, judges + surfers), str(tmp_path / "data"), tmp_path / "out"
     command = [str(package), "--output", data, "--num-frames", "9"]
     assert prepare_fluent.main([*command, "--backgrounds", "2"]) == 0
-    command = [data, "--model", untrained_model, "--judge", f"{untrained_model}/", "--output", str(out), "--clips", "4"]
+    command = [data, "--model", untrained_model, "--judge", f"{untrained_model}/", "--output", str(out), "--clips", "2"]
     command += ["--prompt-length", "64", "--steps", "2"]
     assert tool.main(command) == 0
     results = json.loads((out / "results.json").read_text())

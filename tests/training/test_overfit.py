@@ -12,7 +12,7 @@ from univigu.training.lightning_cli import UniViGUCLI
 STAGE = """
 run: [overfit]
 stages:
-  overfit: {steps: 100, text_length: 32, condition_dropout: {understand: 1}, warmup_steps: 10,
+  overfit: {steps: 80, text_length: 32, condition_dropout: {understand: 1}, warmup_steps: 10,
             tasks: {joint: 0, understand: 1, generate: 0}, learning_rate: 0, text_learning_rate: 6.0e-3}
 """
 
@@ -30,6 +30,7 @@ def test_overfitting_four_clips(in_tmp: Path, small_data: list[str]) -> None:
             f"--data.root={in_tmp}/data",
             "--data.num_train_clips=4",
             "--data.num_frames=5",
+            "--model.sampling.caption_steps=8",
             "--trainer.limit_val_batches=0",
             "--trainer.logger=false",
             "--trainer.enable_progress_bar=false",

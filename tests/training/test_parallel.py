@@ -129,7 +129,6 @@ def train(
     changes = {name: options.pop(name) for name in ("separate_text_ffn", "text_attention") if name in options}
     options = {"architecture": ArchitectureOptions(text_flow, **changes), "gradient_checkpointing": True} | options
     module = kind(folder, seed=3, optimizer=ADAMW, compile_blocks=compile_backend is not None, **options)
-    objective.MAX_LOGITS = 500  # in this process
     module.compile_backend = compile_backend or ""
     diary = Diary()
     saver = [ModelCheckpoint(root, filename="{step}", every_n_train_steps=saves, save_top_k=-1)] if saves else []
@@ -145,7 +144,9 @@ def train(
     )
     share = Subset(Clips(), range(int(os.environ.get("RANK", 0)), len(Clips()), processes))
     loader: DataLoader = DataLoader(share, batch_size=BATCH * 2 // processes)
-    trainer.fit(module, loader, ckpt_path=ckpt_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objective, "MAX_LOGITS", 500)  # the loss is computed in parts
+        trainer.fit(module, loader, ckpt_path=ckpt_path)
     return diary
 
 
@@ -271,9 +272,13 @@ def two(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespa
         {"root": str(root / "bfloat16"), "compute_dtype": "bfloat16", "steps": 12, "separate_text_ffn": False},
         {"root": str(root / "folder"), "distributed": True},
         {"root": str(root / "file"), "distributed": False},
-        {"root": str(root / "compiled"), "compile_backend": "aot_eager", "steps": 2},
         {"root": str(root / "refused"), "refusals": None},
-        {"root": str(root / "switch"), "compile_backend": "eager", "steps": 12, "ckpt_path": f"{root}/step=8.ckpt"},
+        {
+            "root": str(root / "compiled"),
+            "compile_backend": "aot_eager",
+            "steps": 11,
+            "ckpt_path": f"{root}/step=8.ckpt",
+        },
     )
     return SimpleNamespace(diaries=launch(2, folder, *jobs), root=root)
 
@@ -314,9 +319,8 @@ def test_bfloat16_trains_past_a_stage_that_freezes_whole_blocks(two: SimpleNames
 
 @pytest.mark.slow
 def test_compiled_blocks_train_as_others(plain: SimpleNamespace, two: SimpleNamespace) -> None:
-    """With their own backward pass; and from an uncompiled checkpoint on, past the switch of stages."""
-    assert_losses([diaries[5] for diaries in two.diaries], plain, range(2), 1e-4)
-    assert_losses([diaries[7] for diaries in two.diaries], plain, range(8, 12), 1e-4)
+    """With their own backward pass, from an uncompiled checkpoint on, past the switch of stages."""
+    assert_losses([diaries[6] for diaries in two.diaries], plain, range(8, 11), 1e-4)
 
 
 @pytest.mark.slow

@@ -220,7 +220,7 @@ def test_memory_is_what_a_run_takes(checkpointing: bool) -> None:
     tiny = replace(work, transformer=SMALL | {"num_layers": 1})
     planned = make_plan(work, checkpointing=checkpointing).total
     steps = partial(real_step, tiny, checkpointing), partial(real_step, work, checkpointing)
-    measured = in_fork(added_memory, *steps, start="spawn")
+    measured = in_fork(added_memory, *steps)
     assert planned == pytest.approx(measured, rel=0.1)
 
 
