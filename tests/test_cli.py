@@ -107,6 +107,7 @@ def test_refine_starts_from_recalls_weights(in_tmp: Path, small_data: list[str],
     assert all((ours[key] - saved[key]).abs().max() < 1e-3 for key in changed)  # a step at a small learning rate
 
 
+@pytest.mark.slow
 def test_caption_writes_a_row_for_every_file(predict: Predict, checkpoint: Path, clips: Path) -> None:
     rows = predict("caption", f"--data.videos={clips}/*.mp4", "--data.batch_size=4")
     assert [Path(row["video"]).stem for row in rows] == sorted(p.stem for p in clips.iterdir())
@@ -208,6 +209,7 @@ def test_a_question_is_a_condition(foundation: str) -> None:
     assert torch.equal(seen[0], seen[2]) and (seen[0] - seen[1]).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reads", [True, False])
 def test_the_questions_about_a_video_share_its_pass(foundation: str, reads: bool) -> None:
     """If the video does not read them; in any case they are answered as one by one."""
@@ -307,6 +309,7 @@ def test_curves_and_configuration_of_a_training_stay_its_own(in_tmp: Path, small
     assert (folder / "version_0/config.yaml").read_text() == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [None, 3])
 def test_validate_takes_every_clip(in_tmp: Path, checkpoint: Path, given: int | None) -> None:
     """By default fit validates on a few batches and validate on all."""
@@ -471,6 +474,7 @@ class OwnData(LightningDataModule):
     val_dataloader = train_dataloader
 
 
+@pytest.mark.slow
 def test_a_data_module_of_ones_own(in_tmp: Path, foundation: str, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["fit", *RECALL, f"--data={__name__}.OwnData", "--data.count=3", f"--model.foundation={foundation}", *QUICK]
     options = ["--media.every_n_steps=1", "--trainer.max_steps=2", "--trainer.val_check_interval=1"]

@@ -90,6 +90,7 @@ def test_every_task(client: Any, clip: Any) -> None:
     assert read_video(path_of(video), 5, 48, 32).shape == (5, 3, 48, 32)
 
 
+@pytest.mark.slow
 def test_progress_is_reported(client: Any, clip: Any) -> None:
     for name, values in (("/generate", ("one", 30, 2.0, 0)), ("/caption", (clip, 30, 0))):
         job, steps = client.submit(*values, api_name=name), set()
@@ -128,6 +129,7 @@ def test_a_visitor_drags_the_trajectorys_slider(client: Any, tmp_path: Path) -> 
         assert "·" in before[1] and "·" not in after[1]
 
 
+@pytest.mark.slow
 def test_a_visitors_mistakes_are_named(
     client: Any, pipe: UniViGUPipeline, clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ def test_everything_else_is_for_the_full_parser(args: list[str]) -> None:
     answer_at_once(args)  # returns
 
 
+@pytest.mark.slow
 def test_processes_that_load_data_need_no_diffusers() -> None:
     """Every worker process imports it anew, which with diffusers takes seconds."""
     code = "import sys, univigu.data.engine, univigu.data.inputs, univigu.data.loader; print(*sys.modules)"

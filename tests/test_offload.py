@@ -70,6 +70,7 @@ def test_group_offloading_computes_on_the_device_that_it_loads_to() -> None:
     assert [compute_device(part).type for part in (pipe.text_encoder, pipe.transformer, pipe.vae)] == ["cuda"] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("offload", "flow"), [(offload_whole, "mask"), (offload_layers, "embedding"), (offload_groups, "embedding")]
 )

@@ -323,6 +323,7 @@ def test_a_checkpoint_becomes_a_pipeline(pipe: UniViGUPipeline, videos: np.ndarr
     assert convert.main(["pipeline", "--checkpoint", str(tmp_path / "none.ckpt"), *options]) == 2
 
 
+@pytest.mark.slow
 def test_a_clips_latents_do_not_depend_on_the_entry_point(foundation: str) -> None:
     """Training, captioning and prediction encode alike: a clip by itself, in a batch, as floats or as frames."""
     module = UniViGU(foundation, seed=1)

@@ -25,6 +25,7 @@ def test_it_is_small(foundation: str) -> None:
     assert size <= 12 * 2**20
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_its_vae_keeps_what_matters(foundation: str) -> None:
     vae = Foundation(foundation).vae

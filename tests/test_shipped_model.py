@@ -41,6 +41,7 @@ def test_a_dtype_reaches_its_transformer(name: str, dtype: Any) -> None:
     assert (pipe.text_encoder.dtype == torch.bfloat16) == (dtype == torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_it_captions_held_out_clips(pipe: UniViGUPipeline) -> None:
     frames = torch.stack([render(scene) for scene in SCENES])
     captions = pipe.caption(frames, caption_steps=16, generator=torch.Generator().manual_seed(0)).text
@@ -51,6 +52,7 @@ def test_it_captions_held_out_clips(pipe: UniViGUPipeline) -> None:
     assert others.compute()["mean"] < 0.6
 
 
+@pytest.mark.slow
 def test_it_answers_questions(pipe: UniViGUPipeline) -> None:
     asked = [(scene, pair) for scene in SCENES[:4] for pair in questions_of(scene)[:3]]
     frames = torch.stack([render(scene) for scene, _ in asked])
@@ -60,6 +62,7 @@ def test_it_answers_questions(pipe: UniViGUPipeline) -> None:
     assert sum(right) >= 0.8 * len(right), list(zip(questions, answers, strict=True))
 
 
+@pytest.mark.slow
 def test_predict_uses_it_where_nothing_was_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,6 +125,7 @@ def test_two_ranks_with_two_workers_share_an_epoch(mixed: Path, encoded: Path, s
     assert len(second) == 16 and first != second
 
 
+@pytest.mark.slow
 def test_resuming_in_mid_epoch_goes_on_exactly(mixed: Path, encoded: Path) -> None:
     for folder in (mixed, encoded):
         straight = data(folder).train_dataloader()
@@ -185,6 +186,7 @@ def test_latents_are_those_of_each_clips_bucket(mixed: Path, encoded: Path, foun
         data(encoded, buckets=[TALL, WIDE, LONG])
 
 
+@pytest.mark.slow
 def test_precomputing_makes_the_same_latents(mixed: Path, encoded: Path, tmp_path: Path) -> None:
     shutil.copytree(mixed, tmp_path, dirs_exist_ok=True)
     shutil.copytree(mixed / "val", tmp_path / "test")

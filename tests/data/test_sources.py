@@ -39,6 +39,7 @@ def keys(loader: Any) -> list[tuple[int, str]]:
     return [pair for batch in loader for pair in zip(batch["source"], batch["key"], strict=True)]
 
 
+@pytest.mark.slow
 def test_without_weights_an_epoch_is_everything_once(folders: list[Path]) -> None:
     module = data(folders, None, None, None)
     module.setup("fit")
@@ -62,6 +63,7 @@ def test_weights_are_shares_of_training_alone(folders: list[Path]) -> None:
     assert sorted(val) == [(0, "00000000"), (0, "00000001"), (1, "00000100"), (1, "00000101")]
 
 
+@pytest.mark.slow
 def test_resuming_goes_on_exactly(folders: list[Path], tmp_path: Path) -> None:
     whole = fit(data(folders, 1, 1, 2, num_workers=2), tmp_path / "a", 26).seen
     assert len(whole) == 26
@@ -70,6 +72,7 @@ def test_resuming_goes_on_exactly(folders: list[Path], tmp_path: Path) -> None:
         assert rest == whole[step:]
 
 
+@pytest.mark.slow
 def test_two_ranks_share_what_is_drawn(folders: list[Path]) -> None:
     module = data(folders, 3, 2, 1, num_workers=2)
     module.setup("fit")

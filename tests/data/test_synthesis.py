@@ -57,6 +57,7 @@ def texts_of(folder: Path) -> list[dict[str, Any]]:
     return [{"key": ref.key, **json.loads(ref.read("json") or b"")} for ref in refs]
 
 
+@pytest.mark.slow
 def test_clips_are_what_the_pipeline_makes_of_prompt_and_seed(tool: Tool, tmp_path: Path, foundation: str) -> None:
     manifest = tool("made", "--seed", 7, "--videos-per-prompt", 2)
     assert manifest.complete and manifest.counts == {"kept": 10} and len(manifest.shards) == 5
@@ -88,6 +89,7 @@ def test_clips_are_what_the_pipeline_makes_of_prompt_and_seed(tool: Tool, tmp_pa
     assert recorded["generator"]["fingerprint"] and recorded["tokenizer"] and recorded["video"]["seed"] == 7
 
 
+@pytest.mark.slow
 def test_a_made_folder_trains(tool: Tool, tmp_path: Path) -> None:
     for split in ("train", "val"):
         tool(f"data/{split}")
@@ -99,6 +101,7 @@ def test_a_made_folder_trains(tool: Tool, tmp_path: Path) -> None:
     assert batch["video"].shape == (2, 9, 3, 64, 64) and set(batch["prompt"]) <= set(PROMPTS)
 
 
+@pytest.mark.slow
 def test_unusable_prompts_are_counted(tool: Tool, tmp_path: Path, foundation: str) -> None:
     pytest.importorskip("pyarrow")
     import pyarrow
@@ -126,6 +129,7 @@ def test_without_a_captioner_no_window_applies(tool: Tool, tmp_path: Path) -> No
 # ------------------------------------------------------------------ captions
 
 
+@pytest.mark.slow
 def test_captions_are_asked_for_again_until_they_fit(tool: Tool, tmp_path: Path, captioner_folder: Path) -> None:
     window = ["--min-caption", "50", "--max-caption", "200", "--tokenizer", str(captioner_folder)]
     asked = ["--captioner", str(captioner_folder), "--temperature", "1.2", "--top-p", "1", "--max-new-tokens", "70"]
@@ -142,6 +146,7 @@ def test_captions_are_asked_for_again_until_they_fit(tool: Tool, tmp_path: Path,
     assert manifest.parameters["captioner"]["tries"] == 3 and manifest.parameters["captioner"]["fingerprint"]
 
 
+@pytest.mark.slow
 def test_the_model_sees_frames_and_prompt(captioner_folder: Path) -> None:
     def describe(prompt: str, frames: torch.Tensor, seed: int = 3, attempt: int = 0, **options: Any) -> str:
         settings = CaptionOptions(frames=3, max_new_tokens=40, **options)

@@ -139,6 +139,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.slow
 def test_all_is_measured_that_needs_no_scene(alone: dict[str, float]) -> None:
     assert sorted(alone) == sorted(f"test/{name}" for name in NAMES)
     assert all(torch.tensor(value).isfinite() for value in alone.values())
@@ -147,6 +148,7 @@ def test_all_is_measured_that_needs_no_scene(alone: dict[str, float]) -> None:
     assert alone["test/generate/fvd"] > 0 and alone["test/flow/ratio"] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_validation_measures_the_same(folder: Path, alone: dict[str, float]) -> None:
     found = evaluate(folder, "validate", batch_size=1, devices=1)
     assert found["val/text_loss"] > 0
@@ -230,6 +232,7 @@ def test_latents_are_enough_for_what_is_made(folder: Path) -> None:
     assert "test/generate/clip" in found and not any(name.startswith("test/caption") for name in found)
 
 
+@pytest.mark.slow
 def test_the_page_lists_every_name(folder: Path, alone: dict[str, float]) -> None:
     """Those of clips without scenes, and those of the embedded world's, which have properties besides."""
     world = {"shards": None, "root": str(folder / "world"), "num_val_clips": 6, "height": 64, "width": 64}

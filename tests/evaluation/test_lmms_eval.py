@@ -31,6 +31,7 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("univigu.evaluation.lmms_eval")
 
 
+@pytest.mark.slow
 def test_its_texts_are_the_pipelines(adapter: Any, tmp_path: Path) -> None:
     documents = []
     for seed in range(3):

@@ -47,6 +47,7 @@ def vbench_reads(folder: Path) -> dict[str, str]:
     return {name: by_path[os.path.join(folder / "videos", name)] for name in names}
 
 
+@pytest.mark.slow
 def test_five_videos_a_prompt_with_seeds_of_their_own(
     prompts: str, model: str, tmp_path: Path, evaluate: Evaluate, capsys: Capture
 ) -> None:

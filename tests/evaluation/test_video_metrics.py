@@ -88,6 +88,7 @@ def test_frechet_distance_by_numpy(folder: Path, name: str) -> None:
     assert float(same.compute()) == pytest.approx(0, abs=1e-3 * expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [ClipEncoder, VideoFeatures])
 @pytest.mark.parametrize("damage", ["missing", "empty", "other"])
 def test_wrong_model_folders_are_named(folder: Path, tmp_path: Path, kind: type, damage: str) -> None:

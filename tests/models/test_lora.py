@@ -93,6 +93,7 @@ def test_options_are_checked(option: dict[str, Any]) -> None:
         LoraOptions(**option)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LoraOptions(rank=2)], ids=["text", "lora"])
 def test_a_run_moves_what_it_should_and_is_resumed(tmp_path: Path, lora: LoraOptions | None) -> None:
     """Through both stages; the checkpoint loads as a plain model whose merged weights compute the same."""
@@ -161,6 +162,7 @@ def with_texts(items: list[dict[str, Any]]) -> dict[str, Any]:
     return default_collate(items) | unknown | {name: ["a ring"] * len(items) for name in ("prompt", "caption")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", ["lora", "all"])
 @pytest.mark.parametrize(
     "options",

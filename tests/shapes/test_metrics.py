@@ -80,6 +80,7 @@ def test_missing_and_extra_objects_are_wrong():
     assert not any(score(Reading("caption"), TWO).values())
 
 
+@pytest.mark.slow
 def test_caption_and_video_agree_only_on_the_same(video_readings):
     for scene, other, seen in zip(SCENES[:40], SCENES[1:], video_readings, strict=False):
         assert all(agreement(parse_caption(caption_of(scene)), seen).values())

@@ -45,6 +45,7 @@ def degraded(clips) -> list[torch.Tensor]:
     return [degrade(clip, seed) for seed, clip in enumerate(clips)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("treatment", "least"), [("rendered", 0.99), ("degraded, mp4", 0.97)])
 def test_every_attribute_is_read(clips, degraded, treatment, least):
     seen = degraded if "degraded" in treatment else clips

@@ -31,11 +31,13 @@ def test_batches_must_be_whole(in_tmp: Path) -> None:
 SIZE = "--text-tokens 4 --frames 1 --steps 2 --repeats 1"
 
 
+@pytest.mark.slow
 def test_captions_are_the_same_with_and_without_the_cache() -> None:
     found = tool.main(["caption", *SIZE.split()])
     assert found["share of same tokens"] == 1 and found["at most, by operations"] > 1
 
 
+@pytest.mark.slow
 def test_answers_are_the_same_together_and_one_by_one() -> None:
     found = tool.main(["questions", *SIZE.split()])
     assert found["share of same tokens"] == 1 and found["cost of 8 questions"] > 0

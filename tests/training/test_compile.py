@@ -88,6 +88,7 @@ def test_the_vaes_options_reach_it(options: dict[str, Any], foundation: str) -> 
     assert (vae.use_slicing, vae.use_tiling) == (bool(options),) * 2
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_slices_are_exact_and_tiles_nearly(foundation: str) -> None:
     vae = Foundation(foundation).vae

@@ -29,6 +29,7 @@ def fit(in_tmp: Path, small_data: list[str]) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_gradients_are_accumulated_over_whole_steps(fit: Run) -> None:
     """Also where an epoch has fewer batches than a step."""
     cli = fit("--trainer.accumulate_grad_batches=4", "--trainer.max_steps=2")
@@ -38,6 +39,7 @@ def test_gradients_are_accumulated_over_whole_steps(fit: Run) -> None:
     assert (state["epoch"], state["samples"]) == (4, 0)  # epochs of the data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "steps"), [("max_epochs=1", 2), ("max_steps=3", 3), ("limit_train_batches=1", 6), ("fast_dev_run=1", 1)]
 )
@@ -61,6 +63,7 @@ def test_what_would_go_wrong_is_rejected(
     assert message in failing(args)
 
 
+@pytest.mark.slow
 def test_learning_rates_have_names_of_their_own(fit: Run) -> None:
     monitor = "--trainer.callbacks=lightning.pytorch.callbacks.LearningRateMonitor"
     cli = fit(monitor, "--trainer.max_steps=1", "--trainer.log_every_n_steps=1")

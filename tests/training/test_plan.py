@@ -55,6 +55,7 @@ def overlay(size: str, stage: str = "recall") -> list[str]:
     return [f"--config={REPO}/configs/{name}.yaml" for name in (stage, *scales, "fsdp")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_overlays_are_wan21(size: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
@@ -173,6 +174,7 @@ def real_step(work: Workload, checkpointing: bool, batch_size: int = 1) -> None:
         optimizer.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text_flow", "task", "checkpointing"),
     [("mask", "joint", False), ("mask", "understand", True), ("mask", "generate", True), ("embedding", "joint", True)],
@@ -193,6 +195,7 @@ def test_operations_are_those_that_are_done(
     assert count_step(work, checkpointing)[0] == pytest.approx(counter.get_total_flops() / 2, rel=0.1)
 
 
+@pytest.mark.slow
 def test_freezing_and_adapters_cost_less() -> None:
     layers = {"transformer": SMALL | {"num_layers": 2}, "latents": (16, 3, 16, 16)}
     frozen = Stage(text_length=64, tasks=TaskMixture(1, 0, 0), learning_rate=0)

@@ -49,6 +49,7 @@ def kept(name: str) -> bool:
     return bool(set(UniViGUTransformer3DModel._keep_in_fp32_modules) & set(name.split(".")))
 
 
+@pytest.mark.slow
 def test_trained_weights_are_float32_and_resumed_exactly(folder: Path, tmp_path: Path) -> None:
     whole = fit(folder, tmp_path, FROZEN, "bf16-true")
     resumed = fit(folder, tmp_path / "again", FROZEN, "bf16-true", tmp_path / "step=3.ckpt")
@@ -65,6 +66,7 @@ def test_trained_weights_are_float32_and_resumed_exactly(folder: Path, tmp_path:
     assert whole.losses["train/loss"] != exact.losses["train/loss"]
 
 
+@pytest.mark.slow
 def test_a_later_stage_trains_float32_weights(folder: Path, tmp_path: Path) -> None:
     module = fit(folder, tmp_path, stages.STAGES, "bf16-true")
     assert {value.dtype for value in module.transformer.parameters()} == {torch.float32}  # type: ignore[union-attr]

@@ -79,6 +79,7 @@ def fit(folder: Path, root: Path, ckpt_path: Path | None = None) -> tuple[Track,
     return track, module
 
 
+@pytest.mark.slow
 def test_the_mean_is_followed_validated_saved_and_resumed(folder: Path, tmp_path: Path) -> None:
     track, module = fit(folder, tmp_path)
     expected = [track.weights[0]]
@@ -102,6 +103,7 @@ def test_the_mean_is_followed_validated_saved_and_resumed(folder: Path, tmp_path
         assert torch.equal(value, Track.copy(module)[key]), key
 
 
+@pytest.mark.slow
 def test_prediction_takes_the_mean(folder: Path, tmp_path: Path) -> None:
     """A checkpoint with means is evaluated without the callback, on the means."""
     fit(folder, tmp_path)
@@ -163,6 +165,7 @@ def assert_same(first: Any, second: Any, name: str) -> None:
         assert torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "end",
     [
@@ -191,6 +194,7 @@ def test_a_run_that_ends_early_resumes_exactly(folder: Path, tmp_path: Path, end
         assert_same(whole[part], resumed[part], part)
 
 
+@pytest.mark.slow
 def test_the_last_step_is_saved_once_and_a_trial_run_saves_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,7 @@ def quiet(tmp_path_factory: pytest.TempPathFactory, small_data: list[str]) -> li
     return [event.value for event in events_of(folder).Scalars("train/loss")]
 
 
+@pytest.mark.slow
 def test_scalars(run: tuple[EventAccumulator, str]) -> None:
     tags = set(run[0].Tags()["scalars"])
     assert {
@@ -124,6 +125,7 @@ def test_the_end_shows_captions_and_where_to_look(run: tuple[EventAccumulator, s
     assert "tensorboard --logdir runs/recall" in run[1]
 
 
+@pytest.mark.slow
 def test_sampling_leaves_training_alone(run: tuple[EventAccumulator, str], quiet: list[float]) -> None:
     """The losses with media, reports and validation are those without."""
     assert len(quiet) == 3
@@ -198,6 +200,7 @@ def test_a_report_that_fails_costs_no_training(
     assert re.search("checkpoint: .*last.ckpt", printed), printed
 
 
+@pytest.mark.slow
 def test_held_out_clips_are_looked_at_once_a_step(in_tmp: Path) -> None:
     """Also where a step takes several batches."""
 

@@ -61,6 +61,7 @@ def test_in_a_terminal_it_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "━" in printed and "3/3" in printed and "left" not in printed
 
 
+@pytest.mark.slow
 def test_fit_names_step_stage_losses_rate_and_time_left(
     in_tmp: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

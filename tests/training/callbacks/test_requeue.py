@@ -73,6 +73,7 @@ def fit(folder: Path, root: Path, *more: Callback, **options: Any) -> None:
     trainer.fit(UniViGU(str(folder), seed=3), loader, weights_only=True, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_training_after_its_step(folder: Path, tmp_path: Path, number: int, code: int) -> None:
     before = signal.getsignal(number)
