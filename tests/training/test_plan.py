@@ -146,7 +146,7 @@ SMALL: dict[str, Any] = {
 def small(**changes: Any) -> Workload:
     stage = Stage(text_length=64, tasks=TaskMixture(1, 0, 0))
     adamw = OptimizerOptions(name="adamw")
-    return replace(Workload(dict(SMALL), (16, 9, 32, 32), 32, stage, optimizer=adamw), **changes)
+    return replace(Workload(dict(SMALL), (16, 5, 32, 32), 32, stage, optimizer=adamw), **changes)
 
 
 def real_step(work: Workload, checkpointing: bool, batch_size: int = 1) -> None:
