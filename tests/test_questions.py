@@ -18,7 +18,7 @@ from univigu.data.sample import questions_of
 from univigu.data.shards import write_shard
 from univigu.data.video import encode_mp4
 from univigu.evaluation.held_out import EvaluationOptions
-from univigu.flow.objective import ConditionDropout, TaskMixture
+from univigu.flow.objective import ConditionDropout, TaskMixture, UniFlowObjective
 from univigu.models.tokens import detokenize, tokenize
 from univigu.pipeline import TaskRunner
 from univigu.sampling.options import SamplingOptions
@@ -175,6 +175,32 @@ def test_a_share_of_the_understand_samples_answers_questions(folder: Path) -> No
     module.transformer.register_to_config(clean_video_reads_prompt=False)  # only the text sees the question
     module.objective(model, after, (0, 2, 0), ConditionDropout(1.0, 1.0, 1.0))
     assert torch.equal(shown[1], after.null_embeds.expand(2, -1, -1)) and torch.equal(asked[1], shown[0])
+
+
+@pytest.mark.slow
+def test_a_share_of_the_steps_asks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then all samples that read clean video answer, in part of the slot; all processes ask in the same steps."""
+    module, trainer = run(folder, "validate", "qa")
+    batch, noted = next(iter(trainer.datamodule.val_dataloader())), []  # type: ignore[attr-defined]
+    batch["qa"] = [QA, QA]
+    module.stage = Stage(text_length=128, question_share=0.25, tasks=TaskMixture(0, 1, 0), teacher_weight=0)
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    compute = UniFlowObjective.__call__
+
+    def note(self: Any, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        noted.append((inputs.is_question, options["text_share"]))
+        return compute(self, model, inputs, *args, **options)
+
+    monkeypatch.setattr(UniFlowObjective, "__call__", note)
+    for rank in (0, 1):
+        monkeypatch.setattr(Asked, "global_rank", rank)
+        for step in range(40):
+            trainer.fit_loop.epoch_loop.batch_progress.total.ready = step + 1
+            module.training_step(batch, 0)
+    asks = [is_question is not None for is_question, _ in noted]
+    assert 4 < sum(asks[:40]) < 16 and asks[:40] == asks[40:]
+    for is_question, share in noted:
+        assert share == (1.0 if is_question is None else 0.5) and (is_question is None or is_question.all())
 
 
 def test_a_sample_without_a_fitting_question_keeps_its_caption(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -188,6 +188,16 @@ def test_positions_are_drawn_evenly_and_in_order() -> None:
     assert shown.tokens.shape == tokens.shape == (2, 1)
 
 
+def test_the_positions_of_an_answer_are_always_shown() -> None:
+    flow = make_text_flow("mask", VOCAB)
+    batch = replace(make_batch(40, 100), is_question=torch.arange(40) % 2 == 0)
+    positions = UniFlowObjective(flow)._corrupt(flow, batch, 40, 0.5, torch.Generator().manual_seed(0))[0].positions
+    assert positions is not None and positions.shape == (40, 50)
+    assert (positions[::2, :ANSWER_LENGTH] == torch.arange(ANSWER_LENGTH)).all()
+    assert positions[::2, ANSWER_LENGTH:].unique().numel() > 60  # of the others a random part
+    assert (positions[1::2] < ANSWER_LENGTH).float().mean().item() == pytest.approx(ANSWER_LENGTH / 100, abs=0.05)
+
+
 @pytest.mark.parametrize("flow", FLOWS)
 def test_a_share_of_the_text_is_the_tokens_at_its_positions(models: dict[str, Any], flow: str) -> None:
     """The targets are those positions' tokens: the loss of each task's text is that of a model given just these."""

@@ -65,11 +65,11 @@ def test_text_beside_a_cached_clean_video_is_exact(flow: str, dtype: torch.dtype
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attention", ["shared", "own"])
+@pytest.mark.parametrize("attention", ["shared", "own", "own_with_prompt"])
 def test_with_hidden_tokens_positions_and_a_shared_ffn(attention: str) -> None:
     options = {"separate_text_ffn": False, "text_positions": LENGTH}
     model = make(clean_video_reads_text=False, text_attention=attention, **options)
-    if attention == "own":
+    if attention != "shared":
         for block in model.blocks:
             torch.nn.init.normal_(block.attn1_t.to_v.weight, std=0.3)
     video, cache = draw_video(), AttentionCache()
@@ -124,7 +124,7 @@ def test_the_prompts_keys_are_computed_once_for_video_alone(monkeypatch: pytest.
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attention", ["shared", "own"])
+@pytest.mark.parametrize("attention", ["shared", "own", "own_with_prompt"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_pass_of_the_video_alone_serves_its_texts(attention: str, count: int) -> None:
     """Each under its own prompt; of the last block the video computes only its keys and values."""
@@ -133,13 +133,13 @@ def test_a_pass_of_the_video_alone_serves_its_texts(attention: str, count: int) 
     prompts = torch.randn(count * BATCH, 5, tiny.TEXT_DIM, generator=torch.Generator().manual_seed(5))
     last, calls = model.blocks[-1], {}
     names = ("attn1.to_q", "attn1.to_k", "attn1.to_out.0", "attn2.to_q", "ffn", "attn1_t.to_k")
-    for name in names if attention == "own" else names[:-1]:
+    for name in names if attention != "shared" else names[:-1]:
         last.get_submodule(name).register_forward_hook(
             lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1})
         )
     cache = AttentionCache(text_tokens=LENGTH)
     assert model(latents, clean, null, cache=cache, predict_video=False).sample is None
-    assert calls == {"attn1.to_k": 1} | ({"attn1_t.to_k": 1} if attention == "own" else {})
+    assert calls == {"attn1.to_k": 1} | ({} if attention == "shared" else {"attn1_t.to_k": 1})
     for step in range(2):
         tokens = torch.cat([draw_text(2 * step + number) for number in range(count)])
         text = TextInputs(tokens, torch.full((len(tokens),), 900.0 - 300 * step), prompt_embeds=prompts)
@@ -178,7 +178,7 @@ def test_a_time_for_each_token() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attention", ["shared", "own"])
+@pytest.mark.parametrize("attention", ["shared", "own", "own_with_prompt"])
 def test_fused_projections(attention: str) -> None:
     model, video, cache = make(clean_video_reads_text=False, text_attention=attention), draw_video(), AttentionCache()
     expected = model(*video, TextInputs(draw_text(1), times(300.0))).text

@@ -242,6 +242,9 @@ class Reference:
         x = x + gate * self.self_attention(f"{name}.attn1", y, grid, bias)
         normed = self.norm(x) * self.w[f"{name}.norm2.weight"] + self.w[f"{name}.norm2.bias"]
         read = self.attention(f"{name}.attn2", *self.qkv(f"{name}.attn2", normed, context))
+        if self.config.text_attention == "own_with_prompt" and self.fault != "text_reads_prompts_as_video":
+            own = self.attention(f"{name}.attn2_t", *self.qkv(f"{name}.attn2_t", normed, context))
+            read = torch.cat([read[:, :count], own[:, count:]], dim=1)
         if self.fault == "text_skips_prompt":
             read[:, count:] = 0
         x = x + read
@@ -350,8 +353,12 @@ def test_joint_forward_agrees_for_other_sizes() -> None:
 
 
 @pytest.mark.parametrize("reads", [True, False])
-def test_joint_forward_agrees_with_the_texts_own_attention(wan: WanTransformer3DModel, reads: bool) -> None:
-    model = tiny.make_unified(wan, VOCAB, clean_video_reads_text=reads, text_attention="own")
+@pytest.mark.parametrize("attention", ["own", "own_with_prompt"])
+def test_joint_forward_agrees_with_the_texts_own_attention(
+    wan: WanTransformer3DModel, reads: bool, attention: str
+) -> None:
+    faults = ["text_finds_the_generators_keys"] + ["text_reads_prompts_as_video"] * (attention == "own_with_prompt")
+    model = tiny.make_unified(wan, VOCAB, clean_video_reads_text=reads, text_attention=attention)
     inputs = make_inputs()
     for clean in (0, 1, 3):  # rows; the two streams part where a row is clean, and where the text projects the video
         inputs["timestep"][:clean] = 0.0
@@ -359,8 +366,9 @@ def test_joint_forward_agrees_with_the_texts_own_attention(wan: WanTransformer3D
         sample, text = Reference(model)(inputs)
         assert_close(output.sample, sample)
         assert_close(output.text, text)
-        _, wrong = Reference(model, "text_finds_the_generators_keys")(inputs)
-        assert (wrong - text).abs().max() > 1e-3
+        for fault in faults:
+            _, wrong = Reference(model, fault)(inputs)
+            assert (wrong - text).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -719,7 +727,7 @@ def test_own_attention_projections_start_as_the_videos(wan: WanTransformer3DMode
     """A new model is the shared one; then text alone has what text alone learns, in an attention still joint."""
     options = {"text_positions": 7, "clean_video_reads_text": False}
     models = []
-    for attention in ("shared", "own"):
+    for attention in ("shared", "own", "own_with_prompt"):
         torch.manual_seed(0)
         models.append(
             UniViGUTransformer3DModel.from_wan(
@@ -727,12 +735,14 @@ def test_own_attention_projections_start_as_the_videos(wan: WanTransformer3DMode
             ).eval()
         )
         torch.nn.init.normal_(models[-1].text_head.linear.weight, generator=torch.Generator().manual_seed(1))
-    shared, own = models
-    assert sum(p.numel() for p in own.parameters()) - sum(p.numel() for p in shared.parameters()) == sum(
-        p.numel() for block in wan.blocks for p in block.attn1.parameters()
-    )
+    shared, own, with_prompt = models
+    sizes = [sum(p.numel() for p in model.parameters()) for model in models]
+    for number, layer in enumerate(("attn1", "attn2")):
+        added = sum(p.numel() for block in wan.blocks for p in block.get_submodule(layer).parameters())
+        assert sizes[number + 1] - sizes[number] == added
     inputs = make_inputs()
     before = run(own, inputs)
+    assert_close(run(with_prompt, inputs).text, before.text)
     assert_close(before.text, run(shared, inputs).text)
     assert_close(before.sample, run(shared, inputs).sample)
     after = before
@@ -759,7 +769,7 @@ def test_a_config_with_a_former_key_is_refused(model: UniViGUTransformer3DModel,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["shared", "own"])
+@pytest.mark.parametrize("attention", ["shared", "own", "own_with_prompt"])
 def test_it_compiles_as_one_graph(wan: WanTransformer3DModel, attention: str) -> None:
     """Also where clean video does not read text, for samples alike and not."""
     options: Any = {"text_attention": attention, "clean_video_reads_text": False, "clean_video_timestep": 300.0}

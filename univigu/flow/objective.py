@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -99,12 +98,6 @@ class UniFlowBatch:
     is_question: torch.Tensor | None = None
     """bool [B]; samples whose condition is a question, which is never dropped, and whose target is its answer. None: no
     sample."""
-
-    def pad_prompts(self, length: int) -> UniFlowBatch:
-        """With prompts in a slot of at least ``length`` tokens; padding is zero."""
-        missing = max(0, length - self.prompt_embeds.shape[1])
-        prompts, null = (F.pad(embeds, (0, 0, 0, missing)) for embeds in (self.prompt_embeds, self.null_embeds))
-        return replace(self, prompt_embeds=prompts, null_embeds=null)
 
 
 @dataclass
@@ -269,7 +262,10 @@ class UniFlowObjective:
         t = flow.warp(sample_text_times(count, self.text_time_power, tokens.device, generator))
         if share < 1:
             kept = num_positions(tokens.shape[1], share)
-            positions = rand(tokens.shape, generator, tokens.device).topk(kept, dim=1).indices.sort(dim=1).values
+            chosen = rand(tokens.shape, generator, tokens.device)
+            if batch.is_question is not None:  # where answers stand comes first
+                chosen[:, :ANSWER_LENGTH] += batch.is_question[:count, None]
+            positions = chosen.topk(kept, dim=1).indices.sort(dim=1).values
             tokens = tokens.gather(1, positions)
         return TextInputs(flow.corrupt(tokens, t, generator), to_timestep(t), positions=positions), tokens, t
 

@@ -129,15 +129,14 @@ def text_attention(attn: WanAttention, text: torch.Tensor, stream: TextStream, c
 
 
 def prompt_attention(
-    attn: WanAttention, states: torch.Tensor, context: torch.Tensor | None, cache: LayerCache | None
+    attn: WanAttention, states: torch.Tensor, context: Any, cache: LayerCache | None, of_text: bool = False
 ) -> torch.Tensor:
-    """Wan's cross-attention of queries [B, S, D] onto the prompt [B, P, D], which a cache that holds it replaces."""
+    """Cross-attention of queries [B, S, D] onto the prompt [B, P, D], which a cache that holds it replaces."""
     if cache is None:
         return attn(states, context, None, None)
-    if cache.prompt is None:
-        assert context is not None
-        cache.prompt = _key_value(attn, context)
-    return _project_out(attn, _attend(attn, _query(attn, states), *cache.prompt, None))
+    if of_text not in cache.prompt:
+        cache.prompt[of_text] = _key_value(attn, context)
+    return _project_out(attn, _attend(attn, _query(attn, states), *cache.prompt[of_text], None))
 
 
 def _query(attn: WanAttention, states: torch.Tensor, rotate: Rotate | None = None) -> torch.Tensor:

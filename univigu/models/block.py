@@ -36,7 +36,8 @@ class UniViGUTransformerBlock(WanTransformerBlock):
         text_attention: TextAttention = "shared",
     ) -> None:
         super().__init__(dim, ffn_dim, *args)
-        self.attn1_t: WanAttention | None = copy.deepcopy(self.attn1) if text_attention == "own" else None
+        self.attn1_t: WanAttention | None = copy.deepcopy(self.attn1) if text_attention != "shared" else None
+        self.attn2_t: WanAttention | None = copy.deepcopy(self.attn2) if text_attention == "own_with_prompt" else None
         self.ffn_t: FeedForward | None = None
         if separate_text_ffn:
             self.ffn_t = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
@@ -77,11 +78,12 @@ class UniViGUTransformerBlock(WanTransformerBlock):
         # 2. Cross-attention onto the prompt, both streams as queries
         if cache is not None and cache.room and text.states is None:
             cache = None  # its texts have their own prompt
-        if text.context is None:
-            video, states = apply_together(lambda x: self._read_prompt(x, encoder_hidden_states, cache), video, states)
+        prompt, own = encoder_hidden_states, self.attn2_t or self.attn2
+        if text.context is None and own is self.attn2:
+            video, states = apply_together(lambda x: self._read_prompt(own, x, prompt, cache), video, states)
         else:
-            video = None if video is None else self._read_prompt(video, encoder_hidden_states, cache)
-            states = self._read_prompt(states, text.context, cache)
+            video = self._read_prompt(self.attn2, video, prompt, cache)
+            states = self._read_prompt(own, states, prompt if text.context is None else text.context, cache)
 
         # 3. Feed-forward, one expert for each modality
         return self._feed_forward(self.ffn, video, *ffn_v), self._feed_forward(self.ffn_t or self.ffn, states, *ffn_t)
@@ -90,9 +92,11 @@ class UniViGUTransformerBlock(WanTransformerBlock):
         """Shift, scale and gate of the attention and of the FFN; None for a stream that is left out."""
         return (None,) * 6 if temb is None else (self.scale_shift_table + temb.float()).unbind(2)
 
-    def _read_prompt(self, states: Any, context: torch.Tensor | None, cache: LayerCache | None) -> torch.Tensor:
+    def _read_prompt(self, attn: WanAttention, states: Any, context: Any, cache: LayerCache | None) -> Any:
+        if states is None:
+            return None
         normed = self.norm2(states.float()).type_as(states)
-        return states + prompt_attention(self.attn2, normed, context, cache)
+        return states + prompt_attention(attn, normed, context, cache, of_text=attn is self.attn2_t)
 
     def _feed_forward(self, expert: nn.Module, states: Any, shift: Any, scale: Any, gate: Any) -> Any:
         normed = modulate(self.norm3, states, shift, scale)

@@ -16,8 +16,8 @@ class LayerCache:
 
     room: int | None
     """Room in ``joint`` for texts, where video has none beside it; None: ``joint`` is not kept."""
-    prompt: KeyValue | None = None
-    """Of the cross-attention onto the encoded prompt, [B, S, ...]."""
+    prompt: dict[bool, KeyValue] = field(default_factory=dict)
+    """Of the cross-attention onto the encoded prompt, [B, S, ...]; True: of the text's own layer, if it has one."""
     joint: KeyValue | None = None
     """Of the self-attention over [video ; text], [B, N + L, ...]; each text step overwrites the last L."""
 
@@ -60,9 +60,9 @@ class AttentionCache:
     def take_prompt(self, prompt_embeds: torch.Tensor) -> bool:
         """Replace the video's prompt by the text's; returns whether its keys are yet to be computed."""
         assert self.prompt_embeds is not None
-        if self.layers[0].prompt is not None and torch.equal(self.prompt_embeds, prompt_embeds):
+        if self.layers[0].prompt and torch.equal(self.prompt_embeds, prompt_embeds):
             return False
         self.prompt_embeds = prompt_embeds
         for layer in self.layers:
-            layer.prompt = None
+            layer.prompt = {}
         return True

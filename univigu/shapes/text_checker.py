@@ -90,11 +90,6 @@ def _agreed(mentions: Iterable[Any]) -> Any:
     return values.pop() if len(values) == 1 else None
 
 
-def _first(mentions: Iterable[Any]) -> Any:
-    """The value of the first mention; None if there is none."""
-    return next(iter(mentions), None)
-
-
 Choice = Callable[[Iterable[Any]], Any]
 """Gives the value of an attribute, of all its mentions in a text."""
 
@@ -113,7 +108,7 @@ def brief_of(text: str) -> str:
     Of a text that contradicts itself the first mention counts: a prompt with one wrong word is of more use to a
     generator than a detailed caption that it does not know.
     """
-    reading = parse_text(text, _first)
+    reading = parse_text(text, lambda mentions: next(iter(mentions), None))
     stated = [reading.background, reading.relation]
     stated += [value for obj in reading.objects for value in (obj.size, obj.color, obj.shape, obj.motion, obj.speed)]
     complete = reading.count == len(reading.objects) > 0 and None not in stated

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from univigu.data.sources import is_large
 from univigu.flow.objective import UniFlowBatch
@@ -32,7 +33,9 @@ def vary_conditions(
     if captions and not is_large(foundation, "text_encoder"):
         embeds = tasks.encode_ids(batch["caption_ids"])
         inputs = replace(inputs, prompt_embeds=embeds, null_embeds=tasks.encode_null(embeds.shape[1]))
-    return inputs.pad_prompts(slot)
+    missing = max(0, slot - inputs.prompt_embeds.shape[1])  # padding is zero
+    prompts, null = (F.pad(embeds, (0, 0, 0, missing)) for embeds in (inputs.prompt_embeds, inputs.null_embeds))
+    return replace(inputs, prompt_embeds=prompts, null_embeds=null)
 
 
 def ask_questions(

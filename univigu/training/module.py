@@ -24,6 +24,7 @@ from univigu.data.sample import questions_of
 from univigu.data.video import to_model_range
 from univigu.evaluation.held_out import EvaluationOptions, HeldOutEvaluation, own_samples
 from univigu.flow.objective import (
+    ANSWER_LENGTH,
     ConditionDropout,
     UniFlowBatch,
     UniFlowLosses,
@@ -219,12 +220,11 @@ class UniViGU(LightningModule):
         if not stage.writes_text and self.tasks.conventions.prompt_padding == "zeros":
             inputs = vary_conditions(inputs, batch, self.tasks, self.foundation.path, draw)
         text_share = stage.text_share_at(self.stage_step)
+        if understand and random.Random(step).random() < stage.question_share:  # the same on all ranks
+            inputs = ask_questions(inputs, batch, range(joint, joint + understand), self.tasks, draw)
+            text_share = min(text_share, 2 * ANSWER_LENGTH / stage.text_length)
         patches = zip(inputs.latents.shape[2:], self._model.config.patch_size, strict=True)
         self.sample_tokens = prod(n // p for n, p in patches) + num_positions(stage.text_length, text_share)
-        if stage.question_share and understand:
-            number = int(understand * stage.question_share + draw.random())  # right on average
-            rows = range(joint + understand - number, joint + understand)
-            inputs = ask_questions(inputs, batch, rows, self.tasks, draw)
         losses = self.objective(
             self._model,
             inputs,
