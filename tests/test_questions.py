@@ -18,7 +18,7 @@ from univigu.data.sample import questions_of
 from univigu.data.shards import write_shard
 from univigu.data.video import encode_mp4
 from univigu.evaluation.held_out import EvaluationOptions
-from univigu.flow.objective import ConditionDropout, TaskMixture, UniFlowObjective
+from univigu.flow.objective import TaskMixture, UniFlowObjective
 from univigu.models.tokens import detokenize, tokenize
 from univigu.pipeline import TaskRunner
 from univigu.sampling.options import SamplingOptions
@@ -56,7 +56,7 @@ class Asked(UniViGU):
         tasks, sample = super().tasks, TaskRunner.sample
 
         def noted(task: str, prompts: list[str] | None, length: int, **options: Any) -> Any:
-            assert task == "caption"
+            assert task == ("answer" if prompts else "caption")
             self.prompts.append((prompts, [generator.initial_seed() for generator in options["generator"]]))
             return sample(tasks, task, prompts, length, **options)
 
@@ -142,74 +142,75 @@ def test_a_batch_of_captions_has_no_questions() -> None:
     assert questions_of({"question": ["a", None]}) is None
 
 
-def test_a_share_of_the_understand_samples_answers_questions(folder: Path) -> None:
-    """Their condition is the question, which is never dropped, and their target the answer; the others stay."""
+def test_samples_answer_questions(folder: Path) -> None:
+    """Their condition is the question and their target the answer; those that only learn the video stay."""
     module, trainer = run(folder, "validate", "qa")
     batch = next(iter(trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
-    batch["qa"][1] = [{"question": "a red circle", "answer": "moving left."}]
+    batch["qa"] = [[], [{"question": "a red circle", "answer": "moving left."}]]
     before = module.prepare(batch)
     encoded: list[int] = []
     hook = module.foundation.text_encoder.register_forward_hook(lambda *_: encoded.append(1))
-    after = ask_questions(before, batch, [1], module.tasks, random.Random(0))
+    after = ask_questions(before, batch, 2, module.tasks, random.Random(0))
     hook.remove()
     assert len(encoded) == 1  # the question, and not the empty prompt again
     tokenizer, slot = module.foundation.tokenizer, batch["prompt_ids"].shape[1]
     question = module.tasks.encode_ids(tokenize(tokenizer, ["a red circle"], slot))
-    assert torch.equal(after.prompt_embeds[0], before.prompt_embeds[0])
-    torch.testing.assert_close(after.prompt_embeds[1:], question)
-    assert torch.equal(after.text_ids[0], before.text_ids[0])
-    assert detokenize(tokenizer, after.text_ids)[1] == "moving left." and after.is_question.tolist() == [False, True]
-
-    shown: list[torch.Tensor] = []
-    asked: list[torch.Tensor] = []
-
-    def model(video: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor, *text: Any) -> Any:
-        shown.append(embeds)
-        asked.append(text[0].prompt_embeds)
-        return module.transformer(video, timestep, embeds, *text)
-
-    model.config, model.token_table = module.transformer.config, module.transformer.token_table
-    module.objective(model, after, (0, 2, 0), ConditionDropout(1.0, 1.0, 1.0))
-    assert torch.equal(shown[0][0], after.null_embeds[0]) and torch.equal(shown[0][1], after.prompt_embeds[1])
-    assert asked[0] is None
-    module.transformer.register_to_config(clean_video_reads_prompt=False)  # only the text sees the question
-    module.objective(model, after, (0, 2, 0), ConditionDropout(1.0, 1.0, 1.0))
-    assert torch.equal(shown[1], after.null_embeds.expand(2, -1, -1)) and torch.equal(asked[1], shown[0])
+    assert after is not None and torch.equal(after.latents, before.latents[1:])  # the first clip has no question
+    torch.testing.assert_close(after.prompt_embeds, question)
+    assert detokenize(tokenizer, after.text_ids) == ["moving left."]
+    assert ask_questions(before, batch, 1, module.tasks, random.Random(0)) is None  # the second learns no text
+    batch["qa"].reverse()
+    mixed = ask_questions(before, batch, 1, module.tasks, random.Random(0))
+    assert mixed is not None and torch.equal(mixed.latents, before.latents)
+    assert torch.equal(mixed.prompt_embeds[1], before.prompt_embeds[1]) and len(mixed.text_ids) == 1
 
 
 @pytest.mark.slow
 def test_a_share_of_the_steps_asks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then all samples that read clean video answer, in part of the slot; all processes ask in the same steps."""
+    """Then all samples that learn text answer, in a slot of answers; all processes ask in the same steps."""
     module, trainer = run(folder, "validate", "qa")
     batch, noted = next(iter(trainer.datamodule.val_dataloader())), []  # type: ignore[attr-defined]
-    batch["qa"] = [QA, QA]
-    module.stage = Stage(text_length=128, question_share=0.25, tasks=TaskMixture(0, 1, 0), teacher_weight=0)
+    batch |= {name: torch.cat([batch[name]] * 2) for name in ("prompt_ids", "caption_ids", "latents")}
+    batch["key"] *= 2
+    module.stage = Stage(text_length=128, question_share=0.25, tasks=TaskMixture(1, 2, 1), teacher_weight=0)
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
     compute = UniFlowObjective.__call__
 
-    def note(self: Any, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-        noted.append((inputs.is_question, options["text_share"]))
-        return compute(self, model, inputs, *args, **options)
+    def note(self: Any, model: Any, inputs: Any, counts: Any, dropout: Any, **options: Any) -> Any:
+        noted.append((inputs.text_ids.shape[1], counts, dropout.understand))
+        return compute(self, model, inputs, counts, dropout, **options)
 
     monkeypatch.setattr(UniFlowObjective, "__call__", note)
-    for rank in (0, 1):
+    for rank, asked in ((0, [QA, QA, [], []]), (1, [[], [], [], QA])):  # in the second none of those that learn text
         monkeypatch.setattr(Asked, "global_rank", rank)
-        for step in range(40):
+        for step in range(30):
             trainer.fit_loop.epoch_loop.batch_progress.total.ready = step + 1
-            module.training_step(batch, 0)
-    asks = [is_question is not None for is_question, _ in noted]
-    assert 4 < sum(asks[:40]) < 16 and asks[:40] == asks[40:]
-    for is_question, share in noted:
-        assert share == (1.0 if is_question is None else 0.5) and (is_question is None or is_question.all())
+            module.training_step(batch | {"qa": asked}, 0)
+    first, second = noted[:30], noted[30:]
+    assert 3 < first.count((64, (0, 2, 1), 0.0)) < 12
+    for one, other in zip(first, second, strict=True):
+        if one != (128, (1, 2, 1), 0.9):
+            assert (one, other) == ((64, (0, 2, 1), 0.0), (128, (0, 3, 1), 0.9))  # the same passes
 
 
-def test_a_sample_without_a_fitting_question_keeps_its_caption(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_samples_without_a_fitting_question_are_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     module, trainer = run(folder, "validate", "qa")
     batch = next(iter(trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
     batch["qa"] = [[], [{"question": "a circle " * 99, "answer": "large."}]]
-    before = module.prepare(batch)
-    assert ask_questions(before, batch, [0, 1], module.tasks, random.Random(0)) is before
+    assert ask_questions(module.prepare(batch), batch, 2, module.tasks, random.Random(0)) is None
     assert "skipped a question of sample 'clip': question has" in caplog.text
+
+
+def test_the_model_knows_the_slot_of_its_answers(folder: Path) -> None:
+    """Once a stage has asked; before that answers have the slot of other texts."""
+    module, trainer = run(folder, "validate", "qa")
+    latents = module.prepare(next(iter(trainer.datamodule.val_dataloader()))).latents  # type: ignore[attr-defined]
+    for share, length, expected in ((0.0, 128, 128), (0.5, 128, 64), (0.5, 16, 16)):
+        module.enter_stage(Stage(text_length=length, question_share=share))
+        for task, prompts, size in (("answer", ASKED, expected), ("caption", None, length)):
+            generator = module.tasks.generators([0, 1])
+            samples = module.tasks.sample(task, prompts, 16, latents=latents, generator=generator)
+            assert samples.tokens.shape == (2, size)
 
 
 def test_questions_of_the_embedded_world_are_answered_by_the_scene() -> None:

@@ -47,7 +47,7 @@ EMA_PREFIX = "ema."  # of callbacks.WeightEMA
 SHARDED_PREFIX = "state_dict."  # of weights in a sharded checkpoint, written by Lightning
 CHOSEN = ("clean_video_reads_text", "clean_video_reads_prompt", "clean_video_timestep")
 """Options that shape no weight and that a run chooses itself."""
-FREE = (*CHOSEN, "text_length", *CONVENTIONS)
+FREE = (*CHOSEN, "text_length", "answer_length", *CONVENTIONS)
 """Options that shape no weight. Those that a run does not choose are taken from the checkpoint."""
 
 

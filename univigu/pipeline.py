@@ -118,15 +118,16 @@ class TaskRunner:
 
     @torch.no_grad()
     def sample(self, task: Task, prompts: list[str] | None, prompt_length: int, **start: Any) -> Samples:
-        """Samples of a task for each prompt; without prompts, captions under the null condition.
+        """Samples of a task for each prompt, or question; without prompts, captions under the null condition.
 
         ``start`` has the other fields of ``univigu.sampling.sampler.SampleInputs`` that the task needs.
         """
-        text_length, tokenizer = self.transformer.config.text_length, self.components.tokenizer
+        config, tokenizer = self.transformer.config, self.components.tokenizer
         embeds = null = self.encode_null(prompt_length)
         if prompts:
             embeds = self.encode_ids(tokenize(tokenizer, prompts, prompt_length))
-        inputs = SampleInputs(embeds, null, text_length=text_length, **start)
+        length = (task == "answer" and config.answer_length) or config.text_length
+        inputs = SampleInputs(embeds, null, text_length=length, **start)
         ends = self.encode_tokens(torch.tensor([[tokenizer.eos_token_id, tokenizer.pad_token_id]]), "end")[0].tolist()
         samples = Sampler(self.transformer, self.scheduler(), self.sampling, *ends).sample(task, inputs)
         return replace(samples, tokens=None if samples.tokens is None else self.vocabulary.decode(samples.tokens))
@@ -244,10 +245,11 @@ class UniViGUPipeline(WanPipeline):
         return self._run("caption", prompt, video, (height, width), output_type=None, **options)
 
     def answer(self, video: Any, question: str | list[str], **options: Any) -> UniViGUOutput:
-        """Answer questions about videos, or several about one: captions whose conditions are the questions."""
+        """Answer questions about videos, or several about one, with the arguments of ``caption``."""
         if not all(text.strip() for text in ([question] if isinstance(question, str) else question)):
             raise ValueError(f"question={question!r}: expected a question, got an empty one")
-        return self.caption(video, question, **options)
+        size = options.pop("height", None), options.pop("width", None)
+        return self._run("answer", question, video, size, output_type=None, **options)
 
     def joint(
         self, prompt: str | list[str], height: int = 480, width: int = 832, num_frames: int = 81, **options: Any
@@ -309,7 +311,7 @@ class UniViGUPipeline(WanPipeline):
         if words:
             texts = runner.describe(latents, max_sequence_length, generator) if prompt is None else prompt
             prompt = [replace_words(text, words) for text in ([texts] if isinstance(texts, str) else texts)]
-        prompts = None if prompt is None else list_prompts(prompt, count, several=task == "caption")
+        prompts = None if prompt is None else list_prompts(prompt, count, several=task in ("caption", "answer"))
         if prompts is not None:
             check_prompts(self.tokenizer, prompts, max_sequence_length)
         samples = runner.sample(task, prompts, max_sequence_length, **inputs)

@@ -11,7 +11,6 @@ import torch
 
 from tests import tiny
 from univigu.flow.objective import (
-    ANSWER_LENGTH,
     ConditionDropout,
     TaskMixture,
     UniFlowBatch,
@@ -188,16 +187,6 @@ def test_positions_are_drawn_evenly_and_in_order() -> None:
     assert shown.tokens.shape == tokens.shape == (2, 1)
 
 
-def test_the_positions_of_an_answer_are_always_shown() -> None:
-    flow = make_text_flow("mask", VOCAB)
-    batch = replace(make_batch(40, 100), is_question=torch.arange(40) % 2 == 0)
-    positions = UniFlowObjective(flow)._corrupt(flow, batch, 40, 0.5, torch.Generator().manual_seed(0))[0].positions
-    assert positions is not None and positions.shape == (40, 50)
-    assert (positions[::2, :ANSWER_LENGTH] == torch.arange(ANSWER_LENGTH)).all()
-    assert positions[::2, ANSWER_LENGTH:].unique().numel() > 60  # of the others a random part
-    assert (positions[1::2] < ANSWER_LENGTH).float().mean().item() == pytest.approx(ANSWER_LENGTH / 100, abs=0.05)
-
-
 @pytest.mark.parametrize("flow", FLOWS)
 def test_a_share_of_the_text_is_the_tokens_at_its_positions(models: dict[str, Any], flow: str) -> None:
     """The targets are those positions' tokens: the loss of each task's text is that of a model given just these."""
@@ -331,16 +320,3 @@ def test_one_batch_can_be_learned(flow: str) -> None:
     video_after, text_after = losses()
     assert video_after < 0.9 * video_before
     assert text_after < 0.85 * text_before
-
-
-def test_a_question_is_shown_and_its_answer_weighs_as_in_a_short_slot(models: dict[str, Any]) -> None:
-    batch, counts, always = make_batch(length=48), (0, 4, 0), ConditionDropout(1.0, 1.0, 1.0)
-    asked = replace(batch, is_question=torch.tensor([False, True, False, True]))
-    watch = Watch(models["mask"])
-    plain, losses = measure(watch, batch, counts, dropout=always), measure(watch, asked, counts, dropout=always)
-    for row, question in enumerate(asked.is_question.tolist()):
-        shown = batch.prompt_embeds if question else batch.null_embeds.expand(4, -1, -1)
-        assert torch.equal(watch.calls[1][2][row], shown[row])
-    shown_anyway = measure(models["mask"], batch, counts)  # the same draws, nothing dropped
-    torch.testing.assert_close(losses.text[1::2], shown_anyway.text[1::2] * 48 / ANSWER_LENGTH)
-    torch.testing.assert_close(losses.text[0::2], plain.text[0::2])

@@ -113,7 +113,8 @@ class HeldOutEvaluation(nn.Module):
         captions: list[str] | None = None
         if inputs.text_ids is not None:
             generator = tasks.generators(seeds)
-            samples = tasks.sample("caption", questions, length, latents=inputs.latents, generator=generator)
+            task: Task = "answer" if questions else "caption"
+            samples = tasks.sample(task, questions, length, latents=inputs.latents, generator=generator)
             captions, ids, true = tasks.texts(samples), samples.tokens, batch[self.target]
             assert ids is not None
             size = min(ids.shape[1], inputs.text_ids.shape[1])

@@ -78,9 +78,6 @@ NO_DROPOUT = ConditionDropout(0.0, 0.0, 0.0)
 MAX_LOGITS = 2**21
 """Largest number of logits (tokens times vocabulary) held at once; a loss over more of them is computed in parts, and
 their logits twice."""
-ANSWER_LENGTH = 32
-"""The loss of an answer is averaged over so many tokens, however long the batch's slot is: the rest is padding, which
-says nothing about the video."""
 
 
 @dataclass
@@ -95,9 +92,6 @@ class UniFlowBatch:
     """The encoded empty prompt [1, S, text_dim]."""
     text_ids: torch.Tensor | None = None
     """Target tokens [B, L]; None where no text is learned."""
-    is_question: torch.Tensor | None = None
-    """bool [B]; samples whose condition is a question, which is never dropped, and whose target is its answer. None: no
-    sample."""
 
 
 @dataclass
@@ -108,7 +102,7 @@ class UniFlowLosses:
     """Video flow-matching loss a sample [Bv]."""
     video_times: torch.Tensor
     text: torch.Tensor
-    """Text loss a sample, mean over its tokens (of an answer: over ``ANSWER_LENGTH``) [Bt]."""
+    """Text loss a sample, mean over its tokens [Bt]."""
     text_times: torch.Tensor
     teacher: torch.Tensor | None = None
     """Mean squared distance to the teacher's prediction a sample [Bg]; None without a teacher."""
@@ -203,8 +197,6 @@ class UniFlowObjective:
         # 1. Conditions
         rates = [dropout.joint] * joint + [dropout.understand] * understand + [dropout.generate] * generate
         dropped = rand((size,), generator, device) < torch.tensor(rates, device=device)
-        if batch.is_question is not None:
-            dropped &= ~batch.is_question
         embeds = torch.where(dropped[:, None, None], batch.null_embeds, batch.prompt_embeds)
 
         # 2. Both modalities with noise; clean video keeps t = 1, where the interpolation is the data itself
@@ -240,9 +232,6 @@ class UniFlowObjective:
                     shown = _self_conditioned(flow, model, inputs, shown)
                 output = model(*inputs, shown)
                 text.append(output.text.mean(dim=1))
-                if batch.is_question is not None:
-                    longer = max(1.0, output.text.shape[1] / ANSWER_LENGTH)
-                    text[-1] = torch.where(batch.is_question[rows], longer * text[-1], text[-1])
             if task == "generate" and teacher is not None:
                 with torch.no_grad():
                     (target,) = teacher(*inputs, return_dict=False)
@@ -262,10 +251,7 @@ class UniFlowObjective:
         t = flow.warp(sample_text_times(count, self.text_time_power, tokens.device, generator))
         if share < 1:
             kept = num_positions(tokens.shape[1], share)
-            chosen = rand(tokens.shape, generator, tokens.device)
-            if batch.is_question is not None:  # where answers stand comes first
-                chosen[:, :ANSWER_LENGTH] += batch.is_question[:count, None]
-            positions = chosen.topk(kept, dim=1).indices.sort(dim=1).values
+            positions = rand(tokens.shape, generator, tokens.device).topk(kept, dim=1).indices.sort(dim=1).values
             tokens = tokens.gather(1, positions)
         return TextInputs(flow.corrupt(tokens, t, generator), to_timestep(t), positions=positions), tokens, t
 

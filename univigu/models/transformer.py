@@ -77,6 +77,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         vocab_size: number of tokens V that texts consist of, at least 1. The ``mask`` flow has one more embedding,
             id V, for the mask state.
         text_length: number of text tokens of the last training stage; sampling uses it.
+        answer_length: the same of answers to questions; None: as many as other texts.
     """
 
     # diffusers looks these up by name on the class; Wan's own entries name Wan's block class.
@@ -122,6 +123,7 @@ class UniViGUTransformer3DModel(WanTransformer3DModel):
         clean_video_reads_prompt: bool = True,
         clean_video_timestep: float = 0.0,
         text_length: int = 256,
+        answer_length: int | None = None,
         latents_normalized: bool = True,
         null_condition: NullCondition = "encoded",
         prompt_padding: PromptPadding = "zeros",

@@ -15,7 +15,7 @@ _TEXT = ("temperature", "top_p", "text_order")
 _VIDEO = ("num_inference_steps", "guidance_scale", "guidance_interval", "solver")
 _CLEAN_VIDEO = ("caption_refresh", "caption_guidance_scale", "caption_guidance")
 TASK_OPTIONS: dict[str, tuple[str, ...]] = {
-    "caption": ("caption_steps", *_CLEAN_VIDEO, *_TEXT),
+    **dict.fromkeys(("caption", "answer"), ("caption_steps", *_CLEAN_VIDEO, *_TEXT)),
     "joint": (*_VIDEO, "joint_lag", *_CLEAN_VIDEO, *_TEXT),
     "edit": _VIDEO,
 }

@@ -24,7 +24,8 @@ from univigu.models.cache import AttentionCache
 from univigu.sampling.options import SamplingOptions
 from univigu.sampling.solvers import VideoSolver
 
-Task = Literal["generate", "edit", "caption", "joint"]
+Task = Literal["generate", "edit", "caption", "answer", "joint"]
+"""An answer is a caption whose prompt is a question."""
 
 
 @dataclass
@@ -59,11 +60,11 @@ class SampleInputs:
     null_embeds: torch.Tensor
     """The encoded empty prompt [1, S, text_dim]."""
     latents: torch.Tensor | None = None
-    """The clean video, normalised [B, C, T, H, W]: of "caption" and "edit"."""
+    """The clean video, normalised [B, C, T, H, W]: of "caption", "answer" and "edit"."""
     shape: Sequence[int] = ()
     """(C, T, H, W) of a sample: of "generate" and "joint"."""
     text_length: int = 0
-    """Number of text tokens: of "caption" and "joint"."""
+    """Number of text tokens: of "caption", "answer" and "joint"."""
     strength: float = 1.0
     """Noise level that "edit" starts at, in (0, 1]; 1 keeps nothing of the video. The sampler's last level that is at
     least as noisy is taken."""
@@ -182,7 +183,9 @@ class Sampler:
     def sample(self, task: Task, inputs: SampleInputs) -> Samples:
         """Samples of a task, which is a choice of where each modality starts."""
         options, video, generator = self.options, inputs.latents, inputs.generator
-        texts = len(inputs.prompt_embeds) // len(video) if task == "caption" and video is not None else 1
+        task, texts = "caption" if task == "answer" else task, 1
+        if task == "caption" and video is not None:
+            texts = len(inputs.prompt_embeds) // len(video)
         if texts > 1 and not self._shares_video(inputs.prompt_embeds.unflatten(0, (-1, texts))):
             return self._in_turn(inputs, texts)
         if not 0 < inputs.strength <= 1:

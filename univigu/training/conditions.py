@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,10 @@ GENERATOR_CONDITIONS = (("prompt", 0), ("prompt", 0), ("prompt", 0), ("prompt", 
 also in the slots of prediction and of WanPipeline, because padding takes part in attention."""
 
 
+ANSWER_LENGTH = 64
+"""Slot of answers, in tokens: most of a caption's slot would be padding, which costs as much and says nothing."""
+
+
 def vary_conditions(
     inputs: UniFlowBatch, batch: dict[str, Any], tasks: TaskRunner, foundation: Path, generator: random.Random
 ) -> UniFlowBatch:
@@ -39,19 +42,20 @@ def vary_conditions(
 
 
 def ask_questions(
-    inputs: UniFlowBatch, batch: dict[str, Any], rows: Sequence[int], tasks: TaskRunner, generator: random.Random
-) -> UniFlowBatch:
-    """Replace the conditions and targets of some samples by a question about each and its answer.
+    inputs: UniFlowBatch, batch: dict[str, Any], texts: int, tasks: TaskRunner, generator: random.Random
+) -> UniFlowBatch | None:
+    """The batch with questions as conditions and their answers, in a slot of their own, as targets.
 
     Args:
         inputs: the encoded batch, with target tokens.
         batch: as from the loader; its ``qa`` holds each sample's pairs ``{question, answer}``, of which one is drawn.
-        rows: the samples to ask about. One without questions, or whose question or answer is too long, stays as it is.
+        texts: how many samples, the first ones, learn text. Left out are those without questions, or whose question or
+            answer is too long; None if all of them are.
     """
     assert inputs.text_ids is not None
-    slot, length = inputs.prompt_embeds.shape[1], inputs.text_ids.shape[1]
+    slot, length = inputs.prompt_embeds.shape[1], min(inputs.text_ids.shape[1], ANSWER_LENGTH)
     tokenizer, asked = tasks.components.tokenizer, {}
-    for row in rows:
+    for row in range(texts):
         if pairs := batch["qa"][row]:
             pair = generator.choice(pairs)
             try:
@@ -60,13 +64,9 @@ def ask_questions(
             except TextTooLongError as error:
                 log.warning("skipped a question of sample %r: %s", batch["key"][row], error)
     if not asked:
-        return inputs
-    where = torch.tensor(list(asked), device=inputs.text_ids.device)
+        return None
     questions, answers = (torch.cat(ids) for ids in zip(*asked.values(), strict=True))
-    embeds = tasks.encode_ids(questions)
-    return replace(
-        inputs,
-        prompt_embeds=inputs.prompt_embeds.index_copy(0, where, embeds.to(inputs.prompt_embeds)),
-        text_ids=inputs.text_ids.index_copy(0, where, tasks.encode_tokens(answers, "answer").to(inputs.text_ids)),
-        is_question=torch.zeros(len(batch["key"]), dtype=torch.bool, device=where.device).index_fill(0, where, True),
-    )
+    latents = torch.cat([inputs.latents[list(asked)], inputs.latents[texts:]])
+    embeds = torch.cat([tasks.encode_ids(questions).to(inputs.prompt_embeds), inputs.prompt_embeds[texts:]])
+    targets = tasks.encode_tokens(answers, "answer").to(inputs.text_ids)
+    return UniFlowBatch(latents, embeds, inputs.null_embeds, targets)

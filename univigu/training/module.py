@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -24,7 +24,6 @@ from univigu.data.sample import questions_of
 from univigu.data.video import to_model_range
 from univigu.evaluation.held_out import EvaluationOptions, HeldOutEvaluation, own_samples
 from univigu.flow.objective import (
-    ANSWER_LENGTH,
     ConditionDropout,
     UniFlowBatch,
     UniFlowLosses,
@@ -43,7 +42,7 @@ from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import known_options
 from univigu.pipeline import TaskRunner
 from univigu.sampling.options import SamplingOptions
-from univigu.training.conditions import ask_questions, vary_conditions
+from univigu.training.conditions import ANSWER_LENGTH, ask_questions, vary_conditions
 from univigu.training.optim import OptimizerOptions, freeze_by_rate, group_of, make_optimizer
 from univigu.training.parallel import ShardedStrategy, build_sharded, trained_weights_changed
 from univigu.training.precision import BFloat16Weights, compute_in_bfloat16, load_generator
@@ -197,7 +196,8 @@ class UniViGU(LightningModule):
             self.on_fit_start()
 
     def on_fit_start(self) -> None:
-        self._model.register_to_config(text_length=self.stage.text_length)
+        length, asks = self.stage.text_length, self.stage.question_share > 0
+        self._model.register_to_config(text_length=length, answer_length=min(length, ANSWER_LENGTH) if asks else None)
         freeze_by_rate(self._model, self.lora, self.optimizer_options.rates(self.stage))
         trained_weights_changed(self._model)
 
@@ -215,21 +215,24 @@ class UniViGU(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         stage, size, step = self.stage, len(batch["key"]), self.trainer.fit_loop.total_batch_idx
-        joint, understand, _ = counts = stage.tasks.counts(size, step)
+        counts, dropout = stage.tasks.counts(size, step), stage.condition_dropout
         inputs, draw = self.prepare(batch), random.Random(f"{self.seed}, {self.global_rank}, {step}")
         if not stage.writes_text and self.tasks.conventions.prompt_padding == "zeros":
             inputs = vary_conditions(inputs, batch, self.tasks, self.foundation.path, draw)
         text_share = stage.text_share_at(self.stage_step)
-        if understand and random.Random(step).random() < stage.question_share:  # the same on all ranks
-            inputs = ask_questions(inputs, batch, range(joint, joint + understand), self.tasks, draw)
-            text_share = min(text_share, 2 * ANSWER_LENGTH / stage.text_length)
+        if random.Random(step).random() < stage.question_share:  # the same on all ranks
+            counts = 0, counts[0] + counts[1], counts[2]
+            if (asked := ask_questions(inputs, batch, counts[1], self.tasks, draw)) is not None:
+                inputs, text_share, dropout = asked, 1.0, replace(dropout, understand=0.0)
+                counts = 0, len(inputs.latents) - counts[2], counts[2]
         patches = zip(inputs.latents.shape[2:], self._model.config.patch_size, strict=True)
-        self.sample_tokens = prod(n // p for n, p in patches) + num_positions(stage.text_length, text_share)
+        length = 0 if inputs.text_ids is None else num_positions(inputs.text_ids.shape[1], text_share)
+        self.sample_tokens = prod(n // p for n, p in patches) + length
         losses = self.objective(
             self._model,
             inputs,
             counts,
-            dropout=stage.condition_dropout,
+            dropout=dropout,
             generator=make_generator(self.device, self.seed, self.global_rank, step),  # no state to restore
             text_share=text_share,
             step=step,
@@ -367,7 +370,7 @@ class UniViGU(LightningModule):
             checkpoint["state_dict"] = {PREFIX + name: value for name, value in self._model.state_dict().items()}
             return
         differing = config_differences(saved, self._model.config)
-        for name in {"text_length", *CONVENTIONS} & differing.keys():  # no weight depends on these
+        for name in {"text_length", "answer_length", *CONVENTIONS} & differing.keys():  # no weight depends on these
             self._model.register_to_config(**{name: differing.pop(name)[0]})
         if differing:
             raise MisconfigurationException(f"the checkpoint's model differs from the configuration: {differing}")

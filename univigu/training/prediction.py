@@ -81,7 +81,7 @@ def _predict(module: UniViGU, rows: Sequence[Row], data: Any, video: torch.Tenso
         inputs["shape"] = tasks.latents_shape(data.height, data.width, data.num_frames)
     else:
         inputs |= {"latents": latents, "strength": rows[0].get("strength", 1.0)}
-    samples = tasks.sample("caption" if task == "qa" else task, prompts, data.prompt_length, **inputs)
+    samples = tasks.sample("answer" if task == "qa" else task, prompts, data.prompt_length, **inputs)
     if samples.tokens is not None:
         for row, text in zip(rows, tasks.texts(samples), strict=True):
             row["answer" if task == "qa" else "caption"] = text

@@ -39,8 +39,8 @@ class Stage:
     tasks: TaskMixture = field(default_factory=lambda: TaskMixture(0.125, 0.625, 0.25))
     """Share of a batch for each task."""
     question_share: float = 0.0
-    """Share of the steps whose ``understand`` samples learn to answer a question about the clip (one of the sample's
-    ``qa``) instead of the target text. Such a step sees no more than 64 positions, the first 32 among them."""
+    """Share of the steps whose ``joint`` and ``understand`` samples learn to answer a question about the clean clip,
+    one of the sample's ``qa``, instead of the target text."""
     condition_dropout: ConditionDropout = field(default_factory=lambda: ConditionDropout(0.5, 0.9, 0.1))
     """Probability, by task, that the prompt is replaced by the encoded empty prompt."""
     learning_rate: float | None = None

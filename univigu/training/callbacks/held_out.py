@@ -17,6 +17,7 @@ from rich.table import Table
 from univigu.data.sample import questions_of
 from univigu.data.video import to_frames
 from univigu.pipeline import TaskRunner
+from univigu.sampling.sampler import Task
 from univigu.shapes.metrics import ShapesTextAccuracy
 from univigu.training.module import UniViGU
 from univigu.training.stages import ends_step
@@ -49,6 +50,7 @@ class HeldOutCallback(Callback):
 
     def evaluate(self, trainer: Trainer, pl_module: UniViGU) -> None:
         """Measure or log once, without changing the training's random state."""
+        raise NotImplementedError
 
     def samples(self, trainer: Trainer) -> dict[str, Any]:
         """The clips of rank 0, read once: the first of the validation split, of one size. May be empty."""
@@ -72,12 +74,13 @@ class HeldOutCallback(Callback):
 def caption_samples(
     tasks: TaskRunner, samples: dict[str, Any], latents: torch.Tensor, prompts: list[str] | None
 ) -> list[str]:
-    """Captions of clean latents [B, C, T, H, W], 16 at a time; ``prompts``: a condition for each clip."""
+    """Captions of clean latents [B, C, T, H, W], 16 at a time, or answers; ``prompts``: a condition for each clip."""
+    task: Task = "answer" if questions_of(samples) else "caption"
     captions, length = [], samples["prompt_ids"].shape[1]
     for numbers in torch.arange(len(latents)).split(16):
         part, generators = slice(numbers[0], numbers[-1] + 1), tasks.generators(numbers.tolist())
         given = None if prompts is None else prompts[part]
-        captions += tasks.texts(tasks.sample("caption", given, length, latents=latents[part], generator=generators))
+        captions += tasks.texts(tasks.sample(task, given, length, latents=latents[part], generator=generators))
     return captions
 
 
