@@ -67,4 +67,4 @@ def test_processes_that_load_data_need_no_diffusers() -> None:
 def test_help_explains_the_fields_of_dataclasses(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--help"])
-    assert "Projections of the text in the joint self-attention." in " ".join(capsys.readouterr().out.split())
+    assert "Projections of the text." in " ".join(capsys.readouterr().out.split())

@@ -121,7 +121,7 @@ class Report:
         """The rate of a large bfloat16 product of random matrices."""
         size = 8192 if self.device.type == "cuda" else 256
         a, b = (torch.randn(size, size, device=self.device, dtype=torch.bfloat16) for _ in range(2))
-        return {"tflops": round(2e-12 * size**3 / self.seconds(lambda: a @ b, 10, 3), 1)}
+        return {"tflops": round(2e-12 * size**3 / self.seconds(lambda: a @ b, 10, 3), 3)}
 
     def train(self, recipe: str) -> None:
         """A step of each task: float32 weights, bfloat16 autocast, AdamW, checkpointed blocks, one clip."""

@@ -302,7 +302,8 @@ def test_training_honours_the_conventions(folder: Path, imported: Path) -> None:
     assert inputs.prompt_embeds[:, -1].any()  # a place behind the prompt's end
     clean = encode_prompts(foundation.text_encoder, ids, foundation.pad_token_id)
     end = int((ids != foundation.pad_token_id).sum())
-    assert torch.equal(inputs.prompt_embeds[:, :end], clean[:, :end]) and not clean[:, end:].any()
+    torch.testing.assert_close(inputs.prompt_embeds[:, :end], clean[:, :end])  # bits depend on the instructions used
+    assert not clean[:, end:].any()
     assert not module.tasks.encode_null(8).any()
 
     plain = UniViGU(str(folder))
