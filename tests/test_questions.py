@@ -187,6 +187,9 @@ def test_a_share_of_the_steps_asks(folder: Path, monkeypatch: pytest.MonkeyPatch
             trainer.fit_loop.epoch_loop.batch_progress.total.ready = step + 1
             module.training_step(batch | {"qa": asked}, 0)
     first, second = noted[:30], noted[30:]
+    module.stage = Stage(question_share=1.0, tasks=TaskMixture(0, 0, 1), teacher_weight=0)  # nothing learns text
+    monkeypatch.setattr(UniFlowObjective, "__call__", compute)
+    assert module.training_step(batch, 0).isfinite()
     assert 3 < first.count((64, (0, 2, 1), 0.0)) < 12
     for one, other in zip(first, second, strict=True):
         if one != (128, (1, 2, 1), 0.9):

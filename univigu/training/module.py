@@ -220,7 +220,7 @@ class UniViGU(LightningModule):
         if not stage.writes_text and self.tasks.conventions.prompt_padding == "zeros":
             inputs = vary_conditions(inputs, batch, self.tasks, self.foundation.path, draw)
         text_share = stage.text_share_at(self.stage_step)
-        if random.Random(step).random() < stage.question_share:  # the same on all ranks
+        if stage.writes_text and random.Random(step).random() < stage.question_share:  # the same on all ranks
             counts = 0, counts[0] + counts[1], counts[2]
             if (asked := ask_questions(inputs, batch, counts[1], self.tasks, draw)) is not None:
                 inputs, text_share, dropout = asked, 1.0, replace(dropout, understand=0.0)
