@@ -93,11 +93,14 @@ def test_every_task(client: Any, clip: Any) -> None:
 @pytest.mark.slow
 def test_progress_is_reported(client: Any, clip: Any) -> None:
     for name, values in (("/generate", ("one", 50, 2.0, 0)), ("/caption", (clip, 50, 0))):
-        job, steps = client.submit(*values, api_name=name), set()
-        while not job.done():
-            steps |= {(unit.index, unit.length) for unit in job.status().progress_data or ()}
-        # How many of them a visitor sees depends on how busy the machine is.
-        assert any(0 < step < 50 for step, _ in steps) and {length for _, length in steps} == {50}, name
+        steps: set[tuple[int, int]] = set()
+        for _ in range(5):  # how many of them a visitor sees depends on how busy the machine is
+            job = client.submit(*values, api_name=name)
+            while not job.done():
+                steps |= {(unit.index, unit.length) for unit in job.status().progress_data or ()}
+            if len(steps) > 2:
+                break
+        assert len(steps) > 2 and {length for _, length in steps} == {50}, name
 
 
 @pytest.mark.slow

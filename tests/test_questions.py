@@ -18,7 +18,7 @@ from univigu.data.sample import questions_of
 from univigu.data.shards import write_shard
 from univigu.data.video import encode_mp4
 from univigu.evaluation.held_out import EvaluationOptions
-from univigu.flow.objective import TaskMixture, UniFlowObjective
+from univigu.flow.objective import ConditionDropout, TaskMixture, UniFlowObjective
 from univigu.models.tokens import detokenize, tokenize
 from univigu.pipeline import TaskRunner
 from univigu.sampling.options import SamplingOptions
@@ -159,6 +159,22 @@ def test_samples_answer_questions(folder: Path) -> None:
     torch.testing.assert_close(after.prompt_embeds, question)
     assert detokenize(tokenizer, after.text_ids) == ["moving left."]
     assert ask_questions(before, batch, 1, module.tasks, random.Random(0)) is None  # the second learns no text
+
+    shown: list[torch.Tensor] = []
+    read: list[torch.Tensor] = []
+
+    def model(video: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor, *text: Any) -> Any:
+        shown.append(embeds)
+        read.append(text[0].prompt_embeds)
+        return module.transformer(video, timestep, embeds, *text)
+
+    model.config, model.token_table = module.transformer.config, module.transformer.token_table
+    module.objective(model, after, (0, 1, 0), ConditionDropout(1.0, 0.0, 1.0))
+    assert torch.equal(shown[0], after.prompt_embeds) and read[0] is None
+    module.transformer.register_to_config(clean_video_reads_prompt=False)  # only the text sees the question
+    module.objective(model, after, (0, 1, 0), ConditionDropout(1.0, 0.0, 1.0))
+    assert torch.equal(shown[1], after.null_embeds) and torch.equal(read[1], shown[0])
+
     batch["qa"].reverse()
     mixed = ask_questions(before, batch, 1, module.tasks, random.Random(0))
     assert mixed is not None and torch.equal(mixed.latents, before.latents)
