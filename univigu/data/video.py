@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from fractions import Fraction
-from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -44,20 +43,25 @@ def read_video(source: Source, num_frames: int, height: int, width: int) -> torc
     They are scaled to cover the size and cropped at the centre.  What is missing, no video, or takes too long is a
     VideoError.
     """
-    return torch.from_numpy(_decoder().ask(source, (0, -1), (num_frames, height, width))).permute(0, 3, 1, 2)
+    return torch.from_numpy(_decoder.ask(source, (0, -1), (num_frames, height, width))).permute(0, 3, 1, 2)
 
 
 def probe_video(source: Source, section: tuple[int, int] = (0, -1)) -> tuple[int, int, int]:
     """(height, width, frames) of a video as it is shown, or VideoError; ``section`` is its (offset, size) in a tar."""
-    return _decoder().ask(source, section, None)
+    return _decoder.ask(source, section, None)
 
 
 class _Decoder:
     """Runs ``decode.py`` and restarts it when it died.  It ends when this end of the pipe closes, however it does."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Start over in a forked process: the running decoder, its pipe and a lock that is held are the parent's."""
         self.lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
+        self.connection: Any = None
 
     def ask(self, source: Source, section: tuple[int, int], size: tuple[int, int, int] | None) -> Any:
         """What ``decode.read`` returns for (frames, height, width); for None, what ``decode.probe`` returns."""
@@ -109,9 +113,9 @@ class _Decoder:
             self.process.wait()
 
 
-_decoder = cache(_Decoder)
-os.register_at_fork(after_in_child=_decoder.cache_clear)  # the running one is the parent's
-atexit.register(lambda: _decoder().stop())
+_decoder = _Decoder()
+os.register_at_fork(after_in_child=_decoder.forget)
+atexit.register(_decoder.stop)
 
 
 def to_model_range(frames: torch.Tensor) -> torch.Tensor:
