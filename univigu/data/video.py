@@ -30,9 +30,7 @@ class VideoError(ValueError):
 
 def even_indices(num_available: int, num_frames: int) -> list[int]:
     """``num_frames`` frame numbers spread evenly over a clip, first and last included; short clips repeat frames."""
-    if num_frames == 1:
-        return [0]
-    return [round(i * (num_available - 1) / (num_frames - 1)) for i in range(num_frames)]
+    return np.rint(np.arange(num_frames) * (num_available - 1) / max(num_frames - 1, 1)).astype(int).tolist()
 
 
 def read_video(source: Source, num_frames: int, height: int, width: int) -> torch.Tensor:
