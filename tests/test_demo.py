@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def pipe() -> UniViGUPipeline:
     wan = tiny.make_pipeline()
     model = tiny.make_unified(wan.transformer, len(wan.tokenizer), text_flow="mask")
-    model.register_to_config(text_length=12)
+    model.register_to_config(text_length=12, answer_length=6)
     components = {name: wan.components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
     return UniViGUPipeline(**components, transformer=model)
 
@@ -71,7 +71,7 @@ def path_of(video: Any) -> str:
 
 
 @pytest.mark.slow
-def test_every_task(client: Any, clip: Any) -> None:
+def test_every_task(client: Any, clip: Any, pipe: UniViGUPipeline) -> None:
     video, page = client.predict("one", 2, 2.0, 0, api_name="/generate")
     assert read_video(path_of(video), 5, 48, 32).shape == (5, 3, 48, 32)
     assert "step" in page and page.startswith("<iframe")
@@ -79,9 +79,11 @@ def test_every_task(client: Any, clip: Any) -> None:
     other, _ = client.predict("one", 2, 2.0, 1, api_name="/generate")
     bytes_of = [Path(path_of(made)).read_bytes() for made in (video, again, other)]
     assert bytes_of[0] == bytes_of[1] != bytes_of[2]
-    for name, question in (("/caption", ()), ("/ask", ("a red circle",))):
+    frames = read_video(clip["path"], 5, 48, 32)[None].float() / 255
+    for name, task, question in (("/caption", pipe.caption, ()), ("/ask", pipe.answer, ("a red circle",))):
         text, page = client.predict(clip, *question, 2, 0, api_name=name)
-        assert isinstance(text, str) and page.startswith("<iframe")
+        options = {"generator": torch.Generator().manual_seed(0), "caption_steps": 2, "max_sequence_length": 16}
+        assert [text] == task(frames, *question, **options).text and page.startswith("<iframe")
     video, text, page = client.predict("one two", 2, 2.0, 0, api_name="/joint")
     assert isinstance(text, str) and read_video(path_of(video), 5, 48, 32).shape == (5, 3, 48, 32)
     prompt = client.predict(clip, 0, api_name="/describe")

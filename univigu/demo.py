@@ -75,7 +75,7 @@ class Demo:
     def ask(self, video: str | None, question: str, steps: int, seed: int) -> tuple[str, ...]:
         """Answer to a question about a video file."""
         given = self._frames(video), _required(question, "question")
-        return self._run(self.pipe.caption, seed, *given, caption_steps=int(steps))
+        return self._run(self.pipe.answer, seed, *given, caption_steps=int(steps))
 
     def generate(self, prompt: str, steps: int, guidance: float, seed: int) -> tuple[str, ...]:
         """Video from a prompt."""

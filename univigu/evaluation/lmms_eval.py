@@ -66,7 +66,8 @@ class UniViGU(lmms):
                 videos.append(read_video(visuals[0], *self.size))
                 seeds.append(torch.Generator().manual_seed(self.seed + doc_id))
             frames = torch.stack(videos).float() / 255
-            made = self.pipe.caption(frames, questions if self.ask else None, generator=seeds, **self.options)
+            options = self.options | {"generator": seeds}
+            made = self.pipe.answer(frames, questions, **options) if self.ask else self.pipe.caption(frames, **options)
             texts += made.text or []
         return texts
 
