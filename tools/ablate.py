@@ -169,14 +169,12 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=100, help="steps between two measurements")
     parser.add_argument("--clips", type=int, default=128, help="held-out clips per measurement")
     parser.add_argument("--caption-steps", type=int, default=20, help="denoising steps per caption")
-    options, overrides = parser.parse_known_args(args)
-    options.overrides = overrides
+    options, options.overrides = parser.parse_known_args(args)
     return options
 
 
 def main(args: list[str] | None = None) -> int:
-    options = parse(args)
-    return exit_code(lambda: sweep(options))
+    return exit_code(lambda: sweep(parse(args)))
 
 
 if __name__ == "__main__":

@@ -206,22 +206,24 @@ def vae_loss(vae: AutoencoderKLWan, video: Tensor, kl_weight: float) -> Tensor:
 
 
 def train_vae(
-    vae: AutoencoderKLWan, clips: Tensor, steps: int, kl_weight: float, batch_size: int = 4, state: Path | None = None
+    vae: AutoencoderKLWan, clips: Tensor, steps: int, kl_weight: float | None, batch_size=4, state: Path | None = None
 ) -> None:
-    """Train in place on clips, uint8 [N, F, C, H, W], then rotate the latents and record their statistics.
+    """Train in place on clips, uint8 [N, F, C, H, W]; without ``kl_weight`` the decoder alone, at half the rate.
 
     The first 70% of the steps use windows of 5 frames (two latent frames), which is cheap and enough for a frame's
-    content; the others use whole clips, which the later chunks of the causal VAE need.
+    content; the others, and those of the decoder, use whole clips, which the later chunks of the causal VAE need.
     """
-    device, frames = next(vae.parameters()).device, clips.shape[1]
+    device, frames, whole = next(vae.parameters()).device, clips.shape[1], kl_weight is not None
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(whole)
 
     def loss_of(step: int) -> Tensor:
-        window = min(5, frames) if step < 0.7 * steps else frames
+        window = min(5, frames) if whole and step < 0.7 * steps else frames
         start = int(torch.randint(0, frames - window + 1, ()))
         rows = torch.randint(0, len(clips), (batch_size,))
-        return vae_loss(vae, to_model_range(clips[rows, start : start + window]).to(device), kl_weight)
+        return vae_loss(vae, to_model_range(clips[rows, start : start + window]).to(device), kl_weight or 0.0)
 
-    optimize("VAE", vae, loss_of, steps, 2e-3, state=state)
+    optimize("VAE" if whole else "VAE's decoder", vae, loss_of, steps, 2e-3 if whole else 1e-3, state=state)
 
 
 @torch.no_grad()
@@ -282,7 +284,7 @@ def start_or_continue(options: argparse.Namespace) -> Path:
 
 def run(options: argparse.Namespace) -> None:
     """Make and train everything, write the folder."""
-    check_least(options, text_steps=1, vae_steps=1, heads=1, layers=1, channels=1)
+    check_least(options, text_steps=1, vae_steps=1, decoder_steps=1, heads=1, layers=1, channels=1)
     training = start_or_continue(options)
     torch.manual_seed(options.seed)
     samples = find_samples(options.data)
@@ -323,6 +325,7 @@ def run(options: argparse.Namespace) -> None:
     train_vae(vae.to(this_device()), clips, options.vae_steps, options.kl_weight, state=training / "vae.pt")
     rotate_latents(vae, encode(vae, clips[:512]))
     record_latent_statistics(vae, encode(vae, clips[:512]))
+    train_vae(vae, clips, options.decoder_steps, None, state=training / "decoder.pt")
     unseen = read_clips(samples["val"], 16, size)
     with torch.no_grad():
         decoded = vae.decode(encode(vae, unseen)).sample.cpu()
@@ -346,6 +349,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=6, help="the transformer's blocks")
     parser.add_argument("--text-steps", type=int, default=2000)
     parser.add_argument("--vae-steps", type=int, default=12000)
+    parser.add_argument("--decoder-steps", type=int, default=3000, help="further ones of the VAE's decoder alone")
     parser.add_argument("--kl-weight", type=float, default=3e-4, help="of the VAE; less keeps more details")
     parser.add_argument("--seed", type=int, default=0)
     return parser.run(run, args)

@@ -57,7 +57,7 @@ def test_a_text_encoder_learns_what_surrounds_a_word() -> None:
     assert accuracies["next token"] > 0.3 > 0.1 > untrained["next token"], (accuracies, untrained)
 
 
-@pytest.mark.parametrize("option", ["vae-steps", "text-steps", "layers"])
+@pytest.mark.parametrize("option", ["vae-steps", "decoder-steps", "text-steps", "layers"])
 def test_numbers_out_of_range_are_named(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main(["--output", str(tmp_path / "out"), f"--{option}", "0"]) == 2
     assert f"{option.replace('-', '_')}=0: expected" in capsys.readouterr().err and not list(tmp_path.iterdir())
@@ -79,7 +79,8 @@ def test_a_foundation_is_made_from_videos_and_texts(captions: bool, tmp_path: Pa
     write_clips(tmp_path / "data" / "train", 3, captions)
     write_clips(tmp_path / "data" / "val", 2, captions)
     (tmp_path / "data" / "train" / "2.mp4").write_bytes(b"damaged")
-    options = {"data": tmp_path / "data", "output": tmp_path / "out", "text-steps": 2, "vae-steps": 2, "layers": 1}
+    options = {"data": tmp_path / "data", "output": tmp_path / "out", "layers": 1}
+    options |= {"text-steps": 2, "vae-steps": 2, "decoder-steps": 2}
     assert tool.main([text for name, value in options.items() for text in (f"--{name}", str(value))]) == 0
     assert not (tmp_path / "out" / "training").exists()
     made = WanPipeline.from_pretrained(tmp_path / "out")
@@ -112,6 +113,10 @@ def test_a_vae_learns_and_its_latents_are_rotated_and_measured(tmp_path: Path) -
     mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
     torch.testing.assert_close(rotated.mean((0, 2, 3, 4)), mean, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(rotated.std((0, 2, 3, 4)).clamp(min=0.1 * float(std[0])), std, atol=1e-4, rtol=1e-3)
+    before = tool.vae_loss(vae, video, 0.0).item()
+    tool.train_vae(vae, clips, 8, None, batch_size=1)
+    assert tool.vae_loss(vae, video, 0.0).item() < before
+    assert tool.encode(vae, clips).equal(rotated), "the decoder's training moved the latents"
 
 
 def test_an_unfinished_run_is_continued_with_its_own_options_only(tmp_path: Path) -> None:
