@@ -206,24 +206,24 @@ def vae_loss(vae: AutoencoderKLWan, video: Tensor, kl_weight: float) -> Tensor:
 
 
 def train_vae(
-    vae: AutoencoderKLWan, clips: Tensor, steps: int, kl_weight: float | None, batch_size=4, state: Path | None = None
+    vae: AutoencoderKLWan, clips: Tensor, steps: int, kl: float | None, batch_size: int = 4, state: Path | None = None
 ) -> None:
-    """Train in place on clips, uint8 [N, F, C, H, W]; without ``kl_weight`` the decoder alone, at half the rate.
+    """Train in place on clips, uint8 [N, F, C, H, W]; without ``kl``, its weight, the decoder alone, at half the rate.
 
     The first 70% of the steps use windows of 5 frames (two latent frames), which is cheap and enough for a frame's
     content; the others, and those of the decoder, use whole clips, which the later chunks of the causal VAE need.
     """
-    device, frames, whole = next(vae.parameters()).device, clips.shape[1], kl_weight is not None
+    device, frames, encoder_too = next(vae.parameters()).device, clips.shape[1], kl is not None
     for part in (vae.encoder, vae.quant_conv):
-        part.requires_grad_(whole)
+        part.requires_grad_(encoder_too)
 
     def loss_of(step: int) -> Tensor:
-        window = min(5, frames) if whole and step < 0.7 * steps else frames
+        window = min(5, frames) if encoder_too and step < 0.7 * steps else frames
         start = int(torch.randint(0, frames - window + 1, ()))
         rows = torch.randint(0, len(clips), (batch_size,))
-        return vae_loss(vae, to_model_range(clips[rows, start : start + window]).to(device), kl_weight or 0.0)
+        return vae_loss(vae, to_model_range(clips[rows, start : start + window]).to(device), kl or 0.0)
 
-    optimize("VAE" if whole else "VAE's decoder", vae, loss_of, steps, 2e-3 if whole else 1e-3, state=state)
+    optimize("VAE" if encoder_too else "decoder", vae, loss_of, steps, 2e-3 if encoder_too else 1e-3, state=state)
 
 
 @torch.no_grad()
