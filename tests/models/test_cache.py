@@ -65,7 +65,7 @@ def test_text_beside_a_cached_clean_video_is_exact(flow: str, dtype: torch.dtype
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attention", ["shared", "own", "own_with_prompt"])
+@pytest.mark.parametrize("attention", ["shared", "own"])
 def test_with_hidden_tokens_positions_and_a_shared_ffn(attention: str) -> None:
     options = {"separate_text_ffn": False, "text_positions": LENGTH}
     model = make(clean_video_reads_text=False, text_attention=attention, **options)
@@ -124,7 +124,7 @@ def test_the_prompts_keys_are_computed_once_for_video_alone(monkeypatch: pytest.
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attention", ["shared", "own", "own_with_prompt"])
+@pytest.mark.parametrize("attention", ["shared", "own"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_pass_of_the_video_alone_serves_its_texts(attention: str, count: int) -> None:
     """Each under its own prompt; of the last block the video computes only its keys and values."""
@@ -178,7 +178,7 @@ def test_a_time_for_each_token() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attention", ["shared", "own", "own_with_prompt"])
+@pytest.mark.parametrize("attention", ["shared", "own"])
 def test_fused_projections(attention: str) -> None:
     model, video, cache = make(clean_video_reads_text=False, text_attention=attention), draw_video(), AttentionCache()
     expected = model(*video, TextInputs(draw_text(1), times(300.0))).text

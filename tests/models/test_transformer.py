@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -242,7 +243,7 @@ class Reference:
         x = x + gate * self.self_attention(f"{name}.attn1", y, grid, bias)
         normed = self.norm(x) * self.w[f"{name}.norm2.weight"] + self.w[f"{name}.norm2.bias"]
         read = self.attention(f"{name}.attn2", *self.qkv(f"{name}.attn2", normed, context))
-        if self.config.text_attention == "own_with_prompt" and self.fault != "text_reads_prompts_as_video":
+        if self.config.text_attention == "own" and self.fault != "text_reads_prompts_as_video":
             own = self.attention(f"{name}.attn2_t", *self.qkv(f"{name}.attn2_t", normed, context))
             read = torch.cat([read[:, :count], own[:, count:]], dim=1)
         if self.fault == "text_skips_prompt":
@@ -353,12 +354,9 @@ def test_joint_forward_agrees_for_other_sizes() -> None:
 
 
 @pytest.mark.parametrize("reads", [True, False])
-@pytest.mark.parametrize("attention", ["own", "own_with_prompt"])
-def test_joint_forward_agrees_with_the_texts_own_attention(
-    wan: WanTransformer3DModel, reads: bool, attention: str
-) -> None:
-    faults = ["text_finds_the_generators_keys"] + ["text_reads_prompts_as_video"] * (attention == "own_with_prompt")
-    model = tiny.make_unified(wan, VOCAB, clean_video_reads_text=reads, text_attention=attention)
+def test_joint_forward_agrees_with_the_texts_own_attention(wan: WanTransformer3DModel, reads: bool) -> None:
+    faults = ["text_finds_the_generators_keys", "text_reads_prompts_as_video"]
+    model = tiny.make_unified(wan, VOCAB, clean_video_reads_text=reads, text_attention="own")
     inputs = make_inputs()
     for clean in (0, 1, 3):  # rows; the two streams part where a row is clean, and where the text projects the video
         inputs["timestep"][:clean] = 0.0
@@ -727,7 +725,7 @@ def test_own_attention_projections_start_as_the_videos(wan: WanTransformer3DMode
     """A new model is the shared one; then text alone has what text alone learns, in an attention still joint."""
     options = {"text_positions": 7, "clean_video_reads_text": False}
     models = []
-    for attention in ("shared", "own", "own_with_prompt"):
+    for attention in ("shared", "own"):
         torch.manual_seed(0)
         models.append(
             UniViGUTransformer3DModel.from_wan(
@@ -735,22 +733,21 @@ def test_own_attention_projections_start_as_the_videos(wan: WanTransformer3DMode
             ).eval()
         )
         torch.nn.init.normal_(models[-1].text_head.linear.weight, generator=torch.Generator().manual_seed(1))
-    shared, own, with_prompt = models
+    shared, own = models
     sizes = [sum(p.numel() for p in model.parameters()) for model in models]
-    for number, layer in enumerate(("attn1", "attn2")):
-        added = sum(p.numel() for block in wan.blocks for p in block.get_submodule(layer).parameters())
-        assert sizes[number + 1] - sizes[number] == added
+    attentions = [block.get_submodule(layer) for block in wan.blocks for layer in ("attn1", "attn2")]
+    assert sizes[1] - sizes[0] == sum(p.numel() for attention in attentions for p in attention.parameters())
     inputs = make_inputs()
     before = run(own, inputs)
-    assert_close(run(with_prompt, inputs).text, before.text)
     assert_close(before.text, run(shared, inputs).text)
     assert_close(before.sample, run(shared, inputs).sample)
     after = before
-    for name in ("to_q", "to_k", "to_v", "to_out.0"):  # each is the text's own: changing it changes what text computes
+    names = ("to_q", "to_k", "to_v", "to_out.0")
+    for layer, name in itertools.product(("attn1_t", "attn2_t"), names):  # changing it changes what text computes
         for block in own.blocks:
-            torch.nn.init.normal_(block.attn1_t.get_submodule(name).weight, std=0.3)
+            torch.nn.init.normal_(block.get_submodule(f"{layer}.{name}").weight, std=0.3)
         earlier, after = after, run(own, inputs)
-        assert (after.text - earlier.text).abs().max() > 1e-4, name
+        assert (after.text - earlier.text).abs().max() > 1e-4, (layer, name)
     assert (after.sample - before.sample).abs().max() > 1e-5  # noisy video reads the text's new keys
     alone = video_only(inputs)
     assert torch.equal(run(own, alone).sample, run(shared, alone).sample)
@@ -769,7 +766,7 @@ def test_a_config_with_a_former_key_is_refused(model: UniViGUTransformer3DModel,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["shared", "own", "own_with_prompt"])
+@pytest.mark.parametrize("attention", ["shared", "own"])
 def test_it_compiles_as_one_graph(wan: WanTransformer3DModel, attention: str) -> None:
     """Also where clean video does not read text, for samples alike and not."""
     options: Any = {"text_attention": attention, "clean_video_reads_text": False, "clean_video_timestep": 300.0}

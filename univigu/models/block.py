@@ -36,8 +36,9 @@ class UniViGUTransformerBlock(WanTransformerBlock):
         text_attention: TextAttention = "shared",
     ) -> None:
         super().__init__(dim, ffn_dim, *args)
-        self.attn1_t: WanAttention | None = copy.deepcopy(self.attn1) if text_attention != "shared" else None
-        self.attn2_t: WanAttention | None = copy.deepcopy(self.attn2) if text_attention == "own_with_prompt" else None
+        own = text_attention == "own"
+        self.attn1_t: WanAttention | None = copy.deepcopy(self.attn1) if own else None
+        self.attn2_t: WanAttention | None = copy.deepcopy(self.attn2) if own else None
         self.ffn_t: FeedForward | None = None
         if separate_text_ffn:
             self.ffn_t = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")

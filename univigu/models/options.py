@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, get_args
 from univigu.flow.time import NUM_TRAIN_TIMESTEPS
 
 TextFlowName = Literal["embedding", "uniform", "mask"]
-TextAttention = Literal["shared", "own", "own_with_prompt"]
+TextAttention = Literal["shared", "own"]
 
 REPLACED = {
     "text_rotary": "text_positions: 0 gives rotary positions, n > 0 gives n learned positions and no rotary ones",
@@ -28,9 +28,8 @@ class ArchitectureOptions:
     text_positions: int = 0
     """0: rotary positions, as in the paper. n > 0: n learned absolute positions instead, n being the longest text."""
     text_attention: TextAttention = "shared"
-    """Projections of the text. "shared": the video's, as in the paper. "own": in the joint self-attention its own for
-    queries, keys, values and output, and its own keys and values of the video, which is what a frozen generator needs.
-    "own_with_prompt": also its own in the cross-attention onto the prompt, which is what questions need."""
+    """Projections of the text. "shared": the video's, as in the paper. "own": its own for queries, keys, values and
+    output in both attentions, and its own keys and values of the video, which is what a frozen generator needs."""
     separate_text_ffn: bool = True
     """Whether text has its own FFNs, as in the paper; False shares the video's."""
     clean_video_reads_text: bool = True
