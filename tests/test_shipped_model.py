@@ -54,12 +54,12 @@ def test_it_captions_held_out_clips(pipe: UniViGUPipeline) -> None:
 
 @pytest.mark.slow
 def test_it_answers_questions(pipe: UniViGUPipeline) -> None:
-    asked = [(scene, pair) for scene in SCENES[:4] for pair in questions_of(scene)[:3]]
+    asked = [(scene, pair) for scene in SCENES[:4] for pair in questions_of(scene)]
     frames = torch.stack([render(scene) for scene, _ in asked])
     questions = [pair["question"] for _, pair in asked]
-    answers = pipe.answer(frames, questions, caption_steps=8, generator=torch.Generator().manual_seed(0)).text
+    answers = pipe.answer(frames, questions, caption_steps=4, generator=torch.Generator().manual_seed(0)).text
     right = [answer == pair["answer"] for answer, (_, pair) in zip(answers, asked, strict=True)]
-    assert sum(right) >= 0.8 * len(right), list(zip(questions, answers, strict=True))
+    assert sum(right) >= 0.9 * len(right), list(zip(questions, answers, strict=True))
 
 
 @pytest.mark.slow

@@ -102,16 +102,15 @@ def test_what_the_tokenizer_does_not_know_is_shown_as_such() -> None:
 
 def test_a_text_that_ends_early_is_kept_to_its_end() -> None:
     pipe = make_pipe()
-    with torch.no_grad():  # likely to end anywhere, but not likely enough to end everywhere at once
-        pipe.transformer.text_head.linear.weight *= 0.5
-        pipe.transformer.text_head.linear.bias[pipe.tokenizer.eos_token_id] = 6.0
+    with torch.no_grad():  # it ends anywhere; the text is done when chance has revealed its first position
+        pipe.transformer.text_head.linear.bias[pipe.tokenizer.eos_token_id] = 20.0
     recorder, taken = TrajectoryRecorder(pipe, every=100), []
 
     def record(pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> None:
         taken.append(step + 1)
         recorder(pipe, step, timestep, tensors)
 
-    options = {"text_order": "confidence", "caption_steps": 50, "max_sequence_length": 16}
+    options = {"text_order": "random", "caption_steps": 50, "max_sequence_length": 16, "generator": seeded()}
     video = np.random.default_rng(0).random((1, 5, 32, 48, 3), dtype=np.float32)
     made = pipe.caption(video, callback_on_step_end=record, **options)
     assert made.text == [""] and 1 < len(taken) < 50
