@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, WanPipeline
 
 from tests import tiny
 from tests.tasks import Tasks
@@ -228,7 +228,7 @@ def test_the_scheduler_given_is_only_a_template(embeds: Any) -> None:
         ({"solver": "rk4"}, r"sampling\.solver='rk4'"),
         ({"joint_lag": -1}, r"sampling\.joint_lag=-1"),
         ({"caption_refresh": 0}, r"sampling\.caption_refresh=0"),
-        ({"caption_guidance": "text"}, r"sampling\.caption_guidance='text'"),
+        ({"solver": "heun"}, r"sampling\.solver='heun'"),
         ({"text_order": "left"}, r"sampling\.text_order='left'"),
         ({"top_p": 0.0}, r"sampling\.top_p=0\.0"),
         ({"guidance_interval": (0.7, 0.2)}, r"sampling\.guidance_interval=\(0\.7, 0\.2\)"),
@@ -261,7 +261,7 @@ def without_cache(sampler: Tasks) -> Tasks:
 
 
 @pytest.mark.parametrize("flow", FLOWS)
-@pytest.mark.parametrize("guidance", [{}, {"caption_guidance_scale": 2.0, "caption_guidance": "prompt"}])
+@pytest.mark.parametrize("guidance", [{}, {"caption_guidance_scale": 2.0}])
 def test_a_video_that_does_not_read_is_computed_once(embeds: Any, flow: str, guidance: dict[str, Any]) -> None:
     prompts, null = embeds
     clean = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(9))
@@ -282,38 +282,20 @@ def test_a_video_that_does_not_read_is_computed_once(embeds: Any, flow: str, gui
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("refresh", "noise"), [(1, "vvvv"), (2, "vtvt"), (9, "vttt")])
-def test_the_noise_that_guidance_contrasts_with_reads_text(embeds: Any, refresh: int, noise: str) -> None:
-    """Beside a clean video that does not, and is computed once; the noise is at every step, as the options say."""
-    prompts, null = embeds
-    sampler = make_sampler("embedding", reads_text=False, caption_guidance_scale=2.0, caption_refresh=refresh)
-    sampler.caption(torch.randn(3, *SHAPE), prompts, null, LENGTH, generators(1, 2, 3))
-    calls = list(sampler.model.calls)
-    passes = "".join("vt"[alone] for alone in text_only(calls))
-    assert passes[:2] == "vt" and passes[1::2] == "tttt" and passes[2::2] == noise
-    text = calls[1][1]["text"]
-    for (args, _), reads in zip((calls[0], calls[2]), (False, True), strict=True):
-        texts = (text, text._replace(tokens=text.tokens + 1.0))
-        with torch.no_grad():
-            one, other = (sampler.model.model(*args, text).sample for text in texts)
-        assert torch.equal(one, other) != reads
-
-
 @pytest.mark.parametrize("flow", FLOWS)
-@pytest.mark.parametrize("shares", ["questions", "captions", "reads the prompt", "reads text", "noise"])
+@pytest.mark.parametrize("shares", ["questions", "captions", "reads the prompt", "reads text"])
 def test_several_texts_about_a_video(embeds: Any, flow: str, shares: str) -> None:
     """They share its pass where it does not depend on them, and are what each is alone."""
     (prompts, null), clean = embeds, torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(9))
     asked = (null if shares == "captions" else prompts)[[0, 0, 0] if shares == "captions" else [0, 1, 2]].repeat(
         2, 1, 1
     )
-    guidance = {"caption_guidance_scale": 2.0, "caption_guidance": "video" if shares == "noise" else "prompt"}
-    options = {"temperature": 1.0, **(guidance if shares in ("noise", "questions") else {})}
+    options = {"temperature": 1.0, "caption_guidance_scale": 2.0 if shares == "questions" else 1.0}
     model = {"clean_video_reads_prompt": shares in ("captions", "reads the prompt", "reads text")}
     sampler = make_sampler(flow, shares == "reads text", model, **options)
     together = sampler.caption(clean, asked, null, LENGTH, generators(*range(6)))
     passes = text_only(sampler.model.calls).count(False)
-    assert passes == {"questions": 2, "captions": 1, "reads the prompt": 3, "reads text": 12, "noise": 15}[shares]
+    assert passes == {"questions": 2, "captions": 1, "reads the prompt": 3, "reads text": 12}[shares]
     for row in range(6):
         video = clean[row // 3 : row // 3 + 1]
         alone = sampler.caption(video, asked[row : row + 1], null, LENGTH, generators(row)).tokens
@@ -367,11 +349,9 @@ def test_caption_guidance_moves_away_from_the_contrast(embeds: Any) -> None:
         sampler.caption(clean, prompts, null, LENGTH, generators(1, 2, 3))
         return seen[0]
 
-    plain = logits()
-    for kind in ("video", "prompt"):
-        two, three = (logits(caption_guidance_scale=scale, caption_guidance=kind) for scale in (2.0, 3.0))
-        assert (two - plain).abs().max() > 1e-3
-        torch.testing.assert_close(three - two, two - plain, rtol=1e-4, atol=1e-4)
+    plain, two, three = (logits(caption_guidance_scale=scale) for scale in (1.0, 2.0, 3.0))
+    assert (two - plain).abs().max() > 1e-3
+    torch.testing.assert_close(three - two, two - plain, rtol=1e-4, atol=1e-4)
 
 
 def test_a_finished_caption_stops_and_is_padded(embeds: Any) -> None:
@@ -437,8 +417,9 @@ def test_guidance_only_in_its_interval(embeds: Any) -> None:
     ]
 
 
-def test_heun_evaluates_twice_a_step(embeds: Any) -> None:
-    sampler = make_sampler(solver="heun", guidance_scale=1.0)
+def test_a_scheduler_may_evaluate_twice_a_step(embeds: Any) -> None:
+    sampler = make_sampler(guidance_scale=1.0)
+    sampler.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
     assert sampler.joint(*embeds, SHAPE, LENGTH, generators(1, 2, 3)).tokens.shape == (3, LENGTH)
     assert len(sampler.model.calls) == 5
 

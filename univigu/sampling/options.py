@@ -8,12 +8,11 @@ from typing import Any, Literal, get_args
 
 from univigu.flow.text import Order
 
-Solver = Literal["scheduler", "euler", "heun", "unipc", "dpm"]
-CaptionGuidance = Literal["video", "prompt"]
+Solver = Literal["scheduler", "euler", "unipc", "dpm"]
 
 _TEXT = ("temperature", "top_p", "text_order")
 _VIDEO = ("num_inference_steps", "guidance_scale", "guidance_interval", "solver")
-_CLEAN_VIDEO = ("caption_refresh", "caption_guidance_scale", "caption_guidance")
+_CLEAN_VIDEO = ("caption_refresh", "caption_guidance_scale")
 TASK_OPTIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("caption", "answer"), ("caption_steps", *_CLEAN_VIDEO, *_TEXT)),
     "joint": (*_VIDEO, "joint_lag", *_CLEAN_VIDEO, *_TEXT),
@@ -36,20 +35,16 @@ class SamplingOptions:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Flow times (0 noise, 1 data) between which guidance is on (Kynkaanniemi et al., 2024, arXiv:2404.07724)."""
     solver: Solver = "scheduler"
-    """"scheduler": the one of the foundation's folder. Others are diffusers' flow-matching "euler" and "heun", "unipc"
-    and "dpm" (DPM++ 2M), with that one's shift."""
+    """"scheduler": the one of the foundation's folder. Others are diffusers' flow-matching "euler", "unipc" and
+    "dpm" (DPM++ 2M), with that one's shift."""
     caption_steps: int = 50
     """Denoising steps of the text when the video is clean."""
     caption_refresh: int = 1
     """Recompute a video that reads text every so many text steps: 1 is exact, more is an approximation and as many
-    times faster. With ``clean_video_reads_text: false`` a clean video is computed once, exactly, and this affects only
-    the noise of ``caption_guidance`` "video"."""
+    times faster. It changes nothing with ``clean_video_reads_text: false``: the video is computed once, exactly."""
     caption_guidance_scale: float = 1.0
-    """Guidance on a caption's logits; 1 switches it off. It takes a second pass a step, see ``caption_guidance``."""
-    caption_guidance: CaptionGuidance = "video"
-    """What guidance of a caption contrasts it with. "video": pure noise instead of the video. Noise always reads text,
-    so its pass is recomputed every ``caption_refresh`` steps. "prompt": the null condition instead of the prompt (or
-    question), with the same clean video; this doubles the cost."""
+    """Classifier-free guidance on the logits of a text that has a prompt or question; 1 switches it off. A second pass
+    a step sees the same clean video with the null condition."""
     temperature: float = 0.0
     """Temperature of the text's posterior; 0 takes the likeliest token (in the embedding flow: leaves it as it is)."""
     top_p: float = 1.0
@@ -64,7 +59,7 @@ class SamplingOptions:
 
         for name, least in (("num_inference_steps", 1), ("joint_lag", 0), ("caption_steps", 1), ("caption_refresh", 1)):
             check(name, getattr(self, name) >= least, f"at least {least}")
-        for name, choices in (("solver", Solver), ("caption_guidance", CaptionGuidance), ("text_order", Order)):
+        for name, choices in (("solver", Solver), ("text_order", Order)):
             check(name, getattr(self, name) in get_args(choices), f"one of {list(get_args(choices))}")
         check("temperature", self.temperature >= 0, "at least 0")
         check("top_p", 0 < self.top_p <= 1, "over 0, at most 1")

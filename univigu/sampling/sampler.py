@@ -108,10 +108,9 @@ class VideoRun:
 
 @dataclass
 class VideoContext:
-    """A video that does not change while text is denoised; latents and prompt are in the model's type."""
+    """A clean video, which does not change while text is denoised; latents and prompt are in the model's type."""
 
     latents: torch.Tensor
-    timestep: torch.Tensor
     prompt_embeds: torch.Tensor
     """Of each text, [B, S, text_dim], or [B * K, S, text_dim] where K texts share a video."""
     video_embeds: torch.Tensor
@@ -124,7 +123,7 @@ class VideoContext:
 
     def logits(self, model: Any, step: int, text: TextInputs) -> torch.Tensor:
         """The model's logits [B, L, V] at a step; the video is computed only when it is due."""
-        video = self.latents, self.timestep, self.video_embeds
+        video = self.latents, _filled(0.0, self.latents), self.video_embeds
         if self.refresh is not None:
             due = step % self.refresh == 0
             return model(*(video if due else [None] * 3), text=text, cache=self.cache, predict_video=False).text
@@ -211,10 +210,9 @@ class Sampler:
 
     def _shares_video(self, prompts: torch.Tensor) -> bool:
         """Whether one pass of each video serves all its texts, exactly: their prompts are [B, K, S, text_dim]."""
-        config, options = self.model.config, self.options
-        contrasts_video = options.caption_guidance_scale != 1 and options.caption_guidance == "video"
+        config = self.model.config
         same_for_all = not config.clean_video_reads_prompt or bool((prompts == prompts[:, :1]).all())
-        return same_for_all and not (config.clean_video_reads_text or contrasts_video)
+        return same_for_all and not config.clean_video_reads_text
 
     def _in_turn(self, inputs: SampleInputs, texts: int) -> Samples:
         """Each video's texts one after the other, because each of them needs its own pass of the video."""
@@ -264,10 +262,7 @@ class Sampler:
         return Samples(video, torch.where(tokens < text.flow.vocab_size, tokens, self.pad_token_id or 0))
 
     def _caption_contexts(self, latents: torch.Tensor, inputs: SampleInputs) -> list[VideoContext]:
-        """The clean video with its condition, and for guidance the video and condition to contrast it with.
-
-        The noise of ``caption_guidance`` "video" reads text in every model, so caching it is always an approximation.
-        """
+        """The clean video with its condition, and for guidance with the null condition."""
         options, config, dtype = self.options, self.model.config, self.model.dtype
         rows = max(len(latents), len(inputs.prompt_embeds))
         embeds, null = (x.expand(rows, -1, -1).to(dtype) for x in (inputs.prompt_embeds, inputs.null_embeds))
@@ -275,13 +270,9 @@ class Sampler:
         read = embeds if config.clean_video_reads_prompt else null
         if rows > len(latents):
             read = read[:: rows // len(latents)]
-        clean = VideoContext(latents.to(dtype), _filled(0.0, latents), embeds, read, refresh)
+        clean = VideoContext(latents.to(dtype), embeds, read, refresh)
         if options.caption_guidance_scale == 1:
             return [clean]
-        if options.caption_guidance == "video":
-            noise = randn(latents.shape, inputs.generator, latents.device).to(dtype)
-            timestep = _filled(NUM_TRAIN_TIMESTEPS, latents)
-            return [clean, VideoContext(noise, timestep, embeds, embeds, options.caption_refresh)]
         return [clean, replace(clean, prompt_embeds=null, video_embeds=null[: len(latents)])]
 
 

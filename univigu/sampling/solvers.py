@@ -8,37 +8,29 @@ import diffusers
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from univigu.flow.time import NUM_TRAIN_TIMESTEPS, shift_sigma, time_from_sigma
+from univigu.flow.time import NUM_TRAIN_TIMESTEPS, time_from_sigma
 
 
 class VideoSolver:
-    """One sampling run of diffusers' "euler", "heun", "unipc" or "dpm" with ``shift``, or of a scheduler of diffusers.
+    """One sampling run of diffusers' "euler", "unipc" or "dpm" with ``shift``, or of a scheduler of diffusers.
 
     A scheduler is copied and steps as in ``WanPipeline``, with its own shift; a ValueError for one that is not a
     flow-matching one. ``num_steps`` leads from noise to data.
 
-    ``timesteps`` has the model's timestep of every evaluation (1000 is noise, 0 is clean), of which Heun takes two a
-    step; ``times`` its flow time, not falling, and ``ends`` that of the state after it. The first is the scheduler's
-    latest one that is not later than ``start`` in [0, 1), which is over 0 to edit a video.
+    ``timesteps`` has the model's timestep of every evaluation (1000 is noise, 0 is clean), of which Heun's method takes
+    two a step; ``times`` its flow time, not falling, and ``ends`` that of the state after it. The first is the
+    scheduler's latest one that is not later than ``start`` in [0, 1), which is over 0 to edit a video.
     """
 
     def __init__(self, solver: str | SchedulerMixin, num_steps: int, shift: float = 3.0, start: float = 0.0) -> None:
         scheduler: Any
-        # Evenly spaced levels, then shifted. Given only their number, diffusers' flow-matching schedulers shift their
-        # last level twice, which makes their last step almost empty.
-        sigmas = torch.linspace(1.0, 0.0, num_steps + 1)
         if isinstance(solver, SchedulerMixin):
             scheduler = type(solver).from_config(solver.config)  # type: ignore[attr-defined]
             scheduler.set_timesteps(num_steps)
         elif solver == "euler":
             scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-            scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())
-        elif solver == "heun":
-            scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=shift)
-            scheduler.set_timesteps(num_steps)
-            sigmas = shift_sigma(sigmas, shift)
-            scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
-            scheduler.timesteps = NUM_TRAIN_TIMESTEPS * scheduler.sigmas[:-1]
+            # Given only their number, it would shift its last level twice, which makes its last step almost empty.
+            scheduler.set_timesteps(sigmas=torch.linspace(1.0, 0.0, num_steps + 1)[:-1].tolist())
         else:
             kind = {"unipc": diffusers.UniPCMultistepScheduler, "dpm": diffusers.DPMSolverMultistepScheduler}[solver]
             scheduler = kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)

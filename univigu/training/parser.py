@@ -35,7 +35,7 @@ CLASSES = {name for module in (callbacks, loggers, strategies) for name in modul
 """Lightning's classes that can be given by their names alone."""
 REMOVED = (
     *("clip_frames", "prompt_slots", "muon_rate", "fused", "video_weight", "text_weight", "text_loss", "video_times"),
-    *("whole_text_from", "full_text_from", "data_parallel_size"),
+    *("whole_text_from", "full_text_from", "data_parallel_size", "caption_guidance"),
 )
 REPLACED = {
     "overrides": "stages (fields of a stage by its name), checkpoint, media and report (callback options)",
