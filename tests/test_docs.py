@@ -47,6 +47,6 @@ GROUPS = ("model", "stages", "data", "checkpoint", "media", "monitor", "report")
 
 
 def leaves(value: object, path: str) -> list[str]:
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         return [leaf for name, part in value.items() for leaf in leaves(part, f"{path}.{name}")]
     return [path]

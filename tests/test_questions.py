@@ -18,14 +18,14 @@ from univigu.data.sample import questions_of
 from univigu.data.shards import write_shard
 from univigu.data.video import encode_mp4
 from univigu.evaluation.held_out import EvaluationOptions
-from univigu.flow.objective import ConditionDropout, TaskMixture, UniFlowObjective
+from univigu.flow.objective import ConditionDropout, TaskMixture, UniFlowLosses, UniFlowObjective
 from univigu.models.tokens import detokenize, tokenize
 from univigu.pipeline import TaskRunner
 from univigu.sampling.options import SamplingOptions
 from univigu.shapes import texts as shapes_texts
 from univigu.shapes.scenes import sample_scene
 from univigu.training.callbacks.held_out import FinalReport
-from univigu.training.conditions import ask_questions
+from univigu.training.conditions import ANSWER_WEIGHT, ask_questions
 from univigu.training.module import UniViGU
 from univigu.training.stages import Stage, StageSwitch
 
@@ -150,7 +150,7 @@ def test_samples_answer_questions(folder: Path) -> None:
     before = module.prepare(batch)
     encoded: list[int] = []
     hook = module.foundation.text_encoder.register_forward_hook(lambda *_: encoded.append(1))
-    after = ask_questions(before, batch, 2, module.tasks, random.Random(0))
+    after = ask_questions(before, batch, 2, module.tasks, random.Random(0), {})
     hook.remove()
     assert len(encoded) == 1  # the question, and not the empty prompt again
     tokenizer, slot = module.foundation.tokenizer, batch["prompt_ids"].shape[1]
@@ -158,7 +158,7 @@ def test_samples_answer_questions(folder: Path) -> None:
     assert after is not None and torch.equal(after.latents, before.latents[1:])  # the first clip has no question
     torch.testing.assert_close(after.prompt_embeds, question)
     assert detokenize(tokenizer, after.text_ids) == ["moving left."]
-    assert ask_questions(before, batch, 1, module.tasks, random.Random(0)) is None  # the second learns no text
+    assert ask_questions(before, batch, 1, module.tasks, random.Random(0), {}) is None  # the second learns no text
 
     shown: list[torch.Tensor] = []
     read: list[torch.Tensor] = []
@@ -176,7 +176,7 @@ def test_samples_answer_questions(folder: Path) -> None:
     assert torch.equal(shown[1], after.null_embeds) and torch.equal(read[1], shown[0])
 
     batch["qa"].reverse()
-    mixed = ask_questions(before, batch, 1, module.tasks, random.Random(0))
+    mixed = ask_questions(before, batch, 1, module.tasks, random.Random(0), {})
     assert mixed is not None and torch.equal(mixed.latents, before.latents)
     assert torch.equal(mixed.prompt_embeds[1], before.prompt_embeds[1]) and len(mixed.text_ids) == 1
 
@@ -190,7 +190,13 @@ def test_a_share_of_the_steps_asks(folder: Path, monkeypatch: pytest.MonkeyPatch
     batch["key"] *= 2
     module.stage = Stage(text_length=128, question_share=0.25, tasks=TaskMixture(1, 2, 1), teacher_weight=0)
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
-    compute = UniFlowObjective.__call__
+    compute, total, weights = UniFlowObjective.__call__, UniFlowLosses.total, list[float]()
+
+    def weighted(self: Any, size: int, teacher_weight: float, text_weight: float) -> Any:
+        weights.append(text_weight)
+        return total(self, size, teacher_weight, text_weight)
+
+    monkeypatch.setattr(UniFlowLosses, "total", weighted)
 
     def note(self: Any, model: Any, inputs: Any, counts: Any, dropout: Any, **options: Any) -> Any:
         noted.append((inputs.text_ids.shape[1], counts, dropout.understand))
@@ -202,6 +208,7 @@ def test_a_share_of_the_steps_asks(folder: Path, monkeypatch: pytest.MonkeyPatch
         for step in range(30):
             trainer.fit_loop.epoch_loop.batch_progress.total.ready = step + 1
             module.training_step(batch | {"qa": asked}, 0)
+    assert weights == [ANSWER_WEIGHT if counts[0] == 0 and size == 64 else 1.0 for size, counts, _ in noted]
     first, second = noted[:30], noted[30:]
     module.stage = Stage(question_share=1.0, tasks=TaskMixture(0, 0, 1), teacher_weight=0)  # nothing learns text
     monkeypatch.setattr(UniFlowObjective, "__call__", compute)
@@ -216,8 +223,33 @@ def test_samples_without_a_fitting_question_are_left_out(folder: Path, caplog: p
     module, trainer = run(folder, "validate", "qa")
     batch = next(iter(trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
     batch["qa"] = [[], [{"question": "a circle " * 99, "answer": "large."}]]
-    assert ask_questions(module.prepare(batch), batch, 2, module.tasks, random.Random(0)) is None
+    assert ask_questions(module.prepare(batch), batch, 2, module.tasks, random.Random(0), {}) is None
     assert "skipped a question of sample 'clip': question has" in caplog.text
+
+
+def test_kinds_of_questions_are_drawn_by_their_weights(folder: Path) -> None:
+    module, trainer = run(folder, "validate", "qa")
+    batch = next(iter(trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
+    pairs = [
+        {"kind": "size", "question": "a red circle", "answer": "large."},
+        {"kind": "motion", "question": "a red circle", "answer": "moving left."},
+        {"question": "a red circle", "answer": "white."},
+    ]
+    batch["qa"] = [pairs, pairs[1:2]]
+    inputs, draw = module.prepare(batch), random.Random(0)
+
+    def answers(times: int, **weights: float) -> list[list[str]]:
+        made = [ask_questions(inputs, batch, 2, module.tasks, draw, weights) for _ in range(times)]
+        return [[] if part is None else detokenize(module.foundation.tokenizer, part.text_ids) for part in made]
+
+    drawn = [texts[0] for texts in answers(120, motion=4.0)]
+    assert 60 <= drawn.count("moving left.") <= 100  # of 80, with a standard deviation of 5
+    assert {"large.", "white."} <= set(drawn)
+    assert [len(texts) for texts in answers(3, motion=0.0)] == [1, 1, 1]  # the second clip has no other
+    with pytest.warns(UserWarning, match="question_weights: 'colour': a batch has no question of this kind"):
+        answers(1, colour=2.0)
+    with pytest.raises(ValueError, match=r"question_weights={'size': -1.0}: expected numbers of at least 0"):
+        Stage(question_weights={"size": -1.0})
 
 
 def test_the_model_knows_the_slot_of_its_answers(folder: Path) -> None:

@@ -107,9 +107,9 @@ class UniFlowLosses:
     teacher: torch.Tensor | None = None
     """Mean squared distance to the teacher's prediction a sample [Bg]; None without a teacher."""
 
-    def total(self, batch_size: int, teacher_weight: float = 1.0) -> torch.Tensor:
+    def total(self, batch_size: int, teacher_weight: float = 1.0, text_weight: float = 1.0) -> torch.Tensor:
         """Sum over modalities; each sample of the batch counts once, whatever its task."""
-        total = self.video.sum() + self.text.sum()
+        total = self.video.sum() + text_weight * self.text.sum()
         if self.teacher is not None:
             total = total + teacher_weight * self.teacher.sum()
         return total / batch_size

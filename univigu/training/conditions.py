@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from univigu.data.sources import is_large
 from univigu.flow.objective import UniFlowBatch
@@ -25,6 +27,9 @@ also in the slots of prediction and of WanPipeline, because padding takes part i
 
 ANSWER_LENGTH = 64
 """Slot of answers, in tokens: most of a caption's slot would be padding, which costs as much and says nothing."""
+ANSWER_WEIGHT = 4.0
+"""Weight of the loss in steps of answers. It is a mean over their slot, whose padding is soon learned: without a weight
+the gradients of captions, about four times as large, would decide which way the weights move."""
 
 
 def vary_conditions(
@@ -42,7 +47,12 @@ def vary_conditions(
 
 
 def ask_questions(
-    inputs: UniFlowBatch, batch: dict[str, Any], texts: int, tasks: TaskRunner, generator: random.Random
+    inputs: UniFlowBatch,
+    batch: dict[str, Any],
+    texts: int,
+    tasks: TaskRunner,
+    generator: random.Random,
+    weights: Mapping[str, float],
 ) -> UniFlowBatch | None:
     """The batch with questions as conditions and their answers, in a slot of their own, as targets.
 
@@ -51,13 +61,18 @@ def ask_questions(
         batch: as from the loader; its ``qa`` holds each sample's pairs ``{question, answer}``, of which one is drawn.
         texts: how many samples, the first ones, learn text. Left out are those without questions, or whose question or
             answer is too long; None if all of them are.
+        weights: of the kinds of questions, see ``univigu.training.stages.Stage``.
     """
     assert inputs.text_ids is not None
     slot, length = inputs.prompt_embeds.shape[1], min(inputs.text_ids.shape[1], ANSWER_LENGTH)
     tokenizer, asked = tasks.components.tokenizer, {}
+    for kind in weights.keys() - {pair.get("kind") for pairs in batch["qa"] for pair in pairs}:
+        rank_zero_warn(f"stages: question_weights: {kind!r}: a batch has no question of this kind")
     for row in range(texts):
-        if pairs := batch["qa"][row]:
-            pair = generator.choice(pairs)
+        pairs = batch["qa"][row]
+        chances = [weights.get(pair.get("kind"), 1.0) for pair in pairs]
+        if any(chances):
+            (pair,) = generator.choices(pairs, chances)
             try:
                 question = tokenize(tokenizer, [pair["question"]], slot, "question")
                 asked[row] = question, tokenize(tokenizer, [pair["answer"]], length, "answer")

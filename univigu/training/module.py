@@ -42,7 +42,7 @@ from univigu.models.transformer import UniViGUTransformer3DModel
 from univigu.models.weights import known_options
 from univigu.pipeline import TaskRunner
 from univigu.sampling.options import SamplingOptions
-from univigu.training.conditions import ANSWER_LENGTH, ask_questions, vary_conditions
+from univigu.training.conditions import ANSWER_LENGTH, ANSWER_WEIGHT, ask_questions, vary_conditions
 from univigu.training.optim import OptimizerOptions, freeze_by_rate, group_of, make_optimizer
 from univigu.training.parallel import ShardedStrategy, build_sharded, trained_weights_changed
 from univigu.training.precision import BFloat16Weights, compute_in_bfloat16, load_generator
@@ -219,11 +219,11 @@ class UniViGU(LightningModule):
         inputs, draw = self.prepare(batch), random.Random(f"{self.seed}, {self.global_rank}, {step}")
         if not stage.writes_text and self.tasks.conventions.prompt_padding == "zeros":
             inputs = vary_conditions(inputs, batch, self.tasks, self.foundation.path, draw)
-        text_share = stage.text_share_at(self.stage_step)
+        text_share, weight = stage.text_share_at(self.stage_step), 1.0
         if stage.writes_text and random.Random(step).random() < stage.question_share:  # the same on all ranks
             counts = 0, counts[0] + counts[1], counts[2]
-            if (asked := ask_questions(inputs, batch, counts[1], self.tasks, draw)) is not None:
-                inputs, text_share, dropout = asked, 1.0, replace(dropout, understand=0.0)
+            if (asked := ask_questions(inputs, batch, counts[1], self.tasks, draw, stage.question_weights)) is not None:
+                inputs, text_share, weight, dropout = asked, 1.0, ANSWER_WEIGHT, replace(dropout, understand=0.0)
                 counts = 0, len(inputs.latents) - counts[2], counts[2]
         patches = zip(inputs.latents.shape[2:], self._model.config.patch_size, strict=True)
         length = 0 if inputs.text_ids is None else num_positions(inputs.text_ids.shape[1], text_share)
@@ -238,7 +238,7 @@ class UniViGU(LightningModule):
             step=step,
             teacher=self._teacher if stage.teacher_weight and stage.tasks.generate else None,
         )
-        loss = losses.total(size, stage.teacher_weight)
+        loss = losses.total(size, stage.teacher_weight, weight)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
         self._log_losses(losses)
         return loss

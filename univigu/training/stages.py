@@ -41,6 +41,8 @@ class Stage:
     question_share: float = 0.0
     """Share of the steps whose ``joint`` and ``understand`` samples learn to answer a question about the clean clip,
     one of the sample's ``qa``, instead of the target text."""
+    question_weights: dict[str, float] = field(default_factory=dict)
+    """How often questions of a ``kind`` are drawn, relative to the sample's others, which have 1; 0 leaves them out."""
     condition_dropout: ConditionDropout = field(default_factory=lambda: ConditionDropout(0.5, 0.9, 0.1))
     """Probability, by task, that the prompt is replaced by the encoded empty prompt."""
     learning_rate: float | None = None
@@ -65,6 +67,7 @@ class Stage:
             ("text_length", self.text_length >= 2, "at least 2"),
             ("text_share", 0.0 < self.text_share <= 1.0, "over 0, at most 1"),
             ("question_share", 0.0 <= self.question_share <= 1.0, "a number in [0, 1]"),
+            ("question_weights", min(self.question_weights.values(), default=0) >= 0, "numbers of at least 0"),
             ("text_time_power", self.text_time_power > 0, "over 0"),
             ("teacher_weight", self.teacher_weight >= 0, "at least 0"),
             ("warmup_steps", self.warmup_steps >= 0, "at least 0"),
