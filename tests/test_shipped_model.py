@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from univigu.cli import main
 from univigu.data.video import encode_mp4
-from univigu.models.foundation import EMBEDDED_MODEL
+from univigu.models.foundation import EMBEDDED_FOUNDATION, EMBEDDED_MODEL
 from univigu.pipeline import UniViGUPipeline
 from univigu.shapes.metrics import ShapesTextAccuracy
 from univigu.shapes.renderer import render
@@ -29,7 +29,11 @@ def pipe() -> UniViGUPipeline:
     return UniViGUPipeline.from_pretrained()
 
 
-def test_it_is_small() -> None:
+def test_it_is_small_and_its_generator_is_the_foundations() -> None:
+    first, second = (path.read_bytes() for path in sorted(Path(EMBEDDED_MODEL).glob("*.safetensors")))
+    assert (
+        first == Path(EMBEDDED_FOUNDATION, "transformer", "diffusion_pytorch_model.safetensors").read_bytes() != second
+    )
     assert sum(path.stat().st_size for path in Path(EMBEDDED_MODEL).rglob("*") if path.is_file()) <= 8 * 2**20
 
 
