@@ -352,6 +352,9 @@ def test_caption_guidance_moves_away_from_the_contrast(embeds: Any) -> None:
     plain, two, three = (logits(caption_guidance_scale=scale) for scale in (1.0, 2.0, 3.0))
     assert (two - plain).abs().max() > 1e-3
     torch.testing.assert_close(three - two, two - plain, rtol=1e-4, atol=1e-4)
+    unguided = make_sampler(caption_steps=1, caption_guidance_scale=2.0)  # no prompt to guide towards
+    unguided.caption(clean, null.expand_as(prompts), null, LENGTH, generators(1, 2, 3))
+    assert len(unguided.model.calls) == 1
 
 
 def test_a_finished_caption_stops_and_is_padded(embeds: Any) -> None:

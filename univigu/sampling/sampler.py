@@ -271,7 +271,7 @@ class Sampler:
         if rows > len(latents):
             read = read[:: rows // len(latents)]
         clean = VideoContext(latents.to(dtype), embeds, read, refresh)
-        if options.caption_guidance_scale == 1:
+        if options.caption_guidance_scale == 1 or torch.equal(embeds, null):  # nothing to guide towards
             return [clean]
         return [clean, replace(clean, prompt_embeds=null, video_embeds=null[: len(latents)])]
 
