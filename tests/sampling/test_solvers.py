@@ -12,6 +12,7 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -57,9 +58,12 @@ def test_levels_are_evenly_spaced_and_shifted(steps: int, shift: float) -> None:
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_orders_under_step_halving(shift: float) -> None:
-    euler = errors("euler", 64, 128, 256, shift=shift)
+    euler, heun = (
+        errors("euler", 64, 128, 256, shift=shift),
+        VideoSolver(FlowMatchHeunDiscreteScheduler(shift=shift), 256),
+    )
     assert all(0.85 < math.log2(coarse / fine) < 1.15 for coarse, fine in pairwise(euler))
-    assert errors("unipc", 40)[0] < errors("euler", 40)[0] / 10
+    assert abs(float(solve(heun)) - truth()) < euler[2] / 10 and errors("unipc", 40)[0] < errors("euler", 40)[0] / 10
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -142,6 +146,8 @@ def test_many_neighbouring_steps_stay_apart() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("euler", 4, 0.0), "shift: must be a positive finite number, got 0.0"),
+        (("unipc", 4, -1.0), "shift: must be a positive finite number, got -1.0"),
         ((DDIMScheduler(), 4), "DDIMScheduler: prediction_type is 'epsilon'"),
         ((UniPCMultistepScheduler(prediction_type="flow_prediction"), 4), "its timesteps are not 1000 sigma"),
         ((FlowMatchEulerDiscreteScheduler(invert_sigmas=True), 4), "its noise levels do not end at 0"),

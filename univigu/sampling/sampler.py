@@ -120,16 +120,16 @@ class VideoContext:
 
     def __post_init__(self) -> None:
         self.cache = AttentionCache(keep_video=self.refresh != 1)
+        self.video = self.latents, _filled(0.0, self.latents), self.video_embeds
 
     def logits(self, model: Any, step: int, text: TextInputs) -> torch.Tensor:
         """The model's logits [B, L, V] at a step; the video is computed only when it is due."""
-        video = self.latents, _filled(0.0, self.latents), self.video_embeds
         if self.refresh is not None:
             due = step % self.refresh == 0
-            return model(*(video if due else [None] * 3), text=text, cache=self.cache, predict_video=False).text
+            return model(*(self.video if due else [None] * 3), text=text, cache=self.cache, predict_video=False).text
         if step == 0:
             self.cache = AttentionCache(text_tokens=text.tokens.shape[1])
-            model(*video, cache=self.cache, predict_video=False)
+            model(*self.video, cache=self.cache, predict_video=False)
         text = text._replace(prompt_embeds=self.prompt_embeds)
         return model(None, None, None, text=text, cache=self.cache).text
 

@@ -8,7 +8,7 @@ import diffusers
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from univigu.flow.time import NUM_TRAIN_TIMESTEPS, time_from_sigma
+from univigu.flow.time import NUM_TRAIN_TIMESTEPS, shift_sigma, time_from_sigma
 
 
 class VideoSolver:
@@ -24,13 +24,14 @@ class VideoSolver:
 
     def __init__(self, solver: str | SchedulerMixin, num_steps: int, shift: float = 3.0, start: float = 0.0) -> None:
         scheduler: Any
+        sigmas = shift_sigma(torch.linspace(1.0, 0.0, num_steps + 1), shift)  # a ValueError for a shift out of range
         if isinstance(solver, SchedulerMixin):
             scheduler = type(solver).from_config(solver.config)  # type: ignore[attr-defined]
             scheduler.set_timesteps(num_steps)
         elif solver == "euler":
-            scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+            scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
             # Given only their number, it would shift its last level twice, which makes its last step almost empty.
-            scheduler.set_timesteps(sigmas=torch.linspace(1.0, 0.0, num_steps + 1)[:-1].tolist())
+            scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())
         else:
             kind = {"unipc": diffusers.UniPCMultistepScheduler, "dpm": diffusers.DPMSolverMultistepScheduler}[solver]
             scheduler = kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)

@@ -66,8 +66,9 @@ def ask_questions(
     assert inputs.text_ids is not None
     slot, length = inputs.prompt_embeds.shape[1], min(inputs.text_ids.shape[1], ANSWER_LENGTH)
     tokenizer, asked = tasks.components.tokenizer, {}
-    for kind in weights.keys() - {pair.get("kind") for pairs in batch["qa"] for pair in pairs}:
-        rank_zero_warn(f"stages: question_weights: {kind!r}: a batch has no question of this kind")
+    for kind in weights:
+        if not any(pair.get("kind") == kind for pairs in batch["qa"] for pair in pairs):
+            rank_zero_warn(f"stages: question_weights: {kind!r}: a batch has no question of this kind")
     for row in range(texts):
         pairs = batch["qa"][row]
         chances = [weights.get(pair.get("kind"), 1.0) for pair in pairs]
