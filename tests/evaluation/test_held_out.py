@@ -61,6 +61,7 @@ def evaluate(
     stage: Stage = STAGE,
     options: dict[str, Any] | None = None,
     callbacks: tuple[Callback, ...] = (),
+    seed: int = 1,
     **trainer: Any,
 ) -> dict[str, float]:
     """The figures of a model with random weights.
@@ -77,7 +78,7 @@ def evaluate(
         str(folder / "foundation"),
         str(folder / "unified"),
         evaluation=evaluation,
-        seed=1,
+        seed=seed,
         sampling=SamplingOptions(num_inference_steps=2, caption_steps=2),
     )
     five = {"shards": str(folder / "shards"), "height": 32, "width": 32, "num_frames": 5, "precompute": False}
@@ -175,6 +176,13 @@ def test_two_processes_measure_as_one(
 def evaluate_share(folder: Path, output: Path, batch_size: int) -> None:
     found = evaluate(folder, batch_size=batch_size, devices=2, strategy="ddp")
     (output / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.slow
+def test_another_seed_draws_other_noise_for_the_same_clips(folder: Path, alone: dict[str, float]) -> None:
+    other = evaluate(folder, options={"generation": False}, seed=2)
+    assert alone["test/flow/loss"] != other["test/flow/loss"] == pytest.approx(alone["test/flow/loss"], rel=0.2)
+    assert other["test/vae/psnr"] == pytest.approx(alone["test/vae/psnr"])
 
 
 def test_samples_that_are_repeated_count_once() -> None:

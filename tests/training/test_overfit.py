@@ -12,7 +12,7 @@ from univigu.training.lightning_cli import UniViGUCLI
 STAGE = """
 run: [overfit]
 stages:
-  overfit: {steps: 150, text_length: 32, condition_dropout: {understand: 1}, warmup_steps: 10,
+  overfit: {steps: 120, text_length: 32, condition_dropout: {understand: 1}, warmup_steps: 10,
             tasks: {joint: 0, understand: 1, generate: 0}, learning_rate: 0, text_learning_rate: 6.0e-3}
 """
 

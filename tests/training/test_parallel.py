@@ -8,6 +8,7 @@ import pickle
 import signal
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +40,7 @@ from univigu.training.stages import Stage, StageSwitch
 
 BATCH, EPOCH = 4, 2  # samples a process and step, steps an epoch
 ADAMW = OptimizerOptions(name="adamw")
-RATES = {"steps": 10, "text_learning_rate": 1e-3, "teacher_weight": 0.0}  # none teaches a sharded model
+RATES = {"steps": 6, "text_learning_rate": 1e-3, "teacher_weight": 0.0}  # none teaches a sharded model
 STAGES = {
     "recall": Stage(text_length=8, learning_rate=0.0, warmup_steps=2, tasks=TaskMixture(1, 1, 0), **RATES),
     "refine": Stage(
@@ -115,15 +116,19 @@ def train(
     processes: int,
     sharded: bool = True,
     ckpt_path: str | None = None,
-    steps: int = 20,
+    steps: int = 12,
     compute_dtype: str = "float32",
     compile_backend: str | None = None,
     saves: int | None = None,
+    tasks: tuple[int, int, int] | None = None,
     text_flow: Any = "mask",
     callbacks: tuple[Callback, ...] = (),
     **options: Any,
 ) -> Diary:
-    """A run of this process's share, with a checkpoint at every ``saves`` steps; one process stands for two."""
+    """A run of this process's share, with a checkpoint at every ``saves`` steps; one process stands for two.
+
+    ``tasks`` are the shares in both stages, where they are not those of ``STAGES``.
+    """
     torch.set_num_threads(1)
     kind = UniViGU if processes == 2 else AsTwo
     changes = {name: options.pop(name) for name in ("separate_text_ffn", "text_attention") if name in options}
@@ -131,6 +136,7 @@ def train(
     module = kind(folder, seed=3, optimizer=ADAMW, compile_blocks=compile_backend is not None, **options)
     module.compile_backend = compile_backend or ""
     diary = Diary()
+    stages = {name: replace(stage, tasks=TaskMixture(*tasks)) if tasks else stage for name, stage in STAGES.items()}
     saver = [ModelCheckpoint(root, filename="{step}", every_n_train_steps=saves, save_top_k=-1)] if saves else []
     trainer = Trainer(
         default_root_dir=root,
@@ -139,7 +145,7 @@ def train(
         strategy=ShardedStrategy(compute_dtype=compute_dtype) if sharded else "auto",
         gradient_clip_val=0.5,
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in (*saver, *callbacks)),
-        callbacks=[StageSwitch(STAGES), diary, *saver, *callbacks],
+        callbacks=[StageSwitch(stages), diary, *saver, *callbacks],
         **QUIET,
     )
     share = Subset(Clips(), range(int(os.environ.get("RANK", 0)), len(Clips()), processes))
@@ -258,7 +264,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Both stages in one process without sharding."""
     root = tmp_path_factory.mktemp("plain")
-    diary = train(str(folder), str(root), processes=1, sharded=False, saves=20)
+    diary = train(str(folder), str(root), processes=1, sharded=False, saves=4)
     return SimpleNamespace(losses=diary.losses, moved=diary.moved, root=root)
 
 
@@ -267,17 +273,18 @@ def two(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespa
     """The same in two, some steps of other kinds, and evaluations on the mean, see ``average``."""
     root = tmp_path_factory.mktemp("two")
     jobs = (
-        {"root": str(root), "saves": 4},
+        {"root": str(root), "saves": 2},
         {"root": str(root / "embedding"), "text_flow": "embedding", "steps": 5},
-        {"root": str(root / "bfloat16"), "compute_dtype": "bfloat16", "steps": 12, "separate_text_ffn": False},
+        {"root": str(root / "bfloat16"), "compute_dtype": "bfloat16", "steps": 8, "separate_text_ffn": False},
         {"root": str(root / "folder"), "distributed": True},
         {"root": str(root / "file"), "distributed": False},
         {"root": str(root / "refused"), "refusals": None},
         {
             "root": str(root / "compiled"),
             "compile_backend": "aot_eager",
-            "steps": 11,
-            "ckpt_path": f"{root}/step=8.ckpt",
+            "steps": 8,
+            "ckpt_path": f"{root}/step=4.ckpt",
+            "tasks": (1, 0, 0),  # the blocks are compiled for each size anew, which takes seconds
         },
     )
     return SimpleNamespace(diaries=launch(2, folder, *jobs), root=root)
@@ -295,10 +302,10 @@ def assert_losses(diaries: list[Any], expected: Any, steps: range, tolerance: fl
 def test_two_processes_train_as_one(plain: SimpleNamespace, two: SimpleNamespace) -> None:
     """The same global batch: the same losses, before and after the stage switch, which unfreezes the generator."""
     diaries = [diaries[0] for diaries in two.diaries]
-    assert_losses(diaries, plain, range(20))
+    assert_losses(diaries, plain, range(12))
     assert diaries[0].losses[0] != diaries[1].losses[0]  # each has samples of its own
     for diary in (plain, *diaries):
-        assert [step for step, moved in diary.moved.items() if moved] == list(range(10, 20))
+        assert [step for step, moved in diary.moved.items() if moved] == list(range(6, 12))
 
 
 @pytest.mark.slow
@@ -313,14 +320,18 @@ def test_the_embedding_flows_table_is_trained_from_all_processes(
 def test_bfloat16_trains_past_a_stage_that_freezes_whole_blocks(two: SimpleNamespace) -> None:
     for diaries in two.diaries:
         losses, moved = diaries[2].losses, diaries[2].moved
-        assert len(losses) == 12 and all(torch.tensor(list(losses.values())).isfinite())
-        assert moved[10] and moved[11] and not moved[9]
+        assert len(losses) == 8 and all(torch.tensor(list(losses.values())).isfinite())
+        assert moved[6] and moved[7] and not moved[5]
 
 
 @pytest.mark.slow
-def test_compiled_blocks_train_as_others(plain: SimpleNamespace, two: SimpleNamespace) -> None:
+def test_compiled_blocks_train_as_others(
+    folder: Path, plain: SimpleNamespace, two: SimpleNamespace, tmp_path: Path
+) -> None:
     """With their own backward pass, from an uncompiled checkpoint on, past the switch of stages."""
-    assert_losses([diaries[6] for diaries in two.diaries], plain, range(8, 11), 1e-4)
+    options: dict[str, Any] = {"ckpt_path": str(plain.root / "step=4.ckpt"), "steps": 8, "tasks": (1, 0, 0)}
+    diary = train(str(folder), str(tmp_path), processes=1, sharded=False, **options)
+    assert_losses([diaries[6] for diaries in two.diaries], diary, range(4, 8), 1e-4)
 
 
 @pytest.mark.slow
@@ -331,13 +342,13 @@ def test_checkpoints_go_from_two_processes_to_one_and_back(
     ((first, second),) = launch(
         1,
         folder,
-        {"root": str(tmp_path / "one"), "ckpt_path": str(two.root / "step=8.ckpt"), "steps": 12},
-        {"root": str(tmp_path / "late"), "ckpt_path": str(two.root / "step=12.ckpt"), "steps": 18, "saves": 16},
+        {"root": str(tmp_path / "one"), "ckpt_path": str(two.root / "step=4.ckpt"), "steps": 8},
+        {"root": str(tmp_path / "late"), "ckpt_path": str(two.root / "step=8.ckpt"), "steps": 11, "saves": 10},
     )
-    assert_losses([first], plain, range(8, 12))
-    assert_losses([second], plain, range(12, 18))
-    back = launch(2, folder, {"root": str(tmp_path / "back"), "ckpt_path": str(tmp_path / "late" / "step=16.ckpt")})
-    assert_losses([diaries[0] for diaries in back], plain, range(16, 20))
+    assert_losses([first], plain, range(4, 8))
+    assert_losses([second], plain, range(8, 11))
+    back = launch(2, folder, {"root": str(tmp_path / "back"), "ckpt_path": str(tmp_path / "late" / "step=10.ckpt")})
+    assert_losses([diaries[0] for diaries in back], plain, range(10, 12))
 
 
 @pytest.mark.slow
@@ -373,11 +384,11 @@ def test_a_killed_process_ends_the_other(folder: Path, plain: SimpleNamespace, t
 def test_a_sharded_checkpoint_becomes_a_folder(plain: SimpleNamespace, two: SimpleNamespace, tmp_path: Path) -> None:
     from tools import convert
 
-    path = two.root / "step=20.ckpt"
+    path = two.root / "step=12.ckpt"
     assert path.is_dir() and len(list(path.glob("*.distcp"))) == 2
     assert convert.main(["transformer", "--checkpoint", str(path), "--output", str(tmp_path / "made")]) == 0
     made = UniViGUTransformer3DModel.from_pretrained(tmp_path / "made")
-    whole = load_weights(plain.root / "step=20.ckpt")
+    whole = load_weights(plain.root / "step=12.ckpt")
     assert made.config.text_length == whole.config.text_length == 12
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(made.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)

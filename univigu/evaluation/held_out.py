@@ -64,13 +64,14 @@ class HeldOutEvaluation(nn.Module):
         target: which text the model was last trained to write, "prompt" or "caption".
         shift: the timestep shift of the foundation's scheduler.
         foundation: the generator before training, for comparison.
+        seed: another one draws other samples of the same clips.
     """
 
     def __init__(
-        self, target: str, shift: float, foundation: WanTransformer3DModel, options: EvaluationOptions
+        self, target: str, shift: float, foundation: WanTransformer3DModel, options: EvaluationOptions, seed: int = 0
     ) -> None:
         super().__init__()
-        self.target, self.shift, self.foundation, self.options = target, shift, foundation, options
+        self.target, self.shift, self.foundation, self.options, self.seed = target, shift, foundation, options, seed
         metrics: dict[str, nn.Module] = {
             "caption/properties": ShapesTextAccuracy(target),
             "answer/properties": AttributeAccuracy(),
@@ -107,9 +108,9 @@ class HeldOutEvaluation(nn.Module):
             self.options.refuse_latents(inputs.text_ids is not None)
         questions, length, shape = questions_of(batch), batch["prompt_ids"].shape[1], tuple(inputs.latents.shape[1:])
         scenes = {i: Scene.from_dict(scene) for i, scene in enumerate(batch["scene"]) if scene is not None}
-        # A sample's seed comes from its key: the same whatever the batch size or the number of ranks.
+        # A sample's seed comes from its key and ours: the same whatever the batch size or the number of ranks.
         names = batch["key"] if questions is None else map("".join, zip(batch["key"], questions, strict=True))
-        seeds = [zlib.crc32(name.encode()) for name in names]
+        seeds = [zlib.crc32(name.encode(), self.seed) for name in names]
         captions: list[str] | None = None
         if inputs.text_ids is not None:
             generator = tasks.generators(seeds)

@@ -312,7 +312,7 @@ class UniViGU(LightningModule):
         if getattr(getattr(self.trainer, "datamodule", None), "precompute", False):  # else the first batch shows
             self.evaluation_options.refuse_latents(self.stage.writes_text)
         generator = load_generator(self.foundation.path / "transformer", self._half, self.device)
-        evaluation = HeldOutEvaluation(self.stage.target, self.shift, generator, self.evaluation_options)
+        evaluation = HeldOutEvaluation(self.stage.target, self.shift, generator, self.evaluation_options, self.seed)
         self._evaluation = (evaluation.to(self.device).eval(),)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
