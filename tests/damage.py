@@ -58,6 +58,8 @@ def _corrupt_json(rng: random.Random, good: Members) -> Members:
         text[: rng.randrange(len(text))],
         b"",
         b"\x00" * 40,
+        b'{"id": ' + b"9" * 5000 + b"}",  # over the digits that Python reads
+        b"[" * 100_000,  # deeper than Python's stack
         text.replace(b'"', b"'"),
         b'{"prompt": "\xe9"}',
         b"NaN,",

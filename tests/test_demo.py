@@ -19,6 +19,7 @@ from univigu.demo import HOST, Demo, DemoOptions, build, launch
 from univigu.pipeline import UniViGUPipeline
 
 gradio_client = pytest.importorskip("gradio_client", reason="needs the extra univigu[demo]")
+TASKS = ("caption", "ask", "generate", "joint", "describe", "edit")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -47,6 +48,13 @@ def client(pipe: UniViGUPipeline, tmp_path_factory: pytest.TempPathFactory) -> I
     copies = {path.read_bytes() for path in (folder / "gradio").rglob("*.mp4")}
     assert copies <= examples  # none of what it was given and made
     patch.undo()
+
+
+def test_tasks_run_one_at_a_time(pipe: UniViGUPipeline) -> None:
+    """All share the model, so they are one group of the queue, with one place."""
+    functions = [f for f in build(Demo(pipe, DemoOptions())).fns.values() if f.api_name in TASKS]
+    assert len(functions) == 6 and {f.concurrency_id for f in functions} == {"model"}
+    assert {f.concurrency_limit for f in functions} == {"default"}
 
 
 def test_its_own_folder_goes_with_it(pipe: UniViGUPipeline) -> None:

@@ -71,6 +71,14 @@ def test_joint_is_recorded_step_by_step(pipe: UniViGUPipeline, tmp_path: Path) -
     assert masks == sorted(masks, reverse=True) and masks[0] > 0 and masks[-1] == 0
 
 
+def test_each_caption_is_shown_with_its_own_video(pipe: UniViGUPipeline) -> None:
+    recorder = TrajectoryRecorder(pipe, scale=1)
+    for shade in (0.0, 1.0):
+        pipe.caption(torch.full((1, 5, 3, 32, 48), shade), caption_steps=2, callback_on_step_end=recorder)
+    first, *_, last = (step["video"] for step in recorder.steps)
+    assert first != last and len({step["video"] for step in recorder.steps}) == 2
+
+
 @pytest.mark.parametrize("flow", ["uniform", "embedding"])
 def test_captions_of_other_flows(flow: str) -> None:
     pipe = make_pipe(flow)

@@ -6,7 +6,6 @@ that names it.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import shutil
@@ -115,12 +114,10 @@ def load_weights(
         checkpoint = checkpoint or read_checkpoint(path)
         config = checkpoint["univigu"]["transformer_config"]
     check_replaced(config, path)
-    parameters = inspect.signature(UniViGUTransformer3DModel).parameters
-    defaults = {name: option.default for name, option in parameters.items()}
-    config = defaults | known_options(UniViGUTransformer3DModel, config)
+    config = known_options(UniViGUTransformer3DModel, config)
     if like is not None:
         fixed = {name: value for name, value in config.items() if name not in FREE}
-        if config["token_ids"] is not None and like["token_ids"] is None:  # a pruned vocabulary belongs to the weights
+        if config.get("token_ids") is not None and like["token_ids"] is None:  # a pruned one is the weights'
             del fixed["vocab_size"], fixed["token_ids"]
         if differing := config_differences(fixed, like):
             raise CheckpointError(f"{path}: made for another model; (checkpoint, configuration) differ in {differing}")

@@ -160,6 +160,7 @@ def build(demo: Demo) -> Any:
         "result": lambda: gradio.Video(label="Result", height=260, autoplay=True, loop=True),
         "text": lambda: gradio.Textbox(label="Text", lines=4),
     }
+    one_at_a_time = {"concurrency_id": "model"}  # of all tasks; without it of each
     questions = [questions_of(scene)[-1]["question"] for scene in EXAMPLES]
     examples = {"video": demo.examples(), "prompt": prompts, "question": questions}
 
@@ -187,9 +188,11 @@ def build(demo: Demo) -> Any:
             gradio.Examples(rows, [given[key] for key in filled])
             if "read" in given:
                 where = [given["video"], given["seed"]]
-                given.pop("read").click(tracked(demo.describe), where, given["new_prompt"], api_name="describe")
+                read = given.pop("read")
+                read.click(tracked(demo.describe), where, given["new_prompt"], api_name="describe", **one_at_a_time)
             function = tracked(getattr(demo, name))
-            button.click(function, list(given.values()), results, api_name=name, show_progress_on=results[0])
+            shown = {"api_name": name, "show_progress_on": results[0]} | one_at_a_time
+            button.click(function, list(given.values()), results, **shown)
 
     with gradio.Blocks(title="Uni-ViGU", delete_cache=(3600, 3600), analytics_enabled=False) as page:
         gradio.Markdown("# Uni-ViGU\nOne diffusion model that makes video and understands it.")

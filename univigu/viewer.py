@@ -36,7 +36,7 @@ class TrajectoryRecorder:
     def __init__(self, pipe: Any, every: int = 1, scale: int = 4) -> None:
         self.pipe, self.every, self.scale = pipe, every, scale
         self.steps: list[dict[str, Any]] = []
-        self._clean: str | None = None  # a caption's video is the same at every step
+        self._last: tuple[torch.Tensor, str] | None = None  # a caption's video is the same at every step
 
     def __call__(self, pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's callback, of the tasks and of WanPipeline's own call."""
@@ -74,15 +74,15 @@ class TrajectoryRecorder:
     @torch.no_grad()
     def _video(self, state: StepState) -> str:
         """The decoded state as an animated picture in a data URL."""
-        if state.video_time == 1.0 and self._clean is not None:
-            return self._clean
-        clip = to_frames(self.pipe.conventions.decode(self.pipe.vae, state.latents[:1]))[0]
+        latents = state.latents[:1]
+        if self._last is not None and torch.equal(latents, self._last[0]):
+            return self._last[1]
+        clip = to_frames(self.pipe.conventions.decode(self.pipe.vae, latents))[0]
         buffer = io.BytesIO()
         first, *others = enlarged(clip.cpu(), self.scale)
         first.save(buffer, "WEBP", save_all=True, append_images=others, duration=1000 // FPS, loop=0, quality=80)
         url = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-        if state.video_time == 1.0:
-            self._clean = url
+        self._last = latents.clone(), url
         return url
 
     def _words(self, text: torch.Tensor) -> list[str]:

@@ -162,17 +162,18 @@ def test_damaged_rows_are_counted(tmp_path: Path) -> None:
         {**good, "video": "a\0b"},
         texts(1),
         {**good, "prompt": "half \ud83d"},
+        {**good, "qa": [{"question": "?", "answer": "a", "kind": ["x"]}]},
         good,
     ]
-    lines = [json.dumps(row) for row in rows] + ["{", '"cut']
+    lines = [json.dumps(row) for row in rows] + ["{", '"cut', f'{{"id": {"9" * 5000}}}', "[" * 100_000]
     (tmp_path / "val.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"video": "\xff"}')
     assert counts(tmp_path) == {
         "kept": 2,
         "unreadable_video": 2,
-        "wrong_type": 4,
+        "wrong_type": 5,
         "missing_field": 1,
         "corrupt_json": 1,
-        "corrupt_row": 4,
+        "corrupt_row": 6,
     }
     with pytest.raises(DataError, match=r"val\.jsonl: sample '0000000"):
         data = VideoTextDataModule(shards=str(tmp_path), num_workers=0, precompute=False, strict=True)

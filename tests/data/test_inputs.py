@@ -266,6 +266,8 @@ def test_a_wrong_row_is_an_error_of_its_own(clip: str, tmp_path: Path) -> None:
     for words in ({}, "red", {"red": 1}, {"red": "\ud83d"}):
         ((_, error),) = read_pairs({"video": clip, "prompt": "a", "replace": words})
         assert error is not None and f"replace={words!r}: expected words" in error
+    ((_, error),) = read_pairs({"video": clip, "replace": None})  # would change nothing
+    assert error is not None and "expected a string 'prompt', got None" in error
     ((_, error),) = read_pairs({"video": clip, "question": "a", "replace": {"a": "b"}}, "qa")
     assert "unknown field 'replace'" in str(error)
     assert bad[6][0] == {

@@ -26,7 +26,12 @@ class Handler(SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
-        super().do_GET()
+        if "secret" in self.path:
+            self.send_error(403)
+        else:
+            super().do_GET()
+
+    do_HEAD = do_GET
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -104,6 +109,8 @@ def test_damage_on_the_way_and_wrong_places_are_named(served: tuple[Path, str], 
     assert not list((tmp_path / "copy").glob("*.tar"))
     with pytest.raises(DataError, match=r"/gone: "):
         fetch_shards(f"{url}/gone", tmp_path / "gone")
+    with pytest.raises(DataError, match=r"/secret: cannot be read .*403"):
+        fetch_shards(f"{url}/secret", tmp_path / "secret")
     with pytest.raises(DataError, match="nothing://here"):
         fetch_shards("nothing://here", tmp_path / "none")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -214,3 +215,8 @@ def test_a_pipeline_for_something_else_is_refused(tool: Tool, tmp_path: Path, fo
     (tmp_path / "images" / "model_index.json").write_text('{"_class_name": "NoPipeline"}')
     with pytest.raises(DataError, match="cannot be loaded"):
         _ = Pipeline(str(tmp_path / "images"), VideoOptions(), "cpu").pipe
+    shutil.copytree(foundation, tmp_path / "cut")
+    weights = tmp_path / "cut" / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(DataError, match="cannot be loaded"):
+        _ = Pipeline(str(tmp_path / "cut"), VideoOptions(), "cpu").pipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,7 @@ def test_frechet_distance_by_numpy(folder: Path, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [ClipEncoder, VideoFeatures])
-@pytest.mark.parametrize("damage", ["missing", "empty", "other"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "other", "cut"])
 def test_wrong_model_folders_are_named(folder: Path, tmp_path: Path, kind: type, damage: str) -> None:
     path = tmp_path / damage
     if damage == "empty":
@@ -99,6 +100,10 @@ def test_wrong_model_folders_are_named(folder: Path, tmp_path: Path, kind: type,
         path = folder / "videomae"
     elif damage == "other":
         path.write_text("no network")
+    elif damage == "cut":
+        shutil.copytree(folder / ("clip" if kind is ClipEncoder else "videomae"), path)
+        weights = path / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"^evaluation\.(clip|video_features)='.*': ") as error:
         kind(path)
     assert "\n" not in str(error.value)

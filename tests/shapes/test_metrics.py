@@ -146,11 +146,17 @@ def test_exact_text_differs_from_exact():
     assert (result["exact"], result["exact_text"]) == (1, 0)
 
 
-def test_metrics_before_any_sample_are_finite():
+def test_kinds_of_other_data_have_no_mean():
+    metric = AttributeAccuracy()
+    metric.update([{"None": True}, {"action": False}])
+    assert {name: value.item() for name, value in metric.compute().items()} == {"exact": 0.5}
+
+
+def test_nothing_is_measured_before_any_sample():
     metric = ShapesTextAccuracy()
     metric.update([caption_of(ONE)], [None])
     assert metric.samples == 0
-    assert {name: value.item() for name, value in metric.compute().items()} == {"mean": 0}
+    assert metric.compute() == {}
 
 
 def test_scenes_may_be_json_or_missing():

@@ -131,7 +131,7 @@ def _pairs_of(row: Row, field: str) -> list[Input]:
     name, options = ("source", ["replace", "strength"]) if field == "prompt" else ("video", [])
     video, error = text_of(row, "video")
     text: str | None = None
-    if row.fields.get(field) is not None or "replace" not in row.fields:  # else the prompt is the model's
+    if row.fields.get(field) is not None or row.fields.get("replace") is None:  # else the prompt is the model's
         text, text_error = text_of(row, field)
         error = error or text_error
     if error is None:

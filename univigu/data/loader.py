@@ -209,7 +209,7 @@ class TrainLoader(SampleLoader):
             more = "".join(f"{mark}{number}" for mark, number in parts if number is not None)
             names.append(f"{ref.shard.rpartition('/')[2]}/{ref.key}{more}")
         names += [] if order.weights is None else [str(order.weights)]
-        self._fingerprint = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+        self._fingerprint = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
         super().__init__(dataset, [], errors, num_workers)
 
     def __len__(self) -> int:

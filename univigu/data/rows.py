@@ -47,7 +47,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         yield from read(path)
     except DataError:
         raise
-    except (OSError, ValueError, NotImplementedError) as error:  # the last is of parquet's rarer codecs
+    except (OSError, ValueError, RuntimeError) as error:  # the last for deep nesting and parquet's rarer codecs
         raise DataError(f"{path}: cannot be read ({error})") from error
 
 
@@ -59,7 +59,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 text = line.decode("utf-8-sig")
                 if text.strip():
                     yield make_row(where, json.loads(text))
-            except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
+            except (ValueError, RecursionError) as error:  # no text or JSON, or nested too deep
                 yield Row(where, {}, f"{where}: not JSON ({error})")
 
 

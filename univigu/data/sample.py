@@ -121,9 +121,10 @@ class SampleRef:
 
         If a question is chosen, it is the prompt and its answer the caption, and "question" and "kind" are not None.
         """
+        text = self.read(TEXT_SUFFIX)
         try:
-            data = json.loads(self.read(TEXT_SUFFIX).decode("utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            data = json.loads(text.decode("utf-8"))
+        except (ValueError, RecursionError) as error:  # no text or JSON, a huge number, or nested too deep
             raise self.error("corrupt_json", TEXT_SUFFIX, str(error)) from error
         if not isinstance(data, dict):
             raise self.error("wrong_type", TEXT_SUFFIX, f"expected an object, got {type(data).__name__}")
@@ -175,4 +176,5 @@ def _is_qa(value: Any) -> bool:
     if not isinstance(value, list) or not all(isinstance(pair, dict) for pair in value):
         return False
     texts = [pair.get(name) for pair in value for name in ("question", "answer")]
-    return all(isinstance(text, str) and is_unicode(text) for text in texts)
+    kinds = all(isinstance(pair.get("kind"), str | None) for pair in value)
+    return kinds and all(isinstance(text, str) and is_unicode(text) for text in texts)

@@ -123,7 +123,7 @@ class Manifest:
             data = json.loads(text)
             shards = [ShardInfo(**shard) for shard in data["shards"]]
             return cls(data["kind"], data["parameters"], shards, data["complete"])
-        except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise DataError(f"{where}: not a manifest ({error!r})") from error
 
     def check_files(self, folder: Path) -> list[str]:

@@ -155,7 +155,7 @@ def fetch_shards(url: str, folder: Path, optional: bool = False) -> None:
                 temporary.write_bytes(manifest)
     except DataError:
         raise
-    except (OSError, ImportError, ValueError) as error:
+    except Exception as error:  # of many types, by the protocol
         raise DataError(f"{url}: cannot be read ({type(error).__name__}: {error})") from error
 
 
@@ -165,7 +165,7 @@ def encoder_parameters(foundation: str | Path, buckets: Sequence[Bucket], prompt
     try:
         config = json.loads((folder / "vae" / "config.json").read_text())
         normalization = {"mean": config["latents_mean"], "std": config["latents_std"], "of": "mode"}
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise DataError(f"foundation={str(foundation)!r}: no readable vae/config.json ({error!r})") from error
     sizes = asdict(buckets[0]) if len(buckets) == 1 else {"buckets": [str(bucket) for bucket in buckets]}
     names = ("vae", "text_encoder", "tokenizer") if prompts else ("vae",)

@@ -107,7 +107,7 @@ class Pipeline:
             check_files(Path(self.folder), subfolders=True)
             dtype = check_dtype(self.options.dtype)
             pipe: Any = kind.from_pretrained(self.folder, torch_dtype=dtype).to(self.device)
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
+        except Exception as error:  # of many types, as in univigu.models.weights.reading
             raise DataError(f"{self.option}={self.folder!r}: cannot be loaded ({error})") from error
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -208,7 +208,7 @@ class CaptionModel:
                 raise ValueError("its processor has no chat template")
             options = {"dtype": check_dtype(self.dtype), "trust_remote_code": False}
             model = AutoModelForImageTextToText.from_pretrained(self.folder, **options)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        except Exception as error:  # likewise
             raise DataError(f"--captioner={str(self.folder)!r}: cannot be loaded ({error})") from error
         return model.requires_grad_(False).eval().to(self.device), processor
 
@@ -260,7 +260,7 @@ class Synthesis:
         folder = self.tokenizer_folder or f"{self.pipeline.folder}/tokenizer"
         try:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # likewise
             raise DataError(f"--tokenizer={folder!r}: cannot be loaded ({error})") from error
         self.tokenizer_fingerprint = folder_fingerprint(folder)
         token_count(self.tokenizer, "")  # ends its own truncation and padding, which two threads could not

@@ -28,39 +28,28 @@ def _loading(option: str, path: str | Path, expected: str) -> Iterator[None]:
         raise ValueError(f"evaluation.{option}={str(path)!r}: no such file or folder")
     try:
         yield
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # of many types, as in univigu.models.weights.reading
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"evaluation.{option}={str(path)!r}: expected {expected} ({reason[:160]})") from error
 
 
 class ClipEncoder(nn.Module):
-    """A CLIP model with tokenizer and image processor, in transformers' layout: unit vectors of images and texts."""
+    """A CLIP model with tokenizer and image processor, in transformers' layout."""
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         with _loading("clip", folder, "a CLIP model with its processor"):
-            self.model = CLIPModel.from_pretrained(folder).eval().requires_grad_(False)
+            self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
             self.processor = CLIPProcessor.from_pretrained(folder)
 
     @torch.no_grad()
-    def images(self, frames: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, C, H, W] -> float32 unit vectors [N, D]."""
-        pixels = self.processor.image_processor(list(frames.cpu().numpy()), return_tensors="pt")["pixel_values"]
-        return _unit(self.model.get_image_features(pixel_values=pixels.to(self.model.device, self.model.dtype)))
-
-    @torch.no_grad()
-    def texts(self, texts: list[str]) -> torch.Tensor:
-        """Texts -> float32 unit vectors [N, D]; tokens past the model's last position (CLIP's 77th) are cut off."""
+    def forward(self, frames: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        """Cosines [N, B] of uint8 frames [N, C, H, W] and texts; tokens past the model's last position are cut off."""
         longest = self.model.config.text_config.max_position_embeddings
-        ids = self.processor.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-        ids = {name: ids[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-        return _unit(self.model.get_text_features(**ids))
-
-
-def _unit(features: Any) -> torch.Tensor:
-    """transformers 5 wraps the projected features, 4 returns them directly."""
-    tensor: torch.Tensor = getattr(features, "pooler_output", features)
-    return F.normalize(tensor.float(), dim=-1)
+        options = {"padding": True, "truncation": True, "max_length": longest, "return_token_type_ids": False}
+        inputs = self.processor(text=texts, images=list(frames.cpu().numpy()), return_tensors="pt", **options)
+        made = self.model(**inputs.to(self.model.device))
+        return made.image_embeds @ made.text_embeds.T  # of length 1
 
 
 class VideoCLIPScore(MeanMetric):
@@ -78,8 +67,7 @@ class VideoCLIPScore(MeanMetric):
     def update(self, videos: torch.Tensor, texts: list[str]) -> None:  # type: ignore[override]
         """Add uint8 videos [B, F, C, H, W], each with a text."""
         chosen = videos[:, even_indices(videos.shape[1], min(self.num_frames, videos.shape[1]))]
-        images = self.clip.images(chosen.flatten(0, 1)).unflatten(0, chosen.shape[:2])  # [B, f, D]
-        cosine = torch.einsum("bfd,bd->bf", images, self.clip.texts(texts))
+        cosine = torch.einsum("bfb->bf", self.clip(chosen.flatten(0, 1), texts).unflatten(0, chosen.shape[:2]))
         super().update(100.0 * cosine.clamp_min(0).mean(1))
 
 

@@ -39,7 +39,7 @@ def to_pixels(video: Any, height: int | None = None, width: int | None = None) -
     if frames.ndim == 4:
         frames = frames[None]
     first, last = (frames.ndim == 5 and frames.shape[axis] in (1, 3, 4) for axis in (2, 4))  # gray, RGB, RGBA
-    if not first and not last:
+    if not (first or last) or not frames.numel():
         shape = list(stacked.shape)
         raise ValueError(f"video: shape {shape}, expected [F, H, W, C] or [F, C, H, W] with 1, 3 or 4 channels")
     if last and (not first or isinstance(stacked, np.ndarray)):

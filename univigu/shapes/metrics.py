@@ -101,11 +101,12 @@ class AttributeAccuracy(Metric):
         self.right += torch.tensor([right[name] for name in COUNTED], device=self.right.device)
 
     def compute(self) -> dict[str, torch.Tensor]:
-        """Accuracies of the attributes that samples had, their "mean", "exact" (all are right), and "exact_text"."""
+        """Accuracies of the attributes that samples had, their "mean", if there are any, "exact" and "exact_text"."""
         counts = zip(COUNTED, self.right.tolist(), self.scored.tolist(), strict=True)
         values = {name: right / scored for name, right, scored in counts if scored}
         attributes = {name: values.pop(name) for name in ATTRIBUTES if name in values}
-        values = {**attributes, "mean": sum(attributes.values()) / max(len(attributes), 1), **values}
+        if attributes:  # the kinds of questions of other data are none of them
+            values = {**attributes, "mean": sum(attributes.values()) / len(attributes), **values}
         return {name: torch.tensor(value, device=self.right.device) for name, value in values.items()}
 
 

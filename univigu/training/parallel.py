@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,19 +82,15 @@ def shard(model: UniViGUTransformer3DModel, mesh: DeviceMesh, dtype: torch.dtype
         fully_shard(module, mesh=mesh, mp_policy=exact if module in embedders else policy, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
-    @lru_cache(maxsize=2)  # the same tensor for the same embeddings, which an AttentionCache compares
-    def cast_prompt(embeds: torch.Tensor) -> torch.Tensor:
-        return embeds.to(dtype)
-
     def cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Cast latents and prompt embeddings to the compute dtype; times and text states stay as they are."""
         inputs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         if inputs["hidden_states"] is not None:
             inputs["hidden_states"] = inputs["hidden_states"].to(dtype)
         if inputs["encoder_hidden_states"] is not None:
-            inputs["encoder_hidden_states"] = cast_prompt(inputs["encoder_hidden_states"])
+            inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"].to(dtype)
         if (text := inputs.get("text")) is not None and text.prompt_embeds is not None:
-            inputs["text"] = text._replace(prompt_embeds=cast_prompt(text.prompt_embeds))
+            inputs["text"] = text._replace(prompt_embeds=text.prompt_embeds.to(dtype))
         return (), inputs
 
     model.register_forward_pre_hook(cast_inputs, with_kwargs=True)

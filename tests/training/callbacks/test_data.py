@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
+from tests.conftest import run_ranks
 from univigu.data.buckets import Bucket
 from univigu.data.datamodule import VideoTextDataModule
 from univigu.data.options import LengthFilter
+from univigu.data.shards import write_shard
 from univigu.data.sources import Source
 from univigu.shapes.write import write_shapes
 from univigu.training.callbacks.monitor import DataStatistics
@@ -113,6 +117,45 @@ def test_a_resumed_epoch_is_told_whole(folders: list[Path], length: int, tmp_pat
     expected = logged(tmp_path / "whole", length)
     assert expected["data/epoch/samples"] == 2 * length
     assert logged(tmp_path / "rest", length) == expected
+
+
+def fit_share(shards: Path, log: Path) -> None:
+    """An epoch on this process's share of the samples, with a log of what it could not use."""
+    data = VideoTextDataModule(
+        shards=str(shards), height=32, width=32, num_frames=5, batch_size=2, num_workers=0, precompute=False, seed=2
+    )
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        logger=TensorBoardLogger(str(log), name=None, version="tb"),
+        callbacks=[DataStatistics()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(Seen(), datamodule=data)
+    (log / f"unusable-{trainer.global_rank}").write_text(str(sum(trainer.train_dataloader.errors.counts.values())))
+
+
+@pytest.mark.slow
+def test_unusable_samples_of_all_processes_are_counted(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "whole", "train", 8, height=32, width=32, num_frames=5)
+    for split in ("train", "val"):
+        (tmp_path / "shards" / split).mkdir(parents=True)
+    shutil.copy(tmp_path / "whole" / "train-000000.tar", tmp_path / "shards" / "train")
+    shutil.copy(tmp_path / "whole" / "train-000000.tar", tmp_path / "shards" / "val")
+    texts = {"prompt": "a red circle", "caption": "red " * 150}
+    broken = [(f"broken{i}", {"mp4": b"no video", "json": json.dumps(texts).encode()}) for i in range(4)]
+    write_shard(tmp_path / "shards" / "train" / "broken.tar", broken)
+    run_ranks(fit_share, tmp_path / "shards", tmp_path)
+    own = [int((tmp_path / f"unusable-{rank}").read_text()) for rank in (0, 1)]
+    assert (
+        logged(tmp_path, 3)["data/unusable/unreadable_video"] == 4 > own[0]
+    )  # so that the first one alone has not met all
 
 
 def test_other_data_are_left_alone(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import TaskID
@@ -84,7 +85,13 @@ class DataStatistics(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loader = trainer.train_dataloader
         done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        if not isinstance(loader, TrainLoader) or not done or not trainer.is_global_zero:
+        if not isinstance(loader, TrainLoader) or not done:
+            return
+        seen = [loader.errors.seen]
+        if dist.is_initialized():
+            seen *= dist.get_world_size()
+            dist.all_gather_object(seen, loader.errors.seen)
+        if not trainer.is_global_zero:
             return
         refs = loader.samples(loader.position - done, loader.position)
         repeated = len(refs) - len({(ref.source, ref.shard, ref.key, ref.question) for ref in refs})
@@ -98,7 +105,11 @@ class DataStatistics(Callback):
             counts |= {f"bucket_{bucket}": buckets[number] for number, bucket in enumerate(loader.dataset.buckets)}
         filtered = getattr(getattr(trainer, "datamodule", None), "filter_counts", {}).get("train", {})
         dropped = {name: count for name, count in filtered.items() if name != "kept"}
-        groups = {"epoch": counts, "filtered": dropped, "unusable": loader.errors.counts}
+        groups = {
+            "epoch": counts,
+            "filtered": dropped,
+            "unusable": Counter(reason for _, _, reason in set().union(*seen)),
+        }
         metrics = {f"data/{group}/{name}": float(n) for group, part in groups.items() for name, n in part.items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
