@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,12 @@ def test_a_missing_foundation_says_where_it_comes_from(tmp_path: Path) -> None:
         FileNotFoundError, match=r"hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir .*Diffusers$"
     ):
         Foundation(tmp_path / "Wan2.1-T2V-1.3B-Diffusers")
+
+
+def test_a_text_longer_than_the_slot_is_named_before_training(
+    in_tmp: Path, small_data: list[str], failing: Callable[[list[str]], str]
+) -> None:
+    """And not when its batch comes, which may be after hours."""
+    printed = failing(["fit", "--config=configs/recall.yaml", *small_data, "--stages.recall.text_length=8"])
+    assert "stages.recall.text_length=8: the longest prompt of the data has" in printed
+    assert not Path("runs/recall/checkpoints").exists()

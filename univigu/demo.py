@@ -23,7 +23,7 @@ from univigu.cli import ToolParser
 from univigu.data.engine import this_device
 from univigu.data.options import add_options, check_dtype, check_least, read_options
 from univigu.data.video import encode_mp4, probe_video, read_video, to_uint8
-from univigu.models.tokens import check_prompts
+from univigu.models.tokens import tokenize
 from univigu.pipeline import TaskRunner, UniViGUPipeline
 from univigu.shapes.renderer import render
 from univigu.shapes.scenes import CANVAS, FPS, NUM_FRAMES, sample_scene
@@ -81,7 +81,8 @@ class Demo:
         """Video from a prompt."""
         prompt, options = _required(prompt, "prompt"), self.size | _video_options(steps, guidance)
         # The pipeline's own call, WanPipeline's, would cut it; the other tasks check for themselves.
-        check_prompts(self.pipe.tokenizer, [prompt], self.options.max_sequence_length)
+        limit = self.options.max_sequence_length
+        tokenize(self.pipe.tokenizer, [prompt], limit, f"max_sequence_length={limit}: prompt")
         return self._run(self.pipe, seed, prompt, **options)
 
     def joint(self, prompt: str, steps: int, guidance: float, seed: int) -> tuple[str, ...]:

@@ -24,7 +24,6 @@ from univigu.models.encode import Conventions, crop, encode_clips, to_pixels
 from univigu.models.foundation import EMBEDDED_FOUNDATION, EMBEDDED_MODEL, TWO_TRANSFORMERS, Foundation, set_conv_layout
 from univigu.models.tokens import (
     Vocabulary,
-    check_prompts,
     clean_text,
     detokenize,
     list_prompts,
@@ -125,7 +124,8 @@ class TaskRunner:
         config, tokenizer = self.transformer.config, self.components.tokenizer
         embeds = null = self.encode_null(prompt_length)
         if prompts:
-            embeds = self.encode_ids(tokenize(tokenizer, prompts, prompt_length))
+            name = f"max_sequence_length={prompt_length}: prompt"
+            embeds = self.encode_ids(tokenize(tokenizer, prompts, prompt_length, name))
         length = (task == "answer" and config.answer_length) or config.text_length
         inputs = SampleInputs(embeds, null, text_length=length, **start)
         ends = self.encode_tokens(torch.tensor([[tokenizer.eos_token_id, tokenizer.pad_token_id]]), "end")[0].tolist()
@@ -239,7 +239,7 @@ class UniViGUPipeline(WanPipeline):
     ) -> UniViGUOutput:
         """Describe videos; the text is conditioned on the prompt, by default on none.
 
-        Several prompts about one video share its pass where the model lets them, see docs/INFERENCE.md.
+        Several prompts about one video share its pass where the model lets them, see docs/ARCHITECTURE.md.
         """
         prompt = None if prompt == "" else prompt
         return self._run("caption", prompt, video, (height, width), output_type=None, **options)
@@ -312,8 +312,6 @@ class UniViGUPipeline(WanPipeline):
             texts = runner.describe(latents, max_sequence_length, generator) if prompt is None else prompt
             prompt = [replace_words(text, words) for text in ([texts] if isinstance(texts, str) else texts)]
         prompts = None if prompt is None else list_prompts(prompt, count, several=task in ("caption", "answer"))
-        if prompts is not None:
-            check_prompts(self.tokenizer, prompts, max_sequence_length)
         samples = runner.sample(task, prompts, max_sequence_length, **inputs)
         frames = None if output_type is None else samples.latents
         if frames is not None and output_type != "latent":

@@ -104,6 +104,8 @@ class VideoTextDataModule(LightningDataModule):
                 raise ValueError(f"data.buckets={list(map(str, self.sizes))}: {size} is there twice")
         self.filter_counts: dict[str, dict[str, int]] = {}
         """By split: numbers of samples, "kept" and the others by reason.  Known after ``setup``."""
+        self.longest: dict[str, int] = {}
+        """Tokens of the longest prompt and caption that are used.  Known after ``setup``."""
         self.errors = ErrorLog(self.strict)
         """Unusable samples that were found so far, counted by reason."""
         self._refs: dict[Split, list[SampleRef]] = {}
@@ -207,6 +209,7 @@ class VideoTextDataModule(LightningDataModule):
                         value = f"{lengths[over]} tokens, {over}_length={self._slots[over]}"
                         errors.append(ref.error("text_over_slot", over, value))
                     else:
+                        self.longest |= {name: max(size, self.longest.get(name, 0)) for name, size in lengths.items()}
                         found.append(replace(ref, question=number if self.texts == "qa" else None))
             self.errors.add(errors)
             filtered.update(error.reason for error in errors)

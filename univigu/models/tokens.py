@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import ftfy
 import torch
@@ -104,11 +103,6 @@ def detokenize(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[st
         end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
         texts.append(tokenizer.decode(row[:end], skip_special_tokens=True).strip())
     return texts
-
-
-def check_prompts(tokenizer: Any, prompts: list[str], max_sequence_length: int) -> None:
-    """Raise a TextTooLongError for a prompt that does not fit, which WanPipeline's encoding would truncate."""
-    tokenize(tokenizer, prompts, max_sequence_length, f"max_sequence_length={max_sequence_length}: prompt")
 
 
 def list_prompts(prompt: str | list[str], count: int | None, several: bool) -> list[str]:

@@ -231,9 +231,8 @@ def load_model(kind: Any, folder: Path, allow_unexpected: bool = False, **option
 
 
 def known_options(model: type[WanTransformer3DModel], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a configuration that are options of a model, without diffusers' private ones."""
-    known = inspect.signature(model).parameters
-    return {name: value for name, value in config.items() if name in known}
+    """The entries of a configuration that are options of a model, in its order, without diffusers' private ones."""
+    return {name: config[name] for name in inspect.signature(model).parameters if name in config}
 
 
 def empty_model(model: type[AnyWan], config: Mapping[str, Any]) -> AnyWan:

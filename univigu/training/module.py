@@ -53,8 +53,9 @@ from univigu.training.stages import Stage
 class UniViGU(LightningModule):
     """A unified video generator and captioner in training.
 
-    A training batch is a dict of ``key`` (names), ``latents`` or ``video`` (uint8 [B, F, C, H, W]), ``prompt_ids`` and
-    ``caption_ids`` (tokens), ``qa`` (questions and answers), and optionally ``prompt_embeds`` with ``null_embeds``.
+    A batch is a dict of ``key`` (names), ``latents`` or ``video`` (uint8 [B, F, C, H, W]), ``prompt``, ``caption`` and
+    ``prompt_ids``, ``caption_ids`` (their tokens), and optionally ``prompt_embeds`` with ``null_embeds``. Training on
+    questions reads ``qa`` (questions and answers), ``test`` and ``validate`` read ``scene`` (each may be None).
 
     Args:
         foundation: folder of the pretrained generator in WanPipeline layout.

@@ -145,6 +145,11 @@ class StageSwitch(Callback):
         if every := trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
             message = "expected 0, because a new loader would begin with the same samples"
             raise MisconfigurationException(f"trainer.reload_dataloaders_every_n_epochs={every}: {message}")
+        longest = getattr(getattr(trainer, "datamodule", None), "longest", {})
+        for name, stage in zip(self.names, self.stages, strict=True):
+            if stage.writes_text and (size := longest.get(stage.target, 0)) > stage.text_length:
+                text = f"stages.{name}.text_length={stage.text_length}: the longest {stage.target} of the data"
+                raise MisconfigurationException(f"{text} has {size} tokens, its end included")
         total = sum(stage.steps for stage in self.stages)
         if trainer.max_steps == -1 or trainer.max_steps > total:
             trainer.fit_loop.epoch_loop.max_steps = total
