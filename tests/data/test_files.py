@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,19 @@ def test_the_samples_are_those_of_a_shard(kind: str, tmp_path: Path) -> None:
         assert sample["scene"] == expected[prompt]["scene"]
     answers = batches(tmp_path / "mine", texts="qa", length_filter=LengthFilter(min_caption=0))
     assert {sample["caption"][0] for sample in answers.values()} == {QA[0]["answer"]}
+
+
+def test_a_name_need_not_be_utf8(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        clip = tmp_path / split / os.fsdecode(b"caf\xe9.mp4")
+        clip.parent.mkdir()
+        clip.write_bytes(good_sample(0)["mp4"])
+        clip.with_suffix(".json").write_bytes(good_sample(0)["json"])
+    data = VideoTextDataModule(shards=str(tmp_path), batch_size=1, num_workers=0, precompute=False)
+    data.prepare_data()
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    assert batch["key"] == [os.fsdecode(b"caf\xe9")]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, color in enumerate(COLORS):
         frames = torch.randint(0, 256, (9, 3, 64, 64), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
         texts = {"prompt": f"a large {color} circle moving left", "caption": f"A {color} circle moves. It is large."}
-        samples.append((f"clip{i}", {"mp4": encode_mp4(frames), "json": json.dumps(texts).encode()}))
+        key = f"clip{i}" if i else os.fsdecode(b"caf\xe9")  # a file's name need not be UTF-8
+        samples.append((key, {"mp4": encode_mp4(frames), "json": json.dumps(texts).encode()}))
         if i == 2:
             samples.append(("broken", {"mp4": b"no video", "json": json.dumps(texts).encode()}))
     for split in ("val", "test"):
