@@ -107,6 +107,7 @@ def test_frames_of_bytes_and_floats_have_one_caption(pipe: UniViGUPipeline) -> N
         (torch.from_numpy(CLIP) > 100, r"dtype torch\.bool"),
         (CLIP[..., 0], r"shape \[5, 32, 48\], expected \[F, H, W, C\] or"),
         (CLIP[..., :2], r"shape \[5, 32, 48, 2\], expected .* with 1, 3 or 4 channels"),
+        (CLIP[:0], r"shape \[0, 32, 48, 3\], expected \[F, H, W, C\]"),
         ([], "expected a list of PIL images"),
         ("clip.mp4", "str, expected a list of PIL images, an array or a tensor"),
         ([CLIP, CLIP[:, :16]], "several types or shapes"),

@@ -213,7 +213,7 @@ def test_manifests_know_their_shards(tmp_path: Path) -> None:
     (tmp_path / names[1]).unlink()
     (tmp_path / names[2]).write_bytes(b"cut")
     assert manifest.check_files(tmp_path) == names[1:]
-    for text in ("{}", "{", '{"shards": [{"name": 1}]}'):
+    for text in ("{}", "{", '{"shards": [{"name": 1}]}', "[" * 100_000, f'{{"shards": {"9" * 5000}}}'):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(DataError, match="not a manifest"):
             Manifest.load(tmp_path)
