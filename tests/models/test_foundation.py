@@ -123,10 +123,7 @@ def test_fingerprint_follows_the_weights_and_not_the_place(folder: Path, tmp_pat
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
     assert folder_fingerprint(copied) != mark
-    for name, target in (
-        ("a", folder / "vae"),
-        ("b", copied),
-    ):  # linked components, as tools/convert.py prune makes them
+    for name, target in (("a", folder / "vae"), ("b", copied)):  # linked, as tools/convert.py prune does
         (tmp_path / name).mkdir()
         (tmp_path / name / "vae").symlink_to(target)
     assert folder_fingerprint(tmp_path / "a") != folder_fingerprint(tmp_path / "b")

@@ -58,10 +58,8 @@ def test_levels_are_evenly_spaced_and_shifted(steps: int, shift: float) -> None:
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_orders_under_step_halving(shift: float) -> None:
-    euler, heun = (
-        errors("euler", 64, 128, 256, shift=shift),
-        VideoSolver(FlowMatchHeunDiscreteScheduler(shift=shift), 256),
-    )
+    euler = errors("euler", 64, 128, 256, shift=shift)
+    heun = VideoSolver(FlowMatchHeunDiscreteScheduler(shift=shift), 256)
     assert all(0.85 < math.log2(coarse / fine) < 1.15 for coarse, fine in pairwise(euler))
     assert abs(float(solve(heun)) - truth()) < euler[2] / 10 and errors("unipc", 40)[0] < errors("euler", 40)[0] / 10
 

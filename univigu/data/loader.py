@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -118,6 +119,15 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     if "null_embeds" in batch:
         batch["null_embeds"] = batch["null_embeds"][:1]  # equal in all samples
     return batch
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    """The values of all ranks, in their order; every rank must call it."""
+    values = [value]
+    if dist.is_available() and dist.is_initialized():
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
 
 
 @dataclass

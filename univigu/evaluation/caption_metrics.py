@@ -16,9 +16,10 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torchmetrics.functional.text import bleu_score
+
+from univigu.data.loader import of_all_ranks
 
 Tokens = Sequence[str]
 
@@ -132,11 +133,7 @@ class CaptionScores(nn.Module):
 
     def compute(self) -> dict[str, torch.Tensor]:
         """The scores of all ranks' captions."""
-        gathered = [self.pairs]
-        if dist.is_available() and dist.is_initialized():
-            gathered *= dist.get_world_size()
-            dist.all_gather_object(gathered, self.pairs)
-        pairs = [pair for part in gathered for pair in part]
+        pairs = [pair for part in of_all_ranks(self.pairs) for pair in part]
         captions, references = [caption for caption, _ in pairs], [reference for _, reference in pairs]
         bleu = bleu_score([" ".join(text) for text in captions], [[" ".join(text)] for text in references], n_gram=4)
         values = {

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning import Callback, LightningDataModule, Trainer
 
+from univigu.data.loader import of_all_ranks
 from univigu.data.rows import to_line
 from univigu.data.sample import DataError
 from univigu.data.shards import replacing
@@ -152,9 +153,7 @@ class PredictionWriter(Callback):
             self._rows[index] = row
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
-        found: list[Any] = [self._rows] * trainer.world_size
-        if trainer.world_size > 1:
-            torch.distributed.all_gather_object(found, self._rows)
+        found = of_all_ranks(self._rows)
         if trainer.is_global_zero:
             rows = {number: row for part in found for number, row in part.items()}
             self._list.parent.mkdir(parents=True, exist_ok=True)

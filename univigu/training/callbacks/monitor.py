@@ -9,13 +9,12 @@ from collections import Counter
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import TaskID
 from torch.distributed.tensor import DTensor
 
-from univigu.data.loader import TrainLoader
+from univigu.data.loader import TrainLoader, of_all_ranks
 from univigu.data.progress import LineProgress
 from univigu.training.stages import ends_step
 
@@ -87,10 +86,7 @@ class DataStatistics(Callback):
         done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
         if not isinstance(loader, TrainLoader) or not done:
             return
-        seen = [loader.errors.seen]
-        if dist.is_initialized():
-            seen *= dist.get_world_size()
-            dist.all_gather_object(seen, loader.errors.seen)
+        unusable = Counter(reason for _, _, reason in set().union(*of_all_ranks(loader.errors.seen)))
         if not trainer.is_global_zero:
             return
         refs = loader.samples(loader.position - done, loader.position)
@@ -105,11 +101,7 @@ class DataStatistics(Callback):
             counts |= {f"bucket_{bucket}": buckets[number] for number, bucket in enumerate(loader.dataset.buckets)}
         filtered = getattr(getattr(trainer, "datamodule", None), "filter_counts", {}).get("train", {})
         dropped = {name: count for name, count in filtered.items() if name != "kept"}
-        groups = {
-            "epoch": counts,
-            "filtered": dropped,
-            "unusable": Counter(reason for _, _, reason in set().union(*seen)),
-        }
+        groups = {"epoch": counts, "filtered": dropped, "unusable": unusable}
         metrics = {f"data/{group}/{name}": float(n) for group, part in groups.items() for name, n in part.items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
